@@ -1,0 +1,27 @@
+# make export   the tiny model to engines, from nothing
+# make test     all checks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: export test venv clean
+
+export: venv
+	$(BIN)/qvlm-export --model tiny --out build/engine.plan
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[cpu,rtx,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,1 @@
+"""Quantizers, calibration and the calibrated checkpoint. Knows no ONNX and no TensorRT."""

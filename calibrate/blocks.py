@@ -1,0 +1,110 @@
+"""A LLaVA as a row of blocks that are in memory one at a time. torch.
+
+The modules are transformers' own, made on the meta device (no memory), filled from the checkpoint for as long as a block
+runs and emptied again, so the arithmetic is the reference's and a 13B model needs the memory of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from calibrate.errors import UserError
+from calibrate.tensors import TensorSource
+
+
+@dataclass(frozen=True)
+class Block:
+    """One resident unit. `prefix` is the canonical name of its tensors, `module` lives on meta between uses."""
+
+    prefix: str
+    module: nn.Module
+
+    def linear_names(self) -> list[str]:
+        """Canonical names of the block's linears."""
+        return [f"{self.prefix}.{n}" for n, m in self.module.named_modules() if isinstance(m, nn.Linear)]
+
+    def tensor_names(self) -> list[str]:
+        return [f"{self.prefix}.{n}" for n, _ in self.module.named_parameters()]
+
+
+@dataclass(frozen=True)
+class ModelBlocks:
+    """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin."""
+
+    patch_embeddings: Block
+    pre_norm: Block
+    vision_layers: tuple[Block, ...]
+    projector: Block
+    text_layers: tuple[Block, ...]
+    rotary: nn.Module
+    keep_class_token: bool
+    image_token_id: int
+
+    def quantizable(self) -> list[str]:
+        """Canonical names of every linear that can be planned, in the order they run. lm_head is not among them."""
+        blocks = (*self.vision_layers, self.projector, *self.text_layers)
+        return [name for block in blocks for name in block.linear_names()]
+
+    def count(self) -> int:
+        """Blocks that a calibration pass visits."""
+        return len(self.vision_layers) + 1 + len(self.text_layers)
+
+
+def make_blocks(config: LlavaConfig) -> ModelBlocks:
+    """Splits a model of this configuration into blocks, without weights. Vision layers after the feature are left out."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    tower, text = model.model.vision_tower, model.model.language_model
+    vision = "vision_tower.vision_model"
+    used = feature_layers(config)
+    return ModelBlocks(
+        patch_embeddings=Block(f"{vision}.embeddings", tower.embeddings),
+        pre_norm=Block(f"{vision}.pre_layrnorm", tower.pre_layrnorm),
+        vision_layers=tuple(
+            Block(f"{vision}.encoder.layers.{i}", layer) for i, layer in enumerate(tower.encoder.layers[:used])
+        ),
+        projector=Block("multi_modal_projector", model.model.multi_modal_projector),
+        text_layers=tuple(Block(f"language_model.model.layers.{i}", layer) for i, layer in enumerate(text.layers)),
+        rotary=type(text.rotary_emb)(config=config.text_config),
+        keep_class_token=config.vision_feature_select_strategy == "full",
+        image_token_id=config.image_token_index,
+    )
+
+
+def feature_layers(config: LlavaConfig) -> int:
+    """How many vision layers run: the feature is the output of the last of them."""
+    total, feature = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    return int(feature if feature >= 0 else total + 1 + feature)
+
+
+@contextmanager
+def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
+    """The block's module with float32 weights from `source`, emptied again on leaving.
+
+    Raises UserError naming the tensor when a weight is NaN or infinite.
+    """
+    module = block.module
+    state = {name: load_finite(source, f"{block.prefix}.{name}") for name, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if name.endswith("position_ids"):  # the only buffer of a tower; its content is its shape
+            module.get_submodule(name.rpartition(".")[0]).position_ids = torch.arange(buffer.shape[-1])[None]
+    try:
+        yield module
+    finally:
+        module.to("meta")
+
+
+def load_finite(source: TensorSource, name: str) -> torch.Tensor:
+    """A float32 copy of the tensor; UserError when it holds NaN or infinity."""
+    tensor = torch.from_numpy(source.load(name).astype(np.float32))
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")
+    return tensor

@@ -1,0 +1,201 @@
+"""The calibrated checkpoint: what calibration writes and everything after it reads. numpy only.
+
+A Hugging Face folder in the compressed-tensors format, so that transformers and vLLM can load it as they are:
+`weight_packed` + `weight_scale` + `weight_shape` for 4-bit linears, int8 `weight` + `weight_scale` + `input_scale` for
+8-bit ones, float tensors as in the source; plus `calibration.json`, our own record. Shards are written one block
+at a time and the index last, so a folder with an index is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from calibrate.errors import UserError
+from calibrate.packing import pack_int4, unpack_int4
+from calibrate.safetensors_source import INDEX_FILE, SafetensorsSource
+from calibrate.scheme import LinearScheme
+
+RECORD_FILE = "calibration.json"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear as integers.
+
+    codes: int8 [out, in]. scale: float16 [out, in // group_size] for W4A16, float32 [out] for W8A8. input_scale: the
+    float32 per-tensor activation scale (a value float16 can hold), None for float activations.
+    """
+
+    scheme: LinearScheme
+    codes: np.ndarray
+    scale: np.ndarray
+    input_scale: float | None
+
+    def dequantized(self) -> np.ndarray:
+        """float32 [out, in]."""
+        scale = self.scale.astype(np.float32)
+        if self.scheme.group_size is None:
+            return self.codes.astype(np.float32) * scale[:, None]
+        return self.codes.astype(np.float32) * np.repeat(scale, self.scheme.group_size, axis=1)
+
+
+class CalibratedCheckpoint:
+    """A finished calibrated checkpoint: `floats` reads what stayed float, `linear` what became integers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        record = _read_record(folder / RECORD_FILE)
+        self.schemes: dict[str, LinearScheme] = {n: LinearScheme(**s) for n, s in record["linears"].items()}
+        self.summary: dict[str, Any] = record["summary"]
+        self.floats = SafetensorsSource(folder)
+
+    def codes(self, name: str) -> np.ndarray:
+        """int8 [out, in], read from disk now."""
+        if self.schemes[name].weight_bits == 8:
+            return self.floats.load(f"{name}.weight")
+        _, columns = (int(n) for n in self.floats.load(f"{name}.weight_shape"))
+        return unpack_int4(self.floats.load(f"{name}.weight_packed"), columns)
+
+    def scale(self, name: str) -> np.ndarray:
+        """float16 [out, in // group_size] for W4A16, float32 [out] for W8A8."""
+        scale = self.floats.load(f"{name}.weight_scale")
+        return scale if self.schemes[name].weight_bits == 4 else scale[:, 0]
+
+    def input_scale(self, name: str) -> float | None:
+        """The static activation scale, None for float activations."""
+        if self.schemes[name].activation_bits is None:
+            return None
+        return float(self.floats.load(f"{name}.input_scale")[0])
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """The planned linear `name`, whole."""
+        return QuantizedLinear(self.schemes[name], self.codes(name), self.scale(name), self.input_scale(name))
+
+
+class CalibratedWriter:
+    """Writes a calibrated checkpoint shard by shard. Nothing in the folder counts until `finish` wrote the index."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._weight_map: dict[str, str] = {}
+        self._linears: dict[str, LinearScheme] = {}
+
+    def write_shard(self, block: str, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, np.ndarray]) -> None:
+        """Writes one block's tensors into a shard of its own, through a temporary file."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in floats.items()}
+        for name, linear in linears.items():
+            tensors |= _stored_tensors(name, linear)
+            self._linears[name] = linear.scheme
+        file_name = f"model-{block}.safetensors"
+        write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
+        self._weight_map |= dict.fromkeys(tensors, file_name)
+
+    def finish(self, config: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Writes config.json (with the quantization config), the record, and at last the index."""
+        quantized = {**config, "quantization_config": quantization_config(self._linears)}
+        record = {
+            "version": RECORD_VERSION,
+            "summary": dict(summary),
+            "linears": {name: asdict(scheme) for name, scheme in sorted(self._linears.items())},
+        }
+        index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
+        for name, content in (("config.json", quantized), (RECORD_FILE, record), (INDEX_FILE, index)):
+            write_json(self._folder / name, content)
+
+
+def _stored_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    if linear.scheme.weight_bits == 4:
+        return {
+            f"{name}.weight_packed": pack_int4(linear.codes),
+            f"{name}.weight_scale": np.ascontiguousarray(linear.scale),
+            f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
+        }
+    return {
+        f"{name}.weight": np.ascontiguousarray(linear.codes),
+        f"{name}.weight_scale": np.ascontiguousarray(linear.scale[:, None]),
+        f"{name}.input_scale": np.array([linear.input_scale], np.float32),
+    }
+
+
+def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors for these linears: one group per distinct scheme."""
+    groups: dict[str, Any] = {}
+    for scheme in sorted(set(linears.values()), key=lambda s: (s.name, s.group_size or 0)):
+        targets = [_target_pattern(name) for name in sorted(linears) if linears[name] == scheme]
+        groups[f"group_{len(groups)}"] = _config_group(scheme, targets)
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": ["re:.*lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+    common = {"type": "int", "symmetric": True, "dynamic": False}
+    weights = {**common, "num_bits": scheme.weight_bits}
+    inputs: dict[str, Any] | None = None
+    if scheme.group_size is None:
+        weights |= {"strategy": "channel"}
+        inputs = {**common, "num_bits": scheme.activation_bits, "strategy": "tensor"}
+    else:
+        weights |= {"strategy": "group", "group_size": scheme.group_size}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": "int-quantized" if scheme.group_size is None else "pack-quantized",
+    }
+
+
+def _target_pattern(name: str) -> str:
+    """A pattern that matches the linear under every naming transformers has used.
+
+    Explicit names would not: transformers loads `language_model.model.layers` as `model.language_model.layers`, and a
+    name that matches nothing is silently taken as not quantized.
+    """
+    root, _, rest = name.partition(".")
+    inner = re.sub(r"^(model|vision_model)\.", "", rest)
+    return rf"re:^(model\.)?{root}\.((model|vision_model)\.)?{re.escape(inner)}$"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable calibration record ({error}); calibrate again") from error
+    if record.get("version") != RECORD_VERSION:
+        raise UserError(
+            f"{path}: record version {record.get('version')}, this program reads {RECORD_VERSION}; calibrate again"
+        )
+    return dict(record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted layout of the caller's making, through a temporary file."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls write(temporary path), syncs it to disk and renames it to `path`; a kill leaves no half file there."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

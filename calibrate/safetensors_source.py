@@ -1,0 +1,100 @@
+"""Checkpoint folders of safetensors files, read lazily. numpy only.
+
+A folder holds `model.safetensors`, or shards and `model.safetensors.index.json`. The safetensors library checks every
+header against the file's size, so sizes claimed by a damaged file are never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors then returns)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from calibrate.errors import UserError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+class SafetensorsSource:
+    """A TensorSource over a folder. `rename` maps stored names to canonical ones (None drops a tensor)."""
+
+    def __init__(self, folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._shape: dict[str, tuple[int, ...]] = {}
+        self._dtype: dict[str, np.dtype] = {}
+        for path in shard_files(folder):
+            self._read_header(path, rename)
+
+    def _read_header(self, path: Path, rename: Callable[[str], str | None]) -> None:
+        try:
+            with safe_open(path, "np") as file:
+                for stored in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                    piece = file.get_slice(stored)
+                    kind = piece.get_dtype()
+                    if kind not in _DTYPES:
+                        raise UserError(f"{path}: tensor {stored} has type {kind}, which is not supported; convert it")
+                    name = rename(stored)
+                    if name is None:
+                        continue
+                    self._where[name] = (path, stored)
+                    self._shape[name] = tuple(piece.get_shape())
+                    self._dtype[name] = np.dtype(_DTYPES[kind])
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype[name]
+
+    def load(self, name: str) -> np.ndarray:
+        path, stored = self._where[name]
+        try:
+            with safe_open(path, "np") as file:
+                array: np.ndarray = file.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: tensor {stored} can no longer be read ({error}); was the file changed?") from error
+        return array
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, each checked to be there.
+
+    Raises UserError when the index is damaged, names a file outside the folder, or names one that is missing.
+    """
+    return indexed_files(folder, SINGLE_FILE, INDEX_FILE)
+
+
+def indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
+    """The weight files named by `folder / index_name`, or `folder / single` where there is no index."""
+    index = folder / index_name
+    if not index.exists():
+        if not (folder / single).exists():
+            raise UserError(f"{folder}: holds neither {single} nor {index_name}; give a folder with model weights")
+        return [folder / single]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a weight index ({error!r}); download it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: names the file {name!r}, which is not in this folder; download the index again")
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: this shard is named by {index_name} but missing; download it")
+    return [folder / name for name in names]

@@ -1,0 +1,147 @@
+"""The build process: JSON order on stdin, JSON lines on stdout. Run as `python -m engines.build_worker`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# A graph input that the parser drops still builds, and gives wrong answers: that is an error.
+_FATAL_WARNINGS = re.compile(r"unused input|not supported|ignored", re.IGNORECASE)
+_WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
+
+
+def main() -> int:
+    order = json.load(sys.stdin)
+    trt = importlib.import_module(order["module"])
+    log = _make_log(trt)
+    for job in order["jobs"]:
+        log.lines.clear()
+        error = _build(trt, log, order["targets"], job)
+        if error is not None:
+            _say({"error": error})
+            return 1
+    return 0
+
+
+def _build(trt: Any, log: Any, targets: list[str], job: dict[str, Any]) -> str | None:
+    """Builds one plan; returns what went wrong in one line, or None."""
+    began, name = time.monotonic(), Path(job["onnx"]).name
+    builder = trt.Builder(log)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job["onnx"]):
+        first = parser.get_error(0)
+        return f"{name}: TensorRT cannot parse node {first.node_name()} ({first.node_operator()}): {_line(first.desc())}"
+    dropped = [text for text in log.texts(trt.ILogger.WARNING) if _FATAL_WARNINGS.search(text)]
+    if dropped:
+        return f"{name}: TensorRT would drop a part of the graph: {_line(dropped[0])}"
+    config = builder.create_builder_config()
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    config.add_optimization_profile(_profile(builder, network, job["profile"]))
+    config.progress_monitor = _make_monitor(trt, job["plan"])
+    written = _write_plan(trt, builder, network, config, job["plan"])
+    if not written:
+        errors = log.texts(trt.ILogger.ERROR) or ["no reason given"]
+        return f"{name}: TensorRT cannot build it: {_line(errors[-1])}"
+    weights = next((int(m.group(1)) for text in log.all_texts() if (m := _WEIGHTS.search(text))), None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {"plan": job["plan"], "seconds": time.monotonic() - began, "plan_bytes": written}
+    _say({"report": {**report, "weights_bytes": weights, "peak_bytes": peak}})
+    return None
+
+
+def _network_flags(trt: Any) -> int:
+    """Strong typing where it must still be asked for; since TensorRT 11 there is nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _profile(builder: Any, network: Any, shapes: dict[str, list[list[int]]]) -> Any:
+    profile = builder.create_optimization_profile()
+    names = {network.get_input(i).name for i in range(network.num_inputs)}
+    for name, (smallest, usual, largest) in shapes.items():
+        if name in names:
+            profile.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
+    return profile
+
+
+def _write_plan(trt: Any, builder: Any, network: Any, config: Any, path: str) -> int:
+    """Streams the plan into `path` (never a second copy in memory); returns its size, 0 when the build failed."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self, file: Any) -> None:
+            trt.IStreamWriter.__init__(self)
+            self._file = file
+
+        def write(self, data: bytes) -> int:
+            return int(self._file.write(data))
+
+    with open(path, "wb") as file:
+        ok = builder.build_serialized_network_to_stream(network, config, Writer(file))
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell() if ok else 0
+
+
+def _make_log(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.INFO:
+                self.lines.append((severity, text))
+
+        def texts(self, severity: Any) -> list[str]:
+            return [text for level, text in self.lines if level == severity]
+
+        def all_texts(self) -> list[str]:
+            return [text for _, text in self.lines]
+
+    return Log()
+
+
+def _make_monitor(trt: Any, plan: str) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Reports the outermost phase only; TensorRT nests several."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self._steps[phase] = max(steps, 1)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                _say({"plan": plan, "progress": min(1.0, (step + 1) / self._steps[phase])})
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

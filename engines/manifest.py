@@ -1,0 +1,98 @@
+"""X.json, the manifest beside the plan: what was built, from what, and the hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrate.calibrated import write_json
+from calibrate.errors import UserError
+from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
+
+FORMAT, VERSION = "qvlm-export", 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """path: of the manifest itself; `files` maps a role (language_onnx, vision_plan, …) to name, bytes and sha256."""
+
+    path: Path
+    model: Mapping[str, Any]
+    config: ModelConfig
+    limits: Limits
+    float_type: str
+    scheme: str
+    linears: Mapping[str, str]
+    calibration: Mapping[str, Any]
+    backend: Mapping[str, Any]
+    plan_check: tuple[Mapping[str, Any], ...]
+    interface: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def file(self, role: str) -> Path:
+        """The path of a file. Raises UserError when the manifest has none of that role or the file is gone."""
+        if role not in self.files:
+            raise UserError(f"{self.path}: this export has no {role}; export again with the backend that writes it")
+        path = self.path.parent / self.files[role]["name"]
+        if not path.exists():
+            raise UserError(f"{path}: is missing; it belongs to {self.path.name}, keep the files of an export together")
+        return path
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Writes the manifest to its path, through a temporary file."""
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    del content["path"]
+    write_json(manifest.path, content)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads X.json. Raises UserError when it is missing, damaged or newer than this program."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such manifest; an export writes it beside the plan") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); export again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: is no manifest of qvlm-export")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: manifest version {content.get('version')}, this program reads {VERSION}; update qvlm-export"
+        )
+    try:
+        config = content["config"]
+        return Manifest(
+            path=path,
+            model=content["model"],
+            config=ModelConfig(
+                vision=VisionConfig(**config["vision"]),
+                projector=ProjectorConfig(**config["projector"]),
+                text=TextConfig(**config["text"]),
+                image_token_id=config["image_token_id"],
+            ),
+            limits=Limits(**content["limits"]),
+            float_type=content["float_type"],
+            scheme=content["scheme"],
+            linears=content["linears"],
+            calibration=content["calibration"],
+            backend=content["backend"],
+            plan_check=tuple(content["plan_check"]),
+            interface=content["interface"],
+            versions=content["versions"],
+            files=content["files"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: the manifest is damaged ({error!r}); export again") from error
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Name, size and sha256 of a file, read once in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}

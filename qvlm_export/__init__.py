@@ -1,0 +1,34 @@
+"""LLaVA checkpoints to TensorRT INT4/INT8 engines whose quantization was searched.
+
+import qvlm_export
+qvlm_export.export("tiny", "engine.plan")
+qvlm_export.load("engine.plan").generate("How many objects are there?", [image])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrate.errors import UserError
+
+if TYPE_CHECKING:
+    from qvlm_export.loading import LoadedModel
+    from qvlm_export.pipeline import ExportResult
+
+__all__ = ["UserError", "export", "load"]
+
+
+def export(model: str, out: str | Path, **options: Any) -> ExportResult:
+    """Exports `model` to `out`; options are the fields of `qvlm_export.pipeline.ExportOptions`, as on the command line."""
+    from qvlm_export import pipeline
+    from qvlm_export.progress import Reporter
+
+    return pipeline.export(pipeline.ExportOptions(model=model, out=Path(out), **options), Reporter(quiet=True))
+
+
+def load(path: str | Path, runtime: str = "auto") -> LoadedModel:
+    """Opens an export for logits and answers; see `qvlm_export.loading.load`."""
+    from qvlm_export import loading
+
+    return loading.load(path, runtime)

@@ -1,0 +1,159 @@
+"""The command `qvlm-export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvlm_export.cli import errors_as_lines
+
+EXAMPLES = """
+Examples:
+
+  qvlm-export --model tiny --out engine.plan
+
+  qvlm-export --model llava-13b --out engine.plan --calib-data mine.jsonl
+
+  qvlm-export --model ./my-llava --out out/int8.plan --scheme int8 --target sm89 --target sm120
+
+  qvlm-export --model llava-7b --out engine.plan --dry-run
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    model: Annotated[str, typer.Option(help="tiny, llava-7b, llava-13b, a Hugging Face id, or a local folder")],
+    out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
+    scheme: Annotated[str, typer.Option(help="int4, int8 or fp16")] = "int4",
+    recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
+    calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
+    backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
+    target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    work_dir: Annotated[Path | None, typer.Option(help="keep the calibrated checkpoint here")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
+) -> None:
+    """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
+    with errors_as_lines():
+        from qvlm_export.pipeline import ExportOptions, export, plan_export
+        from qvlm_export.progress import Reporter
+
+        options = ExportOptions(
+            model=model,
+            out=out,
+            scheme=scheme,
+            recipe=recipe,
+            calib_data=calib_data,
+            samples=samples,
+            backend=backend,
+            targets=tuple(target or ()),
+            max_length=max_length,
+            max_batch=max_batch,
+            work_dir=work_dir,
+        )
+        if dry_run:
+            content = plan_summary(plan_export(options))
+            show = show_plan
+        else:
+            content = result_summary(export(options, Reporter(quiet=as_json)))
+            show = show_result
+        if as_json:
+            print(json.dumps(content, indent=1))
+        else:
+            show(content, Console())
+
+
+def plan_summary(plan: Any) -> dict[str, Any]:
+    """What `--dry-run` says."""
+    counts: dict[str, int] = {}
+    for linear in plan.linears.values():
+        counts[linear.name] = counts.get(linear.name, 0) + 1
+    return {
+        "model": plan.checkpoint.name,
+        "backend": plan.backend.name,
+        "targets": list(plan.backend.targets),
+        "max_length": plan.limits.max_length,
+        "max_batch": plan.limits.max_batch,
+        "linears": counts,
+        "calibration_data": str(plan.options.calib_data or "built-in") if plan.samples else None,
+        "calibration_samples": len(plan.samples),
+        "parts": {
+            part: {
+                "float16_bytes": sizes.float16_bytes,
+                "weights_bytes": sizes.planned_bytes,
+                "compression": round(sizes.compression, 2),
+            }
+            for part, sizes in plan.sizes.items()
+        },
+        "disk_bytes": plan.disk_bytes,
+    }
+
+
+def show_plan(content: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{content['model']}: what would be written", title_justify="left")
+    for column in ("part", "float16", "weights", "compression"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, sizes in content["parts"].items():
+        weights = megabytes(sizes["weights_bytes"])
+        table.add_row(part, megabytes(sizes["float16_bytes"]), weights, f"{sizes['compression']:.2f}x")
+    console.print(table)
+    linears = ", ".join(f"{count} {name}" for name, count in content["linears"].items()) or "none"
+    console.print(f"quantized linears: {linears}")
+    console.print(f"backend: {content['backend']} {' '.join(content['targets'])}")
+    console.print(f"longest sequence: {content['max_length']} tokens, batch {content['max_batch']}")
+    console.print(f"calibration: {content['calibration_data'] or 'not needed'}, {content['calibration_samples']} samples")
+    console.print(f"disk needed: {megabytes(content['disk_bytes'])}. Nothing was written.")
+
+
+def result_summary(result: Any) -> dict[str, Any]:
+    """What the export says when it is done."""
+    manifest = result.manifest
+    folder = manifest.path.parent
+    return {
+        "manifest": str(manifest.path),
+        "scheme": manifest.scheme,
+        "files": {role: {**entry, "path": str(folder / entry["name"])} for role, entry in manifest.files.items()},
+        "compression": compression(manifest),
+        "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
+        "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
+        "peak_bytes": result.peak_bytes,
+        "backend": dict(manifest.backend),
+    }
+
+
+def compression(manifest: Any) -> dict[str, float]:
+    """By part: bytes of the weights in float16 over bytes of the weights written."""
+    from qvlm_export.pipeline import float16_bytes
+
+    float16 = float16_bytes(manifest.config)
+    return {part: round(float16[part] / manifest.files[f"{part}_data"]["bytes"], 2) for part in float16}
+
+
+def show_result(content: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"exported as {content['scheme']}", title_justify="left")
+    for column in ("file", "size", "against fp16"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for role, entry in content["files"].items():
+        ratio = content["compression"].get(role.removesuffix("_data")) if role.endswith("_data") else None
+        size = megabytes(entry["bytes"]) if "bytes" in entry else ""
+        table.add_row(entry["path"], size, "" if ratio is None else f"{ratio:.2f}x smaller")
+    console.print(table)
+    linears = content["linears"]
+    if content["backend"]["version"] is not None:
+        console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
+    seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())
+    console.print(f"seconds: {seconds}; peak memory {megabytes(content['peak_bytes'])}")
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

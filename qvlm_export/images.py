@@ -1,0 +1,51 @@
+"""Opens the pictures that users hand in, and refuses those that would quietly spoil a result."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from calibrate.errors import UserError
+
+MIN_SIDE = 8
+MAX_PIXELS = 64_000_000
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
+
+
+def open_image(path: Path, where: str) -> Image.Image:
+    """An RGB picture, fully decoded. `where` begins the error line.
+
+    Raises UserError for a picture that is missing, damaged, animated, CMYK, tiny or huge.
+    """
+    try:
+        # Size is checked below, before any pixel is decoded, so Pillow's own warning would only repeat it.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            _check(image, f"{where}: {path}")
+            image.load()
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: there is no picture {path}; paths are relative to the JSONL file") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where}: {path} is larger than {MAX_PIXELS // 10**6} megapixels; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where}: {path} is not a picture; give PNG, JPEG or WebP") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three on damaged files
+        raise UserError(f"{where}: {path} is damaged ({error}); save it again") from error
+
+
+def _check(image: Image.Image, what: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{what} has {width}x{height} pixels; scale it below {MAX_PIXELS // 10**6} megapixels")
+    if min(width, height) < MIN_SIDE:
+        raise UserError(f"{what} has {width}x{height} pixels, too small to show anything; leave it out")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise UserError(f"{what} is animated ({frames} frames); save the frame you mean")
+    if image.mode not in _MODES:
+        raise UserError(f"{what} has colour mode {image.mode}; convert it to RGB")

@@ -1,0 +1,144 @@
+"""Calibration samples: JSONL of pictures, prompts and answers, through the model's own processor and chat template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoProcessor
+
+from calibrate.errors import UserError
+from calibrate.samples import Sample
+from qvlm_export.images import open_image
+
+# What LLaVA-1.5 was trained with; for checkpoints without a chat template of their own.
+FALLBACK_TEMPLATE = "USER: {images}{prompt} ASSISTANT:"
+
+
+class Line(BaseModel):
+    """One line of the JSONL."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    image: str | None = None
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checked line. `where` names it in errors."""
+
+    where: str
+    line: Line
+    image: Path | None
+
+
+def default_calibration() -> Path:
+    """The small set that ships with the package: drawn scenes, 64 questions."""
+    return Path(str(files("qvlm_export") / "calibration" / "scenes.jsonl"))
+
+
+def load_processor(folder: Path) -> Any:
+    """The checkpoint's own processor (transformers). Raises UserError when the folder has none."""
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder}: its processor cannot be loaded ({first}); add the tokenizer and processor files"
+        ) from error
+
+
+def read_entries(path: Path, wanted: int | None, at_most: int) -> list[Entry]:
+    """The first `wanted` lines, or up to `at_most` when that is None. Raises UserError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--calib-data {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--calib-data {path}: is not UTF-8 text; save it as UTF-8") from error
+    entries: list[Entry] = []
+    for number, raw in enumerate(text.splitlines(), start=1):
+        if raw.strip() and len(entries) < (wanted or at_most):
+            entries.append(_entry(path, number, raw))
+    if not entries:
+        raise UserError(f"--calib-data {path}: holds no samples; give one JSON object a line with image and prompt")
+    if wanted is not None and len(entries) < wanted:
+        raise UserError(f"--samples {wanted}: {path} holds only {len(entries)}; ask for fewer or add lines")
+    return entries
+
+
+def _entry(path: Path, number: int, raw: str) -> Entry:
+    where = f"{path}:{number}"
+    try:
+        line = Line.model_validate(json.loads(raw))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}); write one JSON object a line") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the line"
+        raise UserError(f'{where}: {field}: {first["msg"]}; write {{"image": path, "prompt": text}}') from error
+    return Entry(where, line, None if line.image is None else path.parent / line.image)
+
+
+def encode_entries(entries: list[Entry], processor: Any, max_length: int) -> list[Sample]:
+    """Samples ready for the model. Raises UserError for a bad picture or a prompt beyond `max_length` tokens."""
+    return [encode_entry(entry, processor, max_length) for entry in entries]
+
+
+def encode_entry(entry: Entry, processor: Any, max_length: int) -> Sample:
+    images = [] if entry.image is None else [open_image(entry.image, entry.where)]
+    prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
+    pixels, ids = encode(processor, prompt, images)
+    start = len(ids)
+    if entry.line.answer is not None:
+        tokenizer = processor.tokenizer
+        answer = tokenizer.encode(f" {entry.line.answer}", add_special_tokens=False)
+        ids = np.concatenate([ids, answer, [tokenizer.eos_token_id]]).astype(np.int64)
+    if len(ids) > max_length:
+        raise UserError(
+            f"{entry.where}: is {len(ids)} tokens long, --max-length is {max_length}; shorten it or raise the limit"
+        )
+    return Sample(ids, pixels, start)
+
+
+def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
+    """The prompt text of turns {"role", "text", "images": count}, ending where the model is to answer."""
+    messages = [
+        {
+            "role": turn["role"],
+            "content": [{"type": "image"}] * turn.get("images", 0) + [{"type": "text", "text": turn["text"]}],
+        }
+        for turn in turns
+    ]
+    if getattr(processor, "chat_template", None):
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+        return text
+    parts = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            parts.append(f" {turn['text']}</s>")
+        else:
+            pictures = f"{processor.image_token}\n" * turn.get("images", 0)
+            parts.append(FALLBACK_TEMPLATE.format(images=pictures, prompt=turn["text"]))
+    return "".join(parts)
+
+
+def encode(processor: Any, text: str, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel values float32 [n, 3, R, R] and input_ids int64 [S] with one image token a patch.
+
+    The template may already begin with the tokenizer's BOS text, which must then not be added twice.
+    """
+    tokenizer = processor.tokenizer
+    add_special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    encoded = processor(images=images or None, text=text, return_tensors="np", add_special_tokens=add_special)
+    ids = np.asarray(encoded["input_ids"], np.int64)[0]
+    if not images:
+        return np.zeros((0, 3, 1, 1), np.float32), ids
+    return np.asarray(encoded["pixel_values"], np.float32), ids

@@ -1,0 +1,65 @@
+"""Old checkpoints in torch's own format, read without running the code a pickle may carry."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from calibrate.errors import UserError
+from calibrate.safetensors_source import indexed_files
+
+SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class TorchSource:
+    """A TensorSource over `pytorch_model*.bin`. Files are mapped into memory, so opening them reads no weights."""
+
+    def __init__(self, folder: Path, rename: Callable[[str], str | None]) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for path in indexed_files(folder, SINGLE_FILE, INDEX_FILE):
+            for stored, tensor in _load(path).items():
+                name = rename(stored)
+                if name is not None:
+                    self._tensors[name] = tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        kind = self._tensors[name].dtype
+        return np.dtype(ml_dtypes.bfloat16) if kind == torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
+
+    def load(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        if tensor.dtype == torch.bfloat16:
+            bits: np.ndarray = tensor.view(torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        array: np.ndarray = tensor.numpy()
+        return array
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: the pickle holds more than tensors and was not opened, as it could run code; "
+            "convert the checkpoint to safetensors where you trust it"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable torch checkpoint ({first}); download it again") from error
+    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+        raise UserError(f"{path}: holds no dictionary of tensors; give a folder with model weights")
+    return content
