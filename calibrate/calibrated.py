@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from calibrate.errors import UserError
 from calibrate.packing import pack_int4, unpack_int4
 from calibrate.safetensors_source import INDEX_FILE, SafetensorsSource
-from calibrate.scheme import LinearScheme
+from calibrate.scheme import LinearScheme, SchemeError
 
 RECORD_FILE = "calibration.json"
 RECORD_VERSION = 1
@@ -54,9 +54,7 @@ class CalibratedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        record = _read_record(folder / RECORD_FILE)
-        self.schemes: dict[str, LinearScheme] = {n: LinearScheme(**s) for n, s in record["linears"].items()}
-        self.summary: dict[str, Any] = record["summary"]
+        self.schemes, self.summary = _read_record(folder / RECORD_FILE)
         self.floats = SafetensorsSource(folder)
 
     def codes(self, name: str) -> np.ndarray:
@@ -87,6 +85,7 @@ class CalibratedWriter:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)  # of an earlier run
         self._folder = folder
         self._weight_map: dict[str, str] = {}
         self._linears: dict[str, LinearScheme] = {}
@@ -174,16 +173,16 @@ def _target_pattern(name: str) -> str:
     return rf"re:^(model\.)?{root}\.((model|vision_model)\.)?{re.escape(inner)}$"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> tuple[dict[str, LinearScheme], dict[str, Any]]:
+    """The scheme of each quantized linear, and the summary."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable calibration record ({error}); calibrate again") from error
-    if record.get("version") != RECORD_VERSION:
-        raise UserError(
-            f"{path}: record version {record.get('version')}, this program reads {RECORD_VERSION}; calibrate again"
-        )
-    return dict(record)
+        version = record["version"]
+        if version != RECORD_VERSION:
+            raise UserError(f"{path}: record version {version}, this program reads {RECORD_VERSION}; calibrate again")
+        return {name: LinearScheme(**scheme) for name, scheme in record["linears"].items()}, dict(record["summary"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SchemeError) as error:
+        raise UserError(f"{path}: no readable calibration record ({error!r}); calibrate again") from error
 
 
 def write_json(path: Path, content: Any) -> None:

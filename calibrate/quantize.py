@@ -15,6 +15,7 @@ from calibrate.scheme import LinearScheme
 # The smallest normal float16: below it a scale loses bits, and a zero scale would divide by zero.
 MIN_FLOAT16_SCALE = 2.0**-14
 MIN_FLOAT32_SCALE = 2.0**-30
+MAX_FLOAT16 = 65504.0
 
 
 def weight_scale(amax: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -45,7 +46,8 @@ def activation_scale(amax: float, num_bits: int = 8) -> float:
     """Per-tensor activation scale, rounded up to a float16 value so that `amax` itself is not clipped."""
     exact = max(amax / (2 ** (num_bits - 1) - 1), MIN_FLOAT16_SCALE)
     rounded = np.float16(exact)
-    return float(rounded if rounded >= exact else np.nextafter(rounded, np.float16(np.inf)))
+    # As Python floats: numpy would round `exact` to float16 before it compares.
+    return float(rounded if float(rounded) >= exact else np.nextafter(rounded, np.float16(np.inf)))
 
 
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:

@@ -71,7 +71,7 @@ def build_engines(backend: Backend, jobs: list[BuildJob], progress: Callable[[st
     Raises UserError with TensorRT's own words when parsing or building fails, or when the process dies.
     """
     order = {"module": backend.module, "targets": backend.targets, "jobs": [asdict(job) for job in jobs]}
-    command = [sys.executable, "-m", "engines.build_worker"]
+    command = [sys.executable, "-P", "-m", "engines.build_worker"]  # -P: import nothing from the working directory
     reports: list[BuildReport] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         if process.stdin is None or process.stdout is None:

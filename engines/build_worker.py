@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-# A graph input that the parser drops still builds, and gives wrong answers: that is an error.
-_FATAL_WARNINGS = re.compile(r"unused input|not supported|ignored", re.IGNORECASE)
+# A graph input that TensorRT drops still builds, and gives wrong answers: that is an error. The parser says some of it, and
+# the builder (whose other warnings are about the machine) the rest.
+_FATAL_IN_PARSER = re.compile(r"unused input|not supported|ignored", re.IGNORECASE)
+_FATAL_IN_BUILDER = re.compile(r"unused input", re.IGNORECASE)
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
 
 
@@ -39,9 +41,8 @@ def _build(trt: Any, log: Any, targets: list[str], job: dict[str, Any]) -> str |
     if not parser.parse_from_file(job["onnx"]):
         first = parser.get_error(0)
         return f"{name}: TensorRT cannot parse node {first.node_name()} ({first.node_operator()}): {_line(first.desc())}"
-    dropped = [text for text in log.texts(trt.ILogger.WARNING) if _FATAL_WARNINGS.search(text)]
-    if dropped:
-        return f"{name}: TensorRT would drop a part of the graph: {_line(dropped[0])}"
+    if dropped := _first(_FATAL_IN_PARSER, log.texts(trt.ILogger.WARNING)):
+        return f"{name}: TensorRT would drop a part of the graph: {_line(dropped)}"
     config = builder.create_builder_config()
     if targets:
         config.num_compute_capabilities = len(targets)
@@ -51,13 +52,19 @@ def _build(trt: Any, log: Any, targets: list[str], job: dict[str, Any]) -> str |
     config.progress_monitor = _make_monitor(trt, job["plan"])
     written = _write_plan(trt, builder, network, config, job["plan"])
     if not written:
-        errors = log.texts(trt.ILogger.ERROR) or ["no reason given"]
-        return f"{name}: TensorRT cannot build it: {_line(errors[-1])}"
+        errors = log.texts(trt.ILogger.ERROR) or ["no reason given"]  # those after the first come of it
+        return f"{name}: TensorRT cannot build it: {_line(errors[0])}"
+    if dropped := _first(_FATAL_IN_BUILDER, log.texts(trt.ILogger.WARNING)):
+        return f"{name}: TensorRT dropped a part of the graph: {_line(dropped)}"
     weights = next((int(m.group(1)) for text in log.all_texts() if (m := _WEIGHTS.search(text))), None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {"plan": job["plan"], "seconds": time.monotonic() - began, "plan_bytes": written}
     _say({"report": {**report, "weights_bytes": weights, "peak_bytes": peak}})
     return None
+
+
+def _first(pattern: re.Pattern[str], texts: list[str]) -> str | None:
+    return next((text for text in texts if pattern.search(text)), None)
 
 
 def _network_flags(trt: Any) -> int:

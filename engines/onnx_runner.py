@@ -20,7 +20,7 @@ Cache = list[ort.OrtValue]
 
 
 class OnnxRunner:
-    """Two sessions, vision and language. Caches belong to the caller and go in and out of `step`."""
+    """Two sessions, vision and language. Caches belong to the caller; `step` writes into them."""
 
     name = "onnxruntime"
 
@@ -28,7 +28,6 @@ class OnnxRunner:
         self._manifest = manifest
         self._vision = open_twin(manifest.file("vision_onnx"), manifest.file("vision_data"), threads)
         self._language = open_twin(manifest.file("language_onnx"), manifest.file("language_data"), threads)
-        self._outputs = [output.name for output in self._language.get_outputs()]
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """float32 [n, 3, R, R] -> float32 [n * tokens, hidden]; one dummy row for no image."""
@@ -46,17 +45,27 @@ class OnnxRunner:
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Cache
-    ) -> tuple[np.ndarray, Cache]:
-        """One pass. ids, positions: int64 [B, S]; index: int64 [B] -> logits float32 [B, S, vocab] and the new caches."""
-        feeds = {
-            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids)),
-            "image_embeds": ort.OrtValue.ortvalue_from_numpy(embeds),
-            "position_ids": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(positions)),
-            "write_index": ort.OrtValue.ortvalue_from_numpy(index),
-        }
-        names = [f"past_key_values.{i}.{part}" for i in range(len(cache) // 2) for part in ("key", "value")]
-        logits, *caches = self._language.run_with_ort_values(self._outputs, feeds | dict(zip(names, cache, strict=True)))
-        return logits.numpy(), caches
+    ) -> np.ndarray:
+        """One pass, writing into `cache`. ids, positions: int64 [B, S]; index: int64 [B] -> logits float32 [B, S, vocab].
+
+        Every cache is bound as input and output at once: ONNX Runtime then scatters in place instead of copying it.
+        """
+        binding = self._language.io_binding()
+        given = {"input_ids": ids, "image_embeds": embeds, "position_ids": positions, "write_index": index}
+        for name, array in given.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for number, value in enumerate(cache):
+            name = f"key_values.{number // 2}.{('key', 'value')[number % 2]}"
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        binding.bind_output("logits")
+        self._language.run_with_iobinding(binding)
+        logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def close(self) -> None:
+        """Gives the memory of both sessions back."""
+        del self._vision, self._language
 
 
 def open_twin(graph: Path, data: Path, threads: int | None = None) -> ort.InferenceSession:

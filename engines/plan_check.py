@@ -54,8 +54,10 @@ def read_gemms(plan: Path) -> list[Gemm]:
     Raises UserError when the file holds no program text this reader knows.
     """
     gemms: list[Gemm] = []
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        programs = list(_programs(data))
+    programs: list[tuple[bytes, bytes, bytes]] = []
+    if plan.stat().st_size:  # an empty file cannot be mapped
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            programs = list(_programs(data))
     if not programs:
         raise UserError(
             f"{plan.name}: holds no readable program, so what it executes cannot be proven; "

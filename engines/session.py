@@ -1,20 +1,25 @@
-"""Runs an exported LLaVA on token ids: logits at every position, and greedy generation through the cache."""
+"""Runs an exported LLaVA on token ids: logits at every position, and generation through the cache."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 
 from calibrate.errors import UserError
+from engines.backend import gpu_present
 from engines.manifest import Manifest
 from engines.onnx_runner import OnnxRunner
+from engines.sampling import Sampling, pick_token
+from engines.tensorrt_runner import MODULES, TensorRTRunner
 
 
 class Runner(Protocol):
-    """What a session needs of a runtime. A cache is whatever the runner makes of it."""
+    """What a session needs of a runtime. A cache is whatever the runner makes of it; `step` writes into it."""
 
     name: str
 
@@ -24,7 +29,22 @@ class Runner(Protocol):
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Any
-    ) -> tuple[np.ndarray, Any]: ...
+    ) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Sequences:
+    """A batch of sequences that lives in a cache.
+
+    tokens: all tokens of each sequence. cached: int64 [B], how many of them the cache holds; the rest is fed next.
+    """
+
+    tokens: list[list[int]]
+    cached: np.ndarray
+    cache: Any
+    logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # of the last cached token
 
 
 class Session:
@@ -38,16 +58,69 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        del self.runner
+        self.runner.close()
 
     def logits(self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None) -> np.ndarray:
         """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position."""
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        embeds = self._embeds([ids[0]], pixel_values)
-        logits, _ = self._prefill([ids[0]], embeds)
-        return logits
+        return self._feed(self._empty(1), [ids[0]], pixel_values)
+
+    def start(self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None = None) -> Sequences:
+        """Prefills prompts of any lengths, int64 [S_b] each; their images stand in order in pixel_values."""
+        if len(prompts) > self.manifest.limits.max_batch:
+            raise UserError(f"{len(prompts)} prompts at once, the engine was built for {self.manifest.limits.max_batch}")
+        sequences = self._empty(len(prompts))
+        self.extend(sequences, prompts, pixel_values)
+        return sequences
+
+    def extend(self, sequences: Sequences, added: Sequence[np.ndarray], pixel_values: np.ndarray | None = None) -> None:
+        """Writes new tokens behind the sequences (a chat's next turn); only they are computed.
+
+        Raises UserError, with the sequences as they were, when they would not fit.
+        """
+        pending = [tokens[n:] for tokens, n in zip(sequences.tokens, sequences.cached, strict=True)]
+        fed = [np.array([*p, *a], np.int64) for p, a in zip(pending, added, strict=True)]
+        logits = self._feed(sequences, fed, pixel_values)
+        lengths = np.array([len(f) for f in fed], np.int64)
+        sequences.logits = logits[np.arange(len(fed)), lengths - 1]
+        sequences.cached = sequences.cached + lengths
+        for tokens, new in zip(sequences.tokens, added, strict=True):
+            tokens.extend(int(t) for t in new)
+
+    def generate(
+        self, sequences: Sequences, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling | None = None
+    ) -> Iterator[list[int | None]]:
+        """Yields one token a sequence and step, None for sequences that have ended; a stop token is yielded, then nothing.
+
+        It ends when all sequences have stopped, after max_new_tokens, or when the longest sequence fills the cache. Stop
+        tokens do not become part of the sequences.
+        """
+        sampling = sampling or Sampling()
+        batch, dummy = len(sequences.tokens), np.zeros((1, self.manifest.config.text.hidden_size), np.float32)
+        randoms = [np.random.default_rng([sampling.seed, row]) for row in range(batch)]
+        alive = [True] * batch
+        room = self.manifest.limits.max_length - max(len(t) for t in sequences.tokens)
+        for _ in range(min(max_new_tokens, room)):
+            behind = np.array([len(t) for t in sequences.tokens]) > sequences.cached
+            if behind.any():
+                last = np.array([[t[-1]] for t in sequences.tokens], np.int64)
+                where = sequences.cached
+                sequences.logits = self.runner.step(last, dummy, where[:, None], where, sequences.cache)[:, -1]
+                sequences.cached = where + behind
+            chosen: list[int | None] = [
+                pick_token(sequences.logits[row], sequences.tokens[row], sampling, randoms[row]) if alive[row] else None
+                for row in range(batch)
+            ]
+            for row, token in enumerate(chosen):
+                if token in stop_ids or token is None:
+                    alive[row] = False
+                else:
+                    sequences.tokens[row].append(token)
+            yield chosen
+            if not any(alive):
+                return
 
     def generate_ids(
         self,
@@ -56,25 +129,37 @@ class Session:
         max_new_tokens: int,
         stop_ids: frozenset[int],
     ) -> Iterator[list[int | None]]:
-        """Greedy decoding of a batch of prompts of any lengths, int64 [S_b] each, their images in order in pixel_values.
+        """Greedy decoding of a batch of prompts: `start` and `generate` in one."""
+        return self.generate(self.start(prompts, pixel_values), max_new_tokens, stop_ids)
 
-        Yields one token a sequence and step, None for sequences that have ended; a stop token is yielded, then nothing more.
+    def _empty(self, batch: int) -> Sequences:
+        return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))
+
+    def _feed(self, sequences: Sequences, fed: Sequence[np.ndarray], pixel_values: np.ndarray | None) -> np.ndarray:
+        """Runs new tokens behind what the cache holds; logits float32 [B, longest, vocab].
+
+        Rows are padded on the right; what padding writes into the cache is overwritten before it can be seen.
         """
-        lengths = np.array([len(p) for p in prompts], np.int64)
-        room = self.manifest.limits.max_length - int(lengths.max())
-        embeds = self._embeds(prompts, pixel_values)
-        logits, cache = self._prefill(prompts, embeds)
-        last = logits[np.arange(len(prompts)), lengths - 1]
-        dummy = embeds[:1]
-        alive = [True] * len(prompts)
-        for number in range(min(max_new_tokens, room)):
-            tokens = last.argmax(-1).astype(np.int64)
-            yield [int(t) if on else None for t, on in zip(tokens, alive, strict=True)]
-            alive = [on and int(t) not in stop_ids for t, on in zip(tokens, alive, strict=True)]
-            if not any(alive) or number + 1 == min(max_new_tokens, room):
-                return
-            logits, cache = self.runner.step(tokens[:, None], dummy, lengths[:, None], lengths, cache)
-            last, lengths = logits[:, -1], lengths + 1
+        limits, longest = self.manifest.limits, max(len(f) for f in fed)
+        if min(len(f) for f in fed) == 0:
+            raise UserError("the prompt is empty; give at least one token")
+        end = int((sequences.cached + np.array([len(f) for f in fed])).max())
+        if end > limits.max_length:
+            raise UserError(
+                f"the context would be {end} tokens long, the engine was built for {limits.max_length}; "
+                "shorten the prompt, or export with a larger --max-length"
+            )
+        embeds = self._embeds(fed, pixel_values)
+        ids = np.full((len(fed), longest), _filler(self.manifest), np.int64)
+        for row, new in enumerate(fed):
+            ids[row, : len(new)] = new
+        positions = sequences.cached[:, None] + np.arange(longest, dtype=np.int64)[None]
+        if int(positions.max()) >= limits.max_length:
+            raise UserError(
+                f"padding this batch would reach beyond the {limits.max_length} tokens of the cache; "
+                "feed sequences of such different lengths one at a time"
+            )
+        return self.runner.step(ids, embeds, positions, sequences.cached, sequences.cache)
 
     def _embeds(self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None) -> np.ndarray:
         config, limits = self.manifest.config, self.manifest.limits
@@ -91,30 +176,48 @@ class Session:
             pixel_values = np.zeros((0, 3, config.vision.image_size, config.vision.image_size), np.float32)
         return self.runner.embed_images(pixel_values)
 
-    def _prefill(self, prompts: Sequence[np.ndarray], embeds: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Right-pads the prompts; what padding writes into the cache is overwritten before it can be seen."""
-        limits, longest = self.manifest.limits, max(len(p) for p in prompts)
-        if longest > limits.max_length:
-            raise UserError(f"the prompt is {longest} tokens long, the engine was built for {limits.max_length}")
-        if min(len(p) for p in prompts) == 0:
-            raise UserError("the prompt is empty; give at least one token")
-        if len(prompts) > limits.max_batch:
-            raise UserError(f"{len(prompts)} prompts at once, the engine was built for {limits.max_batch}")
-        ids = np.full((len(prompts), longest), _filler(self.manifest), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape)
-        cache = self.runner.new_cache(len(prompts))
-        return self.runner.step(ids, embeds, positions, np.zeros(len(prompts), np.int64), cache)
-
 
 def _filler(manifest: Manifest) -> int:
     """A padding token that is no image token."""
     return 0 if manifest.config.image_token_id != 0 else 1
 
 
+RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
+
+
 def open_session(manifest: Manifest, runtime: str = "auto", threads: int | None = None) -> Session:
     """A session on `runtime`. Raises UserError when it cannot run here."""
-    if runtime not in ("auto", "onnxruntime"):
-        raise UserError(f"--runtime {runtime}: not available in this version; use onnxruntime")
-    return Session(manifest, OnnxRunner(manifest, threads))
+    chosen, _ = choose_runtime(manifest, runtime)
+    runner = OnnxRunner(manifest, threads) if chosen == "onnxruntime" else TensorRTRunner(manifest, chosen)
+    return Session(manifest, runner)
+
+
+def choose_runtime(manifest: Manifest, requested: str) -> tuple[str, str]:
+    """The runtime for `--runtime`, and why. Raises UserError when the requested one cannot run here.
+
+    auto takes the engine when a GPU and the runtime that built it are here, else the ONNX graph.
+    """
+    if requested not in RUNTIMES:
+        raise UserError(f"--runtime {requested}: unknown; choose one of {', '.join(RUNTIMES)}")
+    if requested == "onnxruntime":
+        return requested, "as asked"
+    obstacle = _engine_obstacle(manifest, requested)
+    if obstacle is None:
+        return str(manifest.backend["name"]), "as asked" if requested != "auto" else "a GPU and the runtime are here"
+    if requested == "auto":
+        return "onnxruntime", obstacle
+    raise UserError(f"--runtime {requested}: {obstacle}; use --runtime onnxruntime")
+
+
+def _engine_obstacle(manifest: Manifest, requested: str) -> str | None:
+    """Why the export's engine cannot run here, or None."""
+    built = manifest.backend["name"]
+    if built not in MODULES:
+        return "this export has no engine"
+    if requested not in ("auto", built):
+        return f"this export's engine is for {built}"
+    if importlib.util.find_spec(MODULES[built]) is None:
+        return f"{built} is not installed"
+    if not gpu_present():
+        return "no NVIDIA GPU is here"
+    return None

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["UserError", "export", "load"]
 
 
-def export(model: str, out: str | Path, **options: Any) -> ExportResult:
+def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
     """Exports `model` to `out`; options are the fields of `qvlm_export.pipeline.ExportOptions`, as on the command line."""
     from qvlm_export import pipeline
     from qvlm_export.progress import Reporter
 
-    return pipeline.export(pipeline.ExportOptions(model=model, out=Path(out), **options), Reporter(quiet=True))
+    paths = {key: Path(options[key]) for key in ("recipe", "calib_data", "work_dir") if options.get(key) is not None}
+    chosen = pipeline.ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
+    return pipeline.export(chosen, Reporter(quiet=True))
 
 
 def load(path: str | Path, runtime: str = "auto") -> LoadedModel:

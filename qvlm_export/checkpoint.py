@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import LlavaConfig
 
 from calibrate.errors import UserError
@@ -52,8 +52,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     family = find_family(config_json.get("model_type"), str(folder / "config.json"))
     try:
         hf_config = LlavaConfig.from_dict(config_json)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'}: {_first_line(error)}; download it again") from error
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a valid configuration ({error}); download it again") from error
     config = model_config(hf_config, str(folder / "config.json"))
     rename = renamer(family)
     has_safetensors = (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: holds no config.json, so it is no checkpoint; give the folder of a LLaVA")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({_first_line(error)}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qvlm_export.cli import errors_as_lines
+from qvlm_export.cli import OneLineErrors, errors_as_lines
 
 EXAMPLES = """
 Examples:
@@ -27,7 +27,7 @@ Examples:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(epilog=EXAMPLES, cls=OneLineErrors)
 def main(
     model: Annotated[str, typer.Option(help="tiny, llava-7b, llava-13b, a Hugging Face id, or a local folder")],
     out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
@@ -70,7 +70,7 @@ def main(
         if as_json:
             print(json.dumps(content, indent=1))
         else:
-            show(content, Console())
+            show(content, Console(markup=False, highlight=False))
 
 
 def plan_summary(plan: Any) -> dict[str, Any]:

@@ -3,44 +3,105 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvlm_export.cli import errors_as_lines
+from calibrate.errors import UserError
+from qvlm_export.cli import OneLineErrors, errors_as_lines
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from engines.sampling import Sampling
+    from qvlm_export.loading import LoadedModel
 
 EXAMPLES = """
 Examples:
 
   qvlm-run engine.plan --image photo.png --prompt "What is in the picture?"
 
-  qvlm-run engine.plan --image a.png --image b.png --prompt "What differs?" --max-new-tokens 128
+  qvlm-run engine.plan --image a.png --image b.png --prompt "What differs?" --temperature 0.7 --seed 1
+
+  qvlm-run engine.plan --image photo.png --chat
 """
+
+CHAT_HELP = "chat: one line a turn; /image PATH shows a picture with the next turn, /quit ends"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(epilog=EXAMPLES, cls=OneLineErrors)
 def main(
     plan: Annotated[Path, typer.Argument(help="X.plan as qvlm-export wrote it")],
-    prompt: Annotated[str, typer.Option(help="what to ask")],
+    prompt: Annotated[str | None, typer.Option(help="what to ask")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat for more")] = None,
-    runtime: Annotated[str, typer.Option(help="auto or onnxruntime")] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="go on asking, the history stays in the cache")] = False,
+    runtime: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnxruntime")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this much probability")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 discourages repeating")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="end the answer before this text; repeat for more")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable answer")] = False,
 ) -> None:
-    """Asks an exported model a question about pictures."""
+    """Asks an exported model questions about pictures."""
     with errors_as_lines():
+        from engines.manifest import read_manifest
+        from engines.sampling import Sampling
+        from engines.session import choose_runtime
         from qvlm_export.images import open_image
         from qvlm_export.loading import load
 
+        if (prompt is None) != chat:
+            raise UserError("give --prompt, or --chat to ask line by line")
+        sampling = Sampling(temperature, top_p, repetition_penalty, seed)
         pictures = [open_image(path, "--image") for path in image or []]
         with load(plan, runtime) as model:
-            if as_json:
-                answer = model.generate(prompt, pictures, max_new_tokens)
-                print(json.dumps({"runtime": model.session.runner.name, "answer": answer}))
+            if not as_json:
+                name, why = choose_runtime(read_manifest(plan.with_suffix(".json")), runtime)
+                print(f"runtime: {name} ({why})", file=sys.stderr)
+            if prompt is None:
+                _chat(model, pictures, max_new_tokens, sampling, stop or [])
                 return
-            for piece in model.stream(prompt, pictures, max_new_tokens):
-                print(piece, end="", flush=True)
-            print()
+            pieces = model.stream(prompt, pictures, max_new_tokens, sampling, stop or [])
+            if as_json:
+                print(json.dumps({"runtime": model.session.runner.name, "answer": "".join(pieces)}))
+            else:
+                _show(pieces)
+
+
+def _chat(model: LoadedModel, pictures: list[Image.Image], max_new_tokens: int, sampling: Sampling, stop: list[str]) -> None:
+    """Reads turns until end of input. A turn that cannot be taken costs a line, not the conversation."""
+    from qvlm_export.images import open_image
+
+    conversation = model.chat()
+    shown = list(pictures)
+    print(CHAT_HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/image "):
+                shown.append(open_image(Path(line.removeprefix("/image ").strip()), "/image"))
+            elif line:
+                _show(conversation.say(line, shown, max_new_tokens, sampling, stop))
+                shown = []
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print(file=sys.stderr)
+
+
+def _show(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

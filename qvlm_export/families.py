@@ -76,6 +76,7 @@ def model_config(config: LlavaConfig, where: str) -> ModelConfig:
     vision, text = config.vision_config, config.text_config
     _require(vision.model_type in family.towers, where, "vision_config.model_type", vision.model_type, family.towers)
     _require(text.model_type in family.decoders, where, "text_config.model_type", text.model_type, family.decoders)
+    _require_sizes(config, where)
     for key, act in (
         ("vision_config.hidden_act", vision.hidden_act),
         ("projector_hidden_act", config.projector_hidden_act),
@@ -120,6 +121,30 @@ def model_config(config: LlavaConfig, where: str) -> ModelConfig:
         ),
         image_token_id=config.image_token_index,
     )
+
+
+def _require_sizes(config: LlavaConfig, where: str) -> None:
+    """Counts must be whole and positive, heads must divide widths, and token ids must be rows of the embedding table."""
+    vision, text = config.vision_config, config.text_config
+    common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name, part, keys in (
+        ("vision_config", vision, (*common, "image_size", "patch_size")),
+        ("text_config", text, (*common, "num_key_value_heads", "vocab_size", "max_position_embeddings")),
+    ):
+        for key in keys:
+            value = getattr(part, key)
+            _require(isinstance(value, int) and value > 0, where, f"{name}.{key}", value, ("whole numbers above 0",))
+    _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
+    width, heads = vision.hidden_size, vision.num_attention_heads
+    _require(width % heads == 0, where, "vision_config.num_attention_heads", heads, (f"divisors of hidden_size {width}",))
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    _require(heads % groups == 0, where, "text_config.num_key_value_heads", groups, (f"divisors of {heads} heads",))
+    head_dim = text.hidden_size // heads if text.head_dim is None else text.head_dim
+    _require(head_dim > 0 and head_dim % 2 == 0, where, "text_config.head_dim", head_dim, ("even numbers above 0",))
+    rows = (f"token ids below vocab_size {text.vocab_size}",)
+    _require(0 <= config.image_token_index < text.vocab_size, where, "image_token_index", config.image_token_index, rows)
+    pad = text.pad_token_id
+    _require(pad is None or abs(pad) < text.vocab_size, where, "text_config.pad_token_id", pad, rows)
 
 
 def _require(holds: bool, where: str, key: str, got: object, allowed: tuple[object, ...]) -> None:

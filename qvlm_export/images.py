@@ -11,6 +11,7 @@ from calibrate.errors import UserError
 
 MIN_SIDE = 8
 MAX_PIXELS = 64_000_000
+MAX_ASPECT = 100  # processors scale the shorter side up, so a thin strip would become gigabytes
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 
 
@@ -28,14 +29,17 @@ def open_image(path: Path, where: str) -> Image.Image:
             _check(image, f"{where}: {path}")
             image.load()
             return image.convert("RGB")
+    except UserError:
+        raise
     except FileNotFoundError as error:
-        raise UserError(f"{where}: there is no picture {path}; paths are relative to the JSONL file") from error
+        hint = "check the path; in JSONL it is relative to that file"
+        raise UserError(f"{where}: there is no picture {path}; {hint}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: {path} is larger than {MAX_PIXELS // 10**6} megapixels; scale it down") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: {path} is not a picture; give PNG, JPEG or WebP") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three on damaged files
-        raise UserError(f"{where}: {path} is damaged ({error}); save it again") from error
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise UserError(f"{where}: {path} cannot be read ({error}); save it again") from error
 
 
 def _check(image: Image.Image, what: str) -> None:
@@ -44,6 +48,8 @@ def _check(image: Image.Image, what: str) -> None:
         raise UserError(f"{what} has {width}x{height} pixels; scale it below {MAX_PIXELS // 10**6} megapixels")
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{what} has {width}x{height} pixels, too small to show anything; leave it out")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"{what} has {width}x{height} pixels, a strip of which nothing could be seen; leave it out")
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise UserError(f"{what} is animated ({frames} frames); save the frame you mean")

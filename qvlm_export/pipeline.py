@@ -12,12 +12,14 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from safetensors import SafetensorError
 
 from calibrate.absmax import Calibration, calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
@@ -35,14 +37,25 @@ from engines.plan_check import LinearCheck, check_plan, require_integer
 from engines.write_graph import interface, write_graph
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.plan import Recipe, check_targets, plan_linears, read_recipe, recipe_of_preset
-from qvlm_export.preflight import Sizes, check_disk, check_out, disk_needed, estimate_sizes
+from qvlm_export.preflight import (
+    Sizes,
+    calibrated_folder,
+    check_disk,
+    check_out,
+    check_work_dir,
+    disk_needed,
+    estimate_sizes,
+    nearest_folder,
+)
 from qvlm_export.progress import Reporter
-from qvlm_export.samples import default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
 
 FLOAT_TYPE = "float16"
 PARTS = ("vision", "language")
+FOLDER_ROLES = ("processor", "calibrated")
 DEFAULT_MAX_LENGTH = 2048
 MAX_SAMPLES = 128  # used when --samples does not say
+FULL_DISK_BYTES = 2**20  # with less than this free, a failure is put down to the disk
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class ExportPlan:
 
     options: ExportOptions
     checkpoint: Checkpoint
+    processor: Any  # transformers' own
     backend: Backend
     recipe: Recipe
     limits: Limits
@@ -92,8 +106,11 @@ class ExportResult:
 def plan_export(options: ExportOptions) -> ExportPlan:
     """The preflight: opens headers, decides schemes, checks everything that can be checked. Writes nothing."""
     check_out(options.out)
-    if options.max_batch < 1:
-        raise UserError(f"--max-batch {options.max_batch}: must be at least 1")
+    if options.work_dir is not None:
+        check_work_dir(options.work_dir)
+    for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} {count}: must be at least 1")
     recipe = recipe_of_preset(options.scheme) if options.recipe is None else read_recipe(options.recipe)
     backend = choose_backend(options.backend, options.targets)
     checkpoint = open_checkpoint(options.model)
@@ -106,40 +123,66 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     total = Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes")))
     disk_bytes = disk_needed(total, calibrates=bool(linears), builds=backend.module is not None)
     check_disk(options.out.parent, disk_bytes)
-    samples = _samples(options, checkpoint, limits) if linears else ()
-    return ExportPlan(options, checkpoint, backend, recipe, limits, blocks, linears, sizes, disk_bytes, samples)
+    processor = load_processor(checkpoint.folder)
+    check_processor(processor, checkpoint.config, checkpoint.folder)
+    samples = _samples(options, checkpoint, processor, limits) if linears else ()
+    return ExportPlan(options, checkpoint, processor, backend, recipe, limits, blocks, linears, sizes, disk_bytes, samples)
 
 
-def _samples(options: ExportOptions, checkpoint: Checkpoint, limits: Limits) -> tuple[Sample, ...]:
+def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
     entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
-    return tuple(encode_entries(entries, load_processor(checkpoint.folder), limits.max_length))
+    return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
 
 
 def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     """The whole command. Raises UserError with nothing left at the output path."""
     plan = plan_export(options)
-    work = options.work_dir or options.out.parent / f".{options.out.stem}.work"
+    with _scratch_folder(options.out) as scratch:
+        try:
+            return _run(plan, scratch, reporter)
+        except (OSError, SafetensorError, UserError) as error:
+            if _is_disk_full(error, scratch):
+                raise UserError(
+                    f"{options.out.parent}: the disk is full; {plan.disk_bytes / 2**20:.0f} MiB are needed; free some"
+                ) from error
+            raise
+
+
+@contextmanager
+def _scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for unfinished work, so that results can be renamed into place; gone when the context ends.
+
+    So are parents of `out` that had to be made and stayed empty.
+    """
+    scratch = out.parent / f".{out.stem}.work"
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
-        return _run(plan, work, reporter)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{options.out.parent}: the disk is full; {plan.disk_bytes / 2**30:.1f} GiB are needed"
-            ) from error
-        raise
+        yield scratch
     finally:
-        if options.work_dir is None:
-            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # not empty: the export is there
+            for folder in made:
+                folder.rmdir()
 
 
-def _run(plan: ExportPlan, work: Path, reporter: Reporter) -> ExportResult:
-    stage_dir = work / "out"
-    shutil.rmtree(work, ignore_errors=True)
-    stage_dir.mkdir(parents=True)
-    calibrated = _calibrate(plan, work / "calibrated", reporter)
+def _is_disk_full(error: Exception, folder: Path) -> bool:
+    """Safetensors says it in words, numpy writes short without an errno, and TensorRT gives no reason at all."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(nearest_folder(folder)).free < FULL_DISK_BYTES
+
+
+def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
+    stage_dir = scratch / "out"
+    stage_dir.mkdir()
+    calibrated = _calibrate(plan, calibrated_folder(plan.options.work_dir or scratch), reporter)
     interfaces = _write_graphs(plan, calibrated, stage_dir, reporter)
     reports, checks = _build(plan, stage_dir, reporter)
-    load_processor(plan.checkpoint.folder).save_pretrained(stage_dir / f"{plan.options.out.stem}.processor")
+    if calibrated is not None and plan.options.work_dir is None:
+        calibrated.folder.rename(stage_dir / f"{plan.options.out.stem}.calibrated")
+    plan.processor.save_pretrained(stage_dir / f"{plan.options.out.stem}.processor")
     manifest = _manifest(plan, stage_dir, calibrated, interfaces, checks)
     write_manifest(manifest)
     _publish(stage_dir, plan.options.out)
@@ -180,6 +223,7 @@ def _calibrate(plan: ExportPlan, folder: Path, reporter: Reporter) -> Calibrated
             "calibrating with the package's own 64 drawn scenes, as --calib-data was not given: activation ranges of your "
             "pictures and prompts may be clipped, which costs accuracy; give 64 or more real examples"
         )
+    shutil.rmtree(folder, ignore_errors=True)
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
         job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples)
@@ -200,9 +244,18 @@ def _write_graphs(
             model = vision_graph(config, dtype) if part == "vision" else language_graph(config, plan.limits, dtype)
             _fill(model, plan, calibrated, part, dtype)
             path = folder / _names(plan.options.out)[f"{part}_onnx"]
-            write_graph(model, path, lambda done, n=number: stage.fraction((n + done) / len(PARTS)))  # type: ignore[misc]
+            try:
+                write_graph(model, path, lambda done, n=number: stage.fraction((n + done) / len(PARTS)))  # type: ignore[misc]
+            except ir.serde.SerdeError as error:  # onnx_ir wraps what reading a tensor raised
+                raise _root_cause(error) from error
             interfaces[part] = interface(model)
     return interfaces
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _fill(model: ir.Model, plan: ExportPlan, calibrated: CalibratedCheckpoint | None, part: str, dtype: ir.DataType) -> None:
@@ -279,7 +332,11 @@ def _manifest(
         interface=interfaces,
         versions=_versions(),
         files={role: describe_file(path) for role, path in roles.items() if path.exists()}
-        | {"processor": {"name": f"{plan.options.out.stem}.processor"}},
+        | {
+            role: {"name": f"{plan.options.out.stem}.{role}"}
+            for role in FOLDER_ROLES
+            if (folder / f"{plan.options.out.stem}.{role}").exists()
+        },
     )
 
 
@@ -289,11 +346,25 @@ def _versions() -> dict[str, str]:
 
 
 def _publish(stage_dir: Path, out: Path) -> None:
-    """Moves the finished files beside each other; the old manifest goes first and the new one comes last."""
+    """Moves the finished files beside each other; the old manifest goes first and the new one comes last.
+
+    What an older export had and the new one has not, such as engines, goes too.
+    """
     manifest = _manifest_path(out)
     manifest.unlink(missing_ok=True)
-    for path in sorted(stage_dir.iterdir(), key=lambda p: p.name == manifest.name):
+    finished = sorted(stage_dir.iterdir(), key=lambda p: p.name == manifest.name)
+    old = {*_names(out).values(), *(f"{out.stem}.{role}" for role in FOLDER_ROLES)}
+    for name in old - {path.name for path in finished}:
+        _remove(out.parent / name)
+    for path in finished:
         target = out.parent / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
+        if path.is_dir() or target.is_dir():
+            _remove(target)
         os.replace(path, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

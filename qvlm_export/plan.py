@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from calibrate.errors import UserError
 from calibrate.scheme import GROUP_SIZES, W8A8, LinearScheme, w4a16
@@ -41,6 +41,12 @@ class Rule(BaseModel):
     scheme: SchemeName
     group_size: Literal[128, 64] | None = None
 
+    @model_validator(mode="after")
+    def _groups_are_for_int4(self) -> Rule:
+        if self.group_size is not None and self.scheme != "W4A16":
+            raise ValueError(f"{self.scheme} has no groups, leave group_size out")
+        return self
+
 
 class Recipe(BaseModel):
     """The YAML of --recipe."""
@@ -53,13 +59,17 @@ class Recipe(BaseModel):
 def read_recipe(path: Path) -> Recipe:
     """Raises UserError naming the file and the field."""
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML's dates raise ValueError
         raise UserError(f"--recipe {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    try:
+        return Recipe.model_validate({} if content is None else content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise UserError(f"--recipe {path}: {field}: {first['msg']}") from error
+        raise UserError(
+            f"--recipe {path}: {field}: {first['msg']}; write base, and rules of match, scheme and group_size"
+        ) from error
 
 
 def recipe_of_preset(scheme: str) -> Recipe:

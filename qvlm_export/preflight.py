@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibrate.calibrated import RECORD_FILE
 from calibrate.errors import UserError
 from calibrate.scheme import LinearScheme
+from engines.manifest import FORMAT
 
 PLAN_OVERHEAD_BYTES = 8 * 2**20  # kernels and program text of a TensorRT-RTX plan, whatever the model's size
+MAX_NAME_BYTES = 230  # of 255, for what is appended to the name: .vision.onnx.data.tmp
 
 
 @dataclass(frozen=True)
@@ -49,24 +54,61 @@ def disk_needed(sizes: Sizes, calibrates: bool, builds: bool) -> int:
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError when `out` is not a .plan path in a folder that can be written."""
+    """Raises UserError when `out` is not a .plan path in a folder that can be written, or stands for foreign files."""
     if out.suffix != ".plan":
         raise UserError(f"--out {out}: must end in .plan; the other files are named after it")
+    if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
+        raise UserError(f"--out {out}: the name is too long, as the other files append to it; shorten it")
+    check_writable(out.parent, f"--out {out}")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file in it")
+    manifest = out.with_suffix(".json")
+    if manifest.exists() and not _is_manifest(manifest):
+        raise UserError(f"--out {out}: would replace {manifest}, which qvlm-export did not write; choose another name")
+
+
+def check_work_dir(folder: Path) -> None:
+    """Raises UserError when the calibrated checkpoint cannot be kept in `folder`, or would replace foreign files."""
+    check_writable(folder, f"--work-dir {folder}")
+    kept = calibrated_folder(folder)
+    names = {path.name for path in kept.iterdir()} if kept.is_dir() else set()
+    foreign = [n for n in names if not n.startswith(("model-", "model.safetensors.index.json", "config.json", RECORD_FILE))]
+    if foreign or ("config.json" in names and RECORD_FILE not in names):
+        raise UserError(f"--work-dir {folder}: {kept} holds files qvlm-export did not write; choose another folder")
+
+
+def calibrated_folder(work: Path) -> Path:
+    """Where a work folder holds the calibrated checkpoint."""
+    return work / "calibrated"
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises UserError when `folder` cannot be written, or made where it does not exist yet. Makes nothing."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)):
             pass
     except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be written ({error.strerror}); choose another") from error
+        raise UserError(f"{option}: its folder cannot be written ({error.strerror}); choose another") from error
+
+
+def nearest_folder(folder: Path) -> Path:
+    """`folder`, or the closest of its parents that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raises UserError when the disk of `folder` has too little room."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed_bytes:
         raise UserError(
             f"{folder}: {needed_bytes / 2**30:.1f} GiB are needed on this disk and {free / 2**30:.1f} GiB are free; "
             "free some, or write --out to another disk"
         )
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT

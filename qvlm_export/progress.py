@@ -1,4 +1,4 @@
-"""Progress for people: one bar a stage with the time left, on stderr; silent for machines."""
+"""Progress for people: one bar a stage with the time left, on stderr; silent for machines and in log files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reporter:
     def stage(self, name: str) -> Iterator[Stage]:
         began = time.monotonic()
         columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console) as bars:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=1.0)
             yield _Bar(bars, task)
             bars.update(task, completed=1.0)

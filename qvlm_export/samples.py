@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 from calibrate.errors import UserError
 from calibrate.samples import Sample
+from engines.config import ModelConfig
 from qvlm_export.images import open_image
 
 # What LLaVA-1.5 was trained with; for checkpoints without a chat template of their own.
@@ -45,26 +46,65 @@ def default_calibration() -> Path:
 
 
 def load_processor(folder: Path) -> Any:
-    """The checkpoint's own processor (transformers). Raises UserError when the folder has none."""
+    """The checkpoint's own processor (transformers). Raises UserError when the folder has none, or a damaged one."""
     try:
-        return AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever transformers and tokenizers stumble over in a damaged file
         raise UserError(
-            f"{folder}: its processor cannot be loaded ({first}); add the tokenizer and processor files"
+            f"{folder}: its processor cannot be loaded ({_first_line(error)}); add the tokenizer and processor files"
         ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(f"{folder}: holds no processor of pictures and text; add processor_config.json of the model")
+    return processor
+
+
+def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
+    """Runs a grey picture through the processor. Raises UserError when it fails or does not fit the model."""
+    where = f"{folder}: its processor"
+    if processor.tokenizer.eos_token_id is None:
+        raise UserError(f"{where} names no end-of-sequence token; add tokenizer_config.json of the model")
+    grey = Image.new("RGB", (96, 64), (127, 127, 127))
+    try:
+        text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
+        encoded = None if text.count(processor.image_token) != 1 else encode(processor, text, [grey])
+    except Exception as error:  # a chat template may raise anything
+        raise UserError(f"{where} fails ({_first_line(error)}); download the processor files again") from error
+    if encoded is None:
+        raise UserError(f"{where} has a chat template that does not place {processor.image_token}; download it again")
+    _check_encoded(*encoded, config, where)
+
+
+def _check_encoded(pixels: np.ndarray, ids: np.ndarray, config: ModelConfig, where: str) -> None:
+    """pixels float32 [n, 3, R, R] and ids int64 [S] must be what this model takes."""
+    side, together = config.vision.image_size, "do processor and config.json belong together?"
+    if len(pixels) and pixels.shape[1:] != (3, side, side):
+        raise UserError(
+            f"{where}: a picture becomes {list(pixels.shape[1:])}, the model takes {[3, side, side]}; {together}"
+        )
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{where}: a picture becomes NaN or infinite; check image_mean and image_std of the processor")
+    found, wanted = int((ids == config.image_token_id).sum()), len(pixels) * config.vision.tokens_per_image
+    if found != wanted:
+        raise UserError(f"{where}: {found} image tokens for {len(pixels)} pictures, the model takes {wanted}; {together}")
+    if int(ids.max()) >= config.text.vocab_size:
+        raise UserError(f"{where}: token {ids.max()} is beyond vocab_size {config.text.vocab_size}; {together}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def read_entries(path: Path, wanted: int | None, at_most: int) -> list[Entry]:
     """The first `wanted` lines, or up to `at_most` when that is None. Raises UserError naming file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows programs begin UTF-8 files with a byte order mark
     except OSError as error:
         raise UserError(f"--calib-data {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--calib-data {path}: is not UTF-8 text; save it as UTF-8") from error
     entries: list[Entry] = []
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):  # splitlines would also break at U+2028 inside a prompt
         if raw.strip() and len(entries) < (wanted or at_most):
             entries.append(_entry(path, number, raw))
     if not entries:
@@ -77,9 +117,11 @@ def read_entries(path: Path, wanted: int | None, at_most: int) -> list[Entry]:
 def _entry(path: Path, number: int, raw: str) -> Entry:
     where = f"{path}:{number}"
     try:
-        line = Line.model_validate(json.loads(raw))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); write one JSON object a line") from error
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({_first_line(error)}); write one JSON object a line") from error
+    try:
+        line = Line.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the line"
@@ -87,24 +129,26 @@ def _entry(path: Path, number: int, raw: str) -> Entry:
     return Entry(where, line, None if line.image is None else path.parent / line.image)
 
 
-def encode_entries(entries: list[Entry], processor: Any, max_length: int) -> list[Sample]:
+def encode_entries(entries: list[Entry], processor: Any, config: ModelConfig, max_length: int) -> list[Sample]:
     """Samples ready for the model. Raises UserError for a bad picture or a prompt beyond `max_length` tokens."""
-    return [encode_entry(entry, processor, max_length) for entry in entries]
+    return [encode_entry(entry, processor, config, max_length) for entry in entries]
 
 
-def encode_entry(entry: Entry, processor: Any, max_length: int) -> Sample:
+def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: int) -> Sample:
     images = [] if entry.image is None else [open_image(entry.image, entry.where)]
     prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
-    pixels, ids = encode(processor, prompt, images)
+    pixels, ids = encode(processor, prompt, images, entry.where)
     start = len(ids)
     if entry.line.answer is not None:
         tokenizer = processor.tokenizer
+        _check_text(processor, entry.line.answer, 0, entry.where)
         answer = tokenizer.encode(f" {entry.line.answer}", add_special_tokens=False)
         ids = np.concatenate([ids, answer, [tokenizer.eos_token_id]]).astype(np.int64)
     if len(ids) > max_length:
         raise UserError(
             f"{entry.where}: is {len(ids)} tokens long, --max-length is {max_length}; shorten it or raise the limit"
         )
+    _check_encoded(pixels, ids, config, entry.where)
     return Sample(ids, pixels, start)
 
 
@@ -130,15 +174,30 @@ def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
-def encode(processor: Any, text: str, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    processor: Any, text: str, images: list[Image.Image], where: str = "the prompt", continues: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Pixel values float32 [n, 3, R, R] and input_ids int64 [S] with one image token a patch.
 
-    The template may already begin with the tokenizer's BOS text, which must then not be added twice.
+    The template may already begin with the tokenizer's BOS text, which must then not be added twice; nor is it when the
+    text `continues` a conversation. Raises UserError,
+    begun with `where`, when the text does not hold one image token for each picture.
     """
     tokenizer = processor.tokenizer
-    add_special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    _check_text(processor, text, len(images), where)
+    add_special = not continues and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     encoded = processor(images=images or None, text=text, return_tensors="np", add_special_tokens=add_special)
     ids = np.asarray(encoded["input_ids"], np.int64)[0]
     if not images:
         return np.zeros((0, 3, 1, 1), np.float32), ids
     return np.asarray(encoded["pixel_values"], np.float32), ids
+
+
+def _check_text(processor: Any, text: str, images: int, where: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: holds half a surrogate pair, which is no text; write it as UTF-8")
+    found, token = text.count(processor.image_token), processor.image_token
+    if found != images:
+        raise UserError(
+            f"{where}: has {found} times {token} for {images} pictures; the chat template places them, so leave {token} out"
+        )

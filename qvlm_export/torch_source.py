@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class TorchSource:
         return np.dtype(ml_dtypes.bfloat16) if kind == torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
 
     def load(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].detach()  # numpy refuses a stored Parameter
         if tensor.dtype == torch.bfloat16:
             bits: np.ndarray = tensor.view(torch.int16).numpy()
             return bits.view(ml_dtypes.bfloat16)
@@ -51,15 +52,23 @@ class TorchSource:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip files and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: the pickle holds more than tensors and was not opened, as it could run code; "
-            "convert the checkpoint to safetensors where you trust it"
+            f"{path}: is damaged or holds more than tensors, and was not opened, as it could run code; "
+            "download it again, or convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # torch raises many types on damaged files
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable torch checkpoint ({first}); download it again") from error
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: holds no dictionary of tensors; give a folder with model weights")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            raise UserError(f"{path}: {name!r} is no plain tensor; give a folder with unquantized model weights")
     return content
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized

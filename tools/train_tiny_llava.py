@@ -25,8 +25,26 @@ import tiny_model
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-# One description a picture teaches most of the seeing; the rest of the row asks for what is learned last.
-ROW_KINDS = ("describe", "color", "shape", "position", "count", "count", "yesno", "yesno", "choice", "choice")
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps with one mix of questions. The learning rate warms up to `lr`, then follows a cosine over `cosine_steps`."""
+
+    steps: int
+    lr: float
+    cosine_steps: int
+    row_kinds: tuple[str, ...]
+
+
+# One description a picture teaches most of the seeing. Multiple choice is learned last (perceive, compare with each option,
+# name its letter), so the second stage asks mostly for that.
+STAGES = (
+    Stage(
+        4100, 1e-3, 6000, ("describe", "color", "shape", "position", "count", "count", "yesno", "yesno", "choice", "choice")
+    ),
+    Stage(3000, 8e-4, 3000, ("describe", "color", "shape", "position", "count", "yesno", "yesno", *(("choice",) * 5))),
+)
+WARMUP_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,8 @@ class RowMaker:
         scene = scenes.make_scene("train", index, self._seed)
         return scene, self._processor.image_processor(scenes.draw(scene), return_tensors="np")["pixel_values"][0]
 
-    def row(self, index: int) -> Row:
-        _, asked = scenes.questions("train", index, self._seed, ROW_KINDS)
+    def row(self, index: int, kinds: tuple[str, ...]) -> Row:
+        _, asked = scenes.questions("train", index, self._seed, kinds)
         _, pixels = self.picture(index)
         ids, positions, segments = list(self._prefix), list(range(len(self._prefix))), [0] * len(self._prefix)
         weight = [0.0] * len(self._prefix)
@@ -130,10 +148,18 @@ def pretrain_tower(model: LlavaForConditionalGeneration, maker: RowMaker, args: 
             print(f"tower step {step + 1} loss {loss.item():.4f}", flush=True)
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    warm = min(1.0, (step + 1) / args.warmup)
-    progress = min(1.0, step / args.steps)
-    return args.lr * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
+def stage_of(step: int) -> tuple[Stage, int]:
+    """The stage that global step `step` belongs to, and the step's number inside it."""
+    for stage in STAGES:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise ValueError("training is over")
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    return stage.lr * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / stage.cosine_steps))))
 
 
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, secs: float) -> None:
@@ -149,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     processor = tiny_model.make_processor(tiny_model.train_tokenizer())
     model = LlavaForConditionalGeneration(tiny_model.make_config(processor.tokenizer)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=STAGES[0].lr, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint, step, seconds = args.work / "training.pt", 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
@@ -162,11 +188,13 @@ def train(args: argparse.Namespace) -> None:
     if step == 0:
         pretrain_tower(model, maker, args)
     began, window = time.time() - seconds, []
-    while step < args.steps:
-        rows = [maker.row(step * args.batch + i) for i in range(args.batch)]
+    steps = sum(stage.steps for stage in STAGES)
+    while step < steps:
+        stage, stage_step = stage_of(step)
+        rows = [maker.row(step * args.batch + i, stage.row_kinds) for i in range(args.batch)]
         batch = {k: v.to(args.device) for k, v in collate(rows).items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(stage, stage_step)
         loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -178,22 +206,19 @@ def train(args: argparse.Namespace) -> None:
             taken = time.time() - began
             print(f"step {step} loss {sum(window) / len(window):.4f} {taken:.0f} s", flush=True)
             window = []
-        if step % args.save_every == 0 or step == args.steps:
+        if step % args.save_every == 0 or step == steps:
             save_checkpoint(checkpoint, model, optimizer, step, time.time() - began)
     model.half().save_pretrained(args.work / "unplanted")
     processor.save_pretrained(args.work / "unplanted")
-    record = {"seed": args.seed, "steps": step, "batch": args.batch, "lr": args.lr, "seconds": round(time.time() - began)}
+    record = {"seed": args.seed, "steps": step, "batch": args.batch, "seconds": round(time.time() - began)}
     (args.work / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--pretrain-steps", type=int, default=600, help="steps of the tower alone, 64 pictures each")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: all cores)")
     parser.add_argument("--save-every", type=int, default=100)

@@ -1,0 +1,95 @@
+"""Runs samples through a model block by block; what happens at a block is the caller's. torch.
+
+The one forward pass of calibration, of its simulation and of validation: tower, projector, image placement, decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from calibrate.blocks import Block, ModelBlocks, load_finite, resident
+from calibrate.errors import UserError
+from calibrate.samples import Sample
+from calibrate.tensors import TensorSource
+
+IMAGES_AT_ONCE = 8
+TABLE, FINAL_NORM, HEAD = (
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.norm.weight",
+    "language_model.lm_head.weight",
+)
+
+# Runs one resident module on one input: (module, hidden [1 or images, tokens, width]) -> hidden.
+Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+# What to do at a block: makes it resident, runs all inputs, returns their outputs.
+Step = Callable[[Block, list[torch.Tensor], Run], list[torch.Tensor]]
+
+
+def plain_step(source: TensorSource) -> Step:
+    """A step that only computes."""
+
+    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        with resident(block, source) as module, torch.inference_mode():
+            return [run(module, x) for x in inputs]
+
+    return step
+
+
+def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
+    """Tower and projector over all pictures: one [n * tokens, hidden] a sample."""
+    pixels = [torch.from_numpy(s.pixel_values) for s in samples]
+    shown = [p for p in pixels if len(p)]
+    batches = list(torch.cat(shown).split(IMAGES_AT_ONCE)) if shown else []
+    for entry in (blocks.patch_embeddings, blocks.pre_norm):
+        batches = plain_step(source)(entry, batches, lambda module, x: module(x))
+    for block in blocks.vision_layers:
+        batches = step(block, batches, lambda module, x: module(x, attention_mask=None))
+    if not blocks.keep_class_token:
+        batches = [batch[:, 1:] for batch in batches]
+    batches = step(blocks.projector, batches, lambda module, x: module(x))
+    per_image = torch.cat(batches) if batches else torch.zeros(0, 1, 1)
+    return [chosen.flatten(0, 1) for chosen in per_image.split([len(p) for p in pixels])]
+
+
+def walk_language(
+    blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: list[torch.Tensor], step: Step
+) -> list[torch.Tensor]:
+    """The decoder layers over all samples: hidden states [1, S, hidden] before the final norm."""
+    table = load_finite(source, TABLE)
+    hidden = [embed(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)]
+    del table
+
+    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1])[None]
+        rope = blocks.rotary(x, position_ids=positions)
+        out: torch.Tensor = module(x, attention_mask=None, position_ids=positions, position_embeddings=rope)
+        return out
+
+    for block in blocks.text_layers:
+        hidden = step(block, hidden, run)
+    return hidden
+
+
+def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:
+    """Token embeddings [1, S, hidden] with the image features in the places of the image tokens."""
+    ids = torch.from_numpy(sample.input_ids)
+    embeds = table[ids]
+    is_image = ids == image_token_id
+    if int(is_image.sum()) != len(image):
+        raise UserError(
+            f"a sample has {int(is_image.sum())} image tokens for {len(image)} image features; "
+            "does the processor belong to this model?"
+        )
+    embeds[is_image] = image
+    return embeds[None]
+
+
+def final_logits(source: TensorSource, hidden: list[torch.Tensor], epsilon: float) -> list[torch.Tensor]:
+    """Final RMSNorm and head: logits float32 [S, vocab] a sample."""
+    gain = load_finite(source, FINAL_NORM)
+    head = load_finite(source, HEAD if HEAD in source else TABLE)
+    with torch.inference_mode():
+        return [(torch.nn.functional.rms_norm(h[0], gain.shape, gain, epsilon) @ head.T) for h in hidden]

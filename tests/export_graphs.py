@@ -1,0 +1,43 @@
+"""Writes float graphs of a checkpoint in any float type and opens a session on them, without the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.config import Limits
+from engines.graph import FLOAT_TYPES, fill_weights, language_graph, vision_graph
+from engines.insert_qdq import transpose_float_weights
+from engines.manifest import Manifest
+from engines.session import Session, open_session
+from engines.write_graph import write_graph
+from qvlm_export.checkpoint import open_checkpoint
+
+
+def export_session(checkpoint: Path, folder: Path, dtype: str, limits: Limits) -> Session:
+    """Graphs of `dtype` in `folder`, opened on ONNX Runtime with one thread."""
+    opened = open_checkpoint(str(checkpoint))
+    kind = FLOAT_TYPES[dtype]
+    graphs = {"vision": vision_graph(opened.config, kind), "language": language_graph(opened.config, limits, kind)}
+    files = {}
+    for part, model in graphs.items():
+        fill_weights(model, opened.source)
+        transpose_float_weights(model)
+        write_graph(model, folder / f"{part}.onnx", lambda _: None)
+        files |= {f"{part}_onnx": {"name": f"{part}.onnx"}, f"{part}_data": {"name": f"{part}.onnx.data"}}
+    empty: dict[str, str] = {}
+    manifest = Manifest(
+        path=folder / "export.json",
+        model=empty,
+        config=opened.config,
+        limits=limits,
+        float_type=dtype,
+        scheme="fp16",
+        linears=empty,
+        calibration=empty,
+        backend=empty,
+        plan_check=(),
+        interface=empty,
+        versions=empty,
+        files=files,
+    )
+    return open_session(manifest, "onnxruntime", threads=1)
