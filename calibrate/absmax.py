@@ -6,35 +6,20 @@ of the calibrated checkpoint and forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibrate.blocks import Block, ModelBlocks, load_finite, resident
+from calibrate.blocks import Block, linear_of, resident
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
-from calibrate.quantize import MAX_FLOAT16, quantize_linear
-from calibrate.samples import Sample
+from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
+from calibrate.quantize import quantize_linear
 from calibrate.scheme import LinearScheme
-from calibrate.tensors import TensorSource
 from calibrate.walk import Run, walk_language, walk_vision
-
-# (blocks done, blocks in all, name of the block)
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to calibrate: the model's blocks, its tensors, the scheme of each planned linear, the samples."""
-
-    blocks: ModelBlocks
-    source: TensorSource
-    plan: Mapping[str, LinearScheme]
-    samples: Sequence[Sample]
 
 
 def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
@@ -42,61 +27,30 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
-    stepper = _Stepper(job, writer, progress)
-    features = walk_vision(job.blocks, job.source, job.samples, stepper.step)
-    walk_language(job.blocks, job.source, job.samples, features, stepper.step)
-    stepper.leftovers()
-    return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}
+    shards = BlockWriter(job, writer, progress)
 
-
-class _Stepper:
-    """What happens at each block: run, watch, quantize, write. Counts blocks and remembers what it has written."""
-
-    def __init__(self, job: Calibration, writer: CalibratedWriter, progress: Progress) -> None:
-        self._job, self._writer, self._progress = job, writer, progress
-        self._done = 0
-        self._written: set[str] = set()
-
-    def step(self, block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
-        """Runs one block on all inputs, quantizes it from what it saw, and returns its float outputs."""
-        job = self._job
+    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
         with resident(block, job.source) as module, torch.inference_mode():
             with _input_amax(module) as amax:
                 outputs = [run(module, x) for x in inputs]
-            for number, output in enumerate(outputs):
-                if not torch.isfinite(output).all():
-                    raise UserError(f"{block.prefix}: activations of batch {number} are not finite; check the samples")
+            check_outputs(block, outputs)
             linears = {
-                f"{block.prefix}.{name}": _quantize(f"{block.prefix}.{name}", layer, job.plan, amax.get(name))
-                for name, layer in module.named_modules()
-                if isinstance(layer, nn.Linear) and f"{block.prefix}.{name}" in job.plan
+                name: _quantize(f"{block.prefix}.{name}", linear_of(module, name), scheme, amax.get(name))
+                for name, scheme in job.plan_of(block).items()
             }
-        self._write(block.prefix, linears, [n for n in block.tensor_names() if n.removesuffix(".weight") not in linears])
-        self._done += 1
-        self._progress(self._done, job.blocks.count(), block.prefix)
+        shards.write(block, linears)
         return outputs
 
-    def _write(self, block: str, linears: dict[str, QuantizedLinear], float_names: list[str]) -> None:
-        self._writer.write_shard(block, linears, {name: self._job.source.load(name) for name in float_names})
-        self._written |= {*float_names, *(f"{name}.weight" for name in linears)}
-
-    def leftovers(self) -> None:
-        """Copies what no block holds (embeddings, norms, lm_head, unused vision layers), a shard for each component."""
-        left: dict[str, list[str]] = {}
-        for name in self._job.source:
-            if name not in self._written:
-                load_finite(self._job.source, name)
-                left.setdefault(name.partition(".")[0], []).append(name)
-        for component, names in left.items():
-            self._write(f"{component}.rest", {}, names)
+    features = walk_vision(job.blocks, job.source, job.samples, step)
+    walk_language(job.blocks, job.source, job.samples, features, step)
+    shards.write_rest()
+    return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}
 
 
-def _quantize(name: str, layer: nn.Linear, plan: Mapping[str, LinearScheme], amax: float | None) -> QuantizedLinear:
-    scheme = plan[name]
+def _quantize(name: str, layer: nn.Linear, scheme: LinearScheme, amax: float | None) -> QuantizedLinear:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
-    if float(layer.weight.abs().max()) > MAX_FLOAT16:
-        raise UserError(f"{name}.weight: holds values beyond float16's 65504, so it cannot be in a float16 engine")
+    check_weight(name, layer.weight)
     return quantize_linear(layer.weight, scheme, amax)
 
 

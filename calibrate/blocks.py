@@ -84,6 +84,14 @@ def feature_layers(config: LlavaConfig) -> int:
     return int(feature if feature >= 0 else total + 1 + feature)
 
 
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """The linear `name` inside a block's module."""
+    layer = module.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, not a linear")
+    return layer
+
+
 @contextmanager
 def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
     """The block's module with float32 weights from `source`, emptied again on leaving.

@@ -1,61 +1,71 @@
-"""The calibrated checkpoint in torch: what the engine computes, in float32, without ONNX or TensorRT.
+"""The calibrated checkpoint in torch: what its graph computes, in float32, without ONNX or TensorRT.
 
-Weights are codes * scale, and the inputs of W8A8 linears pass through the quantizer that the graph's QuantizeLinear is, so
-what this loses against the checkpoint is what quantization costs, and what a graph loses against this is a fault.
+Weights are codes * scale; the inputs of W8A8 linears pass the quantizer that is QuantizeLinear in the graph; what stays
+float is rounded to the graph's float type where the graph stores it so. What this loses against the checkpoint is the
+price of quantization; what a graph loses against this is a fault, or a rounding that fell the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from calibrate.blocks import Block, resident
+from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.tensors import TensorSource
-from calibrate.walk import Run, Step
+from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, Step
 
-INT8_MIN, INT8_MAX = -128, 127  # QuantizeLinear's range; calibrated activations stay within +-127
+INT8_MIN, INT8_MAX = -128, 127  # QuantizeLinear saturates to all of int8, though calibrated scales use +-127
+_PIECES = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
 
 
 class DequantizedSource:
-    """A TensorSource over a calibrated checkpoint: quantized linears give codes * scale, the rest is as stored."""
+    """A TensorSource over a calibrated checkpoint: quantized linears give codes * scale in float32.
 
-    def __init__(self, calibrated: CalibratedCheckpoint) -> None:
+    float_type: what the other tensors are rounded to, the type a graph stores them in; None leaves them as they are.
+    """
+
+    def __init__(self, calibrated: CalibratedCheckpoint, float_type: str | None = None) -> None:
         self._calibrated = calibrated
-        self._linear = {f"{name}.weight": name for name in calibrated.schemes}
-        pieces = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
-        self._hidden = {f"{name}.{piece}" for name in calibrated.schemes for piece in pieces}
+        self._float_type = None if float_type is None else np.dtype(float_type)
+        self._linears = {f"{name}.weight": name for name in calibrated.schemes}
+        pieces = {f"{name}.{piece}" for name in calibrated.schemes for piece in _PIECES}
+        self._floats = dict.fromkeys(n for n in calibrated.floats if n not in pieces and n not in self._linears)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._linear or (name in self._calibrated.floats and name not in self._hidden)
+        return name in self._linears or name in self._floats
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._linear
-        yield from (n for n in self._calibrated.floats if n not in self._hidden and n not in self._linear)
+        yield from self._linears
+        yield from self._floats
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._linear:
-            return self._calibrated.floats.shape(name)
-        linear = self._linear[name]
-        if self._calibrated.schemes[linear].weight_bits == 8:
-            return self._calibrated.floats.shape(name)
-        return tuple(int(n) for n in self._calibrated.floats.load(f"{linear}.weight_shape"))
+        floats, linear = self._calibrated.floats, self._linears.get(name)
+        if linear is None or self._calibrated.schemes[linear].weight_bits == 8:
+            return floats.shape(name)
+        rows, columns = floats.load(f"{linear}.weight_shape")
+        return int(rows), int(columns)
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(np.float32) if name in self._linear else self._calibrated.floats.dtype(name)
+        if name in self._linears:
+            return np.dtype(np.float32)
+        return self._float_type or self._calibrated.floats.dtype(name)
 
     def load(self, name: str) -> np.ndarray:
-        if name not in self._linear:
-            return self._calibrated.floats.load(name)
-        return self._calibrated.linear(self._linear[name]).dequantized()
+        if name in self._linears:
+            return self._calibrated.linear(self._linears[name]).dequantized()
+        array = self._calibrated.floats.load(name)
+        return array if self._float_type is None else array.astype(self._float_type)
 
 
-def simulated_step(calibrated: CalibratedCheckpoint, source: TensorSource) -> Step:
-    """A step that computes a block as the engine will: weights of `source` (a DequantizedSource), int8 inputs where W8A8."""
+def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) -> Step:
+    """A step that computes a block as its graph does: weights of `source`, fake-quantized inputs of the W8A8 linears."""
 
     def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
         scales = {
@@ -69,28 +79,62 @@ def simulated_step(calibrated: CalibratedCheckpoint, source: TensorSource) -> St
     return step
 
 
+def recorded(step: Step, record: Callable[[str, list[torch.Tensor]], None]) -> Step:
+    """The same step, whose outputs are shown to record(prefix of the block, outputs)."""
+
+    def watched(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        outputs = step(block, inputs, run)
+        record(block.prefix, outputs)
+        return outputs
+
+    return watched
+
+
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """QuantizeLinear and DequantizeLinear to int8 with zero-point 0: round half to even, saturate. scale: float32 []."""
+    """QuantizeLinear, DequantizeLinear to int8 with zero-point 0: round half to even, saturate. scale: float32 []."""
     return (x / scale).round_().clamp_(INT8_MIN, INT8_MAX).mul_(scale)
 
 
 @contextmanager
 def fake_quantized_inputs(module: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
-    """Fake-quantizes the inputs of the linears named in `scales` while the context is open. names: inside `module`."""
+    """Fake-quantizes the inputs of the linears named in `scales` (names inside `module`) while the context is open."""
 
     def quantizer(scale: float) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-        step = torch.tensor(scale, dtype=torch.float32)
+        wide = torch.tensor(scale, dtype=torch.float32)
+        return lambda _, args: (fake_quantize(args[0], wide), *args[1:])
 
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (fake_quantize(args[0], step), *args[1:])
-
-        return hook
-
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(quantizer(scale)) for name, scale in scales.items()
-    ]
+    handles = [module.get_submodule(name).register_forward_pre_hook(quantizer(s)) for name, s in scales.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class RoundedTables(nn.Module):
+    """A rotary embedding whose cos and sin are rounded as a graph stores its tables, float16 by up to 2.4e-4."""
+
+    def __init__(self, rotary: nn.Module, float_type: str) -> None:
+        super().__init__()
+        self._rotary, self._dtype = rotary, getattr(torch, float_type)
+
+    def forward(self, x: torch.Tensor, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._rotary(x, **given)
+        return cos.to(self._dtype).to(cos.dtype), sin.to(self._dtype).to(sin.dtype)
+
+
+def with_rounded_tables(blocks: ModelBlocks, float_type: str) -> ModelBlocks:
+    """The same blocks with the rotary tables of a graph in `float_type`."""
+    return replace(blocks, rotary=RoundedTables(blocks.rotary, float_type))
+
+
+def open_head(source: TensorSource, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Final norm and head, read once: hidden [1, S, hidden] -> logits float32 [S, vocab]."""
+    gain = load_finite(source, FINAL_NORM)
+    head = load_finite(source, HEAD if HEAD in source else TABLE)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return nn.functional.rms_norm(hidden[0], gain.shape, gain, epsilon) @ head.T
+
+    return logits

@@ -15,7 +15,6 @@ from calibrate.errors import UserError
 from calibrate.samples import Sample
 from calibrate.tensors import TensorSource
 
-IMAGES_AT_ONCE = 8
 TABLE, FINAL_NORM, HEAD = (
     "language_model.model.embed_tokens.weight",
     "language_model.model.norm.weight",
@@ -41,8 +40,7 @@ def plain_step(source: TensorSource) -> Step:
 def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
     """Tower and projector over all pictures: one [n * tokens, hidden] a sample."""
     pixels = [torch.from_numpy(s.pixel_values) for s in samples]
-    shown = [p for p in pixels if len(p)]
-    batches = list(torch.cat(shown).split(IMAGES_AT_ONCE)) if shown else []
+    batches = [p for p in pixels if len(p)]
     for entry in (blocks.patch_embeddings, blocks.pre_norm):
         batches = plain_step(source)(entry, batches, lambda module, x: module(x))
     for block in blocks.vision_layers:
@@ -50,8 +48,8 @@ def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sam
     if not blocks.keep_class_token:
         batches = [batch[:, 1:] for batch in batches]
     batches = step(blocks.projector, batches, lambda module, x: module(x))
-    per_image = torch.cat(batches) if batches else torch.zeros(0, 1, 1)
-    return [chosen.flatten(0, 1) for chosen in per_image.split([len(p) for p in pixels])]
+    features = iter(batches)
+    return [next(features).flatten(0, 1) if len(p) else torch.zeros(0, 1) for p in pixels]
 
 
 def walk_language(

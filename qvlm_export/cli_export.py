@@ -35,6 +35,7 @@ def main(
     recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
     calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
+    effort: Annotated[str, typer.Option(help="rtn (round to nearest) or fast (fold, search ranges, GPTQ)")] = "rtn",
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
     target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
@@ -55,6 +56,7 @@ def main(
             recipe=recipe,
             calib_data=calib_data,
             samples=samples,
+            effort=effort,
             backend=backend,
             targets=tuple(target or ()),
             max_length=max_length,
@@ -146,8 +148,9 @@ def show_result(content: dict[str, Any], console: Console) -> None:
     for role, entry in content["files"].items():
         ratio = content["compression"].get(role.removesuffix("_data")) if role.endswith("_data") else None
         size = megabytes(entry["bytes"]) if "bytes" in entry else ""
-        table.add_row(entry["path"], size, "" if ratio is None else f"{ratio:.2f}x smaller")
+        table.add_row(entry["name"], size, "" if ratio is None else f"{ratio:.2f}x smaller")
     console.print(table)
+    console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
     linears = content["linears"]
     if content["backend"]["version"] is not None:
         console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")

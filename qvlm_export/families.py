@@ -85,6 +85,8 @@ def model_config(config: LlavaConfig, where: str) -> ModelConfig:
     _require(text.hidden_act == "silu", where, "text_config.hidden_act", text.hidden_act, ("silu",))
     rope = text.rope_parameters
     _require(rope["rope_type"] == "default", where, "text_config.rope_type", rope["rope_type"], ("default",))
+    turned = rope.get("partial_rotary_factor", 1.0)
+    _require(turned == 1.0, where, "text_config.partial_rotary_factor", turned, (1.0,))
     layer = config.vision_feature_layer
     _require(isinstance(layer, int), where, "vision_feature_layer", layer, ("a single layer",))
     layers = feature_layers(config)
@@ -124,7 +126,10 @@ def model_config(config: LlavaConfig, where: str) -> ModelConfig:
 
 
 def _require_sizes(config: LlavaConfig, where: str) -> None:
-    """Counts must be whole and positive, heads must divide widths, and token ids must be rows of the embedding table."""
+    """Counts must be whole and positive, and token ids must be rows of the embedding table.
+
+    That heads divide widths and that head_dim is even was checked by transformers.
+    """
     vision, text = config.vision_config, config.text_config
     common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, part, keys in (
@@ -135,12 +140,10 @@ def _require_sizes(config: LlavaConfig, where: str) -> None:
             value = getattr(part, key)
             _require(isinstance(value, int) and value > 0, where, f"{name}.{key}", value, ("whole numbers above 0",))
     _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
-    width, heads = vision.hidden_size, vision.num_attention_heads
-    _require(width % heads == 0, where, "vision_config.num_attention_heads", heads, (f"divisors of hidden_size {width}",))
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     _require(heads % groups == 0, where, "text_config.num_key_value_heads", groups, (f"divisors of {heads} heads",))
     head_dim = text.hidden_size // heads if text.head_dim is None else text.head_dim
-    _require(head_dim > 0 and head_dim % 2 == 0, where, "text_config.head_dim", head_dim, ("even numbers above 0",))
+    _require(head_dim > 0, where, "text_config.head_dim", head_dim, ("whole numbers above 0",))
     rows = (f"token ids below vocab_size {text.vocab_size}",)
     _require(0 <= config.image_token_index < text.vocab_size, where, "image_token_index", config.image_token_index, rows)
     pad = text.pad_token_id

@@ -21,12 +21,14 @@ from typing import Any
 import onnx_ir as ir
 from safetensors import SafetensorError
 
-from calibrate.absmax import Calibration, calibrate_absmax
+from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
+from calibrate.job import Calibration
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
+from calibrate.searched import calibrate_searched
 from engines.backend import Backend, choose_backend
 from engines.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from engines.config import Limits, ModelConfig
@@ -55,6 +57,10 @@ PARTS = ("vision", "language")
 FOLDER_ROLES = ("processor", "calibrated")
 DEFAULT_MAX_LENGTH = 2048
 MAX_SAMPLES = 128  # used when --samples does not say
+# What calibration does with the samples: rtn takes absolute maxima and rounds to nearest, fast folds, searches ranges and
+# rounds towards the float model's output.
+EFFORTS = {"rtn": calibrate_absmax, "fast": calibrate_searched}
+DEFAULT_EFFORT = "rtn"
 FULL_DISK_BYTES = 2**20  # with less than this free, a failure is put down to the disk
 
 
@@ -68,6 +74,7 @@ class ExportOptions:
     recipe: Path | None = None
     calib_data: Path | None = None
     samples: int | None = None
+    effort: str = DEFAULT_EFFORT
     backend: str = "auto"
     targets: tuple[str, ...] = ()
     max_length: int | None = None
@@ -111,6 +118,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
+    if options.effort not in EFFORTS:
+        raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
     recipe = recipe_of_preset(options.scheme) if options.recipe is None else read_recipe(options.recipe)
     backend = choose_backend(options.backend, options.targets)
     checkpoint = open_checkpoint(options.model)
@@ -227,7 +236,7 @@ def _calibrate(plan: ExportPlan, folder: Path, reporter: Reporter) -> Calibrated
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
         job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples)
-        summary = calibrate_absmax(job, writer, lambda done, total, _: stage.fraction(done / total))
+        summary = EFFORTS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
     return CalibratedCheckpoint(folder)

@@ -140,10 +140,10 @@ def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: 
     pixels, ids = encode(processor, prompt, images, entry.where)
     start = len(ids)
     if entry.line.answer is not None:
-        tokenizer = processor.tokenizer
-        _check_text(processor, entry.line.answer, 0, entry.where)
-        answer = tokenizer.encode(f" {entry.line.answer}", add_special_tokens=False)
-        ids = np.concatenate([ids, answer, [tokenizer.eos_token_id]]).astype(np.int64)
+        # Encoded as one text: tokenizers with a dummy prefix, as Llama's, give a text of its own other tokens.
+        _, whole = encode(processor, f"{prompt} {entry.line.answer}", images, entry.where)
+        start = int((ids == whole[:start]).cumprod().sum()) if len(whole) >= start else 0
+        ids = np.append(whole, processor.tokenizer.eos_token_id)
     if len(ids) > max_length:
         raise UserError(
             f"{entry.where}: is {len(ids)} tokens long, --max-length is {max_length}; shorten it or raise the limit"
@@ -180,8 +180,8 @@ def encode(
     """Pixel values float32 [n, 3, R, R] and input_ids int64 [S] with one image token a patch.
 
     The template may already begin with the tokenizer's BOS text, which must then not be added twice; nor is it when the
-    text `continues` a conversation. Raises UserError,
-    begun with `where`, when the text does not hold one image token for each picture.
+    text `continues` a conversation. Raises UserError, begun with `where`, when the text does not hold one image token for
+    each picture.
     """
     tokenizer = processor.tokenizer
     _check_text(processor, text, len(images), where)

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from qvlm_export.cli_export import app as export_app
 from qvlm_export.cli_run import app as run_app
 from qvlm_export.samples import default_calibration
 
+Edit = Callable[[dict[str, Any]], object]
 PICTURE = default_calibration().parent / "images" / "000.png"
 
 
@@ -53,7 +55,7 @@ def write_calibration(folder: Path, count: int = 2) -> Path:
     return path
 
 
-def copy_checkpoint(source: Path, folder: Path, config: Callable[[dict[str, Any]], object] | None = None) -> Path:
+def copy_checkpoint(source: Path, folder: Path, config: Edit | None = None) -> Path:
     """A copy of the checkpoint that may be written to; `config` changes its config.json in place."""
     shutil.copytree(source, folder)
     if config is not None:
@@ -67,3 +69,21 @@ def copy_checkpoint(source: Path, folder: Path, config: Callable[[dict[str, Any]
 def read_files(folder: Path) -> dict[str, bytes]:
     """Content of every file under `folder`, hidden ones included, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def export_onnx(model: Path, out: Path, *arguments: object) -> Result:
+    """`qvlm-export` without engines, calibrated with two samples that are written beside the folder of `out`."""
+    data = write_calibration(out.parent.parent)
+    return run_export(model, out, "--backend", "onnx", "--calib-data", data, *arguments)
+
+
+def set_weight(checkpoint: Path, name: str, value: float, dtype: str = "float16") -> None:
+    """Writes `value` into one place of the tensor `name`, all tensors stored as `dtype`."""
+    tensors = {key: array.astype(dtype) for key, array in load_file(checkpoint / "model.safetensors").items()}
+    tensors[name].reshape(-1)[5] = value
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def put(section: str, key: str, value: object) -> Edit:
+    """An edit of config.json."""
+    return lambda config: (config[section] if section else config).update({key: value})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +31,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def absent(tmp_path: Path) -> Iterator[Path]:
+    """A path for --out of a command that is to be refused: not even its folder may be there after the test."""
+    yield tmp_path / "new" / "engine.plan"
+    assert not (tmp_path / "new").exists()

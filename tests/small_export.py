@@ -10,9 +10,10 @@ import onnx_ir as ir
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from calibrate.absmax import Calibration, calibrate_absmax
+from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
+from calibrate.job import Calibration
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from engines.config import Limits

@@ -13,7 +13,8 @@ from small_export import calibrate, make_sample, mixed_samples, module_of, of_pa
 from transformers import LlavaForConditionalGeneration
 
 from calibrate import walk
-from calibrate.absmax import Calibration, calibrate_absmax
+from calibrate.absmax import calibrate_absmax
+from calibrate.job import Calibration
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError

@@ -99,6 +99,7 @@ def test_a_kill_before_the_last_file_leaves_a_folder_that_is_refused(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         write_by_hand(tmp_path, linears, {"n": np.ones(3)})
     monkeypatch.undo()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         CalibratedCheckpoint(tmp_path)
     write_by_hand(tmp_path, linears, {"n": np.ones(3)})

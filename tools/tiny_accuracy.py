@@ -137,9 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     table = measure(args.model, args.count)
     columns = ["overall", *scenes.KINDS]
-    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, row in table.items():
-        print(f"| {name} | " + " | ".join(f"{100 * row[c]:.1f}" for c in columns) + " |")
+        print(f"{name:28}" + " ".join(f"{column} {100 * row[column]:.1f}" for column in columns))
     if args.out:
         args.out.write_text(json.dumps({"questions": args.count, "exact_match": table}, indent=1) + "\n")
 

@@ -210,7 +210,14 @@ def train(args: argparse.Namespace) -> None:
             save_checkpoint(checkpoint, model, optimizer, step, time.time() - began)
     model.half().save_pretrained(args.work / "unplanted")
     processor.save_pretrained(args.work / "unplanted")
-    record = {"seed": args.seed, "steps": step, "batch": args.batch, "seconds": round(time.time() - began)}
+    count = sum(p.numel() for p in model.parameters())
+    record = {
+        "parameters": count,
+        "seed": args.seed,
+        "steps": step,
+        "batch": args.batch,
+        "seconds": round(time.time() - began),
+    }
     (args.work / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

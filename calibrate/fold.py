@@ -1,0 +1,143 @@
+"""Moving outlier channels out of activations into the weights that make them, exactly. torch.
+
+x / s is computed by whoever produces x (a norm's gain, the rows of v_proj or up_proj), W * s by whoever reads it, so the
+float model is unchanged while the quantizers see tamer values. Source: SmoothQuant (Xiao et al. 2022, section 4) and AWQ
+(Lin et al. 2023, section 3.2), with the exponent searched on the group's output error with the real quantizers in the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from calibrate.blocks import linear_of
+from calibrate.gptq import column_scales
+from calibrate.quantize import activation_scale, group_amax, round_to_codes, weight_scale
+from calibrate.ranges import fake_quantize_activation
+from calibrate.scheme import LinearScheme
+
+EXPONENTS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
+MAX_FACTOR = 256.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one input, in the order blocks compute them. producer: the norm or linear that makes it, or None.
+
+    heads: the producer is v_proj, whose rows are shared by the query heads of a group.
+    """
+
+    linears: tuple[str, ...]
+    producer: str | None = None
+    heads: bool = False
+
+
+# All blocks of all families: a block has the groups whose linears it holds.
+GROUPS = (
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1"),
+    Group(("self_attn.o_proj",), "self_attn.v_proj", heads=True),
+    Group(("self_attn.out_proj",), "self_attn.v_proj", heads=True),
+    Group(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    Group(("mlp.fc1",), "layer_norm2"),
+    Group(("mlp.down_proj",), "mlp.up_proj"),
+    Group(("mlp.fc2",)),
+    Group(("linear_1",)),
+    Group(("linear_2",)),
+)
+
+
+def groups_of(module: nn.Module) -> list[Group]:
+    """The groups that this block holds, in the order it computes them."""
+    names = {name for name, _ in module.named_modules()}
+    return [g for g in GROUPS if set(g.linears) <= names and (g.producer is None or g.producer in names)]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How input channels share factors. heads: `copies` query heads read each value head of `head_dim` channels."""
+
+    copies: int = 1
+    head_dim: int = 1
+
+    def reduced(self, statistic: torch.Tensor) -> torch.Tensor:
+        """Per input channel -> per factor, the largest of those that share it."""
+        if self.copies == 1:
+            return statistic
+        return statistic.reshape(-1, self.copies, self.head_dim).amax(1).reshape(-1)
+
+    def expanded(self, factors: torch.Tensor) -> torch.Tensor:
+        """Per factor -> per input channel."""
+        if self.copies == 1:
+            return factors
+        return factors.reshape(-1, self.head_dim).repeat_interleave(self.copies, 0).reshape(-1)
+
+
+def sharing_of(module: nn.Module, group: Group) -> Sharing:
+    """Which channels of the group's input come from one channel of its producer."""
+    if not group.heads or group.producer is None:
+        return Sharing()
+    made, read = linear_of(module, group.producer).out_features, linear_of(module, group.linears[0]).in_features
+    return Sharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
+
+
+def search_factors(inputs: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing) -> torch.Tensor:
+    """Factors s (per producer channel) with the least output error of quantized (W * s) on quantized (x / s).
+
+    inputs: float32 [tokens, in]; weight: float32 [out, in] of the group's linears together.
+    """
+    wanted = inputs @ weight.T
+    peak, mean = sharing.reduced(inputs.abs().amax(0)), sharing.reduced(inputs.abs().mean(0))
+    size = sharing.reduced(weight.abs().amax(0))
+    candidates = [torch.ones_like(peak)]
+    for exponent in EXPONENTS:
+        smoothed = peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent)
+        candidates += [_tidy(smoothed), _tidy(mean.clamp(min=1e-6) ** exponent)]
+    errors = [_output_error(inputs, weight, sharing.expanded(c), scheme, wanted) for c in candidates]
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+
+def _tidy(factors: torch.Tensor) -> torch.Tensor:
+    """Geometric mean 1, and no factor so large that float16 would lose the rest."""
+    centred = factors / factors.log().mean().exp()
+    return centred.clamp(1 / MAX_FACTOR, MAX_FACTOR)
+
+
+def _output_error(
+    inputs: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
+) -> float:
+    scaled = weight * factors
+    scale = weight_scale(group_amax(scaled, scheme), scheme)
+    rounded = round_to_codes(scaled, scale, scheme).float() * column_scales(scale, weight.shape[1])
+    x = inputs / factors
+    if scheme.activation_bits is not None:
+        x = fake_quantize_activation(
+            x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits
+        )
+    return float((x @ rounded.T - wanted).square().sum())
+
+
+def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:
+    """Divides the producer's output channels and multiplies the readers' columns, in place; returns the factors used.
+
+    Exact: a norm's new gain is rounded to float16 first (as it will be stored), and the readers are scaled by what that
+    really changed.
+    """
+    if group.producer is None:
+        return torch.ones_like(factors)
+    weight = module.get_parameter(f"{group.producer}.weight")
+    bias = dict(module.named_parameters()).get(f"{group.producer}.bias")
+    if weight.ndim > 1:
+        weight.div_(factors[:, None])
+    else:
+        gain = weight.clone()
+        weight.copy_((gain / factors).half())
+        factors = torch.where(weight != 0, gain / weight, torch.ones_like(gain))
+    if bias is not None:
+        bias.div_(factors)
+    columns = sharing_of(module, group).expanded(factors)
+    for name in group.linears:
+        linear_of(module, name).weight.mul_(columns)
+    return columns

@@ -1,0 +1,72 @@
+"""Rounding a weight so that its output error is least, not its own error. torch.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323, section 3): columns are rounded one after another, and the error of each is
+made up for by the columns that are still free. The target is the *float* layer's output although the inputs are those
+of the quantized prefix, so the weight is first moved to where it reproduces that output best (ridge regression).
+Letters as in the paper: H is the Gram matrix of the inputs, U the upper Cholesky factor of its inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from calibrate.scheme import LinearScheme
+
+BLOCK_COLUMNS = 128
+DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
+
+
+def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The weight that best turns quantized inputs into the float layer's output, held back towards `weight`.
+
+    Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in], cross: X Xq^T [in, in].
+    """
+    held = ridge * float(gram.diagonal().mean())
+    system = gram + held * torch.eye(len(gram))
+    # V system = W cross + held W, solved from the right.
+    target = weight @ cross + held * weight
+    return torch.linalg.solve(system, target, left=False)
+
+
+def gptq_round(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+    """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; gram: [in, in]; scale as stored.
+
+    Columns go in the order of decreasing input energy (act-order); groups keep their scales, so the layout is unchanged.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    steps = column_scales(scale, weight.shape[1])[:, order]
+    upper = _inverse_factor(gram[order][:, order])
+    left = weight[:, order].clone()
+    codes = torch.empty_like(left)
+    for start in range(0, left.shape[1], BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, left.shape[1])
+        errors = torch.zeros(left.shape[0], end - start)
+        for column in range(start, end):
+            step = steps[:, column]
+            codes[:, column] = (left[:, column] / step).round_().clamp_(scheme.qmin, scheme.qmax)
+            error = (left[:, column] - codes[:, column] * step) / upper[column, column]
+            left[:, column:end] -= error[:, None] * upper[column, column:end]
+            errors[:, column - start] = error
+        left[:, end:] -= errors @ upper[start:end, end:]
+    restored = torch.empty_like(codes)
+    restored[:, order] = codes
+    return restored.to(torch.int8)
+
+
+def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Scales [out] or [out, groups] spread to float32 [out, columns]."""
+    wide = scale.float().reshape(scale.shape[0], -1)
+    return wide.repeat_interleave(columns // wide.shape[1], dim=1)
+
+
+def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists."""
+    wide = gram.double()
+    damping = DAMPING * float(wide.diagonal().mean().clamp(min=1e-12))
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide), dtype=wide.dtype))
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not int(failed):
+                return upper.float()
+        damping *= 10

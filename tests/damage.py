@@ -1,0 +1,38 @@
+"""Copies of an export, and changes to the weights in its ONNX files that nothing but a comparison can notice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+
+def copy_export(plan: Path, folder: Path) -> Path:
+    """A copy of an export in a new folder; returns its plan (which need not exist)."""
+    shutil.copytree(plan.parent, folder)
+    return folder / plan.name
+
+
+def edit_weight(graph: Path, name: str, dtype: type, change: Callable[[np.ndarray], object]) -> None:
+    """Changes the stored data of an initializer in place; `change` gets it flat, as `dtype` (uint8: its bytes)."""
+    tensor = ir.load(graph).graph.initializers[name].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    path = graph.parent / tensor.location
+    stored = bytearray(path.read_bytes())
+    change(np.frombuffer(stored, np.uint8)[tensor.offset : tensor.offset + tensor.length].view(dtype))
+    path.write_bytes(stored)
+
+
+def zero(array: np.ndarray) -> None:
+    array[:] = 0
+
+
+def double_first(array: np.ndarray) -> None:
+    array[0] *= 2
+
+
+def double(array: np.ndarray) -> None:
+    array *= 2

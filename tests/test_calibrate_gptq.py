@@ -1,0 +1,91 @@
+"""GPTQ and the ridge towards the float output, against slow formulations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate.gptq import DAMPING, aim_at_float, column_scales, gptq_round
+from calibrate.quantize import group_amax, round_to_codes, weight_scale
+from calibrate.scheme import W8A8, LinearScheme
+
+INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
+
+
+def problem(seed: int, rows: int = 6, columns: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [rows, columns] and correlated inputs [tokens, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = torch.randn(400, columns, generator=generator) @ (mix + 0.3 * torch.eye(columns))
+    return torch.randn(rows, columns, generator=generator) * 0.05, inputs
+
+
+def slow_gptq(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, scheme: LinearScheme) -> np.ndarray:
+    """One column at a time, the inverse of the columns still free computed anew each time."""
+    damped = gram + DAMPING * np.mean(np.diag(gram)) * np.eye(len(gram))
+    left, codes = weight.copy(), np.zeros_like(weight)
+    free = list(np.argsort(-np.diag(gram), kind="stable"))
+    while free:
+        inverse = np.linalg.inv(damped[np.ix_(free, free)])
+        column, others = free[0], free[1:]
+        codes[:, column] = np.clip(np.round(left[:, column] / scale[:, column]), scheme.qmin, scheme.qmax)
+        error = (left[:, column] - codes[:, column] * scale[:, column]) / inverse[0, 0]
+        left[:, others] -= error[:, None] * inverse[0, 1:]
+        free = others
+    return codes.astype(np.int8)
+
+
+@pytest.mark.parametrize("scheme", [INT4, W8A8], ids=["int4", "int8"])
+def test_codes_equal_the_slow_reference(scheme):
+    weight, inputs = problem(0)
+    gram = inputs.T @ inputs
+    scale = weight_scale(group_amax(weight, scheme) * 0.9, scheme)
+    got = gptq_round(weight, gram, scale, scheme)
+    spread = column_scales(scale, weight.shape[1]).double().numpy()
+    wanted = slow_gptq(weight.double().numpy(), gram.double().numpy(), spread, scheme)
+    # float32 against float64: a value that lies on a rounding edge may fall the other way
+    assert (got.numpy() != wanted).mean() < 0.01
+    assert np.abs(got.numpy().astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_output_error_is_below_round_to_nearest(seed):
+    weight, inputs = problem(seed, rows=32)
+    gram = inputs.T @ inputs
+    scale = weight_scale(group_amax(weight, INT4), INT4)
+    spread = column_scales(scale, weight.shape[1])
+
+    def error(codes: torch.Tensor) -> float:
+        return float(((codes.float() * spread - weight) @ inputs.T).square().sum())
+
+    assert error(gptq_round(weight, gram, scale, INT4)) < 0.7 * error(round_to_codes(weight, scale, INT4))
+
+
+def test_inputs_that_never_vary_do_not_break_it():
+    weight, _ = problem(1)
+    gram = torch.zeros(128, 128)
+    gram[0, 0] = 1.0
+    scale = weight_scale(group_amax(weight, INT4), INT4)
+    codes = gptq_round(weight, gram, scale, INT4)
+    assert (codes == round_to_codes(weight, scale, INT4)).float().mean() > 0.95
+
+
+def test_aimed_weight_minimises_its_objective():
+    weight, inputs = problem(2)
+    seen = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
+    gram, cross, ridge = seen.T @ seen, inputs.T @ seen, 0.05
+    held = ridge * float(gram.diagonal().mean())
+    free = weight.clone().requires_grad_()
+    aimed = aim_at_float(weight, gram, cross, ridge)
+    free.data.copy_(aimed)
+    objective = (weight @ inputs.T - free @ seen.T).square().sum() + held * (free - weight).square().sum()
+    objective.backward()
+    assert float(free.grad.abs().max()) < 1e-3 * float(objective)
+    assert float(objective) < float((weight @ inputs.T - weight @ seen.T).square().sum())
+
+
+def test_a_strong_ridge_keeps_the_weight():
+    weight, inputs = problem(4)
+    gram = inputs.T @ inputs
+    torch.testing.assert_close(aim_at_float(weight, gram, 0.5 * gram, 1e6), weight, rtol=1e-3, atol=1e-5)
