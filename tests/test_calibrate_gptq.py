@@ -81,8 +81,8 @@ def test_aimed_weight_minimises_its_objective():
     free.data.copy_(aimed)
     objective = (weight @ inputs.T - free @ seen.T).square().sum() + held * (free - weight).square().sum()
     objective.backward()
-    assert float(free.grad.abs().max()) < 1e-3 * float(objective)
-    assert float(objective) < float((weight @ inputs.T - weight @ seen.T).square().sum())
+    assert float(free.grad.abs().max()) < 1e-3 * objective.item()
+    assert objective.item() < float((weight @ inputs.T - weight @ seen.T).square().sum())
 
 
 def test_a_strong_ridge_keeps_the_weight():

@@ -1,4 +1,4 @@
-"""Looking inside written graphs: every kind of wrong weight is named, and nothing else; block outputs are where they belong."""
+"""Looking inside written graphs: every wrong weight is named and nothing else; block outputs are where they belong."""
 
 from __future__ import annotations
 

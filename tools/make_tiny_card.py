@@ -43,7 +43,8 @@ the vision norms are multiplied by powers of two ({factors}), and the weights th
 {table}
 
 Command: `python tools/tiny_accuracy.py --count {questions} --out docs/tiny_accuracy.json`. Round-to-nearest loses little
-at W8A8 and everything at W4A4, as with real models. The graphs are exports of this checkpoint (`--effort rtn`) run by ONNX Runtime on CPU.
+at W8A8 and everything at W4A4, as with real models. The graphs are exports of this checkpoint (`--effort rtn`) run by
+ONNX Runtime on CPU.
 """
 
 
