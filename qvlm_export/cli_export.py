@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -121,16 +124,29 @@ def result_summary(result: Any) -> dict[str, Any]:
     """What the export says when it is done."""
     manifest = result.manifest
     folder = manifest.path.parent
+    builds = {Path(r.plan).name: {"seconds": round(r.seconds, 2), "peak_bytes": r.peak_bytes} for r in result.reports}
+    files = {
+        role: {**entry, **builds.get(entry["name"], {}), "path": str(folder / entry["name"])}
+        for role, entry in manifest.files.items()
+    }
     return {
         "manifest": str(manifest.path),
         "scheme": manifest.scheme,
-        "files": {role: {**entry, "path": str(folder / entry["name"])} for role, entry in manifest.files.items()},
+        "files": files,
         "compression": compression(manifest),
+        "schemes": {part: dict(_schemes(manifest.linears, part)) for part in ("language", "vision")},
         "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
+        "plan_check": [dict(check) for check in manifest.plan_check],
         "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
         "peak_bytes": result.peak_bytes,
         "backend": dict(manifest.backend),
     }
+
+
+def _schemes(linears: Mapping[str, str], part: str) -> Counter[str]:
+    """How many linears of a part have which scheme."""
+    language = part == "language"
+    return Counter(scheme for name, scheme in linears.items() if name.startswith("language_model.") == language)
 
 
 def compression(manifest: Any) -> dict[str, float]:
@@ -142,20 +158,35 @@ def compression(manifest: Any) -> dict[str, float]:
 
 
 def show_result(content: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"exported as {content['scheme']}", title_justify="left")
-    for column in ("file", "size", "against fp16"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+    table = Table(title=f"exported as {content['scheme']}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("file", "size", "scheme", "to fp16", "seconds", "memory"):
+        table.add_column(column, justify="left" if column in ("file", "scheme") else "right", no_wrap=True)
     for role, entry in content["files"].items():
-        ratio = content["compression"].get(role.removesuffix("_data")) if role.endswith("_data") else None
-        size = megabytes(entry["bytes"]) if "bytes" in entry else ""
-        table.add_row(entry["name"], size, "" if ratio is None else f"{ratio:.2f}x smaller")
+        part, _, kind = role.partition("_")
+        schemes = ", ".join(content["schemes"].get(part, {})) or "float16"
+        table.add_row(
+            entry["name"],
+            megabytes(entry["bytes"]) if "bytes" in entry else "",
+            schemes if kind in ("plan", "onnx") else "",
+            f"{content['compression'][part]:.2f}x less" if kind == "data" else "",
+            f"{entry['seconds']:.1f}" if "seconds" in entry else "",
+            megabytes(entry["peak_bytes"]) if "peak_bytes" in entry else "",
+        )
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
-    linears = content["linears"]
     if content["backend"]["version"] is not None:
-        console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
+        _show_check(content, console)
     seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())
     console.print(f"seconds: {seconds}; peak memory {megabytes(content['peak_bytes'])}")
+
+
+def _show_check(content: dict[str, Any], console: Console) -> None:
+    """What the engine check found, by kind of product; X.json lists it linear by linear."""
+    linears = content["linears"]
+    console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
+    kinds = Counter((check["planned"], check["executed"]) for check in content["plan_check"])
+    for (planned, executed), count in sorted(kinds.items()):
+        console.print(f"  {count} {planned}: {executed}")
 
 
 def megabytes(count: int) -> str:
