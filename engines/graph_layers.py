@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[OpBuilder, ir.Value], ir.Value]] = {
 
 
 class Linear(nn.Module):
-    """x [.., in] -> [.., out]. The weight is declared [out, in] as in the checkpoint; `lower_linears` lays it out."""
+    """x [.., in] -> [.., out]. The weight is declared [out, in] as in the checkpoint; `insert_qdq.py` lays it out."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: ir.DataType) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,17 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
 
     def file(self, role: str) -> Path:
-        """The path of a file. Raises UserError when the manifest has none of that role or the file is gone."""
+        """The path of a file or folder. Raises UserError when it was not exported, is gone, or has another size."""
         if role not in self.files:
             raise UserError(f"{self.path}: this export has no {role}; export again with the backend that writes it")
         path = self.path.parent / self.files[role]["name"]
         if not path.exists():
             raise UserError(f"{path}: is missing; it belongs to {self.path.name}, keep the files of an export together")
+        wanted, found = self.files[role].get("bytes"), path.stat().st_size
+        if wanted is not None and found != wanted:
+            raise UserError(
+                f"{path}: has {found} bytes, the manifest says {wanted}; it was changed or is incomplete, export again"
+            )
         return path
 
 
@@ -96,3 +101,26 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[str]:
+    """Reads every file that has a sha256; returns the names, all as they were written. progress(fraction of files read).
+
+    Raises UserError naming the first file that is missing, has another size or another content, and when none has a hash.
+    """
+    hashed = {role: entry for role, entry in manifest.files.items() if "sha256" in entry}
+    if not hashed:
+        raise UserError(f"{manifest.path}: lists no sha256, so nothing can be verified; export again")
+    for number, (role, entry) in enumerate(hashed.items()):
+        path = manifest.file(role)
+        try:
+            found = describe_file(path)["sha256"]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}), so it cannot be verified") from error
+        if found != entry["sha256"]:
+            raise UserError(
+                f"{path}: its sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; "
+                "it was changed, export again"
+            )
+        progress((number + 1) / len(hashed))
+    return [entry["name"] for entry in hashed.values()]

@@ -95,6 +95,7 @@ def twin_runners(folder: Path) -> dict[str, Any]:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))  # as Polygraphy's command line does
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, NO_FUSION)
 
     def opener(part: str) -> Any:

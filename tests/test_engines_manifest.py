@@ -12,7 +12,7 @@ from small_export import open_small
 
 from calibrate.errors import UserError
 from engines.config import Limits
-from engines.manifest import Manifest, describe_file, read_manifest, write_manifest
+from engines.manifest import Manifest, describe_file, read_manifest, verify_files, write_manifest
 
 
 @pytest.fixture
@@ -147,3 +147,63 @@ def test_an_entry_of_another_shape(manifest, changes):
     write_manifest(manifest)
     change(manifest.path, **changes)
     refused(manifest.path, "the manifest is damaged", "export again")
+
+
+@pytest.mark.parametrize("content", [b"", b"grap", b"graphs"])
+def test_a_file_of_another_size_is_refused(manifest, tmp_path, content):
+    (tmp_path / "engine.onnx").write_bytes(content)
+    wanted = f"{tmp_path / 'engine.onnx'}: has {len(content)} bytes, the manifest says 5; it was changed or is incomplete"
+    for use in (lambda: manifest.file("language_onnx"), lambda: verify_files(manifest)):
+        with pytest.raises(UserError, match=f"^{re.escape(wanted)}, export again$"):
+            use()
+
+
+def test_an_entry_without_a_size_is_accepted(manifest, tmp_path):
+    (tmp_path / "engine.processor").mkdir()
+    unsized = replace(manifest, files={"a": {"name": "engine.onnx"}, "processor": {"name": "engine.processor"}})
+    (tmp_path / "engine.onnx").write_bytes(b"another")
+    assert [unsized.file(role) for role in unsized.files] == [tmp_path / "engine.onnx", tmp_path / "engine.processor"]
+
+
+@pytest.fixture
+def three(manifest, tmp_path):
+    """A manifest of two hashed files and a folder without a hash."""
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    plan = describe_file(tmp_path / "engine.plan")
+    return replace(manifest, files={**manifest.files, "language_plan": plan, "processor": {"name": "engine.processor"}})
+
+
+def test_every_hashed_file_is_verified(three):
+    fractions = []
+    assert verify_files(three, fractions.append) == ["engine.onnx", "engine.plan"]
+    assert fractions == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["engine.onnx", "engine.plan"])
+def test_one_changed_bit_is_found(three, tmp_path, name):
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(
+        UserError, match=f"^{re.escape(str(tmp_path / name))}: its sha256 is .*it was changed, export again$"
+    ):
+        verify_files(three)
+
+
+@pytest.mark.parametrize("name", ["engine.onnx", "engine.plan"])
+def test_a_missing_file_cannot_be_verified(three, tmp_path, name):
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: is missing"):
+        verify_files(three)
+
+
+def test_what_cannot_be_read_cannot_be_verified(three, tmp_path):
+    unread = replace(three, files={"language_onnx": {"name": "folder", "sha256": "0" * 64}})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'folder'}: cannot be read (Is a directory)")):
+        verify_files(unread)
+
+
+def test_without_hashes_nothing_is_verified(three):
+    with pytest.raises(UserError, match=f"^{re.escape(str(three.path))}: lists no sha256"):
+        verify_files(replace(three, files={"language_onnx": {"name": "engine.onnx", "bytes": 5}}))

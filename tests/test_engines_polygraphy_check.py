@@ -20,6 +20,7 @@ from polygraphy.json import load_json
 import qvlm_export
 from calibrate.errors import UserError
 from engines.manifest import read_manifest
+from engines.metrics import sqnr_db
 from engines.polygraphy_check import (
     RTX_SWITCH,
     RunnerPair,
@@ -98,34 +99,32 @@ def test_the_comparator_finds_a_damaged_graph_apart(manifests, sample, tmp_path)
 
 def test_saved_files_are_those_of_polygraphy_and_hold_the_run(saved, manifests, sample):
     folder, manifest = saved["int4"].folder, manifests["int4"]
-    with open_session(manifest, "onnxruntime", threads=1) as session:
-        embeds = session.runner.embed_images(sample.pixel_values)
-        logits = session.logits(sample.input_ids[None], sample.pixel_values)
     (vision,) = load_json(str(folder / "vision" / "inputs.json"))
     np.testing.assert_array_equal(vision["pixel_values"], sample.pixel_values)
     (language,) = load_json(str(folder / "language" / "inputs.json"))
-    assert set(language) == {entry["name"] for entry in manifest.interface["language"]["inputs"]}
     types = {entry["name"]: entry["type"] for entry in manifest.interface["language"]["inputs"]}
     assert {name: array.dtype.name for name, array in language.items()} == types
     np.testing.assert_array_equal(language["input_ids"], sample.input_ids[None])
-    np.testing.assert_allclose(language["image_embeds"], embeds, rtol=1e-2, atol=1e-2)
-    outputs = RunResults.load(str(folder / "language" / "outputs.json"))
-    found = outputs[0][1][0]["logits"]
-    assert 0 < np.abs(found - logits).max() < 0.01 * np.abs(logits).max()  # its image features are float16
+    golden = {
+        name: RunResults.load(str(folder / part / "outputs.json"))[0][1][0][name]
+        for part, name in (("vision", "image_embeds"), ("language", "logits"))
+    }
+    np.testing.assert_array_equal(language["image_embeds"], golden["image_embeds"].astype(np.float16))
+    with open_session(manifest, "onnxruntime", threads=1) as session:
+        assert sqnr_db(session.runner.embed_images(sample.pixel_values), golden["image_embeds"]) > 25
+        assert sqnr_db(session.logits(sample.input_ids[None], sample.pixel_values), golden["logits"]) > 25
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_printed_lines_pass(saved, scheme):
+@pytest.mark.parametrize(("scheme", "line"), [("int4", 0), ("int4", 1), ("int8", 1)])
+def test_the_printed_line_passes(saved, scheme, line):
     assert len(saved[scheme].commands) == 2
-    for command in saved[scheme].commands:
-        result = run_shell(command)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "PASSED | simple | All outputs matched" in result.stdout
+    result = run_shell(saved[scheme].commands[line])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASSED | simple | All outputs matched" in result.stdout
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_printed_line_fails_on_a_damaged_graph(manifests, sample, tmp_path, scheme):
-    case = save_case(manifests[scheme], sample, tmp_path / "case", [], False)
+def test_the_printed_line_fails_on_a_damaged_graph(manifests, sample, tmp_path):
+    case = save_case(manifests["int4"], sample, tmp_path / "case", [], False)
     edit_weight(tmp_path / "case" / "language" / "model.onnx", f"{DOWN}.weight_codes", np.uint8, zero)
     result = run_shell(case.commands[1])
     assert result.returncode == 1, result.stdout + result.stderr
@@ -150,7 +149,7 @@ def test_lines_for_the_engine_name_plan_inputs_and_runtime(manifests, sample, tm
         assert words[-4:] == ["--compare", "snr", "--snr-threshold", "20"]
 
 
-def test_the_engine_line_reaches_tensorrt_rtx(saved, manifests, sample, tmp_path):
+def test_the_engine_line_reaches_tensorrt_rtx(manifests, sample, tmp_path):
     """Without a driver the engine cannot run, but the line must be one that Polygraphy understands."""
     pytest.importorskip("tensorrt_rtx")
     plans = {f"{part}_plan": {"name": f"{part}.plan"} for part in ("vision", "language")}
@@ -161,7 +160,7 @@ def test_the_engine_line_reaches_tensorrt_rtx(saved, manifests, sample, tmp_path
     result = run_shell(save_case(manifest, sample, tmp_path / "case", [], True).commands[3])
     assert result.returncode == 1
     assert "unrecognized arguments" not in result.stderr
-    assert "TensorRT" in result.stdout + result.stderr
+    assert "Could not deserialize engine" in result.stdout + result.stderr
 
 
 def test_a_pair_of_runners_computes_what_the_session_does(manifests, sample):
@@ -193,7 +192,7 @@ def test_polygraphy_keeps_quiet(manifests, sample, tmp_path, capfd):
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_what_polygraphy_refuses_is_one_line(tmp_path):
+def test_what_polygraphy_refuses_is_one_line():
     from polygraphy.logger import G_LOGGER
 
     with pytest.raises(UserError, match=r"^Polygraphy: no such thing; its own") as caught, quiet():
@@ -217,10 +216,9 @@ def test_twins_open_from_the_folder_they_were_written_to(manifests, tmp_path):
         assert list(runner.get_input_metadata()) == ["pixel_values"]
 
 
-@pytest.mark.parametrize("part", ["vision", "language"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "part"), [("int4", "vision"), ("int4", "language"), ("int8", "language")])
 class TestTools:
-    """Polygraphy's tools take the shipped float16 graphs as they are."""
+    """Polygraphy's tools take the shipped float16 graphs as they are; the vision graph is the same in both schemes."""
 
     def test_inspect_model(self, manifests, scheme, part):
         graph = manifests[scheme].file(f"{part}_onnx")
