@@ -185,10 +185,10 @@ def _filler(manifest: Manifest) -> int:
 RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
 
 
-def open_session(manifest: Manifest, runtime: str = "auto", threads: int | None = None) -> Session:
-    """A session on `runtime`. Raises UserError when it cannot run here."""
+def open_session(manifest: Manifest, runtime: str = "auto", threads: int | None = None, fast: bool = False) -> Session:
+    """A session on `runtime`. fast: see `open_twin`. Raises UserError when it cannot run here."""
     chosen, _ = choose_runtime(manifest, runtime)
-    runner = OnnxRunner(manifest, threads) if chosen == "onnxruntime" else TensorRTRunner(manifest, chosen)
+    runner = OnnxRunner(manifest, threads, fast) if chosen == "onnxruntime" else TensorRTRunner(manifest, chosen)
     return Session(manifest, runner)
 
 

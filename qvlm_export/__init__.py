@@ -29,8 +29,8 @@ def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
     return pipeline.export(chosen, Reporter(quiet=True))
 
 
-def load(path: str | Path, runtime: str = "auto") -> LoadedModel:
+def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedModel:
     """Opens an export for logits and answers; see `qvlm_export.loading.load`."""
     from qvlm_export import loading
 
-    return loading.load(path, runtime)
+    return loading.load(path, runtime, fast)

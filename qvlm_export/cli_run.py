@@ -41,6 +41,7 @@ def main(
     image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat for more")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="go on asking, the history stays in the cache")] = False,
     runtime: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnxruntime")] = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="ONNX Runtime: round INT4 products' activations to 8 bits")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this much probability")] = 1.0,
@@ -61,7 +62,7 @@ def main(
             raise UserError("give --prompt, or --chat to ask line by line")
         sampling = Sampling(temperature, top_p, repetition_penalty, seed)
         pictures = [open_image(path, "--image") for path in image or []]
-        with load(plan, runtime) as model:
+        with load(plan, runtime, fast) as model:
             if not as_json:
                 name, why = choose_runtime(read_manifest(plan.with_suffix(".json")), runtime)
                 print(f"runtime: {name} ({why})", file=sys.stderr)

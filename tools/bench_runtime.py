@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROWS = ("torch float32", "fp16", "int8", "int4")
+ROWS = ("torch float32", "fp16", "int8", "int4", "int4 --fast")
 MAX_LENGTH = 1024
 
 
@@ -51,12 +51,14 @@ def measure_torch(model: Path, words: int, tokens: int, threads: int) -> dict[st
     return {"prefill_ms": 1000 * prefill, "decode_tokens_per_s": tokens / decode}
 
 
-def measure_graph(plan: Path, model: Path, words: int, tokens: int, threads: int) -> dict[str, float]:
+def measure_graph(row: str, args: argparse.Namespace) -> dict[str, float]:
     from engines.manifest import read_manifest
     from engines.session import open_session
 
-    ids, pixels, _ = prompt_of(model, words)
-    with open_session(read_manifest(plan.with_suffix(".json")), "onnxruntime", threads) as session:
+    scheme, _, fast = row.partition(" ")
+    plan, tokens, threads = args.work / f"{scheme}.plan", args.tokens, args.threads
+    ids, pixels, _ = prompt_of(args.model, args.words)
+    with open_session(read_manifest(plan.with_suffix(".json")), "onnxruntime", threads, fast=bool(fast)) as session:
         warm = session.start([ids[-8:]])
         list(session.generate(warm, 2, frozenset()))
         began = time.perf_counter()
@@ -76,7 +78,7 @@ def run_row(args: argparse.Namespace) -> None:
     if args.row == "torch float32":
         got = measure_torch(args.model, args.words, args.tokens, args.threads)
     else:
-        got = measure_graph(args.work / f"{args.row}.plan", args.model, args.words, args.tokens, args.threads)
+        got = measure_graph(args.row, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**got, "peak_bytes": peak}))
 
@@ -86,10 +88,11 @@ def run_all(args: argparse.Namespace) -> None:
 
     table = {}
     for row in ROWS:
-        if row != "torch float32" and not (args.work / f"{row}.json").exists():
+        scheme = row.partition(" ")[0]
+        if row != "torch float32" and not (args.work / f"{scheme}.json").exists():
             args.work.mkdir(parents=True, exist_ok=True)
-            options = {"scheme": row, "backend": "onnx", "max_length": MAX_LENGTH, "samples": 1}
-            qvlm_export.export(str(args.model), args.work / f"{row}.plan", **options)
+            options = {"scheme": scheme, "backend": "onnx", "max_length": MAX_LENGTH, "samples": 1}
+            qvlm_export.export(str(args.model), args.work / f"{scheme}.plan", **options)
         forwarded = [f"--model={args.model}", f"--work={args.work}", f"--words={args.words}", f"--tokens={args.tokens}"]
         command = [sys.executable, __file__, *forwarded, f"--threads={args.threads}", f"--row={row}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
