@@ -154,16 +154,5 @@ def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedM
     if plan.suffix not in (".plan", ".json"):
         raise UserError(f"{plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(plan.with_suffix(".json"))
-    _check_sizes(manifest)
     processor = load_processor(manifest.file("processor"))
     return LoadedModel(open_session(manifest, runtime, fast=fast), processor)
-
-
-def _check_sizes(manifest: Manifest) -> None:
-    """Half-copied files crash the libraries that read them, so sizes are compared first. Missing ones may be unused."""
-    for entry in manifest.files.values():
-        path = manifest.path.parent / entry["name"]
-        if "bytes" in entry and path.exists() and path.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"{path}: has {path.stat().st_size} bytes, {manifest.path.name} says {entry['bytes']}; copy the files again"
-            )

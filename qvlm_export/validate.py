@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
     samples = read_samples(manifest, options.samples, options.limit)
     if options.save_polygraphy is not None:
         _check_folder(options.save_polygraphy, manifest)
+    if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
+        raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
     ladder = climb(Job(manifest, checkpoint, samples, options.per_layer), reporter)
     saved = _ask_polygraphy(manifest, samples[probe(samples)], ladder, options.save_polygraphy, reporter)
     checks = check_thresholds(ladder, options.min_agreement, options.max_kl)

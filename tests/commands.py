@@ -71,7 +71,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def export_onnx(model: Path, out: Path, *arguments: object) -> Result:
+def export_onnx(model: Path | str, out: Path, *arguments: object) -> Result:
     """`qvlm-export` without engines, calibrated with two samples that are written beside the folder of `out`."""
     data = write_calibration(out.parent.parent)
     return run_export(model, out, "--backend", "onnx", "--calib-data", data, *arguments)

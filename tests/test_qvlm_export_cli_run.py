@@ -166,7 +166,7 @@ def test_file_of_the_export_is_cut_off(mine: Path, name: str, kept: float) -> No
     path = mine.parent / name
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    assert_refused(run_model(mine, *ASK), f"{path}: has {int(len(data) * kept)} bytes", f"says {len(data)}", "copy")
+    assert_refused(run_model(mine, *ASK), f"{path}: has {int(len(data) * kept)} bytes", f"says {len(data)}", "incomplete")
 
 
 def test_processor_is_missing(mine: Path) -> None:

@@ -188,6 +188,11 @@ def test_bad_input_is_one_line_and_exit_code_2(plan, llava, tmp_path):
         assert_refused(run(*arguments), *words)
 
 
+def test_a_read_only_export_is_refused_for_layers_before_any_work(plan, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert_refused(run(plan, "--per-layer"), "--per-layer", "read-only")
+
+
 def test_no_noise_at_all_reads_equal_and_no_token_reads_dash(content, capsys):
     scores = {"count": 3, "not_finite": 0, "kl": 0.0, "agreement": 1.0, "sqnr_db": None, "cosine": 1.0}
     changed = json.loads(json.dumps(content))

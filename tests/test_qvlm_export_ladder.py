@@ -111,10 +111,10 @@ def test_every_rung_that_can_run_does(whole, scheme):
 
 def test_the_numbers_are_those_of_transformers_and_the_session(whole, plans):
     """KL and agreement of the graph on answer tokens, computed with torch from models opened by other means."""
-    manifest = read_manifest(plans["int8"].with_suffix(".json"))
+    manifest = read_manifest(plans["int4"].with_suffix(".json"))
     model = LlavaForConditionalGeneration.from_pretrained(manifest.model["name"], dtype=torch.float32).eval()
     kl, agreed = [], []
-    with open_session(manifest, "onnxruntime", threads=1) as session, torch.inference_mode():
+    with open_session(manifest, "onnxruntime") as session, torch.inference_mode():
         for sample in read_samples(manifest, None, 3):
             ids, pixels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.pixel_values)
             wanted = model(input_ids=ids, pixel_values=pixels).logits[0, sample.answer_start - 1 : -1].double()
@@ -122,9 +122,9 @@ def test_the_numbers_are_those_of_transformers_and_the_session(whole, plans):
             found = found[sample.answer_start - 1 : -1].double()
             kl.append(torch.nn.functional.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1))
             agreed.append(wanted.argmax(-1) == found.argmax(-1))
-    answer = compared(whole["int8"], GRAPH, FLOAT).groups["answer"]
+    answer = compared(whole["int4"], GRAPH, FLOAT).groups["answer"]
     assert answer.tokens == sum(len(k) for k in kl)
-    assert answer.mean_kl == pytest.approx(float(torch.cat(kl).mean()), rel=0.01)
+    assert answer.mean_kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
     assert answer.agreement == pytest.approx(float(torch.cat(agreed).double().mean()))
 
 
@@ -248,20 +248,20 @@ def test_an_engine_that_cannot_be_loaded_is_not_run(plans, monkeypatch):
     assert reasons(ladder) == {ENGINE: "Polygraphy: built for another GPU"}
 
 
-def test_samples_without_pictures_skip_the_tower(plans, tmp_path):
-    path = tmp_path / "text.jsonl"
+def test_samples_without_pictures_skip_the_tower(llava, tmp_path):
+    """On a float32 checkpoint, whose graph rounds all floats to float16: fake-quant rounds them too."""
+    plan, path = tmp_path / "out" / "e.plan", tmp_path / "text.jsonl"
+    qvlm_export.export(str(llava(dtype="float32")), plan, backend="onnx", samples=2, max_length=128)
     path.write_text('{"prompt": "Name the color.", "answer": "red"}\n{"prompt": "And now?"}\n')
-    manifest = read_manifest(plans["int8"].with_suffix(".json"))
+    manifest = read_manifest(plan.with_suffix(".json"))
     samples = read_samples(manifest, path, 10)
     ladder = climb(Job(manifest, open_checkpoint(manifest.model["name"]), samples, True), Reporter(quiet=True))
-    comparison = compared(ladder, GRAPH, FLOAT)
-    assert {group: sums.tokens > 0 for group, sums in comparison.groups.items()} == {
-        "image": False,
-        "prompt": True,
-        "answer": True,
-    }
+    groups = compared(ladder, GRAPH, FLOAT).groups
+    assert {group: sums.tokens > 0 for group, sums in groups.items()} == {"image": False, "prompt": True, "answer": True}
     assert [layer.block for layer in ladder.layers] == [f"language_model.model.layers.{i}" for i in range(2)]
-    assert all(layer.graph_sqnr_db is not None for layer in ladder.layers)
+    # No activation is rounded in an int4 decoder, so nothing but float32 rounding keeps the two apart.
+    assert compared(ladder, GRAPH, FAKE_QUANT).total.sqnr_db > 100
+    assert all(layer.graph_sqnr_db > 100 for layer in ladder.layers)
 
 
 def ladder_of(*steps, layers=(), wrong=()):

@@ -3,8 +3,8 @@
     python tools/make_random_llava.py --like llava-13b --out /big/disk/llava-13b-random
 
 config.json, tensor names and shapes are those of the llava-hf 1.5 repositories. Weights have the spread of trained ones
-and a few outlier channels, so that quantizers meet what they are made for. The tokenizer is the tiny model's: any text can be
-encoded, none of it means anything to random weights.
+and a few outlier channels, so that quantizers meet what they are made for. The tokenizer is the tiny model's: any text can
+be encoded, none of it means anything to random weights.
 """
 
 from __future__ import annotations
