@@ -53,16 +53,23 @@ def write_manifest(manifest: Manifest) -> None:
     """Writes the manifest to its path, through a temporary file."""
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     del content["path"]
-    write_json(manifest.path, content)
+    content = json.loads(json.dumps(content))  # as it will be read, tuples turned to lists
+    write_json(manifest.path, sealed(content))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's content with the sha256 of everything else in it."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads X.json. Raises UserError when it is missing, damaged or newer than this program."""
+    """Reads X.json. Raises UserError when it is missing, damaged, changed by hand, or newer than this program."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such manifest; an export writes it beside the plan") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable manifest ({error}); export again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is no manifest of qvlm-export")
@@ -70,6 +77,8 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(
             f"{path}: manifest version {content.get('version')}, this program reads {VERSION}; update qvlm-export"
         )
+    if content.get("sha256") != sealed(content)["sha256"]:
+        raise UserError(f"{path}: was changed since the export wrote it, or copied in part; export again")
     try:
         config = content["config"]
         return Manifest(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from calibrate.errors import UserError
+from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 
 MIN_SIDE = 8
 MAX_PIXELS = 64_000_000
@@ -29,8 +29,6 @@ def open_image(path: Path, where: str) -> Image.Image:
             _check(image, f"{where}: {path}")
             image.load()
             return image.convert("RGB")
-    except UserError:
-        raise
     except FileNotFoundError as error:
         hint = "check the path; in JSONL it is relative to that file"
         raise UserError(f"{where}: there is no picture {path}; {hint}") from error
@@ -38,7 +36,7 @@ def open_image(path: Path, where: str) -> Image.Image:
         raise UserError(f"{where}: {path} is larger than {MAX_PIXELS // 10**6} megapixels; scale it down") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: {path} is not a picture; give PNG, JPEG or WebP") from error
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+    except DAMAGED_FILE_ERRORS as error:
         raise UserError(f"{where}: {path} cannot be read ({error}); save it again") from error
 
 

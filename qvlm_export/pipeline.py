@@ -6,14 +6,11 @@ manifest last, so that an interrupted export leaves nothing that looks finished.
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,21 +44,19 @@ from qvlm_export.preflight import (
     check_work_dir,
     disk_needed,
     estimate_sizes,
-    nearest_folder,
 )
 from qvlm_export.progress import Reporter
+from qvlm_export.publish import FOLDER_ROLES, file_names, is_disk_full, manifest_path, publish, scratch_folder
 from qvlm_export.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
 
 FLOAT_TYPE = "float16"
 PARTS = ("vision", "language")
-FOLDER_ROLES = ("processor", "calibrated")
 DEFAULT_MAX_LENGTH = 2048
 MAX_SAMPLES = 128  # used when --samples does not say
 # What calibration does with the samples: rtn takes absolute maxima and rounds to nearest, fast folds, searches ranges and
 # rounds towards the float model's output.
 EFFORTS = {"rtn": calibrate_absmax, "fast": calibrate_searched}
 DEFAULT_EFFORT = "rtn"
-FULL_DISK_BYTES = 2**20  # with less than this free, a failure is put down to the disk
 
 
 @dataclass(frozen=True)
@@ -146,41 +141,15 @@ def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, lim
 def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     """The whole command. Raises UserError with nothing left at the output path."""
     plan = plan_export(options)
-    with _scratch_folder(options.out) as scratch:
+    with scratch_folder(options.out) as scratch:
         try:
             return _run(plan, scratch, reporter)
         except (OSError, SafetensorError, UserError) as error:
-            if _is_disk_full(error, scratch):
+            if is_disk_full(error, scratch):
                 raise UserError(
                     f"{options.out.parent}: the disk is full; {plan.disk_bytes / 2**20:.0f} MiB are needed; free some"
                 ) from error
             raise
-
-
-@contextmanager
-def _scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for unfinished work, so that results can be renamed into place; gone when the context ends.
-
-    So are parents of `out` that had to be made and stayed empty.
-    """
-    scratch = out.parent / f".{out.stem}.work"
-    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):  # not empty: the export is there
-            for folder in made:
-                folder.rmdir()
-
-
-def _is_disk_full(error: Exception, folder: Path) -> bool:
-    """Safetensors says it in words, numpy writes short without an errno, and TensorRT gives no reason at all."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or shutil.disk_usage(nearest_folder(folder)).free < FULL_DISK_BYTES
 
 
 def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
@@ -194,9 +163,9 @@ def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
     plan.processor.save_pretrained(stage_dir / f"{plan.options.out.stem}.processor")
     manifest = _manifest(plan, stage_dir, calibrated, interfaces, checks)
     write_manifest(manifest)
-    _publish(stage_dir, plan.options.out)
+    publish(stage_dir, plan.options.out)
     peak = max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(r.peak_bytes for r in reports)])
-    manifest = replace(manifest, path=_manifest_path(plan.options.out))
+    manifest = replace(manifest, path=manifest_path(plan.options.out))
     return ExportResult(manifest, checks, reports, dict(reporter.seconds), peak)
 
 
@@ -252,7 +221,7 @@ def _write_graphs(
         for number, part in enumerate(PARTS):
             model = vision_graph(config, dtype) if part == "vision" else language_graph(config, plan.limits, dtype)
             _fill(model, plan, calibrated, part, dtype)
-            path = folder / _names(plan.options.out)[f"{part}_onnx"]
+            path = folder / file_names(plan.options.out)[f"{part}_onnx"]
             try:
                 write_graph(model, path, lambda done, n=number: stage.fraction((n + done) / len(PARTS)))  # type: ignore[misc]
             except ir.serde.SerdeError as error:  # onnx_ir wraps what reading a tensor raised
@@ -282,7 +251,7 @@ def _fill(model: ir.Model, plan: ExportPlan, calibrated: CalibratedCheckpoint | 
 def _build(plan: ExportPlan, folder: Path, reporter: Reporter) -> tuple[list[BuildReport], list[LinearCheck]]:
     if plan.backend.module is None:
         return [], []
-    names, config = _names(plan.options.out), plan.checkpoint.config
+    names, config = file_names(plan.options.out), plan.checkpoint.config
     profiles = {"vision": vision_profile(config, plan.limits), "language": language_profile(config, plan.limits)}
     jobs = [
         BuildJob(str(folder / names[f"{part}_onnx"]), str(folder / names[f"{part}_plan"]), profiles[part]) for part in PARTS
@@ -302,23 +271,6 @@ def _build(plan: ExportPlan, folder: Path, reporter: Reporter) -> tuple[list[Bui
     return reports, checks
 
 
-def _names(out: Path) -> dict[str, str]:
-    """File names by role."""
-    stem = out.stem
-    return {
-        "language_plan": f"{stem}.plan",
-        "vision_plan": f"{stem}.vision.plan",
-        "language_onnx": f"{stem}.onnx",
-        "language_data": f"{stem}.onnx.data",
-        "vision_onnx": f"{stem}.vision.onnx",
-        "vision_data": f"{stem}.vision.onnx.data",
-    }
-
-
-def _manifest_path(out: Path) -> Path:
-    return out.with_suffix(".json")
-
-
 def _manifest(
     plan: ExportPlan,
     folder: Path,
@@ -326,9 +278,9 @@ def _manifest(
     interfaces: dict[str, Any],
     checks: list[LinearCheck],
 ) -> Manifest:
-    roles = {role: folder / name for role, name in _names(plan.options.out).items()}
+    roles = {role: folder / name for role, name in file_names(plan.options.out).items()}
     return Manifest(
-        path=folder / _manifest_path(plan.options.out).name,
+        path=folder / manifest_path(plan.options.out).name,
         model={"name": plan.checkpoint.name, "model_type": plan.checkpoint.hf_config.model_type},
         config=plan.checkpoint.config,
         limits=plan.limits,
@@ -352,28 +304,3 @@ def _manifest(
 def _versions() -> dict[str, str]:
     packages = ("qvlm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def _publish(stage_dir: Path, out: Path) -> None:
-    """Moves the finished files beside each other; the old manifest goes first and the new one comes last.
-
-    What an older export had and the new one has not, such as engines, goes too.
-    """
-    manifest = _manifest_path(out)
-    manifest.unlink(missing_ok=True)
-    finished = sorted(stage_dir.iterdir(), key=lambda p: p.name == manifest.name)
-    old = {*_names(out).values(), *(f"{out.stem}.{role}" for role in FOLDER_ROLES)}
-    for name in old - {path.name for path in finished}:
-        _remove(out.parent / name)
-    for path in finished:
-        target = out.parent / path.name
-        if path.is_dir() or target.is_dir():
-            _remove(target)
-        os.replace(path, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

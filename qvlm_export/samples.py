@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoProcessor
 
-from calibrate.errors import UserError
+from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from calibrate.samples import Sample
 from engines.config import ModelConfig
 from qvlm_export.images import open_image
@@ -49,7 +50,7 @@ def load_processor(folder: Path) -> Any:
     """The checkpoint's own processor (transformers). Raises UserError when the folder has none, or a damaged one."""
     try:
         processor = AutoProcessor.from_pretrained(folder)
-    except Exception as error:  # whatever transformers and tokenizers stumble over in a damaged file
+    except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
         raise UserError(
             f"{folder}: its processor cannot be loaded ({_first_line(error)}); add the tokenizer and processor files"
         ) from error
@@ -67,7 +68,7 @@ def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
     try:
         text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
         encoded = None if text.count(processor.image_token) != 1 else encode(processor, text, [grey])
-    except Exception as error:  # a chat template may raise anything
+    except (*DAMAGED_FILE_ERRORS, TemplateError, UserError) as error:
         raise UserError(f"{where} fails ({_first_line(error)}); download the processor files again") from error
     if encoded is None:
         raise UserError(f"{where} has a chat template that does not place {processor.image_token}; download it again")

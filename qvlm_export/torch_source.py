@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from calibrate.errors import UserError
+from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from calibrate.safetensors_source import indexed_files
 
 SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -59,7 +59,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: is damaged or holds more than tensors, and was not opened, as it could run code; "
             "download it again, or convert it to safetensors where you trust it"
         ) from error
-    except Exception as error:  # torch raises many types on damaged files
+    except DAMAGED_FILE_ERRORS as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable torch checkpoint ({first}); download it again") from error
     if not isinstance(content, dict):

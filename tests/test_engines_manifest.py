@@ -12,7 +12,7 @@ from small_export import open_small
 
 from calibrate.errors import UserError
 from engines.config import Limits
-from engines.manifest import Manifest, describe_file, read_manifest, verify_files, write_manifest
+from engines.manifest import Manifest, describe_file, read_manifest, sealed, verify_files, write_manifest
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def refused(path, *words):
 def change(path, **changes):
     """Rewrites the file with some of its entries changed; None removes one."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
+    kept = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(sealed(kept)), encoding="utf-8")
 
 
 def test_what_is_written_comes_back(manifest):
@@ -147,6 +148,14 @@ def test_an_entry_of_another_shape(manifest, changes):
     write_manifest(manifest)
     change(manifest.path, **changes)
     refused(manifest.path, "the manifest is damaged", "export again")
+
+
+def test_an_edited_manifest_is_refused(manifest):
+    write_manifest(manifest)
+    text = manifest.path.read_text(encoding="utf-8")
+    manifest.path.write_text(text.replace('"float_type": "float16"', '"float_type": "float32"'), encoding="utf-8")
+    assert manifest.path.read_text(encoding="utf-8") != text
+    refused(manifest.path, "was changed since the export wrote it", "export again")
 
 
 @pytest.mark.parametrize("content", [b"", b"grap", b"graphs"])

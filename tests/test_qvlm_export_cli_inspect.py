@@ -15,7 +15,7 @@ from commands import assert_refused
 from typer.testing import CliRunner, Result
 
 import qvlm_export
-from engines.manifest import read_manifest
+from engines.manifest import read_manifest, sealed
 from qvlm_export.cli_inspect import app
 from qvlm_export.inspect import inspect
 
@@ -158,7 +158,7 @@ def test_a_changed_hash_is_found(mine: Path) -> None:
     manifest = mine.with_suffix(".json")
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["files"]["vision_plan"]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(content), encoding="utf-8")
+    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
     assert_refused(run_inspect(mine, "--verify"), f"{mine.with_suffix('.vision.plan')}: its sha256", "says 000000000000")
 
 
@@ -168,7 +168,7 @@ def test_a_changed_hash_is_found(mine: Path) -> None:
         ("{", ["not a readable manifest", "export again"]),
         ('{"format": "other"}', ["no manifest of qvlm-export"]),
         ('{"format": "qvlm-export", "version": 99}', ["manifest version 99", "update qvlm-export"]),
-        ('{"format": "qvlm-export", "version": 1}', ["the manifest is damaged", "export again"]),
+        ('{"format": "qvlm-export", "version": 1}', ["was changed since the export", "export again"]),
     ],
 )
 def test_damaged_manifest(tmp_path: Path, content: str, words: list[str]) -> None:

@@ -186,7 +186,7 @@ def test_processor_is_damaged(mine: Path) -> None:
         ("[]", ["no manifest of qvlm-export"]),
         ('{"format": "other"}', ["no manifest of qvlm-export"]),
         ('{"format": "qvlm-export", "version": 99}', ["manifest version 99", "update qvlm-export"]),
-        ('{"format": "qvlm-export", "version": 1}', ["the manifest is damaged", "export again"]),
+        ('{"format": "qvlm-export", "version": 1}', ["was changed since the export", "export again"]),
     ],
 )
 def test_damaged_manifest(mine: Path, content: str, words: list[str]) -> None:

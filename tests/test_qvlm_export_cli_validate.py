@@ -14,6 +14,7 @@ from test_engines_polygraphy_check import run_shell
 from typer.testing import CliRunner
 
 import qvlm_export
+from engines.manifest import sealed
 from qvlm_export.cli_validate import app, show
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
@@ -171,7 +172,7 @@ def test_bad_input_is_one_line_and_exit_code_2(plan, llava, tmp_path):
     copy = copy_export(plan, tmp_path / "copy")
     manifest = json.loads(copy.with_suffix(".json").read_text())
     manifest["model"]["name"] = "./gone"
-    copy.with_suffix(".json").write_text(json.dumps(manifest))
+    copy.with_suffix(".json").write_text(json.dumps(sealed(manifest)))
     for arguments, words in (
         ([tmp_path / "none.plan"], ["none.json", "no such manifest"]),
         ([plan.with_suffix(".onnx")], ["give the .plan"]),
