@@ -14,6 +14,7 @@ from calibrate.errors import UserError
 from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 
 FORMAT, VERSION = "qvlm-export", 1
+VERIFY_AT_OPEN_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,17 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
+def verified_file(manifest: Manifest, role: str) -> Path:
+    """The path of a file about to be opened, its sha256 compared first unless it is larger than VERIFY_AT_OPEN_BYTES.
+
+    Raises UserError when it was changed. Hashing gigabytes at every start would cost seconds; `qvlm-inspect --verify` does.
+    """
+    path, entry = manifest.file(role), manifest.files[role]
+    if "sha256" in entry and entry["bytes"] <= VERIFY_AT_OPEN_BYTES:
+        _check_hash(path, entry)
+    return path
+
+
 def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[str]:
     """Reads every file that has a sha256; returns the names, all as they were written. progress(fraction of files read).
 
@@ -121,15 +133,17 @@ def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda 
     if not hashed:
         raise UserError(f"{manifest.path}: lists no sha256, so nothing can be verified; export again")
     for number, (role, entry) in enumerate(hashed.items()):
-        path = manifest.file(role)
-        try:
-            found = describe_file(path)["sha256"]
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}), so it cannot be verified") from error
-        if found != entry["sha256"]:
-            raise UserError(
-                f"{path}: its sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; "
-                "it was changed, export again"
-            )
+        _check_hash(manifest.file(role), entry)
         progress((number + 1) / len(hashed))
     return [entry["name"] for entry in hashed.values()]
+
+
+def _check_hash(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        found = describe_file(path)["sha256"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), so it cannot be verified") from error
+    if found != entry["sha256"]:
+        raise UserError(
+            f"{path}: its sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; it was changed, export again"
+        )

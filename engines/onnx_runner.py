@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from calibrate.errors import UserError
 from engines.float32_twin import to_float32
-from engines.manifest import Manifest
+from engines.manifest import Manifest, verified_file
 
 # Below this size a weight travels inside the graph; above, ONNX Runtime is given the array itself.
 INLINE_BYTES = 1024
@@ -26,8 +26,10 @@ class OnnxRunner:
 
     def __init__(self, manifest: Manifest, threads: int | None = None, fast: bool = False) -> None:
         self._manifest = manifest
-        self._vision = open_twin(manifest.file("vision_onnx"), manifest.file("vision_data"), threads, fast)
-        self._language = open_twin(manifest.file("language_onnx"), manifest.file("language_data"), threads, fast)
+        self._vision, self._language = (
+            open_twin(verified_file(manifest, f"{part}_onnx"), verified_file(manifest, f"{part}_data"), threads, fast)
+            for part in ("vision", "language")
+        )
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """float32 [n, 3, R, R] -> float32 [n * tokens, hidden]; one dummy row for no image."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from calibrate.errors import UserError
 from engines.device import Device
-from engines.manifest import Manifest
+from engines.manifest import Manifest, verified_file
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _NUMPY = {"HALF": np.float16, "FLOAT": np.float32, "BF16": ml_dtypes.bfloat16, "INT64": np.int64, "INT32": np.int32}
@@ -26,7 +26,7 @@ class Engine:
     """A deserialized plan with its context. Output memory grows with the largest shape seen."""
 
     def __init__(self, trt: Any, device: Device, manifest: Manifest, role: str) -> None:
-        plan = manifest.file(role)
+        plan = verified_file(manifest, role)
         self._trt, self._device = trt, device
         self._logger = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._logger)

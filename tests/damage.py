@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
+from engines.manifest import describe_file, sealed
 
 
 def copy_export(plan: Path, folder: Path) -> Path:
@@ -24,6 +27,19 @@ def edit_weight(graph: Path, name: str, dtype: type, change: Callable[[np.ndarra
     stored = bytearray(path.read_bytes())
     change(np.frombuffer(stored, np.uint8)[tensor.offset : tensor.offset + tensor.length].view(dtype))
     path.write_bytes(stored)
+    reseal(path)
+
+
+def reseal(path: Path) -> None:
+    """Makes the manifest beside `path` agree with it again, as if the export itself had gone wrong."""
+    manifest = path.parent / (path.name.split(".")[0] + ".json")
+    if not manifest.exists():  # files that --save-polygraphy wrote have none
+        return
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    for entry in content["files"].values():
+        if entry["name"] == path.name:
+            entry.update(describe_file(path))
+    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
 
 
 def zero(array: np.ndarray) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,3 +100,15 @@ def test_held_back_text_is_at_most_a_stop_strings_beginning():
     assert _held("an answer", ("END",)) == 0
     assert _cut("a END b", ("END", "b")) == ("a ", True)
     assert _cut("a", ("",)) == ("a", False)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".onnx.data", ".vision.onnx", ".vision.onnx.data"])
+def test_a_tampered_file_of_the_same_size_is_refused(model, tmp_path, suffix):
+    folder = tmp_path / "copy"
+    shutil.copytree(model.manifest.path.parent, folder)
+    path = folder / f"m{suffix}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"m{re.escape(suffix)}: its sha256 is .* it was changed, export again"):
+        qvlm_export.load(folder / "m.plan")
