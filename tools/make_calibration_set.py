@@ -1,4 +1,4 @@
-"""Draws the calibration set that ships with the package: scenes of the calib split, never seen in training or tests.
+"""Draws scenes with questions as JSONL: the calibration set that ships with the package, or samples to validate on.
 
 python tools/make_calibration_set.py --out qvlm_export/calibration
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 import scenes
 
 
-def write_set(out: Path, count: int) -> None:
+def write_set(out: Path, split: str, count: int) -> None:
     """`count` pictures and one question each, all kinds in turn."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
         kind = scenes.KINDS[index % len(scenes.KINDS)]
-        scene, (question,) = scenes.questions("calib", index, kinds=(kind,))
+        scene, (question,) = scenes.questions(split, index, kinds=(kind,))
         name = f"images/{index:03d}.png"
         scenes.draw(scene).save(out / name, optimize=True)
         lines.append(json.dumps({"image": name, "prompt": question.text, "answer": question.answer}))
@@ -28,6 +28,7 @@ def write_set(out: Path, count: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", choices=scenes.SPLITS, default="calib")
     parser.add_argument("--count", type=int, default=64)
     arguments = parser.parse_args()
-    write_set(arguments.out, arguments.count)
+    write_set(arguments.out, arguments.split, arguments.count)
