@@ -174,7 +174,7 @@ def show_result(content: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
-    if content["backend"]["version"] is not None:
+    if content["backend"]["version"] is not None and content["linears"]["planned"]:
         _show_check(content, console)
     seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())
     console.print(f"seconds: {seconds}; peak memory {megabytes(content['peak_bytes'])}")
