@@ -112,7 +112,12 @@ def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
 
 def load_finite(source: TensorSource, name: str) -> torch.Tensor:
     """A float32 copy of the tensor; UserError when it holds NaN or infinity."""
-    tensor = torch.from_numpy(source.load(name).astype(np.float32))
-    if not torch.isfinite(tensor).all():
+    array = source.load(name)
+    check_finite(name, array)
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises UserError naming the tensor when it holds NaN or infinity."""
+    if not np.isfinite(array).all():
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")
-    return tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from calibrate.blocks import Block, ModelBlocks, load_finite
+from calibrate.blocks import Block, ModelBlocks, check_finite
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
 from calibrate.quantize import MAX_FLOAT16
@@ -58,7 +58,6 @@ class BlockWriter:
         left: dict[str, list[str]] = {}
         for name in self._job.source:
             if name not in self._written:
-                load_finite(self._job.source, name)
                 left.setdefault(name.partition(".")[0], []).append(name)
         for component, names in left.items():
             self._shard(f"{component}.rest", {}, names, {})
@@ -67,6 +66,8 @@ class BlockWriter:
         self, block: str, linears: Mapping[str, QuantizedLinear], floats: list[str], changed: Mapping[str, np.ndarray]
     ) -> None:
         arrays = {name: changed[name] if name in changed else self._job.source.load(name) for name in floats}
+        for name, array in arrays.items():
+            check_finite(name, array)
         self._writer.write_shard(block, linears, arrays)
         self._written |= {*floats, *(f"{name}.weight" for name in linears)}
 

@@ -46,10 +46,9 @@ class BlockSearch:
         for group in groups:
             wanted[group] = wanted[group] / self._fold(group, wanted[group])
         rounded = copy.deepcopy(self.module)
-        handles: list[torch.utils.hooks.RemovableHandle] = []
         for group in groups:
             seen, _ = self._capture(rounded, [group], inputs)
-            self._round_group(group, rounded, wanted[group], seen[group], handles)
+            self._round_group(group, rounded, wanted[group], seen[group])
         final = [self.run(rounded, x) for x in inputs]
         self.forwards += len(inputs)
         return outputs, final
@@ -70,7 +69,6 @@ class BlockSearch:
         rounded: nn.Module,
         wanted: torch.Tensor,
         seen: torch.Tensor,
-        handles: list[torch.utils.hooks.RemovableHandle],
     ) -> None:
         """Ranges and codes of one group's linears; writes the rounded weights into `rounded`."""
         planned = [name for name in group.linears if name in self.plan]
@@ -92,7 +90,7 @@ class BlockSearch:
             layer.weight.copy_(codes.float() * column_scales(scale, codes.shape[1]))
             own = input_scale if scheme.activation_bits is not None else None
             if own is not None:
-                handles.append(layer.register_forward_pre_hook(_rounding(own, int(scheme.activation_bits or 8))))
+                layer.register_forward_pre_hook(_rounding(own, int(scheme.activation_bits or 8)))
             self.found[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), own)
 
     def _capture(
