@@ -1,9 +1,9 @@
 """The calibrated checkpoint: what calibration writes and everything after it reads. numpy only.
 
 A Hugging Face folder in the compressed-tensors format, so that transformers and vLLM can load it as they are:
-`weight_packed` + `weight_scale` + `weight_shape` for 4-bit linears, int8 `weight` + `weight_scale` + `input_scale` for
-8-bit ones, float tensors as in the source; plus `calibration.json`, our own record. Shards are written one block
-at a time and the index last, so a folder with an index is complete.
+`weight_packed` + `weight_scale` + `weight_shape` for linears of 3 and 4 bits, int8 `weight` + `weight_scale` for those of 6
+and 8, `input_scale` where activations are quantized, float tensors as in the source; plus `calibration.json`, our own
+record. Shards are written one block at a time and the index last, so a folder with an index is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from calibrate.errors import UserError
-from calibrate.packing import pack_int4, unpack_int4
+from calibrate.packing import pack_codes, unpack_codes
 from calibrate.safetensors_source import INDEX_FILE, SafetensorsSource
 from calibrate.scheme import LinearScheme, SchemeError
 
@@ -32,8 +32,8 @@ RECORD_VERSION = 1
 class QuantizedLinear:
     """One linear as integers.
 
-    codes: int8 [out, in]. scale: float16 [out, in // group_size] for W4A16, float32 [out] for W8A8. input_scale: the
-    float32 per-tensor activation scale (a value float16 can hold), None for float activations.
+    codes: int8 [out, in]. scale: float16 [out, in // group_size] for weights in groups, float32 [out] for those per output
+    channel. input_scale: the float32 per-tensor activation scale (a value float16 can hold), None for float activations.
     """
 
     scheme: LinearScheme
@@ -59,21 +59,26 @@ class CalibratedCheckpoint:
 
     def codes(self, name: str) -> np.ndarray:
         """int8 [out, in], read from disk now."""
-        if self.schemes[name].weight_bits == 8:
+        scheme = self.schemes[name]
+        if scheme.group_size is None:
             return self.floats.load(f"{name}.weight")
         _, columns = (int(n) for n in self.floats.load(f"{name}.weight_shape"))
-        return unpack_int4(self.floats.load(f"{name}.weight_packed"), columns)
+        return unpack_codes(self.floats.load(f"{name}.weight_packed"), scheme.weight_bits, columns)
 
     def scale(self, name: str) -> np.ndarray:
-        """float16 [out, in // group_size] for W4A16, float32 [out] for W8A8."""
+        """float16 [out, in // group_size] for weights in groups, float32 [out] for those per output channel."""
         scale = self.floats.load(f"{name}.weight_scale")
-        return scale if self.schemes[name].weight_bits == 4 else scale[:, 0]
+        return scale[:, 0] if self.schemes[name].group_size is None else scale
 
     def input_scale(self, name: str) -> float | None:
         """The static activation scale, None for float activations."""
-        if self.schemes[name].activation_bits is None:
-            return None
-        return float(self.floats.load(f"{name}.input_scale")[0])
+        quantizer = self.input_quantizer(name)
+        return None if quantizer is None else quantizer[0]
+
+    def input_quantizer(self, name: str) -> tuple[float, int] | None:
+        """Scale and bits of the activations, None where they stay float."""
+        bits = self.schemes[name].activation_bits
+        return None if bits is None else (float(self.floats.load(f"{name}.input_scale")[0]), bits)
 
     def linear(self, name: str) -> QuantizedLinear:
         """The planned linear `name`, whole."""
@@ -114,17 +119,20 @@ class CalibratedWriter:
 
 
 def _stored_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
-    if linear.scheme.weight_bits == 4:
-        return {
-            f"{name}.weight_packed": pack_int4(linear.codes),
+    if linear.scheme.group_size is None:
+        tensors = {
+            f"{name}.weight": np.ascontiguousarray(linear.codes),
+            f"{name}.weight_scale": np.ascontiguousarray(linear.scale[:, None]),
+        }
+    else:
+        tensors = {
+            f"{name}.weight_packed": pack_codes(linear.codes, linear.scheme.weight_bits),
             f"{name}.weight_scale": np.ascontiguousarray(linear.scale),
             f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
         }
-    return {
-        f"{name}.weight": np.ascontiguousarray(linear.codes),
-        f"{name}.weight_scale": np.ascontiguousarray(linear.scale[:, None]),
-        f"{name}.input_scale": np.array([linear.input_scale], np.float32),
-    }
+    if linear.scheme.activation_bits is not None:
+        tensors[f"{name}.input_scale"] = np.array([linear.input_scale], np.float32)
+    return tensors
 
 
 def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
@@ -147,12 +155,13 @@ def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
 def _config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
     common = {"type": "int", "symmetric": True, "dynamic": False}
     weights = {**common, "num_bits": scheme.weight_bits}
-    inputs: dict[str, Any] | None = None
     if scheme.group_size is None:
         weights |= {"strategy": "channel"}
-        inputs = {**common, "num_bits": scheme.activation_bits, "strategy": "tensor"}
     else:
         weights |= {"strategy": "group", "group_size": scheme.group_size}
+    inputs: dict[str, Any] | None = None
+    if scheme.activation_bits is not None:
+        inputs = {**common, "num_bits": scheme.activation_bits, "strategy": "tensor"}
     return {
         "targets": targets,
         "weights": weights,

@@ -14,12 +14,13 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.gptq import column_scales
-from calibrate.quantize import activation_scale, group_amax, round_to_codes, weight_scale
-from calibrate.ranges import fake_quantize_activation
+from calibrate.method import Folding
+from calibrate.quantize import activation_scale, fake_quantize, group_amax, round_to_codes, squared_sum, weight_scale
 from calibrate.scheme import LinearScheme
 
 EXPONENTS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 MAX_FACTOR = 256.0
+SMOOTH_EXPONENTS: dict[str, float] = {"smoothquant": 0.5, "smooth-0.5": 0.5}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ def groups_of(module: nn.Module) -> list[Group]:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a group reads. peak, mean: magnitudes of each channel over all tokens; rows: some tokens [n, in] to judge on."""
+
+    peak: torch.Tensor
+    mean: torch.Tensor
+    rows: torch.Tensor
+
+
+def inputs_of(tokens: torch.Tensor, chosen: torch.Tensor) -> Inputs:
+    """tokens: float32 [tokens, in]; chosen: indices of the rows to judge on."""
+    return Inputs(tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen])
+
+
+@dataclass(frozen=True)
 class Sharing:
     """How input channels share factors. heads: `copies` query heads read each value head of `head_dim` channels."""
 
@@ -83,18 +98,41 @@ def sharing_of(module: nn.Module, group: Group) -> Sharing:
     return Sharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
 
 
-def search_factors(inputs: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing) -> torch.Tensor:
+def choose_factors(
+    folding: Folding, producer: str, inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, *, sharing: Sharing
+) -> torch.Tensor | None:
+    """The factors that `folding` gives a group whose input `producer` makes, None for none; see `method.Folding`."""
+    if folding == "none" or (folding == "smoothquant" and producer.startswith(("self_attn", "mlp"))):
+        return None
+    peak, size = sharing.reduced(inputs.peak), sharing.reduced(weight.abs().amax(0))
+    if folding in SMOOTH_EXPONENTS:
+        exponent = SMOOTH_EXPONENTS[folding]
+        return _tidy(peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent))
+    if folding == "awq":
+        mean = sharing.reduced(inputs.mean).clamp(min=1e-6)
+        return _best([_tidy(mean ** (i / 20)) for i in range(20)], inputs, weight, scheme, sharing)
+    return search_factors(inputs, weight, scheme, sharing)
+
+
+def search_factors(inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing) -> torch.Tensor:
     """Factors s (per producer channel) with the least output error of quantized (W * s) on quantized (x / s).
 
-    inputs: float32 [tokens, in]; weight: float32 [out, in] of the group's linears together.
+    weight: float32 [out, in] of the group's linears together.
     """
-    wanted = inputs @ weight.T
-    peak, mean = sharing.reduced(inputs.abs().amax(0)), sharing.reduced(inputs.abs().mean(0))
+    peak, mean = sharing.reduced(inputs.peak), sharing.reduced(inputs.mean)
     size = sharing.reduced(weight.abs().amax(0))
     candidates = [torch.ones_like(peak)]
     for exponent in EXPONENTS:
         smoothed = peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent)
         candidates += [_tidy(smoothed), _tidy(mean.clamp(min=1e-6) ** exponent)]
+    return _best(candidates, inputs, weight, scheme, sharing)
+
+
+def _best(
+    candidates: list[torch.Tensor], inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing
+) -> torch.Tensor:
+    """The candidate factors with the least output error."""
+    wanted = inputs.rows @ weight.T
     errors = [_output_error(inputs, weight, sharing.expanded(c), scheme, wanted) for c in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
@@ -106,17 +144,15 @@ def _tidy(factors: torch.Tensor) -> torch.Tensor:
 
 
 def _output_error(
-    inputs: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
+    inputs: Inputs, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
 ) -> float:
     scaled = weight * factors
     scale = weight_scale(group_amax(scaled, scheme), scheme)
     rounded = round_to_codes(scaled, scale, scheme).float() * column_scales(scale, weight.shape[1])
-    x = inputs / factors
+    x = inputs.rows / factors
     if scheme.activation_bits is not None:
-        x = fake_quantize_activation(
-            x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits
-        )
-    return float((x @ rounded.T - wanted).square().sum())
+        x = fake_quantize(x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits)
+    return squared_sum(x @ rounded.T - wanted)
 
 
 def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:

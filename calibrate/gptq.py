@@ -8,9 +8,12 @@ Letters as in the paper: H is the Gram matrix of the inputs, U the upper Cholesk
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from calibrate.scheme import LinearScheme
+from calibrate.threads import one_thread
 
 BLOCK_COLUMNS = 128
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
@@ -25,17 +28,35 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, 
     system = gram + held * torch.eye(len(gram))
     # V system = W cross + held W, solved from the right.
     target = weight @ cross + held * weight
-    return torch.linalg.solve(system, target, left=False)
+    with one_thread():
+        return torch.linalg.solve(system, target, left=False)
 
 
-def gptq_round(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; gram: [in, in]; scale as stored.
+@dataclass(frozen=True)
+class Rounder:
+    """What GPTQ needs of a Gram matrix, for all linears that share the input.
 
-    Columns go in the order of decreasing input energy (act-order); groups keep their scales, so the layout is unchanged.
+    order: columns by decreasing input energy (act-order); upper: U float32 [in, in], in that order.
     """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def make_rounder(gram: torch.Tensor) -> Rounder:
+    """gram: float32 [in, in]."""
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    with one_thread():
+        return Rounder(order, _inverse_factor(gram[order][:, order]))
+
+
+def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+    """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; scale as stored.
+
+    Groups keep their scales whatever the order of the columns, so the layout is unchanged.
+    """
+    order, upper = rounder.order, rounder.upper
     steps = column_scales(scale, weight.shape[1])[:, order]
-    upper = _inverse_factor(gram[order][:, order])
     left = weight[:, order].clone()
     codes = torch.empty_like(left)
     for start in range(0, left.shape[1], BLOCK_COLUMNS):

@@ -19,10 +19,15 @@ MAX_FLOAT16 = 65504.0
 
 
 def weight_scale(amax: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """Range -> scale in its stored type: float16 for W4A16, float32 for W8A8. amax: float32 [out] or [out, groups]."""
+    """Range -> scale as stored: float16 for groups, float32 for output channels. amax: float32 [out] or [out, groups]."""
+    return stored_weight_scale(amax / scheme.qmax, scheme)
+
+
+def stored_weight_scale(scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+    """float32 [out, groups] or [out] -> as stored: float16 [out, groups] or float32 [out], never 0."""
     if scheme.group_size is None:
-        return (amax / scheme.qmax).clamp(min=MIN_FLOAT32_SCALE)
-    return (amax / scheme.qmax).clamp(min=MIN_FLOAT16_SCALE).half()
+        return scale.clamp(min=MIN_FLOAT32_SCALE).reshape(len(scale))
+    return scale.clamp(min=MIN_FLOAT16_SCALE).half()
 
 
 def group_amax(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -42,7 +47,7 @@ def round_to_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: LinearSche
     return scaled.round_().clamp_(scheme.qmin, scheme.qmax).to(torch.int8)
 
 
-def activation_scale(amax: float, num_bits: int = 8) -> float:
+def activation_scale(amax: float, num_bits: int) -> float:
     """Per-tensor activation scale, rounded up to a float16 value so that `amax` itself is not clipped."""
     exact = max(amax / (2 ** (num_bits - 1) - 1), MIN_FLOAT16_SCALE)
     rounded = np.float16(exact)
@@ -50,9 +55,28 @@ def activation_scale(amax: float, num_bits: int = 8) -> float:
     return float(rounded if float(rounded) >= exact else np.nextafter(rounded, np.float16(np.inf)))
 
 
+def activation_scale_nearest(scale: float) -> float:
+    """The nearest float16 value to a searched scale."""
+    return float(np.float16(max(scale, MIN_FLOAT16_SCALE)))
+
+
+def fake_quantize(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
+    """What the graph does to an activation: round half to even, codes -2^(b-1) .. 2^(b-1) - 1, and back to float.
+
+    Codes saturate at the lowest one too, as QuantizeLinear does, though calibrated scales use only +-(2^(b-1) - 1).
+    """
+    return (x / scale).round_().clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1).mul_(scale)
+
+
+def squared_sum(x: torch.Tensor) -> float:
+    """Sum of squares, the same to the last bit on any number of threads: rows in float32, their sum in float64 by numpy."""
+    return float(x.square().sum(dim=-1).double().numpy().sum())
+
+
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:
-    """Round-to-nearest with absmax ranges. weight: float32 [out, in]; input_amax for 8-bit activations."""
+    """Round-to-nearest with absmax ranges. weight: float32 [out, in]; input_amax for quantized activations."""
     scale = weight_scale(group_amax(weight, scheme), scheme)
     codes = round_to_codes(weight, scale, scheme)
-    input_scale = None if scheme.activation_bits is None else activation_scale(float(input_amax or 0.0))
+    bits = scheme.activation_bits
+    input_scale = None if bits is None else activation_scale(float(input_amax or 0.0), bits)
     return QuantizedLinear(scheme, codes.numpy(), scale.numpy(), input_scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from calibrate.gptq import column_scales
-from calibrate.quantize import activation_scale, group_amax, round_to_codes, weight_scale
+from calibrate.quantize import activation_scale, fake_quantize, group_amax, round_to_codes, squared_sum, weight_scale
 from calibrate.scheme import LinearScheme
 
 WEIGHT_FRACTIONS = tuple(1.0 - 0.04 * i for i in range(16))
@@ -44,11 +44,6 @@ def _cost(error: torch.Tensor, gram: torch.Tensor, scheme: LinearScheme) -> torc
     return torch.einsum("ogi,gij,ogj->og", groups, blocks, groups)
 
 
-def fake_quantize_activation(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
-    """Rounds as QuantizeLinear and DequantizeLinear do with zero-point 0: ties to even, codes -2^(b-1) .. 2^(b-1) - 1."""
-    return (x / scale).round_().clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1).mul_(scale)
-
-
 def search_activation_scale(inputs: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:
     """The static per-tensor scale whose rounding moves the linears' output least from the float one.
 
@@ -59,6 +54,6 @@ def search_activation_scale(inputs: torch.Tensor, wanted: torch.Tensor, weight: 
     best = (float("inf"), activation_scale(amax, num_bits))
     for fraction in ACTIVATION_FRACTIONS:
         scale = activation_scale(amax * fraction, num_bits)
-        moved = fake_quantize_activation(inputs, scale, num_bits) - wanted
-        best = min(best, (float((moved @ weight.T).square().sum()), scale))
+        moved = fake_quantize(inputs, scale, num_bits) - wanted
+        best = min(best, (squared_sum(moved @ weight.T), scale))
     return best[1]

@@ -1,8 +1,13 @@
 """The search over one block after another: fold, choose ranges, round jointly towards the float block's output. torch.
 
 Inputs of a block come from the already quantized prefix; the target is always the float model. A block's groups of linears
-are done in the order they compute, so that each sees what the ones before it really produce. Cost in block forwards: 1
-float run that keeps every group's input, 1 quantized run for each group, 1 to hand over (counted at run time).
+are done in the order they compute, so that each sees what the ones before it really produce. Where the method offers a
+choice, it is the *block's* output that decides, with the groups still to come in float: which folding and which ranges
+are best depends on what the rest of the block makes of the error (Q-VLM, section 3.2).
+
+Cost in block forwards, a forward being one prompt or picture: for each folding 1 float run that keeps every group's input,
+1 quantized run for each group, 1 more for each of its variants if there is a choice, 1 to hand over; learning adds its
+own. All are counted at run time.
 """
 
 from __future__ import annotations
@@ -11,87 +16,182 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
-from calibrate.fold import Group, apply_factors_, groups_of, search_factors, sharing_of
-from calibrate.gptq import aim_at_float, column_scales, gptq_round
-from calibrate.ranges import fake_quantize_activation, search_activation_scale, search_weight_scale
+from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, sharing_of
+from calibrate.gptq import aim_at_float, gptq_round, make_rounder
+from calibrate.learn import Learned, learn_block
+from calibrate.method import Folding, Method, Variant
+from calibrate.quantize import (
+    activation_scale,
+    activation_scale_nearest,
+    fake_quantize,
+    group_amax,
+    round_to_codes,
+    squared_sum,
+    weight_scale,
+)
+from calibrate.ranges import search_activation_scale, search_weight_scale
 from calibrate.scheme import LinearScheme
+from calibrate.statistics import Histogram, InputStatistics
 from calibrate.walk import Run
 
 SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
-RIDGE = 0.1
+_COUNTED = 2**22  # values counted at a time
+
+
+@dataclass
+class Candidate:
+    """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
+
+    By the first linear of each group: variants, what was chosen; inputs, what the group read from the quantized prefix.
+    error: of the block's output, relative to the float one's.
+    """
+
+    folding: Folding
+    module: nn.Module
+    rounded: nn.Module
+    found: dict[str, QuantizedLinear] = field(default_factory=dict)
+    variants: dict[str, Variant] = field(default_factory=dict)
+    inputs: dict[str, Histogram] = field(default_factory=dict)
+    error: float = float("inf")
+
+    def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
+        """Makes `rounded` compute with these linears; the hooks on their inputs look into `found`."""
+        for name, linear in linears.items():
+            layer = linear_of(self.rounded, name)
+            layer.weight.copy_(torch.from_numpy(linear.dequantized()))
+            if name not in self.found:
+                layer.register_forward_pre_hook(self._rounding(name))
+            self.found[name] = linear
+
+    def _rounding(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            linear = self.found[name]
+            scale, bits = linear.input_scale, linear.scheme.activation_bits
+            return args if scale is None or bits is None else (fake_quantize(args[0], scale, bits), *args[1:])
+
+        return hook
 
 
 @dataclass
 class BlockSearch:
-    """One block being searched. `module` holds the float weights, folded; `quantized` a copy with rounded ones."""
+    """One block being searched. `best` and `learned` hold what was found; forwards and backwards are counted."""
 
     module: nn.Module
     plan: Mapping[str, LinearScheme]  # by name inside the block
     run: Run
+    method: Method
     forwards: int = 0
-    found: dict[str, QuantizedLinear] = field(default_factory=dict)
+    backwards: int = 0
+    best: Candidate | None = None
+    learned: Learned | None = None
 
     def search(
         self, float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Quantizes the block's planned linears into `found`; returns the float and the quantized outputs."""
-        groups = [g for g in groups_of(self.module) if any(name in self.plan for name in g.linears)]
-        wanted, outputs = self._capture(self.module, groups, float_inputs)
-        for group in groups:
-            wanted[group] = wanted[group] / self._fold(group, wanted[group])
-        rounded = copy.deepcopy(self.module)
-        for group in groups:
-            seen, _ = self._capture(rounded, [group], inputs)
-            self._round_group(group, rounded, wanted[group], seen[group])
-        final = [self.run(rounded, x) for x in inputs]
-        self.forwards += len(inputs)
-        return outputs, final
+        """Quantizes the block's planned linears; returns the float and the quantized outputs.
 
-    def _fold(self, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+        Inputs and outputs are batches float32 [B, tokens, width].
+        """
+        groups = [g for g in groups_of(self.module) if any(name in self.plan for name in g.linears)]
+        if not groups:
+            return self._outputs(self.module, float_inputs), self._outputs(self.module, inputs)
+        for folding in self.method.foldings:
+            # The function of the folded module is the same, so its outputs are the float model's.
+            candidate, outputs = self._candidate(folding, groups, float_inputs, inputs)
+            quantized = self._outputs(candidate.rounded, inputs)
+            candidate.error = relative_error(quantized, outputs)
+            if self.best is None or candidate.error < self.best.error:
+                self.best, wanted, final = candidate, outputs, quantized
+        if self.method.learn_steps and self.best is not None:
+            self._learn(self.best, inputs, wanted)
+            final = self._outputs(self.best.rounded, inputs)
+        return wanted, final
+
+    def found(self) -> dict[str, QuantizedLinear]:
+        """The quantized linears by name inside the block."""
+        return {} if self.best is None else self.best.found
+
+    def floats(self) -> dict[str, torch.Tensor]:
+        """The block's other tensors, by name inside it: as folded, or as learned."""
+        module, found = self.module if self.best is None else self.best.module, self.found()
+        folded = {n: p.detach() for n, p in module.named_parameters() if n.removesuffix(".weight") not in found}
+        return folded if self.learned is None else {**folded, **self.learned.floats}
+
+    def _candidate(
+        self, folding: Folding, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
+    ) -> tuple[Candidate, list[torch.Tensor]]:
+        """The block with one folding, every group in its best variant; and the float outputs."""
+        module = copy.deepcopy(self.module)
+        wanted, outputs = self._capture(module, groups, float_inputs)
+        for group in groups:
+            wanted[group] = wanted[group] / self._fold(module, folding, group, wanted[group])
+        candidate = Candidate(folding, module, copy.deepcopy(module))
+        for group in groups:
+            seen, _ = self._capture(candidate.rounded, [group], inputs)
+            self._choose_variant(candidate, group, wanted[group], seen[group], (inputs, outputs))
+        return candidate, outputs
+
+    def _fold(self, module: nn.Module, folding: Folding, group: Group, inputs: torch.Tensor) -> torch.Tensor:
         """Applies the best factors to `module`; returns what the group's input channels were divided by."""
         schemes = {self.plan.get(name) for name in group.linears}
         scheme = schemes.pop()
         if group.producer is None or schemes or scheme is None:
             return torch.ones(inputs.shape[1])
-        weight = torch.cat([linear_of(self.module, name).weight for name in group.linears])
-        factors = search_factors(inputs[chosen_rows(inputs)], weight, scheme, sharing_of(self.module, group))
-        return apply_factors_(self.module, group, factors)
+        weight = torch.cat([linear_of(module, name).weight for name in group.linears])
+        rows = inputs_of(inputs, chosen_rows(inputs))
+        factors = choose_factors(folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
+        return torch.ones(inputs.shape[1]) if factors is None else apply_factors_(module, group, factors)
 
-    def _round_group(
+    def _choose_variant(
         self,
+        candidate: Candidate,
         group: Group,
-        rounded: nn.Module,
         wanted: torch.Tensor,
         seen: torch.Tensor,
+        pair: tuple[list[torch.Tensor], list[torch.Tensor]],
     ) -> None:
-        """Ranges and codes of one group's linears; writes the rounded weights into `rounded`."""
-        planned = [name for name in group.linears if name in self.plan]
-        bits = {self.plan[name].activation_bits for name in planned} - {None}
-        input_scale: float | None = None
-        if bits:
-            num_bits = int(bits.pop() or 8)
-            weight = torch.cat([linear_of(self.module, name).weight for name in planned])
-            rows = chosen_rows(seen)
-            input_scale = search_activation_scale(seen[rows], wanted[rows], weight, num_bits)
-            seen = fake_quantize_activation(seen, input_scale, num_bits)
-        gram, cross = seen.T @ seen, wanted.T @ seen
-        for name in planned:
-            scheme = self.plan[name]
-            layer = linear_of(rounded, name)
-            aimed = aim_at_float(linear_of(self.module, name).weight, gram, cross, RIDGE)
-            scale = search_weight_scale(aimed, gram, scheme)
-            codes = gptq_round(aimed, gram, scale, scheme)
-            layer.weight.copy_(codes.float() * column_scales(scale, codes.shape[1]))
-            own = input_scale if scheme.activation_bits is not None else None
-            if own is not None:
-                layer.register_forward_pre_hook(_rounding(own, int(scheme.activation_bits or 8)))
-            self.found[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), own)
+        """Quantizes a group in the variant after which the block's output is closest to the float one. pair: in and out."""
+        planned = {name: linear_of(candidate.module, name).weight for name in group.linears if name in self.plan}
+        quantized = {v: quantize_group(planned, self.plan, v, wanted, seen) for v in self._distinct(planned)}
+        errors = {}
+        if len(quantized) > 1:
+            for variant, linears in quantized.items():
+                candidate.set_(linears)
+                errors[variant] = relative_error(self._outputs(candidate.rounded, pair[0]), pair[1])
+        best = min(errors, key=lambda v: errors[v]) if errors else next(iter(quantized))
+        candidate.set_(quantized[best])
+        candidate.variants[group.linears[0]] = best
+        candidate.inputs[group.linears[0]] = _histogram(group.linears[0], seen)
+
+    def _distinct(self, planned: Mapping[str, torch.Tensor]) -> list[Variant]:
+        """The variants that differ for these linears: without quantized activations their ranges do not matter."""
+        if any(self.plan[name].activation_bits is not None for name in planned):
+            return list(self.method.variants)
+        seen = {(v.weight_ranges, v.rounding, v.ridge): v for v in reversed(self.method.variants)}
+        return list(reversed(seen.values()))
+
+    def _learn(self, best: Candidate, inputs: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+        """Learns the whole block's rounding and writes it into the candidate."""
+        method = self.method
+        self.learned = learn_block(
+            best.module, best.found, self.run, inputs, wanted, steps=method.learn_steps, seed=method.seed
+        )
+        best.set_(self.learned.linears)
+        for name, tensor in self.learned.floats.items():
+            best.rounded.get_parameter(name).copy_(tensor)
+        self.forwards += self.learned.forwards
+        self.backwards += self.learned.backwards
+
+    def _outputs(self, module: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.forwards += sum(len(x) for x in inputs)
+        return [self.run(module, x) for x in inputs]
 
     def _capture(
         self, module: nn.Module, groups: Sequence[Group], inputs: list[torch.Tensor]
@@ -99,9 +199,65 @@ class BlockSearch:
         """Runs `module` on all inputs; returns each group's input rows [tokens, in] and the outputs."""
         rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
         with _watched({group: module.get_submodule(group.linears[0]) for group in groups}, rows):
-            outputs = [self.run(module, x) for x in inputs]
-        self.forwards += len(inputs)
+            outputs = self._outputs(module, inputs)
         return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
+
+
+def relative_error(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """Squared error of all outputs over the squared size of what is wanted."""
+    wrong = sum(squared_sum(a - b) for a, b in zip(outputs, wanted, strict=True))
+    return wrong / max(sum(squared_sum(b) for b in wanted), 1e-30)
+
+
+def quantize_group(
+    weights: Mapping[str, torch.Tensor],
+    plan: Mapping[str, LinearScheme],
+    variant: Variant,
+    wanted: torch.Tensor,
+    seen: torch.Tensor,
+) -> dict[str, QuantizedLinear]:
+    """Ranges and codes of linears that share an input.
+
+    weights: float32 [out, in], folded. wanted: the group's input in the float model, seen: from the quantized prefix, both
+    float32 [tokens, in].
+    """
+    bits = {plan[name].activation_bits for name in weights} - {None}
+    input_scale: float | None = None
+    if bits:
+        num_bits = int(bits.pop() or 8)
+        input_scale = _input_scale(variant, seen, wanted, torch.cat(list(weights.values())), num_bits)
+        seen = fake_quantize(seen, input_scale, num_bits)
+    gram, cross = seen.T @ seen, wanted.T @ seen
+    if variant.ridge is not None:
+        aimed = aim_at_float(torch.cat(list(weights.values())), gram, cross, variant.ridge)
+        weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
+    rounder = make_rounder(gram) if variant.rounding == "gptq" else None
+    found = {}
+    for name, weight in weights.items():
+        scheme = plan[name]
+        if variant.weight_ranges == "absmax":
+            scale = weight_scale(group_amax(weight, scheme), scheme)
+        else:
+            scale = search_weight_scale(weight, gram, scheme)
+        codes = round_to_codes(weight, scale, scheme) if rounder is None else gptq_round(weight, rounder, scale, scheme)
+        own = input_scale if scheme.activation_bits is not None else None
+        found[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), own)
+    return found
+
+
+def _input_scale(variant: Variant, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:
+    if variant.activation_ranges == "absmax":
+        return activation_scale(float(seen.abs().max()), num_bits)
+    rows = chosen_rows(seen)
+    return activation_scale_nearest(variant.widen * search_activation_scale(seen[rows], wanted[rows], weight, num_bits))
+
+
+def _histogram(name: str, rows: torch.Tensor) -> Histogram:
+    """Of all values together, for the record; a few at a time, as counting takes many times their memory."""
+    statistics = InputStatistics(name, 1, with_gram=False)
+    for part in rows.flatten().split(_COUNTED):
+        statistics.update(part[:, None], torch.zeros(len(part), dtype=torch.int64))
+    return statistics.histogram()
 
 
 @contextmanager
@@ -117,10 +273,6 @@ def _watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rounding(scale: float, num_bits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    return lambda _, args: (fake_quantize_activation(args[0], scale, num_bits), *args[1:])
 
 
 def chosen_rows(rows: torch.Tensor) -> torch.Tensor:

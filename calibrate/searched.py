@@ -6,54 +6,72 @@ half the quantized model's so far.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from calibrate.batches import batches_of
 from calibrate.blocks import Block, linear_of, resident
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
+from calibrate.method import FAST, FULL, Method
+from calibrate.record import block_record, labels_of, with_partition
 from calibrate.search import BlockSearch
+from calibrate.threads import steady_threads
 from calibrate.walk import Run, walk_language, walk_vision
 
 
-def calibrate_searched(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def calibrate_searched(
+    job: Calibration, writer: CalibratedWriter, progress: Progress, method: Method = FAST
+) -> dict[str, Any]:
     """Quantizes every planned linear into `writer`'s folder; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
     shards = BlockWriter(job, writer, progress)
-    forwards = 0
+    blocks: list[dict[str, Any]] = []
 
     def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
-        nonlocal forwards
         plan, half = job.plan_of(block), len(inputs) // 2
-        with resident(block, job.source) as module, torch.inference_mode():
+        with resident(block, job.source) as module, torch.no_grad():
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
             if not half and plan:
                 raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
-            search = BlockSearch(module, plan, run)
-            exact, rounded = search.search(inputs[:half], inputs[half:])
+            check_outputs(block, inputs)  # of what came before, such as a NaN in a picture
+            batches = batches_of(inputs[:half])
+            search = BlockSearch(module, plan, run, method)
+            found = search.search(batches.merged(inputs[:half]), batches.merged(inputs[half:]))
+            exact, rounded = (batches.split(part) for part in found)
             check_outputs(block, [*exact, *rounded])
-            kept = [n for n, _ in module.named_parameters() if n.removesuffix(".weight") not in search.found]
-            changed = {n: _stored(module.get_parameter(n), job.source.dtype(f"{block.prefix}.{n}")) for n in kept}
-        shards.write(block, search.found, changed)
-        forwards += search.forwards
+            changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
+        shards.write(block, search.found(), changed)
+        blocks.append(block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples)))
         return [*exact, *rounded]
 
     samples = [*job.samples, *job.samples]
-    features = walk_vision(job.blocks, job.source, samples, step)
-    walk_language(job.blocks, job.source, samples, features, step)
+    with steady_threads(job.blocks):
+        features = walk_vision(job.blocks, job.source, samples, step)
+        walk_language(job.blocks, job.source, samples, features, step)
     shards.write_rest()
+    marked, thresholds = with_partition(blocks)
     return {
-        "method": "searched",
+        "method": asdict(method),
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
-        "block_forwards": forwards,
+        "block_forwards": sum(b["forwards"] for b in blocks),
+        "block_backwards": sum(b["backwards"] for b in blocks),
+        "entropy_thresholds": thresholds,
+        "blocks": marked,
     }
+
+
+def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """`calibrate_searched` with learned rounding."""
+    return calibrate_searched(job, writer, progress, FULL)
 
 
 def _stored(tensor: torch.Tensor, source: np.dtype) -> np.ndarray:

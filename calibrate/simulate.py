@@ -1,8 +1,8 @@
 """The calibrated checkpoint in torch: what its graph computes, in float32, without ONNX or TensorRT.
 
-Weights are codes * scale; the inputs of W8A8 linears pass the quantizer that is QuantizeLinear in the graph; what stays
-float is rounded to the graph's float type where the graph stores it so. What this loses against the checkpoint is the
-price of quantization; what a graph loses against this is a fault, or a rounding that fell the other way.
+Weights are codes * scale; quantized inputs pass the quantizer that is QuantizeLinear in the graph; what stays float is
+rounded to the graph's float type where the graph stores it so. What this loses against the checkpoint is the price of
+quantization; what a graph loses against this is a fault, or a rounding that fell the other way.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import nn
 
 from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.calibrated import CalibratedCheckpoint
+from calibrate.quantize import fake_quantize
 from calibrate.tensors import TensorSource
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, Step
 
-INT8_MIN, INT8_MAX = -128, 127  # QuantizeLinear saturates to all of int8, though calibrated scales use +-127
 _PIECES = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
 
 
@@ -47,7 +47,7 @@ class DequantizedSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         floats, linear = self._calibrated.floats, self._linears.get(name)
-        if linear is None or self._calibrated.schemes[linear].weight_bits == 8:
+        if linear is None or self._calibrated.schemes[linear].group_size is None:
             return floats.shape(name)
         rows, columns = floats.load(f"{linear}.weight_shape")
         return int(rows), int(columns)
@@ -65,15 +65,15 @@ class DequantizedSource:
 
 
 def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) -> Step:
-    """A step that computes a block as its graph does: weights of `source`, fake-quantized inputs of the W8A8 linears."""
+    """A step that computes a block as its graph does: weights of `source`, inputs fake-quantized where planned."""
 
     def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
-        scales = {
-            name.removeprefix(f"{block.prefix}."): scale
+        quantizers = {
+            name.removeprefix(f"{block.prefix}."): quantizer
             for name in block.linear_names()
-            if name in calibrated.schemes and (scale := calibrated.input_scale(name)) is not None
+            if name in calibrated.schemes and (quantizer := calibrated.input_quantizer(name)) is not None
         }
-        with resident(block, source) as module, fake_quantized_inputs(module, scales), torch.inference_mode():
+        with resident(block, source) as module, fake_quantized_inputs(module, quantizers), torch.inference_mode():
             return [run(module, x) for x in inputs]
 
     return step
@@ -90,20 +90,17 @@ def recorded(step: Step, record: Callable[[str, list[torch.Tensor]], None]) -> S
     return watched
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """QuantizeLinear, DequantizeLinear to int8 with zero-point 0: round half to even, saturate. scale: float32 []."""
-    return (x / scale).round_().clamp_(INT8_MIN, INT8_MAX).mul_(scale)
-
-
 @contextmanager
-def fake_quantized_inputs(module: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
-    """Fake-quantizes the inputs of the linears named in `scales` (names inside `module`) while the context is open."""
+def fake_quantized_inputs(module: nn.Module, quantizers: Mapping[str, tuple[float, int]]) -> Iterator[None]:
+    """Fake-quantizes the inputs of the linears named in `quantizers` while the context is open.
 
-    def quantizer(scale: float) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-        wide = torch.tensor(scale, dtype=torch.float32)
-        return lambda _, args: (fake_quantize(args[0], wide), *args[1:])
+    quantizers: name inside `module` -> (scale, bits) of its input.
+    """
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(quantizer(s)) for name, s in scales.items()]
+    def quantizer(scale: float, bits: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+        return lambda _, args: (fake_quantize(args[0], scale, bits), *args[1:])
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(quantizer(*q)) for name, q in quantizers.items()]
     try:
         yield
     finally:

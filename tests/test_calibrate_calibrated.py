@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,16 +17,22 @@ from transformers import LlavaForConditionalGeneration
 
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear, quantization_config
 from calibrate.errors import UserError
-from calibrate.scheme import W8A8, LinearScheme
+from calibrate.scheme import ACTIVATION_BITS, GROUPED_BITS, W8A8, WEIGHT_BITS, LinearScheme
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
+W3A16, W3A8, W6A6, W8A16 = (
+    LinearScheme(3, None, 64),
+    LinearScheme(3, 8, 64),
+    LinearScheme(6, 6, None),
+    LinearScheme(8, None, None),
+)
 SUMMARY = {"method": "by hand"}
 
 
 def random_linear(scheme, seed=0, shape=(6, 128)):
     rng = np.random.default_rng(seed)
     codes = rng.integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int8)
-    dtype = np.float16 if scheme.weight_bits == 4 else np.float32
+    dtype = np.float16 if scheme.group_size else np.float32
     scale = rng.uniform(0.001, 0.1, scheme.scale_shape(shape)).astype(dtype)
     return QuantizedLinear(scheme, codes, scale, None if scheme.activation_bits is None else 0.0625)
 
@@ -53,8 +60,10 @@ def assert_equal(got, wanted):
         {"a.b": random_linear(W4A16)},
         {"a.b": random_linear(W8A8)},
         {"a.b": random_linear(W4A16, 1), "a.c": random_linear(W8A8, 2), "d": random_linear(W4A16, 3, (2, 192))},
+        {"a.b": random_linear(W3A16, 1, (3, 192)), "a.c": random_linear(W3A8, 2)},
+        {"a.b": random_linear(W6A6, 1, (3, 77)), "a.c": random_linear(W8A16, 2), "d": random_linear(W3A8, 3)},
     ],
-    ids=["W4A16", "W8A8", "mixed"],
+    ids=["W4A16", "W8A8", "mixed", "three bits", "simulated"],
 )
 def test_linears_come_back_bit_equal(tmp_path, linears):
     floats = {"a.norm.weight": np.arange(5, dtype=np.float16), "a.b.bias": np.arange(6, dtype=np.float32)}
@@ -198,6 +207,17 @@ def test_the_projector_is_matched_with_and_without_model():
 
 def test_one_group_for_each_scheme():
     wide = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+    activations = [{"num_bits": 6}, {"num_bits": 8}, None]
+    config = quantization_config({"a.x": W6A6, "a.y": W3A8, "a.z": W8A16})
+    groups = sorted(config["config_groups"].values(), key=lambda g: g["targets"])
+    assert [(g["format"], g["weights"]["num_bits"]) for g in groups] == [
+        ("int-quantized", 6),
+        ("pack-quantized", 3),
+        ("int-quantized", 8),
+    ]
+    for group, wanted in zip(groups, activations, strict=True):
+        common = {"type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+        assert group["input_activations"] == (wanted and {**common, **wanted})
     config = quantization_config({"a.x": W8A8, "a.y": W4A16, "a.z": wide, "a.w": W4A16})
     groups = config["config_groups"].values()
     assert config["format"] == "mixed-precision"
@@ -209,12 +229,26 @@ def test_one_group_for_each_scheme():
     assert quantization_config({"a.y": W4A16, "a.z": wide})["format"] == "pack-quantized"
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+def every_scheme(checkpoint):
+    """A plan in which the linears take turns with all bits there are, groups of 128 and 64 included."""
+    schemes = [
+        LinearScheme(weight, activation, group)
+        for weight in WEIGHT_BITS
+        for activation in ACTIVATION_BITS
+        for group in ((128, 64) if weight <= GROUPED_BITS else (None,))
+    ]
+    names = plan_of(checkpoint, "int8")
+    assert len(names) >= len(schemes)
+    return dict(zip(names, itertools.cycle(schemes), strict=False))
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16", "every scheme"])
 def loaded(request, llava, tmp_path_factory):
     """A calibrated checkpoint and the model, with loading info, that transformers makes of it."""
     checkpoint = open_small(llava())
     folder = tmp_path_factory.mktemp("calibrated")
-    calibrated = calibrate(checkpoint, plan_of(checkpoint, request.param), folder)
+    plan = every_scheme(checkpoint) if request.param == "every scheme" else plan_of(checkpoint, request.param)
+    calibrated = calibrate(checkpoint, plan, folder)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return calibrated, model, info
 
@@ -238,6 +272,9 @@ def test_transformers_computes_with_the_same_weights(loaded):
     for name in calibrated.schemes:
         module = module_of(model, name)
         linear = calibrated.linear(name)
+        inputs = module.quantization_scheme.input_activations
+        assert (inputs and inputs.num_bits) == linear.scheme.activation_bits
+        assert module.quantization_scheme.weights.num_bits == linear.scheme.weight_bits
         if linear.input_scale is not None:
             assert module.input_scale.tolist() == [linear.input_scale]
         decompress_module(module)

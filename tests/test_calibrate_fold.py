@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibrate.blocks import linear_of, make_blocks, resident
-from calibrate.fold import Sharing, apply_factors_, groups_of, search_factors, sharing_of
+from calibrate.fold import Sharing, apply_factors_, groups_of, inputs_of, search_factors, sharing_of
 from calibrate.scheme import W8A8, LinearScheme
 from qvlm_export.checkpoint import open_checkpoint
 
@@ -57,7 +57,7 @@ def test_planted_outlier_channels_are_taken_out(scheme):
     inputs, weight = torch.randn(300, 128, generator=generator), torch.randn(64, 128, generator=generator) * 0.05
     inputs[:, 7] *= 64
     weight[:, 7] /= 64
-    factors = search_factors(inputs, weight, scheme, Sharing())
+    factors = search_factors(inputs_of(inputs, torch.arange(len(inputs))), weight, scheme, Sharing())
     others = torch.cat([factors[:7], factors[8:]])
     assert float(factors[7] / others.median()) > 8
 

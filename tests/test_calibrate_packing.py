@@ -1,4 +1,4 @@
-"""INT4 packing of calibrated checkpoints: its own inverse, and bit equal to the compressed-tensors library."""
+"""Packing of calibrated checkpoints: its own inverse, and bit equal to the compressed-tensors library."""
 
 from __future__ import annotations
 
@@ -10,46 +10,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from calibrate.packing import pack_int4, unpack_int4
+from calibrate.packing import pack_codes, unpack_codes
 
-CODES = arrays(np.int8, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.integers(-8, 7))
-
-
-def random_codes(rows, columns):
-    return np.random.default_rng(rows * 100 + columns).integers(-8, 8, (rows, columns)).astype(np.int8)
+SHAPES = array_shapes(min_dims=2, max_dims=2, max_side=40)
 
 
+@st.composite
+def codes_and_bits(draw):
+    bits = draw(st.sampled_from([3, 4]))
+    return draw(arrays(np.int8, SHAPES, elements=st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))), bits
+
+
+def random_codes(rows, columns, bits):
+    half = 2 ** (bits - 1)
+    return np.random.default_rng(rows * 100 + columns).integers(-half, half, (rows, columns)).astype(np.int8)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("rows", [0, 1, 3])
-@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 17])
-def test_unpacking_undoes_packing(rows, columns):
-    codes = random_codes(rows, columns)
-    packed = pack_int4(codes)
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 10, 11, 16, 17, 32, 33])
+def test_unpacking_undoes_packing(rows, columns, bits):
+    codes = random_codes(rows, columns, bits)
+    packed = pack_codes(codes, bits)
     assert packed.dtype == np.int32
-    assert packed.shape == (rows, -(-columns // 8))
-    unpacked = unpack_int4(packed, columns)
+    assert packed.shape == (rows, -(-columns * bits // 32))
+    unpacked = unpack_codes(packed, bits, columns)
     assert unpacked.dtype == np.int8
     np.testing.assert_array_equal(unpacked, codes)
 
 
-def test_the_first_code_is_in_the_lowest_nibble():
+def test_the_first_code_is_in_the_lowest_bits():
     codes = np.array([[-8, -7, -6, -5, -4, -3, -2, -1]], np.int8)
-    assert pack_int4(codes).tolist() == [[0x76543210]]
+    assert pack_codes(codes, 4).tolist() == [[0x76543210]]
+    codes = np.array([[-4, -3, -2, -1, 0, 1, 2, 3]], np.int8)
+    assert pack_codes(codes, 3).tolist() == [[0o76543210]]
 
 
-def test_a_tail_is_padded_with_the_code_minus_eight():
-    assert pack_int4(np.array([[7]], np.int8)).tolist() == [[0x0000000F]]
+def test_a_code_of_three_bits_may_lie_in_two_words():
+    codes = np.full((1, 11), -4, np.int8)
+    codes[0, 10] = 3  # bits 30 to 32
+    assert pack_codes(codes, 3).view(np.uint32).tolist() == [[0xC0000000, 1]]
 
 
-def test_columns_of_a_transposed_array_are_packed_in_order():
-    codes = random_codes(9, 16)
-    np.testing.assert_array_equal(pack_int4(codes.T), pack_int4(np.ascontiguousarray(codes.T)))
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_tail_is_padded_with_zeros(bits):
+    codes = np.array([[2 ** (bits - 1) - 1]], np.int8)
+    assert pack_codes(codes, bits).tolist() == [[2**bits - 1]]
 
 
-@settings(deadline=None, max_examples=100)
-@given(CODES)
-def test_equal_to_compressed_tensors(codes):
-    packed = pack_int4(codes)
-    np.testing.assert_array_equal(packed, pack_to_int32(torch.from_numpy(codes), 4).numpy())
-    theirs = unpack_from_int32(torch.from_numpy(packed), 4, torch.Size(codes.shape))
-    np.testing.assert_array_equal(unpack_int4(packed, codes.shape[1]), theirs.numpy())
-    np.testing.assert_array_equal(unpack_int4(packed, codes.shape[1]), codes)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_columns_of_a_transposed_array_are_packed_in_order(bits):
+    codes = random_codes(9, 16, bits)
+    np.testing.assert_array_equal(pack_codes(codes.T, bits), pack_codes(np.ascontiguousarray(codes.T), bits))
+
+
+@settings(deadline=None, max_examples=200)
+@given(codes_and_bits())
+def test_equal_to_compressed_tensors(case):
+    codes, bits = case
+    packed = pack_codes(codes, bits)
+    np.testing.assert_array_equal(packed, pack_to_int32(torch.from_numpy(codes), bits).numpy())
+    theirs = unpack_from_int32(torch.from_numpy(packed), bits, torch.Size(codes.shape))
+    np.testing.assert_array_equal(unpack_codes(packed, bits, codes.shape[1]), theirs.numpy())
+    np.testing.assert_array_equal(unpack_codes(packed, bits, codes.shape[1]), codes)

@@ -12,11 +12,13 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibrate.quantize import activation_scale, quantize_linear
+from calibrate.quantize import activation_scale, fake_quantize, quantize_linear
 from calibrate.scheme import W8A8, LinearScheme
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
-SCHEMES = pytest.mark.parametrize("scheme", [W4A16, W8A8], ids=lambda s: s.name)
+W3A8, W6A6 = LinearScheme(3, 8, 64), LinearScheme(6, 6, None)
+SCHEMES = pytest.mark.parametrize("scheme", [W4A16, W8A8, W3A8, W6A6], ids=lambda s: s.name)
+HIGHEST = {3: 3, 4: 7, 6: 31, 8: 127}  # code by bits
 AMAX = st.floats(0, 65504, width=32)
 # Rows of very different magnitudes, so that small groups stand beside large ones; values float16 can hold.
 MAGNITUDES = st.sampled_from([0.0, 1e-7, 1e-4, 0.02, 1.0, 300.0, 65000.0])
@@ -39,8 +41,8 @@ def slow_quantize(weight, scheme):
     for row in range(rows):
         for group in range(columns // width):
             values = [np.float32(v) for v in weight[row, group * width : (group + 1) * width]]
-            scale = max(abs(v) for v in values) / np.float32(7 if scheme.weight_bits == 4 else 127)
-            if scheme.weight_bits == 4:
+            scale = max(abs(v) for v in values) / np.float32(HIGHEST[scheme.weight_bits])
+            if scheme.group_size:
                 scale = np.float32(np.float16(max(scale, np.float32(2**-14))))
             else:
                 scale = max(scale, np.float32(2**-30))
@@ -87,9 +89,9 @@ def test_codes_are_in_range_and_nothing_is_further_than_half_a_step(scheme, weig
 @given(weight=weights())
 def test_scales_are_in_the_type_they_are_stored_in_and_never_zero(scheme, weight):
     linear = quantize_linear(torch.from_numpy(weight), scheme, 1.0)
-    assert linear.scale.dtype == (np.float16 if scheme.weight_bits == 4 else np.float32)
+    assert linear.scale.dtype == (np.float16 if scheme.group_size else np.float32)
     assert np.isfinite(linear.scale).all()
-    assert (linear.scale >= (2**-14 if scheme.weight_bits == 4 else 2**-30)).all()
+    assert (linear.scale >= (2**-14 if scheme.group_size else 2**-30)).all()
 
 
 @SCHEMES
@@ -117,10 +119,10 @@ def test_a_tie_is_rounded_to_the_even_code():
 
 
 @settings(deadline=None, max_examples=100)
-@given(AMAX)
-def test_an_activation_scale_is_the_smallest_float16_that_does_not_clip(amax):
-    scale = activation_scale(amax)
-    exact = max(amax / 127, 2.0**-14)
+@given(AMAX, st.sampled_from([4, 6, 8]))
+def test_an_activation_scale_is_the_smallest_float16_that_does_not_clip(amax, bits):
+    scale = activation_scale(amax, bits)
+    exact = max(amax / HIGHEST[bits], 2.0**-14)
     assert float(np.float16(scale)) == scale
     assert scale >= exact
     assert float(np.nextafter(np.float16(scale), np.float16(0))) < exact
@@ -132,13 +134,28 @@ def test_an_input_that_is_always_zero_has_a_scale_that_divides():
 
 def test_only_quantized_activations_have_a_scale():
     assert quantize_linear(torch.ones(2, 128), W4A16, 5.0).input_scale is None
-    assert quantize_linear(torch.ones(2, 128), W8A8, 5.0).input_scale == activation_scale(5.0)
+    for scheme in (W8A8, W3A8, W6A6):
+        got = quantize_linear(torch.ones(2, 128), scheme, 5.0).input_scale
+        assert got == activation_scale(5.0, scheme.activation_bits)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    arrays(np.float32, st.integers(1, 20), elements=st.floats(-1000, 1000, width=32)),
+    st.floats(2.0**-14, 100, width=16),
+    st.sampled_from([4, 6, 8]),
+)
+def test_fake_quantization_is_rounding_saturating_and_multiplying(values, scale, bits):
+    got = fake_quantize(torch.from_numpy(values), scale, bits)
+    for value, found in zip(values, got.tolist(), strict=True):
+        code = round(float(np.float32(value) / np.float32(scale)))  # Python rounds ties to even
+        assert found == np.float32(min(max(code, -HIGHEST[bits] - 1), HIGHEST[bits])) * np.float32(scale)
 
 
 def onnx_dequantized(linear):
     """The weights [out, in] as onnx's reference evaluator computes them from the transposed codes of the graph."""
     codes, scale = np.ascontiguousarray(linear.codes.T), linear.scale.T.astype(np.float32)
-    if linear.scheme.weight_bits == 4:
+    if linear.scheme.group_size:
         stored = helper.make_tensor("codes", TensorProto.INT4, codes.shape, codes.reshape(-1).tolist())
         node = helper.make_node("DequantizeLinear", ["codes", "scale"], ["y"], axis=0, block_size=linear.scheme.group_size)
     else:

@@ -11,7 +11,7 @@ from calibrate.quantize import activation_scale, group_amax, round_to_codes, wei
 from calibrate.ranges import (
     ACTIVATION_FRACTIONS,
     WEIGHT_FRACTIONS,
-    fake_quantize_activation,
+    fake_quantize,
     search_activation_scale,
     search_weight_scale,
 )
@@ -63,8 +63,8 @@ def test_activation_scale_is_the_best_candidate():
     amax = float(inputs.abs().max())
     costs = []
     for fraction in ACTIVATION_FRACTIONS:
-        scale = activation_scale(amax * fraction)
-        moved = fake_quantize_activation(inputs, scale, 8) - wanted
+        scale = activation_scale(amax * fraction, 8)
+        moved = fake_quantize(inputs, scale, 8) - wanted
         costs.append((float((moved @ weight.T).square().sum()), scale))
     assert search_activation_scale(inputs, wanted, weight, 8) == min(costs)[1]
 
@@ -74,5 +74,5 @@ def test_activation_scale_is_the_best_candidate():
 def test_fake_quantization_is_quantize_then_dequantize(values, scale):
     x = np.array(values, np.float32)
     codes = np.clip(np.rint((torch.tensor(x) / scale).numpy()), -128, 127)
-    got = fake_quantize_activation(torch.tensor(x), scale, 8)
+    got = fake_quantize(torch.tensor(x), scale, 8)
     np.testing.assert_allclose(got.numpy(), codes * np.float32(scale), rtol=1e-6)

@@ -12,7 +12,8 @@ from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.job import Calibration
-from calibrate.searched import calibrate_searched
+from calibrate.method import Method, Variant
+from calibrate.searched import calibrate_full, calibrate_searched
 from calibrate.simulate import DequantizedSource, simulated_step
 from calibrate.walk import final_logits, plain_step, walk_language, walk_vision
 from qvlm_export.checkpoint import open_checkpoint
@@ -43,11 +44,33 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     samples = mixed_samples(checkpoint)
     wanted = run(checkpoint, samples, checkpoint.source, plain_step(checkpoint.source))
     errors = []
-    for method in (calibrate_absmax, calibrate_searched):
+    for method in (calibrate_absmax, calibrate_searched, calibrate_full):
         found = calibrated(checkpoint, preset, tmp_path / method.__name__, method)
         source = DequantizedSource(found)
         errors.append(float((run(checkpoint, samples, source, simulated_step(found, source)) - wanted).norm()))
     assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 1.1 * errors[1]  # four samples and a random model leave little to learn
+
+
+def test_a_choice_never_ends_with_a_worse_block_than_one_of_its_parts(llava, tmp_path):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    foldings = ("search", "none")
+
+    def errors(method: Method, name: str) -> list[float]:
+        found = calibrated(checkpoint, "int8", tmp_path / name, lambda *given: calibrate_searched(*given, method=method))
+        return [block["error"] for block in found.summary["blocks"]]
+
+    both, *alone = (errors(Method(foldings=f), "-".join(f)) for f in (foldings, *((folding,) for folding in foldings)))
+    assert both[0] == min(part[0] for part in alone)  # later blocks see another prefix
+
+
+def test_the_block_decides_between_variants(llava, tmp_path):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    narrow = Variant(widen=0.05)  # clips nearly everything
+    method = Method(variants=(narrow, Variant()))
+    found = calibrated(checkpoint, "int8", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
+    for block in found.summary["blocks"]:
+        assert all(variant["widen"] == 1.0 for variant in block["variants"].values())
 
 
 def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):
@@ -57,8 +80,23 @@ def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    # A block: 1 float run, 1 for each of 4 groups, 1 to hand over; 4 samples, 3 with pictures; the projector has 2 groups.
-    assert one.summary["block_forwards"] == 2 * 4 * 6 + 3 * 3 * 6 + 3 * 4
+    # For each folding: 1 float run, 1 for each of 4 groups (the projector: 2), 1 at the end; 4 prompts, 4 pictures.
+    assert one.summary["block_forwards"] == 2 * (2 * 4 * 6 + 3 * 4 * 6 + 4 * 4)
+    assert one.summary["block_backwards"] == 0
+
+
+@pytest.mark.parametrize("method", [calibrate_searched, calibrate_full], ids=["fast", "full"])
+def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
+    checkpoint = open_checkpoint(str(llava(dtype="float16")))
+    folders, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            folders.append(calibrated(checkpoint, "int8", tmp_path / str(threads), method).folder)
+    finally:
+        torch.set_num_threads(before)
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
 
 
 def test_stored_types_and_ranges(llava, tmp_path):

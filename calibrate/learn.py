@@ -1,0 +1,222 @@
+"""Learning the rounding of a whole block at once, by gradient through it. torch.
+
+What was rounded linear by linear is the start; then the rounding of every weight, the scales of weights and activations, the
+gains of norms and the biases move together so that the block's output comes closest to the float block's. Rounding passes
+the gradient straight through. In the spirit of AdaRound (Nagel et al. 2020, section 3), BRECQ (Li et al. 2021, section 3.2)
+and SignRound (Cheng et al. 2023, section 3). Samples held back decide which step is kept, the start included, so the block
+never ends worse on them than it began.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from calibrate.blocks import linear_of
+from calibrate.calibrated import QuantizedLinear
+from calibrate.gptq import column_scales
+from calibrate.quantize import activation_scale_nearest, squared_sum, stored_weight_scale
+from calibrate.scheme import LinearScheme
+from calibrate.walk import Run
+
+HELD_BACK = 8  # every eighth sample decides, the others teach
+STEP_TOKENS = 768
+CHECKS = 8  # times that the held-back samples are looked at
+RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning found. errors: relative squared error on the held-back samples, at the start and of what was kept."""
+
+    linears: Mapping[str, QuantizedLinear]
+    floats: Mapping[str, torch.Tensor]  # gains and biases by name inside the block, values that float16 can hold
+    error_before: float
+    error_after: float
+    forwards: int  # samples that ran through the block
+    backwards: int
+
+
+class _Straight(torch.autograd.Function):
+    """Rounds to nearest; the gradient passes as if it did not."""
+
+    @staticmethod
+    def forward(_ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(_ctx: object, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _Straight.apply(x)
+    return out
+
+
+class LearnedLinear(nn.Module):
+    """A linear whose rounding, scales and bias learn. Starts as exactly the quantized linear it is given."""
+
+    def __init__(self, layer: nn.Linear, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.scheme: LinearScheme = linear.scheme
+        self.columns = layer.in_features
+        self.register_buffer("codes", torch.from_numpy(linear.codes).float())
+        self.register_buffer("start", torch.from_numpy(linear.scale).float().reshape(layer.out_features, -1))
+        self.offset = nn.Parameter(torch.zeros(layer.out_features, layer.in_features))
+        self.log_scale = nn.Parameter(torch.zeros_like(self.get_buffer("start")))
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        scale = linear.input_scale
+        self.log_input = None if scale is None else nn.Parameter(torch.tensor(math.log(scale)))
+
+    def scale(self) -> torch.Tensor:
+        """float32 [out, groups]."""
+        return self.get_buffer("start") * self.log_scale.exp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start, bits = self.get_buffer("start"), self.scheme.activation_bits
+        # The value a code stood for at the start stays; other scales may give it another code.
+        moved = self.get_buffer("codes") * column_scales(start / self.scale(), self.columns) + self.offset
+        weight = _rounded(moved).clamp(self.scheme.qmin, self.scheme.qmax) * column_scales(self.scale(), self.columns)
+        if self.log_input is not None and bits is not None:
+            step = self.log_input.exp()
+            x = _rounded(x / step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+        return nn.functional.linear(x, weight, self.bias)
+
+    def quantized(self) -> QuantizedLinear:
+        """What has been learned, as it will be stored."""
+        with torch.no_grad():
+            scale = stored_weight_scale(self.scale(), self.scheme)
+            start = self.get_buffer("start")
+            moved = self.get_buffer("codes") * column_scales(start / self.scale(), self.columns) + self.offset
+            codes = moved.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
+            own = None if self.log_input is None else activation_scale_nearest(float(self.log_input.exp()))
+        return QuantizedLinear(self.scheme, codes.numpy(), scale.numpy(), own)
+
+    def settle_(self) -> None:
+        """Becomes exactly the linear that `quantized` gives."""
+        linear = self.quantized()
+        with torch.no_grad():
+            self.get_buffer("codes").copy_(torch.from_numpy(linear.codes))
+            self.get_buffer("start").copy_(torch.from_numpy(linear.scale).float().reshape(self.log_scale.shape))
+            self.offset.zero_()
+            self.log_scale.zero_()
+            if self.log_input is not None and linear.input_scale is not None:
+                self.log_input.fill_(math.log(linear.input_scale))
+
+
+def learn_block(
+    module: nn.Module,
+    found: Mapping[str, QuantizedLinear],
+    run: Run,
+    inputs: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    *,
+    steps: int,
+    seed: int,
+) -> Learned:
+    """Learns the linears `found` of a block whose float weights are in `module`.
+
+    inputs, wanted: batches float32 [B, tokens, width] from the quantized prefix, and what the float model gives there.
+    """
+    student = copy.deepcopy(module)
+    linears = {name: LearnedLinear(linear_of(student, name), linear) for name, linear in found.items()}
+    for name, linear in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(student.get_submodule(parent), leaf, linear)
+    groups = _parameters(student, linears)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    teach, decide = _parted(inputs, wanted)
+    generator = torch.Generator().manual_seed(seed)
+    best = before = _error(student, run, decide)
+    kept = copy.deepcopy(student.state_dict())
+    forwards, backwards = sum(len(x) for x, _ in decide), 0
+    for step in range(steps):
+        x, y = _draw(teach, generator)
+        with torch.enable_grad():
+            loss = (run(student, x) - y).square().sum() / y.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+        share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        optimizer.step()
+        forwards, backwards = forwards + len(x), backwards + len(x)
+        if (step + 1) % max(1, steps // CHECKS) == 0:
+            settled = _settled(student)
+            error = _error(settled, run, decide)
+            forwards += sum(len(x) for x, _ in decide)
+            if error < best:
+                best, kept = error, copy.deepcopy(settled.state_dict())
+    student.load_state_dict(kept)
+    inside = {f"{name}.{part}" for name in linears for part in ("offset", "log_scale", "log_input", "bias")}
+    floats = {n: p.detach().half().float() for n, p in student.named_parameters() if n not in inside}
+    floats |= {f"{n}.bias": linear.bias.detach() for n, linear in linears.items() if linear.bias is not None}
+    quantized = {name: replace(linear.quantized(), scheme=found[name].scheme) for name, linear in linears.items()}
+    return Learned(quantized, floats, before, best, forwards, backwards)
+
+
+def _parameters(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> list[dict[str, object]]:
+    """Parameter groups of the optimizer; everything else in the block stays as it is."""
+    kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in RATES}
+    for linear in linears.values():
+        kinds["offset"].append(linear.offset)
+        kinds["scale"].append(linear.log_scale)
+        kinds["input_scale"] += [] if linear.log_input is None else [linear.log_input]
+        kinds["float"] += [] if linear.bias is None else [linear.bias]
+    kinds["float"] += [p for n, p in student.named_parameters() if "norm" in n]
+    for parameters in kinds.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return [{"params": parameters, "lr": RATES[kind]} for kind, parameters in kinds.items() if parameters]
+
+
+def _settled(student: nn.Module) -> nn.Module:
+    """A copy with everything as it will be stored."""
+    settled = copy.deepcopy(student)
+    for part in settled.modules():
+        if isinstance(part, LearnedLinear):
+            part.settle_()
+    with torch.no_grad():
+        for name, parameter in settled.named_parameters():
+            if "norm" in name or name.endswith(".bias"):
+                parameter.copy_(parameter.half())
+    return settled
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _parted(inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[Pairs, Pairs]:
+    """Those that teach and those that decide. A single sample does both."""
+    teach: Pairs = []
+    decide: Pairs = []
+    number = 0
+    for x, y in zip(inputs, wanted, strict=True):
+        held = torch.tensor([(number + i) % HELD_BACK == HELD_BACK - 1 for i in range(len(x))])
+        number += len(x)
+        teach += [(x[~held], y[~held])] if not held.all() else []
+        decide += [(x[held], y[held])] if held.any() else []
+    return (teach, decide) if teach and decide else (teach or decide, decide or teach)
+
+
+def _draw(pairs: Pairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of one batch, every row of all batches being as likely."""
+    sizes = torch.tensor([float(len(x)) for x, _ in pairs])
+    x, y = pairs[int(torch.multinomial(sizes, 1, generator=generator))]
+    count = max(1, STEP_TOKENS // x.shape[1])
+    rows = torch.randperm(len(x), generator=generator)[:count]
+    return x[rows], y[rows]
+
+
+def _error(student: nn.Module, run: Run, pairs: Pairs) -> float:
+    """Squared error relative to the float outputs."""
+    with torch.no_grad():
+        wrong = sum(squared_sum(run(student, x) - y) for x, y in pairs)
+    return wrong / max(sum(squared_sum(y) for _, y in pairs), 1e-30)

@@ -1,0 +1,314 @@
+"""Q-VLM as printed, in the form that can be deployed: the floor that other calibrators have to beat. torch.
+
+Symmetric quantizers with static ranges, the ranges of activations and weights by the paper's percentiles, blocks by the
+entropy of their inputs and the paper's rule, a joint search in each block with inputs from the quantized prefix, rounding to
+nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer.
+
+The ranges of a block's activations are searched jointly first, then those of its weights: K + K^2 + K^3 layer forwards each
+for a block of three, where all its quantizers at once would take K^2 + K^4 + K^6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrate.batches import batches_of
+from calibrate.blocks import Block, linear_of, resident
+from calibrate.calibrated import CalibratedWriter, QuantizedLinear
+from calibrate.entropy import histogram_entropy
+from calibrate.errors import UserError
+from calibrate.fold import Group, groups_of
+from calibrate.gptq import column_scales
+from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
+from calibrate.joint import (
+    PAPER_CLIPS,
+    Clip,
+    Layer,
+    Outputs,
+    Replay,
+    linear_outputs,
+    relative_error,
+    replayed,
+    search_tree,
+)
+from calibrate.partition import Blocks, entropy_dependencies, layerwise, median_thresholds, partition_by_rule
+from calibrate.quantize import activation_scale, fake_quantize, round_to_codes, weight_scale
+from calibrate.scheme import LinearScheme
+from calibrate.statistics import InputStatistics
+from calibrate.walk import Run, walk_language, walk_vision
+
+WHOLE = PAPER_CLIPS[0]
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """A layer's input in the float model. block: its prefix; linears: names inside it; ranges: amax for each paper clip.
+
+    num_bits: of its quantizer, or of its weights' where it stays float. entropy: of its codes with the whole range, in nats.
+    """
+
+    block: str
+    linears: tuple[str, ...]
+    num_bits: int
+    entropy: float
+    ranges: Mapping[Clip, float]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The ranges of a layer: of its input, and of the weights of all its linears."""
+
+    activation: Clip = WHOLE
+    weight: Clip = WHOLE
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer's linears and what they can become. weight_ranges: of each planned linear, for each paper clip."""
+
+    linears: Mapping[str, nn.Linear]
+    plan: Mapping[str, LinearScheme]  # of these linears; one that is not in it stays float
+    ranges: Mapping[Clip, float]  # of the input
+    weight_ranges: Mapping[tuple[str, Clip], torch.Tensor]
+
+    def output(self, rows: torch.Tensor, clips: Clips) -> dict[str, torch.Tensor]:
+        """What the linears make of float32 [tokens, in] with these ranges: name -> float32 [tokens, out]."""
+        outputs = {}
+        for name, linear in self.linears.items():
+            x, weight = rows, linear.weight
+            if name in self.plan:
+                if (input_scale := self._input_scale(name, clips)) is not None:
+                    x = fake_quantize(rows, input_scale, self.plan[name].activation_bits or 8)
+                codes, scale = self._rounded(name, clips)
+                weight = codes.float() * column_scales(scale, codes.shape[1])
+            outputs[name] = nn.functional.linear(x, weight, linear.bias)
+        return outputs
+
+    def stored(self, clips: Clips) -> dict[str, QuantizedLinear]:
+        """The planned linears as integers."""
+        linears = {}
+        for name, scheme in self.plan.items():
+            codes, scale = self._rounded(name, clips)
+            linears[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), self._input_scale(name, clips))
+        return linears
+
+    def _input_scale(self, name: str, clips: Clips) -> float | None:
+        bits = self.plan[name].activation_bits
+        return None if bits is None else activation_scale(self.ranges[clips.activation], bits)
+
+    def _rounded(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = weight_scale(self.weight_ranges[name, clips.weight], self.plan[name])
+        return round_to_codes(self.linears[name].weight, scale, self.plan[name]), scale
+
+
+def calibrate_printed(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """Q-VLM as printed: entropy partition and joint search. Returns the summary for the record.
+
+    Cost in block forwards: 2 float runs and up to 155 / 3 for the search, twice that with quantized activations. Raises
+    UserError naming tensor or layer when weights or activations are not finite.
+    """
+    return _calibrate(job, writer, progress, "printed")
+
+
+def calibrate_percentile(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """The same candidates and objective, every layer on its own: 2 float runs and 5 or 10 block forwards."""
+    return _calibrate(job, writer, progress, "percentile")
+
+
+def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, method: str) -> dict[str, Any]:
+    inputs, measured = measure_inputs(job)
+    forwards = float(measured)
+    blocks, thresholds = entropy_blocks(inputs) if method == "printed" else (layerwise(len(inputs)), {})
+    shards = BlockWriter(job, writer, progress)
+    found: list[BlockFound] = []
+
+    def step(block: Block, batches: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        nonlocal forwards
+        half, plan = len(batches) // 2, job.plan_of(block)
+        mine = [b for b in blocks if inputs[b.start].block == block.prefix]
+        with resident(block, job.source) as module, torch.inference_mode():
+            for name in plan:
+                check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
+            layers = [[_planned(module, inputs[k], plan) for k in b] for b in mine]
+            exact, rounded, searched = _search_module(module, layers, run, batches[:half], batches[half:])
+            pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
+            linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
+        check_outputs(block, [*exact, *rounded])
+        shards.write(block, linears)
+        forwards += half + sum(r.layer_forwards for r in searched) * half / max(1, sum(len(b) for b in mine))
+        found.extend(searched)
+        return [*exact, *rounded]
+
+    samples = [*job.samples, *job.samples]
+    features = walk_vision(job.blocks, job.source, samples, step)
+    walk_language(job.blocks, job.source, samples, features, step)
+    shards.write_rest()
+    return {
+        "method": method,
+        "samples": len(job.samples),
+        "tokens": sum(len(s.input_ids) for s in job.samples),
+        "block_forwards": round(forwards),
+        "entropy_thresholds": thresholds,
+        "blocks": [_record([inputs[k] for k in b], result) for b, result in zip(blocks, found, strict=True)],
+    }
+
+
+def entropy_blocks(inputs: Sequence[LayerInput]) -> tuple[Blocks, dict[str, float]]:
+    """The paper's blocks, and h0 by bits. Its median is over the whole model, hence a pass before the search."""
+    if not inputs:
+        return (), {}
+    entropies, bits = [x.entropy for x in inputs], [x.num_bits for x in inputs]
+    boundaries = {k for k in range(1, len(inputs)) if inputs[k].block != inputs[k - 1].block}
+    thresholds = median_thresholds(entropies, bits)
+    blocks = partition_by_rule(entropy_dependencies(entropies), thresholds, boundaries)
+    return blocks, {str(b): h for b, h in zip(bits[1:], thresholds, strict=True)}
+
+
+@dataclass(frozen=True)
+class BlockFound:
+    """What the search of a block of layers chose. Errors: of its output, in units of the float output's energy.
+
+    outputs: of all layers of the module up to the block's last. first_error: with all ranges whole.
+    """
+
+    clips: tuple[Clips, ...]
+    outputs: Outputs
+    first_error: float
+    error: float
+    layer_forwards: int
+
+
+def search_block(
+    layers: Sequence[PlannedLayer], replay: Replay, before: Outputs, wanted: Mapping[str, torch.Tensor]
+) -> BlockFound:
+    """Joint search of a block's layers, with inputs from the already quantized layers before.
+
+    before: outputs of those in the same module. wanted: the float model's outputs by linear, float32 [tokens, out].
+    """
+
+    def error(outputs: Mapping[str, torch.Tensor]) -> float:
+        return relative_error(outputs, {name: wanted[name] for name in outputs})
+
+    clips, found = [Clips()] * len(layers), []
+    for kind in ("activation", "weight"):
+        candidates = [_candidates(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
+        if any(len(options) > 1 for options in candidates):
+            chain = [Layer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
+            found.append(search_tree(chain, error, before))
+            clips = [options[k] for options, k in zip(candidates, found[-1].choice, strict=True)]
+    forwards = sum(f.layer_forwards for f in found)
+    return BlockFound(tuple(clips), found[-1].outputs, found[0].first_error, found[-1].error, forwards)
+
+
+def _candidates(layer: PlannedLayer, now: Clips, kind: str) -> list[Clips]:
+    if kind == "weight":
+        return [replace(now, weight=clip) for clip in PAPER_CLIPS]
+    if all(scheme.activation_bits is None for scheme in layer.plan.values()):
+        return [now]
+    return [replace(now, activation=clip) for clip in PAPER_CLIPS]
+
+
+def _search_module(
+    module: nn.Module,
+    blocks: Sequence[Sequence[PlannedLayer]],
+    run: Run,
+    exact: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[BlockFound]]:
+    """Searches all blocks of a module; returns the float outputs, the quantized outputs, and what was chosen."""
+    batches, found = batches_of(inputs), list[BlockFound]()
+    layers = [tuple(layer.linears) for block in blocks for layer in block]
+    exact_outputs, wanted = linear_outputs(module, [n for names in layers for n in names], run, batches.merged(exact))
+    with replayed(module, layers, run, batches.merged(inputs)) as replay:
+        for block in blocks:
+            found.append(search_block(block, replay, found[-1].outputs if found else (), wanted))
+        rounded = replay.finish(found[-1].outputs if found else ())
+    return batches.split(exact_outputs), batches.split(rounded), found
+
+
+def _planned(module: nn.Module, layer: LayerInput, plan: Mapping[str, LinearScheme]) -> PlannedLayer:
+    linears = {name: linear_of(module, name) for name in layer.linears}
+    mine = {name: plan[name] for name in linears if name in plan}
+    weight_ranges = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in mine.items() for c in PAPER_CLIPS}
+    return PlannedLayer(linears, mine, layer.ranges, weight_ranges)
+
+
+def _record(layers: Sequence[LayerInput], found: BlockFound) -> dict[str, Any]:
+    return {
+        "layers": [
+            {
+                "linears": [f"{layer.block}.{name}" for name in layer.linears],
+                "bits": layer.num_bits,
+                "entropy": layer.entropy,
+                "activation_percentile": clips.activation.percentile,
+                "weight_percentile": clips.weight.percentile,
+            }
+            for layer, clips in zip(layers, found.clips, strict=True)
+        ],
+        "error_before": found.first_error,
+        "error_after": found.error,
+        "layer_forwards": found.layer_forwards,
+    }
+
+
+def measure_inputs(job: Calibration) -> tuple[list[LayerInput], int]:
+    """One float pass: every planned layer's input, in the order of computation, and the block forwards it took.
+
+    Raises UserError naming layer and batch when an activation is not finite, or the block that no sample reached.
+    """
+    layers: list[LayerInput] = []
+    forwards = 0
+
+    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        nonlocal forwards
+        plan = job.plan_of(block)
+        if not inputs and plan:
+            raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
+        with resident(block, job.source) as module, torch.inference_mode():
+            groups = [group for group in groups_of(module) if any(name in plan for name in group.linears)]
+            with _gathered(block.prefix, module, groups) as gathered:
+                outputs = [run(module, x) for x in inputs]
+        check_outputs(block, outputs)
+        forwards += len(inputs)
+        layers.extend(_layer_input(block.prefix, group.linears, plan, gathered[group]) for group in groups)
+        return outputs
+
+    features = walk_vision(job.blocks, job.source, job.samples, step)
+    walk_language(job.blocks, job.source, job.samples, features, step)
+    return layers, forwards
+
+
+def _layer_input(
+    block: str, linears: tuple[str, ...], plan: Mapping[str, LinearScheme], statistics: InputStatistics
+) -> LayerInput:
+    num_bits = max(plan[name].activation_bits or plan[name].weight_bits for name in linears if name in plan)
+    histogram = statistics.histogram()
+    entropy = histogram_entropy(histogram, activation_scale(histogram.amax, num_bits), num_bits)
+    return LayerInput(block, linears, num_bits, entropy, {clip: clip.activation_amax(histogram) for clip in PAPER_CLIPS})
+
+
+@contextmanager
+def _gathered(prefix: str, module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[Group, InputStatistics]]:
+    """Gathers the statistics of the groups' inputs while the context is open, all tokens as one kind."""
+
+    def watch(statistics: InputStatistics) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows = args[0].flatten(0, -2)
+            statistics.update(rows, torch.zeros(len(rows), dtype=torch.int64))
+
+        return hook
+
+    first = {group: linear_of(module, group.linears[0]) for group in groups}
+    gathered = {g: InputStatistics(f"{prefix}.{g.linears[0]}", x.in_features, with_gram=False) for g, x in first.items()}
+    handles = [layer.register_forward_pre_hook(watch(gathered[group])) for group, layer in first.items()]
+    try:
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()

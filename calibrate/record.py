@@ -1,0 +1,151 @@
+"""What the record keeps of each block: errors by modality, and for every quantized linear its bits, range and SQNR. torch.
+
+Only from what the search holds anyway: outputs, folded weights, and a histogram of every layer's input. A layer is a group
+of linears that share an input. Values that do not exist (SQNR of an exact weight, errors of a modality that no sample has)
+are left out or None, never infinite, as JSON has no infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from calibrate.blocks import Block, ModelBlocks, linear_of
+from calibrate.calibrated import QuantizedLinear
+from calibrate.entropy import histogram_entropy
+from calibrate.fold import groups_of
+from calibrate.printed import LayerInput, entropy_blocks
+from calibrate.quantize import activation_scale
+from calibrate.samples import Sample
+from calibrate.search import BlockSearch, relative_error
+from calibrate.statistics import Histogram, TokenLabel, token_labels
+
+
+def block_record(
+    block: Block,
+    search: BlockSearch,
+    wanted: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+) -> dict[str, Any]:
+    """One block. Errors are squared, of its output against the float model's, relative to that; None where not searched.
+
+    wanted, outputs: of every input, float32 [n, tokens, width]. labels: TokenLabel int64 [tokens] of each. searched_error:
+    before learning. held_back_errors: before and after it, on the samples that it did not see.
+    """
+    best, learned = search.best, search.learned
+    return {
+        "name": block.prefix,
+        "folding": None if best is None else best.folding,
+        "variants": {} if best is None else {name: asdict(variant) for name, variant in best.variants.items()},
+        "searched_error": None if best is None else best.error,
+        "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
+        "error": relative_error(outputs, wanted),
+        "errors": errors_by_label(outputs, wanted, labels),
+        "layers": layer_records(block, search),
+        "forwards": search.forwards,
+        "backwards": search.backwards,
+    }
+
+
+def labels_of(block: Block, blocks: ModelBlocks, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """The TokenLabel of every token of every input that reaches `block`, in the order of the inputs.
+
+    Tower and projector see the samples that have pictures, every picture's tokens being image tokens; one label for all
+    of them. The decoder sees all samples.
+    """
+    if block in blocks.text_layers:
+        return [token_labels(sample, blocks.image_token_id) for sample in samples]
+    return [torch.tensor([int(TokenLabel.IMAGE)]) for sample in samples if len(sample.pixel_values)]
+
+
+def errors_by_label(
+    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """Squared error relative to the squared size of what is wanted, for the tokens of each label that occurs.
+
+    outputs, wanted: float32 [n, tokens, width]; labels: int64 [tokens], or [1] for all tokens of an input.
+    """
+    wrong, size = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
+    for output, exact, label in zip(outputs, wanted, labels, strict=True):
+        tokens = label.expand(output.shape[1])
+        wrong.index_add_(0, tokens, (output - exact).square().sum((0, 2)).double())
+        size.index_add_(0, tokens, exact.square().sum((0, 2)).double())
+    found = {int(n) for label in labels for n in label.unique()}
+    return {label.name.lower(): float(wrong[label] / size[label].clamp(min=1e-30)) for label in TokenLabel if label in found}
+
+
+def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
+    """The block's layers that hold quantized linears, in the order they are computed.
+
+    bits: of the layer's input, of its weights where that stays float. entropy: of the codes of the input as the search saw
+    it, in nats, with the chosen range, with the whole one where it stays float.
+    """
+    best = search.best
+    if best is None:
+        return []
+    records = []
+    for group in groups_of(search.module):
+        found = {name: best.found[name] for name in group.linears if name in best.found}
+        if not found:
+            continue
+        inputs = best.inputs[group.linears[0]]
+        bits = {name: x.scheme.activation_bits or x.scheme.weight_bits for name, x in found.items()}
+        widest = max(found, key=lambda name: bits[name])
+        scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
+        linears = {
+            f"{block.prefix}.{name}": linear_record(linear, linear_of(best.module, name).weight.detach(), inputs)
+            for name, linear in found.items()
+        }
+        entropy = histogram_entropy(inputs, scale, bits[widest])
+        records.append({"linears": linears, "bits": bits[widest], "entropy": entropy})
+    return records
+
+
+def linear_record(linear: QuantizedLinear, weight: torch.Tensor, inputs: Histogram) -> dict[str, Any]:
+    """One linear. weight: float32 [out, in], folded; inputs: what it read in the search.
+
+    bits_per_weight: codes as the scheme has them, and scales. covered: the part of the input's largest magnitude that its
+    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. sqnr_db: of the weight;
+    weights that were moved to make up for other errors count as wrong here though they are not.
+    """
+    scheme, scale = linear.scheme, linear.input_scale
+    covered = None
+    if scale is not None and scheme.activation_bits is not None and inputs.amax > 0:
+        covered = scale * (2 ** (scheme.activation_bits - 1) - 1) / inputs.amax
+    return {
+        "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
+        "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
+        "sqnr_db": sqnr_db(weight, torch.from_numpy(linear.dequantized())),
+        "input_scale": scale,
+        "covered": covered,
+    }
+
+
+def sqnr_db(exact: torch.Tensor, rounded: torch.Tensor) -> float | None:
+    """10 log10 of the energy over the error's; None when either is 0."""
+    energy, error = (float(x.double().square().sum()) for x in (exact, exact - rounded))
+    return 10 * math.log10(energy / error) if energy > 0 and error > 0 else None
+
+
+def with_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The records with `starts_block` in every layer, and h0 in nats by bits.
+
+    By the paper's rule over all layers' entropies, their median as h0: what it would have searched jointly. The search
+    itself takes whole blocks.
+    """
+    layers = [
+        LayerInput(block["name"], tuple(layer["linears"]), layer["bits"], layer["entropy"], {})
+        for block in blocks
+        for layer in block["layers"]
+    ]
+    parts, thresholds = entropy_blocks(layers)
+    starts = iter([k in {part.start for part in parts} for k in range(len(layers))])
+    marked = [
+        {**block, "layers": [{**layer, "starts_block": next(starts)} for layer in block["layers"]]} for block in blocks
+    ]
+    return marked, thresholds

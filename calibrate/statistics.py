@@ -1,0 +1,163 @@
+"""What the input of a quantizer looks like, gathered in one pass over batches. torch.
+
+Every token has a label: image, prompt or answer. An answer token's own position is a decode position: in generation it is
+fed to the model alone, after the prefill of image and prompt. With causal attention its activations do not depend on
+what comes after it, so a forward pass over prompt and answer together (teacher forcing) gives exactly those of decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from calibrate.errors import UserError
+from calibrate.samples import Sample
+
+BINS = 2**14  # on each side of zero
+_LOWEST_EXPONENT = -100  # smaller magnitudes lie in the bins beside zero
+
+
+class TokenLabel(IntEnum):
+    """What a token is. Pictures inside a vision tower consist of image tokens only."""
+
+    IMAGE = 0
+    PROMPT = 1
+    ANSWER = 2
+
+
+ALL = tuple(TokenLabel)
+PREFILL = (TokenLabel.IMAGE, TokenLabel.PROMPT)
+DECODE = (TokenLabel.ANSWER,)
+
+
+def token_labels(sample: Sample, image_token_id: int) -> torch.Tensor:
+    """The TokenLabel of every token of a sample, int64 [S]."""
+    ids = torch.from_numpy(sample.input_ids)
+    labels = torch.full(ids.shape, int(TokenLabel.PROMPT))
+    labels[sample.answer_start :] = int(TokenLabel.ANSWER)
+    labels[ids == image_token_id] = int(TokenLabel.IMAGE)
+    return labels
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often which values occur.
+
+    counts: int64 [2 * BINS]; bin BINS + j holds magnitudes in [j * width, (j + 1) * width), bin BINS - 1 - j the same with a
+    minus sign. amax: the exact largest magnitude, below BINS * width.
+    """
+
+    counts: torch.Tensor
+    width: float
+    amax: float
+
+    def centers(self) -> torch.Tensor:
+        """The middle of each bin, float64 [2 * BINS]."""
+        return (torch.arange(2 * BINS, dtype=torch.float64) - BINS + 0.5) * self.width
+
+    def percentile(self, fraction: float) -> float:
+        """The magnitude that `fraction` of all values do not exceed: at most one bin width above the exact one.
+
+        1.0 gives the exact largest magnitude. 0.0 for a histogram without values.
+        """
+        if fraction >= 1.0:
+            return self.amax
+        folded = self.counts[BINS:] + self.counts[:BINS].flip(0)
+        total = int(folded.sum())
+        if not total:
+            return 0.0
+        reached = int(torch.searchsorted(folded.cumsum(0), max(1, math.ceil(fraction * total))))
+        return min((reached + 1) * self.width, self.amax)
+
+    def code_distribution(self, scale: float, num_bits: int) -> torch.Tensor:
+        """Share of each code -2^(b-1) .. 2^(b-1) - 1 after rounding with `scale`, float64 [2^b].
+
+        Values of a bin that holds the border of two codes are all given to one of them.
+        """
+        lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+        codes = (self.centers() / scale).round_().clamp_(lowest, highest).long() - lowest
+        shares = torch.zeros(highest - lowest + 1, dtype=torch.float64).index_add_(0, codes, self.counts.double())
+        return shares / shares.sum().clamp(min=1)
+
+
+class InputStatistics:
+    """Statistics of one quantizer's input, for each TokenLabel apart, growing batch by batch.
+
+    Counts, ranges and histograms do not depend on how the tokens are split into batches: ranges are powers of two, and
+    doubling one merges bins in pairs, so no second pass is needed. The Gram matrix is summed in float32.
+    """
+
+    def __init__(self, name: str, channels: int, with_gram: bool = True) -> None:
+        """name: of the layer, for errors. with_gram: second moments cost 3 * 4 * channels^2 bytes."""
+        self._name = name
+        self._exponent = _LOWEST_EXPONENT  # the histogram covers magnitudes below 2 ** exponent
+        self._batches = 0
+        self._tokens = torch.zeros(len(TokenLabel), dtype=torch.int64)
+        self._counts = torch.zeros(len(TokenLabel), 2 * BINS, dtype=torch.int64)
+        self._amax = torch.zeros(len(TokenLabel), channels)
+        self._gram = torch.zeros(len(TokenLabel), channels, channels) if with_gram else None
+
+    def update(self, rows: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds a batch. rows: float32 [tokens, channels]; labels: int64 [tokens], TokenLabel values.
+
+        Raises UserError naming layer and batch when a value is not finite; nothing of that batch is added.
+        """
+        if not torch.isfinite(rows).all():
+            raise UserError(f"{self._name}: activations of batch {self._batches} are not finite; check the samples")
+        self._batches += 1
+        if not rows.numel():
+            return
+        self._cover(float(rows.abs().max()))
+        for label in labels.unique().tolist():
+            part = rows[labels == label]
+            self._tokens[label] += len(part)
+            self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
+            self._counts[label] += torch.bincount(self._bins_of(part), minlength=2 * BINS)
+            if self._gram is not None:
+                self._gram[label] += part.T @ part
+
+    def _cover(self, amax: float) -> None:
+        """Doubles the range until it holds `amax`, merging bins."""
+        exponent = max(math.frexp(amax)[1], _LOWEST_EXPONENT)  # amax < 2 ** exponent
+        doublings = exponent - self._exponent
+        if doublings > 0:
+            merged = ((torch.arange(2 * BINS) - BINS) >> min(doublings, 62)) + BINS
+            self._counts = torch.zeros_like(self._counts).index_add_(1, merged, self._counts)
+            self._exponent = exponent
+
+    def _bins_of(self, part: torch.Tensor) -> torch.Tensor:
+        """int64 [values]. Multiplying by a power of two is exact, so a value's bin is, too."""
+        steps = (part.abs() * (BINS * 2.0**-self._exponent)).long()
+        return torch.where(part < 0, BINS - 1 - steps, BINS + steps).flatten()
+
+    def tokens(self, labels: Iterable[TokenLabel] = ALL) -> int:
+        """How many tokens were seen."""
+        return int(self._tokens[list(labels)].sum())
+
+    def amax(self, labels: Iterable[TokenLabel] = ALL) -> torch.Tensor:
+        """Largest magnitude of each channel, float32 [channels]; exact."""
+        return self._amax[list(labels)].amax(0)
+
+    def gram(self, labels: Iterable[TokenLabel] = ALL) -> torch.Tensor:
+        """Second moments: the sum over tokens of x x^T, float32 [channels, channels]."""
+        if self._gram is None:
+            raise RuntimeError(f"{self._name}: second moments were not gathered")
+        return self._gram[list(labels)].sum(0)
+
+    def histogram(self, labels: Iterable[TokenLabel] = ALL) -> Histogram:
+        """Of all channels together."""
+        chosen = list(labels)
+        return Histogram(self._counts[chosen].sum(0), 2.0**self._exponent / BINS, float(self._amax[chosen].max()))
+
+
+def histogram_of(values: np.ndarray | torch.Tensor) -> Histogram:
+    """The histogram of values that are in memory, float32 of any shape."""
+    rows = torch.as_tensor(values).reshape(-1, 1)
+    statistics = InputStatistics("values", 1, with_gram=False)
+    statistics.update(rows, torch.zeros(len(rows), dtype=torch.int64))
+    return statistics.histogram()

@@ -1,0 +1,35 @@
+"""Threads that do not show in the result: the same bytes on one core and on many. torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from calibrate.blocks import ModelBlocks
+
+# Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
+SMALL_BLOCK = 2**22
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside, as LAPACK's factorizations must: their last bits depend on the number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def steady_threads(blocks: ModelBlocks) -> Iterator[None]:
+    """One thread inside for a model of small blocks, else as many as torch has."""
+    largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
+    if largest >= SMALL_BLOCK:
+        yield
+        return
+    with one_thread():
+        yield
