@@ -66,7 +66,7 @@ def language_profile(config: ModelConfig, limits: Limits) -> Profile:
 
 
 def build_engines(backend: Backend, jobs: list[BuildJob], progress: Callable[[str, float], None]) -> list[BuildReport]:
-    """Builds all jobs one after another; progress(plan, fraction of this plan done).
+    """Builds all jobs one after another; progress(plan, fraction of this plan done), 1.0 once it is written.
 
     Raises UserError with TensorRT's own words when parsing or building fails, or when the process dies.
     """
@@ -84,6 +84,7 @@ def build_engines(backend: Backend, jobs: list[BuildJob], progress: Callable[[st
                 progress(message["plan"], message["progress"])
             elif "report" in message:
                 reports.append(BuildReport(**message["report"]))
+                progress(reports[-1].plan, 1.0)  # TensorRT announces six steps and counts five
             elif "error" in message:
                 raise UserError(message["error"])
     if process.returncode != 0 or len(reports) != len(jobs):

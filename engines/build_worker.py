@@ -22,7 +22,7 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
 def main() -> int:
     order = json.load(sys.stdin)
     trt = importlib.import_module(order["module"])
-    log = _make_log(trt)
+    log = make_log(trt, trt.ILogger.INFO)
     for job in order["jobs"]:
         log.lines.clear()
         error = _build(trt, log, order["targets"], job)
@@ -100,14 +100,16 @@ def _write_plan(trt: Any, builder: Any, network: Any, config: Any, path: str) ->
         return file.tell() if ok else 0
 
 
-def _make_log(trt: Any) -> Any:
+def make_log(trt: Any, least: Any) -> Any:
+    """A logger that keeps what TensorRT says, from severity `least` up, and prints none of it."""
+
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.INFO:
+            if severity <= least:  # the lower, the graver
                 self.lines.append((severity, text))
 
         def texts(self, severity: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,24 +11,35 @@ import numpy as np
 from calibrate.errors import UserError
 
 
-class Device:
-    """The current GPU with one stream. Opened once a session; frees what it allocated when closed."""
+class UnusableEngineError(UserError):
+    """The engine is as it was written, but this machine cannot run it: its GPU, driver, TensorRT or bindings."""
 
-    def __init__(self) -> None:
+
+def cuda_runtime() -> Any:
+    """The module of NVIDIA's bindings. Raises ImportError."""
+    return importlib.import_module("cuda.bindings.runtime")
+
+
+class Device:
+    """The current GPU with one stream. Opened once a session; frees what it allocated when closed.
+
+    Raises UnusableEngineError when the bindings are not installed, and whenever CUDA reports an error.
+    """
+
+    def __init__(self, load: Callable[[], Any] = cuda_runtime) -> None:
         try:
-            from cuda.bindings import runtime
+            self._runtime = load()
         except ImportError as error:
-            raise UserError("running an engine needs cuda-bindings; run: pip install 'qvlm-export[gpu]'") from error
-        self._runtime: Any = runtime
+            raise UnusableEngineError("cuda-bindings is not installed (pip install cuda-bindings)") from error
         self._pointers: list[int] = []
-        self.stream: int = int(self._call(runtime.cudaStreamCreate()))
+        self.stream: int = int(self._call(self._runtime.cudaStreamCreate()))
 
     def _call(self, answer: tuple[Any, ...]) -> Any:
-        """Unpacks (error, value). Raises UserError with CUDA's own name of the error."""
+        """Unpacks (error, value). Raises UnusableEngineError with CUDA's own name of the error."""
         error, *values = answer
         if int(error) != 0:
             hint = "; export with a smaller --max-length or --max-batch" if error.name == "cudaErrorMemoryAllocation" else ""
-            raise UserError(f"the GPU reports {error.name}{hint}")
+            raise UnusableEngineError(f"the GPU reports {error.name}{hint}")
         return values[0] if values else None
 
     def allocate(self, count_bytes: int) -> int:

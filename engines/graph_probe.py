@@ -15,6 +15,7 @@ from engines.manifest import Manifest
 from engines.onnx_runner import open_twin
 
 PARTS = ("vision", "language")
+_QUANTIZERS = ("DequantizeLinear", "Clip", "QuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ def wrong_weights(graph: Path, calibrated: CalibratedCheckpoint, linears: list[s
             yield WrongWeight(name, f"{differing} of {wanted.codes.size} integers differ")
         if differing := int((scale.T.astype(np.float32) != wanted.scale.astype(np.float32)).sum()):
             yield WrongWeight(name, f"{differing} of {wanted.scale.size} scales differ")
-        scales = _activation_scales(found)
+        scales, codes_range = _activation(found)
         if scales != ([] if wanted.input_scale is None else [wanted.input_scale] * 2):
             yield WrongWeight(name, f"activation scales {scales} differ from the calibrated {wanted.input_scale}")
+        elif (bits := wanted.scheme.activation_bits) and codes_range != (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
+            yield WrongWeight(name, f"activation codes {list(codes_range)} are not those of {bits} bits")
 
 
 def _initializer(model: ir.Model, name: str) -> np.ndarray:
@@ -54,17 +57,22 @@ def _value(value: ir.Value) -> np.ndarray:
     return np.asarray(value.const_value.numpy())
 
 
-def _activation_scales(product: ir.Node) -> list[float]:
-    """Scales of the DequantizeLinear and QuantizeLinear before a product's activation; none where it stays float."""
+def _activation(product: ir.Node) -> tuple[list[float], tuple[int, int]]:
+    """What quantizes a product's activation: scales of DequantizeLinear and QuantizeLinear, and the range of the codes.
+
+    No scales where the activation stays float.
+    """
     scales: list[float] = []
+    low, high = -128, 127
     value = product.inputs[0]
-    for op_type in ("DequantizeLinear", "QuantizeLinear"):
-        node = None if value is None else value.producer()
-        if node is None or node.op_type != op_type or node.inputs[1] is None:
-            return scales
-        scales.append(float(_value(node.inputs[1])))
+    while value is not None and (node := value.producer()) is not None and node.op_type in _QUANTIZERS:
+        parameters = [_value(v) for v in node.inputs[1:] if v is not None]
+        if node.op_type == "Clip":
+            low, high = (int(bound) for bound in parameters)
+        else:
+            scales.append(float(parameters[0]))
         value = node.inputs[0]
-    return scales
+    return scales, (low, high)
 
 
 def block_outputs(model: ir.Model, last_linears: Mapping[str, str]) -> dict[str, ir.Value]:

@@ -1,9 +1,11 @@
-"""Turns planned linears of a float graph into the Q/DQ patterns that TensorRT runs on integers.
+"""Turns planned linears of a float graph into Q/DQ patterns: those that TensorRT runs on integers, and simulations.
 
 W4A16: DequantizeLinear in blocks along K, scale in the graph's float type, straight into the MatMul.
 W8A8: one QuantizeLinear with a scale of the float type for each activation, shared by the linears that read it, and
 DequantizeLinear with float32 scales and `output_dtype` on both sides: with float16 scales TensorRT would write the raw
 integer sum to float16, which overflows for the K of a real decoder.
+Every other width is made of the same parts and simulated by ONNX Runtime: 3-bit codes lie in INT4, 6-bit ones in INT8, and
+activations of fewer than 8 bits are quantized to INT8 and clipped there to their range.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import onnx_ir as ir
 
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
-from calibrate.scheme import LinearScheme
 from engines.packing import pack_nibbles
+
+INT8_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,16 @@ def insert_qdq(model: ir.Model, planned: Collection[str], weights: CalibratedChe
     missing = sorted(set(planned) - set(linears))
     if missing:
         raise UserError(f"{missing[0]}: planned to be quantized, but the graph has no such linear; check the recipe")
-    activations: dict[tuple[str, float], ir.Value] = {}
+    activations: dict[tuple[str, float, int], ir.Value] = {}
     rewritten = [name for name in linears if name in planned]  # in graph order: the first reader of a value makes its Q
     for name in rewritten:
         linear, scheme = linears[name], weights.schemes[name]
-        if scheme.weight_bits == 4:
-            weight = _int4_weight(model, linear, scheme, weights, dtype)
-        else:
+        if scheme.group_size is None:
             weight = _int8_weight(model, linear, weights, dtype)
-            linear.matmul.replace_input_with(0, _int8_activation(model, linear, weights, dtype, activations))
+        else:
+            weight = _int4_weight(model, linear, scheme.group_size, weights, dtype)
+        if (quantizer := weights.input_quantizer(name)) is not None:
+            linear.matmul.replace_input_with(0, _activation(model, linear, quantizer, dtype, activations))
         linear.matmul.replace_input_with(1, weight)
         linear.matmul.name = name
         _remove(model, linear)
@@ -91,11 +95,10 @@ def _transposed(tensor: ir.TensorProtocol) -> Callable[[], ir.TensorProtocol]:
 
 
 def _int4_weight(
-    model: ir.Model, linear: FloatLinear, scheme: LinearScheme, weights: CalibratedCheckpoint, dtype: ir.DataType
+    model: ir.Model, linear: FloatLinear, group_size: int, weights: CalibratedCheckpoint, dtype: ir.DataType
 ) -> ir.Value:
     out_features, in_features = _weight_shape(linear)
-    groups = in_features // int(scheme.group_size or in_features)
-    name = linear.name
+    groups, name = in_features // group_size, linear.name
 
     def codes() -> ir.TensorProtocol:
         packed = pack_nibbles(np.ascontiguousarray(weights.codes(name).T))
@@ -108,9 +111,7 @@ def _int4_weight(
         _initializer(model, f"{name}.weight_codes", _lazy((in_features, out_features), ir.DataType.INT4, codes)),
         _initializer(model, f"{name}.weight_scale", _lazy((groups, out_features), dtype, scale)),
     ]
-    return _insert(
-        linear.matmul, "DequantizeLinear", inputs, f"{name}.weight_dq", dtype, axis=0, block_size=scheme.group_size
-    )
+    return _insert(linear.matmul, "DequantizeLinear", inputs, f"{name}.weight_dq", dtype, axis=0, block_size=group_size)
 
 
 def _int8_weight(model: ir.Model, linear: FloatLinear, weights: CalibratedCheckpoint, dtype: ir.DataType) -> ir.Value:
@@ -131,27 +132,34 @@ def _int8_weight(model: ir.Model, linear: FloatLinear, weights: CalibratedCheckp
     return _insert(linear.matmul, "DequantizeLinear", inputs, f"{name}.weight_dq", dtype, axis=1, output_dtype=dtype.value)
 
 
-def _int8_activation(
+def _activation(
     model: ir.Model,
     linear: FloatLinear,
-    weights: CalibratedCheckpoint,
+    quantizer: tuple[float, int],
     dtype: ir.DataType,
-    shared: dict[tuple[str, float], ir.Value],
+    shared: dict[tuple[str, float, int], ir.Value],
 ) -> ir.Value:
-    """Q/DQ on the linear's input; linears that read the same value with the same scale share the Q."""
-    x = linear.matmul.inputs[0]
-    scale = weights.input_scale(linear.name)
-    if x is None or scale is None:
-        raise UserError(f"{linear.name}: the calibrated checkpoint has no input_scale for it; calibrate again")
-    key, name, zero = (str(x.name), scale), linear.name, _constant(model, "zero_point", np.zeros((), np.int8))
+    """Q/DQ on the linear's input; linears that read the same value with the same scale and bits share the codes."""
+    x, name, (scale, bits) = linear.matmul.inputs[0], linear.name, quantizer
+    if x is None:
+        raise ValueError(f"{name} has no input")
+    key, zero = (str(x.name), scale, bits), _constant(model, "zero_point", np.zeros((), np.int8))
     if key not in shared:
         narrow = np.array(scale, dtype.numpy())
         if float(narrow) != scale:
             raise UserError(f"{name}: its input_scale {scale} is not a {dtype.name} value; calibrate again")
         inputs = [x, _constant(model, f"{name}.input_scale", narrow), zero]
-        shared[key] = _insert(linear.matmul, "QuantizeLinear", inputs, f"{name}.input_q", ir.DataType.INT8)
+        codes = _insert(linear.matmul, "QuantizeLinear", inputs, f"{name}.input_q", ir.DataType.INT8)
+        shared[key] = codes if bits == INT8_BITS else _clipped(model, linear, codes, bits)
     inputs = [shared[key], _constant(model, f"{name}.input_scale_float32", np.array(scale, np.float32)), zero]
     return _insert(linear.matmul, "DequantizeLinear", inputs, f"{name}.input_dq", dtype, output_dtype=dtype.value)
+
+
+def _clipped(model: ir.Model, linear: FloatLinear, codes: ir.Value, bits: int) -> ir.Value:
+    """int8 codes saturated at the range of fewer bits: on integers, where it is exact."""
+    bounds = {f"qmin.{bits}": -(2 ** (bits - 1)), f"qmax.{bits}": 2 ** (bits - 1) - 1}
+    inputs = [codes, *(_constant(model, name, np.array(bound, np.int8)) for name, bound in bounds.items())]
+    return _insert(linear.matmul, "Clip", inputs, f"{linear.name}.input_clip", ir.DataType.INT8)
 
 
 def _insert(

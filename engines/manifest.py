@@ -19,7 +19,10 @@ VERIFY_AT_OPEN_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Manifest:
-    """path: of the manifest itself; `files` maps a role (language_onnx, vision_plan, …) to name, bytes and sha256."""
+    """path: of the manifest itself. files: by role (language_onnx, vision_plan, …) name, bytes and sha256; folders
+    (processor, calibrated) have a name and `files`, bytes and sha256 by the path inside. Exports made before folders were
+    recorded have a name alone; what is not recorded is not verified, and said to be so.
+    """
 
     path: Path
     model: Mapping[str, Any]
@@ -40,14 +43,24 @@ class Manifest:
         if role not in self.files:
             raise UserError(f"{self.path}: this export has no {role}; export again with the backend that writes it")
         path = self.path.parent / self.files[role]["name"]
-        if not path.exists():
-            raise UserError(f"{path}: is missing; it belongs to {self.path.name}, keep the files of an export together")
-        wanted, found = self.files[role].get("bytes"), path.stat().st_size
-        if wanted is not None and found != wanted:
-            raise UserError(
-                f"{path}: has {found} bytes, the manifest says {wanted}; it was changed or is incomplete, export again"
-            )
+        for part in dict.fromkeys((path, *self.recorded(role))):
+            if not part.exists():
+                raise UserError(f"{part}: is missing; it belongs to {self.path.name}, keep the files of an export together")
+        for part, facts in self.recorded(role).items():
+            wanted, found = facts.get("bytes"), part.stat().st_size
+            if wanted is not None and found != wanted:
+                raise UserError(
+                    f"{part}: has {found} bytes, the manifest says {wanted}; it was changed or is incomplete, export again"
+                )
         return path
+
+    def recorded(self, role: str) -> dict[Path, Mapping[str, Any]]:
+        """The files of a role with what the manifest says of each: one for a file, those inside for a folder."""
+        entry = self.files[role]
+        path = self.path.parent / entry["name"]
+        if "files" in entry:
+            return {path / name: facts for name, facts in entry["files"].items()}
+        return {path: entry} if "bytes" in entry or "sha256" in entry else {}
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -113,29 +126,58 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
+def describe_folder(path: Path) -> dict[str, Any]:
+    """Name of a folder, and size and sha256 of every file in it, by its path inside with slashes."""
+    described = {name: describe_file(path / name) for name in _names_inside(path)}
+    return {"name": path.name, "files": {name: {k: d[k] for k in ("bytes", "sha256")} for name, d in described.items()}}
+
+
+def _names_inside(folder: Path) -> list[str]:
+    """Hidden files, such as those of desktops and download tools, do not count: nothing reads them."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
 def verified_file(manifest: Manifest, role: str) -> Path:
-    """The path of a file about to be opened, its sha256 compared first unless it is larger than VERIFY_AT_OPEN_BYTES.
+    """The path of a file or folder about to be opened, every sha256 compared first unless of more than VERIFY_AT_OPEN_BYTES.
 
     Raises UserError when it was changed. Hashing gigabytes at every start would cost seconds; `qvlm-inspect --verify` does.
     """
-    path, entry = manifest.file(role), manifest.files[role]
-    if "sha256" in entry and entry["bytes"] <= VERIFY_AT_OPEN_BYTES:
-        _check_hash(path, entry)
+    path = manifest.file(role)
+    _check_strangers(manifest, role)
+    for part, facts in manifest.recorded(role).items():
+        if "sha256" in facts and facts["bytes"] <= VERIFY_AT_OPEN_BYTES:
+            _check_hash(part, facts)
     return path
 
 
-def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[str]:
-    """Reads every file that has a sha256; returns the names, all as they were written. progress(fraction of files read).
+def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[Path]:
+    """Reads every file that has a sha256; returns them, all as they were written. progress(fraction of files read).
 
-    Raises UserError naming the first file that is missing, has another size or another content, and when none has a hash.
+    Raises UserError naming the first file that is missing, has another size or another content, or lies in a folder of the
+    export without being part of it, and when none has a hash.
     """
-    hashed = {role: entry for role, entry in manifest.files.items() if "sha256" in entry}
+    hashed: dict[Path, Mapping[str, Any]] = {}
+    for role in manifest.files:
+        found = {path: facts for path, facts in manifest.recorded(role).items() if "sha256" in facts}
+        if found:
+            manifest.file(role)
+            _check_strangers(manifest, role)
+        hashed |= found
     if not hashed:
         raise UserError(f"{manifest.path}: lists no sha256, so nothing can be verified; export again")
-    for number, (role, entry) in enumerate(hashed.items()):
-        _check_hash(manifest.file(role), entry)
+    for number, (path, facts) in enumerate(hashed.items()):
+        _check_hash(path, facts)
         progress((number + 1) / len(hashed))
-    return [entry["name"] for entry in hashed.values()]
+    return list(hashed)
+
+
+def _check_strangers(manifest: Manifest, role: str) -> None:
+    """A file more in a folder can change what a processor does as much as another content."""
+    entry = manifest.files[role]
+    folder = manifest.path.parent / entry["name"]
+    if "files" in entry and (added := set(_names_inside(folder)) - set(entry["files"])):
+        raise UserError(f"{folder / min(added)}: is not part of this export; take it away, or export again")
 
 
 def _check_hash(path: Path, entry: Mapping[str, Any]) -> None:

@@ -122,8 +122,8 @@ def _gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
 def _check(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
     if not gemms:
         return LinearCheck(name, scheme.name, "nothing under this name", False)
-    wanted = _is_int4 if scheme.weight_bits == 4 else _is_int8
-    passed = all(wanted(g) for g in gemms)
+    wanted = _is_int8 if scheme.group_size is None else _is_int4
+    passed = scheme.deployable and all(wanted(g) for g in gemms)
     shown = next((g for g in gemms if not wanted(g)), gemms[0])
     return LinearCheck(name, scheme.name, _describe(shown), passed)
 

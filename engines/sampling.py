@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +23,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        """Raises UserError for a value out of range; NaN is out of every range."""
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty {self.repetition_penalty}: must be above 0; 1 is none")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: must be 0 or more")
 
 
 def pick_token(logits: np.ndarray, seen: list[int], sampling: Sampling, random: np.random.Generator) -> int:
@@ -36,7 +40,8 @@ def pick_token(logits: np.ndarray, seen: list[int], sampling: Sampling, random: 
         logits = _penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # minus infinity is the right answer there
+        scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
     probability = np.exp(scaled)
     probability /= probability.sum()
     if sampling.top_p < 1:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from calibrate.errors import UserError
 from engines.backend import gpu_present
+from engines.device import UnusableEngineError
 from engines.manifest import Manifest
-from engines.onnx_runner import OnnxRunner
 from engines.sampling import Sampling, pick_token
 from engines.tensorrt_runner import MODULES, TensorRTRunner
 
+if TYPE_CHECKING:
+    from engines.onnx_runner import Cuda
+
 
 class Runner(Protocol):
-    """What a session needs of a runtime. A cache is whatever the runner makes of it; `step` writes into it."""
+    """What a session needs of a runtime. A cache is whatever the runner makes of it; `step` writes into it.
+
+    name: tensorrt, tensorrt-rtx or onnxruntime. device: cpu or cuda.
+    """
 
     name: str
+    device: str
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray: ...
 
@@ -48,11 +55,15 @@ class Sequences:
 
 
 class Session:
-    """A context manager over one runner. All lengths are checked here, before anything is written into a cache."""
+    """A context manager over one runner. All lengths are checked here, before anything is written into a cache.
 
-    def __init__(self, manifest: Manifest, runner: Runner) -> None:
+    why: the reason for this runner, for people.
+    """
+
+    def __init__(self, manifest: Manifest, runner: Runner, why: str = "") -> None:
         self.manifest = manifest
         self.runner = runner
+        self.why = why
 
     def __enter__(self) -> Session:
         return self
@@ -149,6 +160,9 @@ class Session:
                 f"the context would be {end} tokens long, the engine was built for {limits.max_length}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
+        vocabulary = self.manifest.config.text.vocab_size
+        if strangers := [int(t) for f in fed for t in f if not 0 <= t < vocabulary]:
+            raise UserError(f"token {strangers[0]} is not one of the {vocabulary} of this model's vocabulary")
         embeds = self._embeds(fed, pixel_values)
         ids = np.full((len(fed), longest), _filler(self.manifest), np.int64)
         for row, new in enumerate(fed):
@@ -182,26 +196,57 @@ def _filler(manifest: Manifest) -> int:
     return 0 if manifest.config.image_token_id != 0 else 1
 
 
-RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime")
+RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime:cpu")
 
 
-def open_session(manifest: Manifest, runtime: str = "auto", threads: int | None = None, fast: bool = False) -> Session:
-    """A session on `runtime`. fast: see `open_twin`. Raises UserError when it cannot run here."""
-    chosen, _ = choose_runtime(manifest, runtime)
-    runner = OnnxRunner(manifest, threads, fast) if chosen == "onnxruntime" else TensorRTRunner(manifest, chosen)
-    return Session(manifest, runner)
+@dataclass(frozen=True)
+class Machine:
+    """What is asked of the machine when a session opens. Tests hand in others.
+
+    installed: whether a Python module is there. open_engine: see `TensorRTRunner`. cuda: of ONNX Runtime, None for its own.
+    """
+
+    installed: Callable[[str], bool] = lambda module: importlib.util.find_spec(module) is not None
+    gpu: Callable[[], bool] = gpu_present
+    open_engine: Callable[[Manifest, str], Runner] = TensorRTRunner
+    cuda: Cuda | None = None
 
 
-def choose_runtime(manifest: Manifest, requested: str) -> tuple[str, str]:
+def open_session(
+    manifest: Manifest, runtime: str = "auto", threads: int | None = None, fast: bool = False, machine: Machine | None = None
+) -> Session:
+    """A session on `runtime`. threads, fast: of ONNX Runtime on CPU, see `open_twin`.
+
+    Raises UserError when it cannot run here; with auto, an engine that turns out not to run makes way for the graph.
+    """
+    machine = machine or Machine()
+    name, why = choose_runtime(manifest, runtime, machine)
+    if name != "onnxruntime":
+        try:
+            return Session(manifest, machine.open_engine(manifest, name), why)
+        except UnusableEngineError as error:
+            if runtime != "auto":
+                raise UserError(f"--runtime {runtime}: {error}; export again here, or use --runtime onnxruntime") from error
+            why = str(error)
+    if not machine.installed("onnxruntime"):
+        raise UserError(f"{why}, and ONNX Runtime is not installed; run: pip install 'qvlm-export[cpu]'")
+    from engines.onnx_runner import Cuda, open_runner
+
+    cuda = None if runtime == "onnxruntime:cpu" else machine.cuda or Cuda(gpu=machine.gpu)
+    runner, no_cuda = open_runner(manifest, threads, fast, cuda)
+    return Session(manifest, runner, "; ".join(dict.fromkeys(reason for reason in (why, no_cuda) if reason)))
+
+
+def choose_runtime(manifest: Manifest, requested: str, machine: Machine | None = None) -> tuple[str, str]:
     """The runtime for `--runtime`, and why. Raises UserError when the requested one cannot run here.
 
     auto takes the engine when a GPU and the runtime that built it are here, else the ONNX graph.
     """
     if requested not in RUNTIMES:
         raise UserError(f"--runtime {requested}: unknown; choose one of {', '.join(RUNTIMES)}")
-    if requested == "onnxruntime":
-        return requested, "as asked"
-    obstacle = _engine_obstacle(manifest, requested)
+    if requested.startswith("onnxruntime"):
+        return "onnxruntime", "as asked"
+    obstacle = _engine_obstacle(manifest, requested, machine or Machine())
     if obstacle is None:
         return str(manifest.backend["name"]), "as asked" if requested != "auto" else "a GPU and the runtime are here"
     if requested == "auto":
@@ -209,15 +254,15 @@ def choose_runtime(manifest: Manifest, requested: str) -> tuple[str, str]:
     raise UserError(f"--runtime {requested}: {obstacle}; use --runtime onnxruntime")
 
 
-def _engine_obstacle(manifest: Manifest, requested: str) -> str | None:
-    """Why the export's engine cannot run here, or None."""
+def _engine_obstacle(manifest: Manifest, requested: str, machine: Machine) -> str | None:
+    """Why the export's engine cannot run here as far as can be seen without opening it, or None."""
     built = manifest.backend["name"]
     if built not in MODULES:
         return "this export has no engine"
     if requested not in ("auto", built):
         return f"this export's engine is for {built}"
-    if importlib.util.find_spec(MODULES[built]) is None:
+    if not machine.installed(MODULES[built]):
         return f"{built} is not installed"
-    if not gpu_present():
+    if not machine.gpu():
         return "no NVIDIA GPU is here"
     return None

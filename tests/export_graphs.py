@@ -40,4 +40,4 @@ def export_session(checkpoint: Path, folder: Path, dtype: str, limits: Limits) -
         versions=empty,
         files=files,
     )
-    return open_session(manifest, "onnxruntime", threads=1)
+    return open_session(manifest, "onnxruntime:cpu", threads=1)

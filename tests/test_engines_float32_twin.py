@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -134,3 +136,14 @@ def test_the_twin_computes_what_the_unfused_graph_computes(checkpoint, exported)
     allowed = 1e-5 if all(scheme.weight_bits == 4 for scheme in planned.values()) else 0.05
     for mine, theirs in zip(twin.run(None, given), open_unfused(wide).run(None, given), strict=True):
         assert np.linalg.norm(mine - theirs) <= allowed * np.linalg.norm(theirs)
+
+
+def test_a_profile_is_written_where_it_was_asked_for(exported, checkpoint, tmp_path):
+    part, _, narrow, _ = exported
+    session = open_twin(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1, profile=tmp_path / "made")
+    session.run(None, feeds(checkpoint.config, part))
+    written = Path(session.end_profiling())
+    assert (written.parent, written.name.startswith("made")) == (tmp_path, True)
+    assert any(event.get("args", {}).get("op_name") == "MatMulNBits" for event in json.loads(written.read_text())) == (
+        any(node.op_type == "DequantizeLinear" and "block_size" in node.attributes for node in ir.load(narrow).graph)
+    )

@@ -11,11 +11,18 @@ from damage import double_first, edit_weight, zero
 from small_export import PARTS, calibrate, of_part, open_small, plan_of, write_quantized
 
 from calibrate.blocks import make_blocks
+from calibrate.scheme import LinearScheme
 from engines.graph_probe import WrongWeight, block_outputs, wrong_weights
 
 DOWN = "language_model.model.layers.0.mlp.down_proj"
 FC1 = "vision_tower.vision_model.encoder.layers.1.mlp.fc1"
-PLACES = {"int4": (DOWN, "language", np.float16), "int8": (FC1, "vision", np.float32)}
+PLACES = {
+    "int4": (DOWN, "language", np.float16),
+    "int8": (FC1, "vision", np.float32),
+    "sim-w4a4": (FC1, "vision", np.float16),
+    "sim-w6a6": (DOWN, "language", np.float32),
+    "sim-w3a16": (FC1, "vision", np.float16),
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def checkpoint(llava):
     return open_small(llava())
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+@pytest.fixture(scope="module", params=PLACES)
 def written(request, checkpoint, tmp_path_factory):
     """(preset, calibrated checkpoint, folder of both graphs)"""
     folder = tmp_path_factory.mktemp("probe")
@@ -71,17 +78,37 @@ def test_zeroed_integers_are_counted(damaged):
     ]
 
 
+def with_constant_doubled(graph, name, to):
+    model = ir.load(graph)
+    value = model.graph.initializers[name]
+    value.const_value = ir.tensor(np.asarray(value.const_value.numpy()) * 2, name=value.name)
+    ir.save(model, to, external_data=f"{to.name}.data")
+
+
 @pytest.mark.parametrize("constant", ["input_scale", "input_scale_float32"])
 def test_a_wrong_activation_scale_is_named_for_every_reader(written, tmp_path, constant):
-    _, calibrated, folder = written
-    model = ir.load(folder / "vision.onnx")
-    value = model.graph.initializers[f"{FC1.replace('mlp.fc1', 'self_attn.q_proj')}.{constant}"]
-    value.const_value = ir.tensor(np.asarray(value.const_value.numpy()) * 2, name=value.name)
-    ir.save(model, tmp_path / "vision.onnx", external_data="vision.onnx.data")
+    preset, calibrated, folder = written
+    name = f"{FC1.replace('mlp.fc1', 'self_attn.q_proj')}.{constant}"
+    if preset == "sim-w3a16":  # it rounds no activation
+        assert name not in ir.load(folder / "vision.onnx").graph.initializers
+        return
+    with_constant_doubled(folder / "vision.onnx", name, tmp_path / "vision.onnx")
     readers = ["q_proj", "k_proj", "v_proj"] if constant == "input_scale" else ["q_proj"]
     wrong = list(wrong_weights(tmp_path / "vision.onnx", calibrated, list(of_part(calibrated.schemes, "vision"))))
     assert sorted(w.linear.rpartition(".")[2] for w in wrong) == sorted(readers)
     assert all("activation scales" in w.what for w in wrong)
+
+
+def test_codes_of_other_bits_are_named(checkpoint, tmp_path):
+    """One wrong bound is shared by all activations of that width."""
+    up = DOWN.replace("down", "up")
+    plan = {DOWN: LinearScheme(4, 4, 128), up: LinearScheme(8, 6, None)}
+    calibrated = calibrate(checkpoint, plan, tmp_path / "calibrated")
+    graph = write_quantized(checkpoint, calibrated, "language", ir.DataType.FLOAT16, tmp_path)
+    assert list(wrong_weights(graph, calibrated, [DOWN, up])) == []
+    with_constant_doubled(graph, "qmax.6", tmp_path / "wrong.onnx")
+    wrong = list(wrong_weights(tmp_path / "wrong.onnx", calibrated, [DOWN, up]))
+    assert wrong == [WrongWeight(up, "activation codes [-32, 62] are not those of 6 bits")]
 
 
 def test_a_linear_that_stayed_float_is_named(written):

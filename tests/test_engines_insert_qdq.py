@@ -34,6 +34,17 @@ MIXED = {
     f"{TOWER}.2.self_attn.k_proj": GROUPS_64,
     "multi_modal_projector.linear_2": W8A8,
 }
+NARROW = {
+    f"{TEXT}.0.self_attn.q_proj": LinearScheme(6, 6, None),
+    f"{TEXT}.0.self_attn.k_proj": LinearScheme(4, 4, 128),
+    f"{TEXT}.0.self_attn.v_proj": LinearScheme(3, 6, 64),
+    f"{TEXT}.0.mlp.down_proj": LinearScheme(3, None, 128),
+    f"{TEXT}.1.mlp.up_proj": LinearScheme(4, 8, 64),
+    f"{TOWER}.1.mlp.fc2": LinearScheme(8, 4, None),
+    f"{TOWER}.2.self_attn.k_proj": LinearScheme(6, None, None),
+    "multi_modal_projector.linear_2": LinearScheme(3, 4, 128),
+}
+PLANS = {"mixed": MIXED, "narrow": NARROW}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +52,9 @@ def checkpoint(llava):
     return open_small(llava())
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "mixed"])
+@pytest.fixture(scope="module", params=["int4", "int8", "sim-w4a4", *PLANS])
 def calibrated(request, checkpoint, tmp_path_factory):
-    plan = MIXED if request.param == "mixed" else plan_of(checkpoint, request.param)
+    plan = PLANS.get(request.param) or plan_of(checkpoint, request.param)
     return calibrate(checkpoint, plan, tmp_path_factory.mktemp("calibrated"))
 
 
@@ -85,21 +96,26 @@ def test_exactly_the_planned_linears_are_quantized(checkpoint, written):
         found["float" if weight in stored else made[weight].op_type].add(name)
     assert found["DequantizeLinear"] == set(planned)
     assert found["float"] == every_linear(checkpoint, part) - set(planned)
-    bits = [scheme.weight_bits for scheme in planned.values()]
-    kinds = [node.op_type for node in model.graph.node]
-    assert kinds.count("DequantizeLinear") == bits.count(4) + 2 * bits.count(8)
+    activations = [scheme.activation_bits for scheme in planned.values() if scheme.activation_bits]
+    assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == len(planned) + len(activations)
 
 
 def test_linears_that_read_one_value_share_one_quantizer(written):
     _, planned, _, model, _ = written
-    made, quantized = producers(model), {}
+    made, quantized, clipped = producers(model), {}, set()
     for name, scheme in planned.items():
-        if scheme == W8A8:
+        if scheme.activation_bits:
             quantizer = made[made[matmuls(model)[name].input[0]].input[0]]
+            if scheme.activation_bits < 8:
+                assert quantizer.op_type == "Clip"
+                clipped.add(quantizer.name)
+                quantizer = made[quantizer.input[0]]
             assert quantizer.op_type == "QuantizeLinear"
-            quantized.setdefault(quantizer.input[0], set()).add(quantizer.name)
+            quantized.setdefault((quantizer.input[0], scheme.activation_bits), set()).add(quantizer.name)
     assert all(len(names) == 1 for names in quantized.values())
-    assert [node.op_type for node in model.graph.node].count("QuantizeLinear") == len(quantized)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("QuantizeLinear") == len(quantized)
+    assert len(clipped) == sum(bits < 8 for _, bits in quantized)
 
 
 def test_a_decoder_layer_needs_four_quantizers(checkpoint, tmp_path):
@@ -147,11 +163,23 @@ def test_the_form_of_w8a8(written):
         assert not numpy_helper.to_array(zero).any()
 
 
-def test_the_form_of_w4a16(written):
+def test_activations_of_few_bits_are_clipped_as_integers(written):
+    _, planned, calibrated, model, _ = written
+    made, stored = producers(model), initializers(model)
+    for name in (n for n, scheme in planned.items() if scheme.activation_bits and scheme.activation_bits < 8):
+        clip = made[made[matmuls(model)[name].input[0]].input[0]]
+        low, high = (numpy_helper.to_array(stored[value]) for value in clip.input[1:])
+        half = 2 ** (planned[name].activation_bits - 1)
+        assert (low.dtype, low.shape, int(low), int(high)) == (np.int8, (), -half, half - 1)
+        scales = [stored[made[value].input[1]] for value in (clip.input[0], matmuls(model)[name].input[0])]
+        assert [float(numpy_helper.to_array(scale)) for scale in scales] == [calibrated.input_scale(name)] * 2
+
+
+def test_the_form_of_weights_in_groups(written):
     _, planned, _, model, float_type = written
     made, stored = producers(model), initializers(model)
     for name, scheme in planned.items():
-        if scheme.weight_bits == 8:
+        if scheme.group_size is None:
             continue
         x, weight = matmuls(model)[name].input
         node = made[weight]
@@ -162,7 +190,7 @@ def test_the_form_of_w4a16(written):
         inputs, outputs = codes.dims
         assert codes.data_type == onnx.TensorProto.INT4
         assert (scale.data_type, list(scale.dims)) == (float_type, [inputs // scheme.group_size, outputs])
-        assert x not in made or made[x].op_type != "DequantizeLinear"
+        assert (x in made and made[x].op_type == "DequantizeLinear") == (scheme.activation_bits is not None)
 
 
 def test_the_stored_integers_and_scales_are_the_calibrated_ones(written):
@@ -239,7 +267,7 @@ def one_input_graph(dtype, weights):
 def random_linear(scheme, seed, input_scale=None, shape=(6, 128)):
     rng = np.random.default_rng(seed)
     codes = rng.integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int8)
-    scale_type = np.float16 if scheme.weight_bits == 4 else np.float32
+    scale_type = np.float16 if scheme.group_size else np.float32
     return QuantizedLinear(scheme, codes, rng.uniform(0.001, 0.1, scheme.scale_shape(shape)).astype(scale_type), input_scale)
 
 
@@ -254,16 +282,26 @@ def one_input_case(folder, linears, dtype=ir.DataType.FLOAT):
     return onnx.load(folder / "one.onnx")
 
 
-@pytest.mark.parametrize("scheme", [GROUPS_64, GROUPS_128, W8A8], ids=["g64", "g128", "W8A8"])
+@pytest.mark.parametrize("scheme", [GROUPS_64, GROUPS_128, W8A8, *dict.fromkeys(NARROW.values())], ids=lambda s: s.name)
 def test_a_linear_computes_what_its_integers_say(tmp_path, scheme):
     step = None if scheme.activation_bits is None else 0.0625
     linear = random_linear(scheme, seed=0, input_scale=step)
     model = one_input_case(tmp_path, {"some.proj": linear})
     x = np.random.default_rng(1).normal(0, 4, (5, 128)).astype(np.float32)  # reaches beyond 127 steps, where it clips
     (y,) = ReferenceEvaluator(model).run(None, {"x": x})
-    seen = x if step is None else np.clip(np.rint(x / np.float32(step)), -128, 127) * np.float32(step)
+    half = 2 ** ((scheme.activation_bits or 8) - 1)
+    seen = x if step is None else np.clip(np.rint(x / np.float32(step)), -half, half - 1) * np.float32(step)
     np.testing.assert_allclose(y, seen @ linear.dequantized().T, rtol=1e-5, atol=1e-4)
     assert (seen == x).all() == (step is None)
+
+
+def test_readers_of_one_value_with_unequal_bits_share_no_codes(tmp_path):
+    """Not even where their scales happen to be equal."""
+    schemes = {"a.q": LinearScheme(6, 6, None), "a.k": LinearScheme(4, 4, 64), "a.v": LinearScheme(6, 6, None)}
+    model = one_input_case(tmp_path, {name: random_linear(s, 0, 0.25) for name, s in schemes.items()}, ir.DataType.FLOAT16)
+    made = producers(model)
+    clips = {name: made[made[node.input[0]].input[0]].name for name, node in matmuls(model).items()}
+    assert clips == {"a.q": "a.q.input_clip", "a.k": "a.k.input_clip", "a.v": "a.q.input_clip"}
 
 
 def test_readers_of_one_value_with_unequal_scales_have_quantizers_of_their_own(tmp_path):

@@ -11,8 +11,18 @@ import pytest
 from small_export import open_small
 
 from calibrate.errors import UserError
+from engines import manifest as manifest_module
 from engines.config import Limits
-from engines.manifest import Manifest, describe_file, read_manifest, sealed, verify_files, write_manifest
+from engines.manifest import (
+    Manifest,
+    describe_file,
+    describe_folder,
+    read_manifest,
+    sealed,
+    verified_file,
+    verify_files,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -184,7 +194,7 @@ def three(manifest, tmp_path):
 
 def test_every_hashed_file_is_verified(three):
     fractions = []
-    assert verify_files(three, fractions.append) == ["engine.onnx", "engine.plan"]
+    assert [path.name for path in verify_files(three, fractions.append)] == ["engine.onnx", "engine.plan"]
     assert fractions == [0.5, 1.0]
 
 
@@ -216,3 +226,91 @@ def test_what_cannot_be_read_cannot_be_verified(three, tmp_path):
 def test_without_hashes_nothing_is_verified(three):
     with pytest.raises(UserError, match=f"^{re.escape(str(three.path))}: lists no sha256"):
         verify_files(replace(three, files={"language_onnx": {"name": "engine.onnx", "bytes": 5}}))
+
+
+@pytest.fixture
+def processor(manifest, tmp_path):
+    """A manifest with a folder of two files, one of them in a folder of its own."""
+    folder = tmp_path / "engine.processor"
+    (folder / "more").mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes(b"tokens")
+    (folder / "more" / "image.json").write_bytes(b"{}")
+    return replace(manifest, files={**manifest.files, "processor": describe_folder(folder)})
+
+
+def test_a_folder_is_described_by_its_files(processor):
+    assert processor.files["processor"] == {
+        "name": "engine.processor",
+        "files": {
+            "more/image.json": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()},
+            "tokenizer.json": {"bytes": 6, "sha256": hashlib.sha256(b"tokens").hexdigest()},
+        },
+    }
+    write_manifest(processor)
+    assert read_manifest(processor.path) == processor
+
+
+def test_files_in_folders_are_verified_with_the_others(processor, tmp_path):
+    fractions = []
+    inside = [tmp_path / "engine.processor" / name for name in ("more/image.json", "tokenizer.json")]
+    assert verify_files(processor, fractions.append) == [tmp_path / "engine.onnx", *inside]
+    assert fractions == [1 / 3, 2 / 3, 1.0]
+    assert verified_file(processor, "processor") == tmp_path / "engine.processor"
+
+
+def change_content(folder):
+    (folder / "tokenizer.json").write_bytes(b"tokenS")
+
+
+def change_size(folder):
+    (folder / "more" / "image.json").write_bytes(b"{} ")
+
+
+def take_away(folder):
+    (folder / "more" / "image.json").unlink()
+
+
+def add_a_stranger(folder):
+    (folder / "preprocessor_config.json").write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("use", [lambda m: verified_file(m, "processor"), verify_files], ids=["opened", "verified"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_content, "tokenizer.json: its sha256 is "),
+        (change_size, "more/image.json: has 3 bytes, the manifest says 2; it was changed or is incomplete, export again"),
+        (take_away, "more/image.json: is missing; it belongs to engine.json"),
+        (add_a_stranger, "preprocessor_config.json: is not part of this export; take it away, or export again"),
+    ],
+)
+def test_a_folder_that_is_not_as_it_was_written_is_refused(processor, tmp_path, change, words, use):
+    folder = tmp_path / "engine.processor"
+    change(folder)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{folder}/{words}')}"):
+        use(processor)
+
+
+def test_hidden_files_in_a_folder_are_nobodys_business(processor, tmp_path):
+    (tmp_path / "engine.processor" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "engine.processor" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "engine.processor" / ".cache" / "huggingface" / "lock").write_bytes(b"x")
+    assert len(verify_files(processor)) == 3
+    verified_file(processor, "processor")
+    assert describe_folder(tmp_path / "engine.processor") == processor.files["processor"]
+
+
+def test_a_folder_without_a_record_is_opened_as_it_is(processor, tmp_path):
+    """As exports were before folders were recorded."""
+    older = replace(processor, files={**processor.files, "processor": {"name": "engine.processor"}})
+    add_a_stranger(tmp_path / "engine.processor")
+    assert verified_file(older, "processor") == tmp_path / "engine.processor"
+    assert verify_files(older) == [tmp_path / "engine.onnx"]
+
+
+def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "VERIFY_AT_OPEN_BYTES", 5)
+    change_content(tmp_path / "engine.processor")
+    verified_file(processor, "processor")
+    with pytest.raises(UserError, match=r"tokenizer\.json: its sha256 is"):
+        verify_files(processor)

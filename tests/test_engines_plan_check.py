@@ -62,8 +62,10 @@ def test_linears_that_are_not_planned_run_in_half(built):
 def test_the_check_does_not_take_one_scheme_for_the_other(built):
     plan, planned = built["int4", "language"]
     assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W8A8)))
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
     plan, planned = built["int8", "language"]
     assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W4A16)))
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
 
 
 def test_a_planned_linear_that_the_plan_lacks_fails(built):

@@ -110,7 +110,7 @@ def test_saved_files_are_those_of_polygraphy_and_hold_the_run(saved, manifests, 
         for part, name in (("vision", "image_embeds"), ("language", "logits"))
     }
     np.testing.assert_array_equal(language["image_embeds"], golden["image_embeds"].astype(np.float16))
-    with open_session(manifest, "onnxruntime", threads=1) as session:
+    with open_session(manifest, "onnxruntime:cpu", threads=1) as session:
         assert sqnr_db(session.runner.embed_images(sample.pixel_values), golden["image_embeds"]) > 25
         assert sqnr_db(session.logits(sample.input_ids[None], sample.pixel_values), golden["logits"]) > 25
 
@@ -166,7 +166,7 @@ def test_the_engine_line_reaches_tensorrt_rtx(manifests, sample, tmp_path):
 def test_a_pair_of_runners_computes_what_the_session_does(manifests, sample):
     manifest = manifests["int4"]
     text_only = replace(sample, input_ids=sample.input_ids[-5:], pixel_values=sample.pixel_values[:0], answer_start=5)
-    with RunnerPair(manifest, session_runners(manifest)) as pair, open_session(manifest, "onnxruntime") as session:
+    with RunnerPair(manifest, session_runners(manifest)) as pair, open_session(manifest, "onnxruntime:cpu") as session:
         for given in (sample, text_only, sample):
             pixels = given.pixel_values if len(given.pixel_values) else None
             wanted = session.logits(given.input_ids[None], pixels)[0]

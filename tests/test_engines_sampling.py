@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,9 +73,27 @@ def test_same_seed_same_tokens(values, seed):
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
-    [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"repetition_penalty": 0.0}, "repetition_penalty")],
+    "changes",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+        {"seed": -1},
+    ],
 )
-def test_bad_settings_are_named(changes, word):
-    with pytest.raises(UserError, match=word):
+def test_bad_settings_are_named(changes):
+    with pytest.raises(UserError, match=f"^{next(iter(changes))} .*: must be "):
         Sampling(**changes)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30])
+@pytest.mark.filterwarnings("error")
+def test_the_coldest_temperatures_are_greedy(temperature):
+    logits = np.array([1.0, 5.0, -3.0], np.float32)
+    assert pick_token(logits, [], Sampling(temperature=temperature), np.random.default_rng(0)) == 1

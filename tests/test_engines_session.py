@@ -63,6 +63,26 @@ def test_batched_rows_equal_single_rows(session):
     assert sampled[0] == sampled[1]
 
 
+def test_padding_beyond_the_cache_is_refused_and_changes_nothing(session):
+    """The shorter row's padding would be written where no cache is, which TensorRT does in silence."""
+    rows = [words(40, 3), words(4, 4)]
+    sequences = session.start(rows)
+    before = sequences.logits.copy()
+    with pytest.raises(UserError, match="padding this batch would reach beyond the 48 tokens of the cache"):
+        session.extend(sequences, [words(2, 5), words(10, 6)])
+    assert [len(tokens) for tokens in sequences.tokens] == [40, 4]
+    session.extend(sequences, [words(2, 5), words(3, 6)])
+    alone = session.start([np.concatenate([rows[1], words(3, 6)])])
+    assert not np.array_equal(sequences.logits, before)
+    np.testing.assert_allclose(sequences.logits[1], alone.logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("token", [-1, 512, 10**9])
+def test_a_token_outside_the_vocabulary_is_refused(session, token):
+    with pytest.raises(UserError, match=rf"^token {token} is not one of the 512 of this model's vocabulary$"):
+        session.logits(np.array([[5, token, 6]]))
+
+
 def test_images_and_image_tokens_must_agree(session):
     pixels = np.zeros((1, 3, 48, 48), np.float32)
     with pytest.raises(UserError, match="0 image tokens, 1 images"):

@@ -28,7 +28,7 @@ def plan(request, tmp_path_factory) -> Path:
 
 
 def test_engine_logits_match_the_graph(plan):
-    with qvlm_export.load(plan) as engine, qvlm_export.load(plan, "onnxruntime") as graph:
+    with qvlm_export.load(plan) as engine, qvlm_export.load(plan, "onnxruntime:cpu") as graph:
         assert engine.session.runner.name in ("tensorrt", "tensorrt-rtx")
         for item in unseen_items(14):
             text = chat_text(engine.processor, [{"role": "user", "text": item.prompt, "images": 1}])
@@ -40,7 +40,7 @@ def test_engine_logits_match_the_graph(plan):
 
 def test_engine_answers_like_the_graph(plan):
     items = unseen_items(70)
-    with qvlm_export.load(plan) as engine, qvlm_export.load(plan, "onnxruntime") as graph:
+    with qvlm_export.load(plan) as engine, qvlm_export.load(plan, "onnxruntime:cpu") as graph:
         same = [engine.generate(i.prompt, [i.image]) == graph.generate(i.prompt, [i.image]) for i in items]
     assert sum(same) >= 0.95 * len(same)
 
@@ -63,10 +63,25 @@ def test_int8_products_with_long_sums_do_not_overflow(llava, tmp_path):
     out = tmp_path / "wide.plan"
     qvlm_export.export(str(folder), out, scheme="int8", backend="auto", samples=4)
     ids = np.array([[1, *range(5, 40)]])
-    with qvlm_export.load(out) as engine, qvlm_export.load(out, "onnxruntime") as graph:
+    with qvlm_export.load(out) as engine, qvlm_export.load(out, "onnxruntime:cpu") as graph:
         got, wanted = engine.logits(ids), graph.logits(ids)
     assert np.isfinite(got).all()
     assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_onnx_runtime_uses_cuda_or_says_why_not(plan):
+    """The float16 graph on the GPU, where onnxruntime-gpu is installed and has all kernels, against the twin on CPU."""
+    with qvlm_export.load(plan, "onnxruntime") as graph, qvlm_export.load(plan, "onnxruntime:cpu") as twin:
+        runner, why = graph.session.runner, graph.session.why
+        print(f"{graph.manifest.scheme}: {runner.device} ({why})")
+        if runner.device == "cpu":
+            assert "CUDA: " in why or "install onnxruntime-gpu" in why
+        for item in unseen_items(14):
+            text = chat_text(graph.processor, [{"role": "user", "text": item.prompt, "images": 1}])
+            pixels, ids = encode(graph.processor, text, [item.image])
+            got, wanted = graph.logits(ids[None], pixels), twin.logits(ids[None], pixels)
+            assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+            assert graph.generate(item.prompt, [item.image], max_new_tokens=3)
 
 
 def test_the_device_says_what_it_is():

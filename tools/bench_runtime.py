@@ -58,7 +58,7 @@ def measure_graph(row: str, args: argparse.Namespace) -> dict[str, float]:
     scheme, _, fast = row.partition(" ")
     plan, tokens, threads = args.work / f"{scheme}.plan", args.tokens, args.threads
     ids, pixels, _ = prompt_of(args.model, args.words)
-    with open_session(read_manifest(plan.with_suffix(".json")), "onnxruntime", threads, fast=bool(fast)) as session:
+    with open_session(read_manifest(plan.with_suffix(".json")), "onnxruntime:cpu", threads, fast=bool(fast)) as session:
         warm = session.start([ids[-8:]])
         list(session.generate(warm, 2, frozenset()))
         began = time.perf_counter()
