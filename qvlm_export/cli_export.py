@@ -34,11 +34,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     model: Annotated[str, typer.Option(help="tiny, llava-7b, llava-13b, a Hugging Face id, or a local folder")],
     out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
-    scheme: Annotated[str, typer.Option(help="int4, int8 or fp16")] = "int4",
+    scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
     recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
     calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
-    effort: Annotated[str, typer.Option(help="rtn (round to nearest) or fast (fold, search ranges, GPTQ)")] = "rtn",
+    effort: Annotated[
+        str, typer.Option(help="rtn (round to nearest), fast (fold, GPTQ) or full (search, learn rounding)")
+    ] = "rtn",
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
     target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
@@ -160,7 +162,7 @@ def compression(manifest: Any) -> dict[str, float]:
 def show_result(content: dict[str, Any], console: Console) -> None:
     table = Table(title=f"exported as {content['scheme']}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("file", "size", "scheme", "to fp16", "seconds", "memory"):
-        table.add_column(column, justify="left" if column in ("file", "scheme") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("file", "scheme") else "right", no_wrap=column != "scheme")
     for role, entry in content["files"].items():
         part, _, kind = role.partition("_")
         schemes = ", ".join(content["schemes"].get(part, {})) or "float16"
@@ -174,6 +176,7 @@ def show_result(content: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
+    console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
     if content["backend"]["version"] is not None and content["linears"]["planned"]:
         _show_check(content, console)
     seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())

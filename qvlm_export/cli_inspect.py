@@ -65,7 +65,8 @@ def show(content: dict[str, Any], console: Console) -> None:
     console.print(
         f"limits: {limits['max_length']} tokens, batch {limits['max_batch']}, {limits['max_images']} images at once"
     )
-    calibration = ", ".join(f"{key} {value}" for key, value in content["calibration"].items()) or "not needed"
+    facts = {key: value for key, value in content["calibration"].items() if isinstance(value, str | int)}  # no tables
+    calibration = ", ".join(f"{key} {value}" for key, value in facts.items()) or "not needed"
     console.print(f"calibration: {calibration}", soft_wrap=True)
     console.print(f"built with: {', '.join(f'{name} {version}' for name, version in versions(content))}", soft_wrap=True)
     console.print(file_table(content))
@@ -143,7 +144,9 @@ def verified_line(content: dict[str, Any]) -> str:
     folder = Path(content["manifest"]).parent.resolve()
     if content["verified"] is None:
         return f"in {folder}; --verify compares the files with their hashes"
-    return f"verified {content['verified']} files in {folder}: size and sha256 are what the export wrote"
+    unrecorded = [file["name"] for file in content["files"] if file["bytes"] is None]
+    but = f"; not recorded by that export, so not verified: {', '.join(unrecorded)}" if unrecorded else ""
+    return f"verified {content['verified']} files in {folder}: size and sha256 are what the export wrote{but}"
 
 
 def _table(title: str, *columns: str) -> Table:

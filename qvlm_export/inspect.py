@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class File:
-    """state: "present", "verified", "missing", or "changed" when its size is not the manifest's."""
+    """A file, or a folder with the bytes of all its files. bytes, sha256: None when the manifest records none.
+
+    state: "present", "verified", "missing", or "changed" when a size is not the manifest's.
+    """
 
     role: str
     name: str
@@ -118,7 +121,7 @@ def inspect(plan: Path, verify: bool = False, progress: Callable[[float], None] 
     components = component_sizes(manifest, shapes)
     linears = all_linears(manifest, shapes)
     verified = verify_files(manifest, progress) if verify else None
-    files = tuple(_file(manifest, role, verified or []) for role in manifest.files)
+    files = tuple(_file(manifest, role, verified or ()) for role in manifest.files)
     return Inspection(manifest, components, linears, files, None if verified is None else len(verified))
 
 
@@ -173,14 +176,16 @@ def component_of(tensor: str) -> str:
     return next(component for component, beginnings in COMPONENTS.items() if tensor.startswith(beginnings))
 
 
-def _file(manifest: Manifest, role: str, verified: list[str]) -> File:
-    entry = manifest.files[role]
-    path, size = manifest.path.parent / entry["name"], entry.get("bytes")
-    state = "verified" if entry["name"] in verified else "present"
+def _file(manifest: Manifest, role: str, verified: Collection[Path]) -> File:
+    entry, recorded = manifest.files[role], manifest.recorded(role)
+    size = sum(facts["bytes"] for facts in recorded.values()) if recorded else None
+    path = manifest.path.parent / entry["name"]
     if not path.exists():
         state = "missing"
-    elif size is not None and path.stat().st_size != size:
+    elif any(not part.exists() or part.stat().st_size != facts["bytes"] for part, facts in recorded.items()):
         state = "changed"
+    else:
+        state = "verified" if recorded and recorded.keys() <= set(verified) else "present"
     return File(role, entry["name"], size, entry.get("sha256"), state)
 
 

@@ -155,7 +155,7 @@ def engine_obstacle(manifest: Manifest) -> str:
 def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> tuple[Rung, Session | None]:
     if reason := graph_obstacle(manifest):
         return Rung(GRAPH, None, reason), None
-    session = stack.enter_context(open_session(manifest, "onnxruntime"))
+    session = stack.enter_context(open_session(manifest, "onnxruntime:cpu"))
 
     def logits(number: int) -> np.ndarray:
         sample = samples[number]

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from PIL import Image
 
 from calibrate.errors import UserError
-from engines.manifest import Manifest, read_manifest
+from engines.manifest import Manifest, read_manifest, verified_file
 from engines.sampling import Sampling
 from engines.session import Sequences, Session, open_session
 from qvlm_export.samples import chat_text, encode, load_processor
 
 _MARK = "\u2063answer\u2063"  # invisible separators: no user types them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Sampling):
+    """How to answer: how tokens are chosen, how many at most, and texts of which the first ends the answer before it."""
+
+    max_new_tokens: int = 64
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        if isinstance(self.stop, str):  # a sequence of its letters otherwise
+            raise UserError(f"stop {self.stop!r}: give a list of texts")
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `Generation`, for keyword arguments."""
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+DEFAULTS = Generation()
 
 
 class LoadedModel:
@@ -40,27 +70,44 @@ class LoadedModel:
         """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position."""
         return self.session.logits(input_ids, pixel_values)
 
+    @overload
     def generate(
         self,
         prompt: str,
         images: Sequence[Image.Image] = (),
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-    ) -> str:
-        """The model's answer to one user turn with these pictures."""
-        return "".join(self.stream(prompt, images, max_new_tokens, sampling, stop))
+        settings: Generation = DEFAULTS,
+        *,
+        stream: Literal[False] = False,
+        **changes: Unpack[Settings],
+    ) -> str: ...
 
-    def stream(
+    @overload
+    def generate(
         self,
         prompt: str,
         images: Sequence[Image.Image] = (),
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """The same answer in pieces, as they are decoded."""
-        return self.chat().say(prompt, images, max_new_tokens, sampling, stop)
+        settings: Generation = DEFAULTS,
+        *,
+        stream: Literal[True],
+        **changes: Unpack[Settings],
+    ) -> Iterator[str]: ...
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] = (),
+        settings: Generation = DEFAULTS,
+        *,
+        stream: bool = False,
+        **changes: Unpack[Settings],
+    ) -> str | Iterator[str]:
+        """The model's answer to one user turn with these pictures; with `stream`, in pieces as they are decoded.
+
+        Keyword arguments are those of `Generation`, such as max_new_tokens=64 or temperature=0.7, and go before `settings`.
+        Raises UserError for a prompt that cannot be taken, at once and not with the first piece.
+        """
+        pieces = self.chat().say(prompt, images, settings, **changes)
+        return pieces if stream else "".join(pieces)
 
     def chat(self) -> Chat:
         """A new conversation."""
@@ -79,25 +126,25 @@ class Chat:
         self,
         text: str,
         images: Sequence[Image.Image] = (),
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        settings: Generation = DEFAULTS,
+        **changes: Unpack[Settings],
     ) -> Iterator[str]:
-        """Adds a user turn and yields the answer in pieces.
+        """Adds a user turn, computes it, and returns the answer in pieces, which are decoded as they are asked for.
 
-        Raises UserError, with the conversation as it was, when the turn does not fit into the context. An answer that is
-        broken off (by the caller, or Ctrl-C) stays in the history as far as it came.
+        Raises UserError, with the conversation as it was, when the turn cannot be taken, such as for want of context. An
+        answer that is broken off (by the caller, or Ctrl-C) stays in the history as far as it came.
         """
+        chosen = replace(settings, **changes)
         turns = [*self._turns, {"role": "user", "text": text, "images": len(images)}]
         self._feed(turns, [image.convert("RGB") for image in images])
         self._turns = [*turns, {"role": "assistant", "text": ""}]
-        pieces: list[str] = []
-        try:
-            for piece in self._decode(max_new_tokens, sampling or Sampling(), tuple(stop)):
-                pieces.append(piece)
-                yield piece
-        finally:
-            self._turns[-1]["text"] = "".join(pieces)
+        return self._answer(self._turns[-1], chosen)
+
+    def _answer(self, turn: dict[str, Any], settings: Generation) -> Iterator[str]:
+        """Pieces of the answer, which is written into its turn."""
+        for piece in self._decode(settings):
+            turn["text"] += piece
+            yield piece
 
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
         """Computes what the conversation has more than the cache."""
@@ -115,13 +162,13 @@ class Chat:
         pixels, ids = encode(self._processor, added, images, continues=True)
         self._session.extend(self._sequences, [ids], pixels if len(images) else None)
 
-    def _decode(self, max_new_tokens: int, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[str]:
+    def _decode(self, settings: Generation) -> Iterator[str]:
         """Text pieces. A piece is held back while it could be the beginning of a stop string or of a character."""
         if self._sequences is None:
             raise RuntimeError("nothing was fed")
-        sequence, tokenizer = self._sequences.tokens[0], self._processor.tokenizer
+        sequence, tokenizer, stop = self._sequences.tokens[0], self._processor.tokenizer, tuple(settings.stop)
         began, shown, stop_ids = len(sequence), "", frozenset({tokenizer.eos_token_id})
-        for _ in self._session.generate(self._sequences, max_new_tokens, stop_ids, sampling):
+        for _ in self._session.generate(self._sequences, settings.max_new_tokens, stop_ids, settings):
             text, ended = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)
             safe = text if ended else text[: len(text) - _held(text, stop)]
             if len(safe) > len(shown) and not safe.endswith("\ufffd"):
@@ -154,5 +201,5 @@ def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedM
     if plan.suffix not in (".plan", ".json"):
         raise UserError(f"{plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(plan.with_suffix(".json"))
-    processor = load_processor(manifest.file("processor"))
+    processor = load_processor(verified_file(manifest, "processor"))
     return LoadedModel(open_session(manifest, runtime, fast=fast), processor)

@@ -25,17 +25,17 @@ from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
-from calibrate.searched import calibrate_searched
+from calibrate.searched import calibrate_full, calibrate_searched
 from engines.backend import Backend, choose_backend
 from engines.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from engines.config import Limits, ModelConfig
 from engines.graph import FLOAT_TYPES, expected_shapes, fill_weights, language_graph, vision_graph
 from engines.insert_qdq import insert_qdq, transpose_float_weights
-from engines.manifest import Manifest, describe_file, write_manifest
+from engines.manifest import Manifest, describe_file, describe_folder, write_manifest
 from engines.plan_check import LinearCheck, check_plan, require_integer
 from engines.write_graph import interface, write_graph
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.plan import Recipe, check_targets, plan_linears, read_recipe, recipe_of_preset
+from qvlm_export.plan import Recipe, check_engine, choose_recipe, plan_linears
 from qvlm_export.preflight import (
     Sizes,
     calibrated_folder,
@@ -47,15 +47,16 @@ from qvlm_export.preflight import (
 )
 from qvlm_export.progress import Reporter
 from qvlm_export.publish import FOLDER_ROLES, file_names, is_disk_full, manifest_path, publish, scratch_folder
+from qvlm_export.report import write_report
 from qvlm_export.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
 
 FLOAT_TYPE = "float16"
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 MAX_SAMPLES = 128  # used when --samples does not say
-# What calibration does with the samples: rtn takes absolute maxima and rounds to nearest, fast folds, searches ranges and
-# rounds towards the float model's output.
-EFFORTS = {"rtn": calibrate_absmax, "fast": calibrate_searched}
+# What calibration does with the samples: rtn takes absolute maxima and rounds to nearest; fast folds and rounds towards the
+# float model's output; full tries several ways on every block and then learns the rounding.
+EFFORTS = {"rtn": calibrate_absmax, "fast": calibrate_searched, "full": calibrate_full}
 DEFAULT_EFFORT = "rtn"
 
 
@@ -115,14 +116,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             raise UserError(f"{name} {count}: must be at least 1")
     if options.effort not in EFFORTS:
         raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
-    recipe = recipe_of_preset(options.scheme) if options.recipe is None else read_recipe(options.recipe)
+    recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
     checkpoint = open_checkpoint(options.model)
     limits = _limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
     linears = plan_linears(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
-    check_targets(linears, backend)
+    check_engine(linears, backend)
     sizes = {part: estimate_sizes(_of_part(shapes, part), linears) for part in PARTS}
     total = Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes")))
     disk_bytes = disk_needed(total, calibrates=bool(linears), builds=backend.module is not None)
@@ -161,7 +162,7 @@ def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
     if calibrated is not None and plan.options.work_dir is None:
         calibrated.folder.rename(stage_dir / f"{plan.options.out.stem}.calibrated")
     plan.processor.save_pretrained(stage_dir / f"{plan.options.out.stem}.processor")
-    manifest = _manifest(plan, stage_dir, calibrated, interfaces, checks)
+    manifest = _with_report(plan, stage_dir, _manifest(plan, stage_dir, calibrated, interfaces, checks))
     write_manifest(manifest)
     publish(stage_dir, plan.options.out)
     peak = max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(r.peak_bytes for r in reports)])
@@ -206,7 +207,7 @@ def _calibrate(plan: ExportPlan, folder: Path, reporter: Reporter) -> Calibrated
     with reporter.stage("calibrate") as stage:
         job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples)
         summary = EFFORTS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))
-        summary |= {"data": "built-in" if options.calib_data is None else options.calib_data.name}
+        summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
     return CalibratedCheckpoint(folder)
 
@@ -294,11 +295,18 @@ def _manifest(
         versions=_versions(),
         files={role: describe_file(path) for role, path in roles.items() if path.exists()}
         | {
-            role: {"name": f"{plan.options.out.stem}.{role}"}
+            role: describe_folder(folder / f"{plan.options.out.stem}.{role}")
             for role in FOLDER_ROLES
             if (folder / f"{plan.options.out.stem}.{role}").exists()
         },
     )
+
+
+def _with_report(plan: ExportPlan, folder: Path, manifest: Manifest) -> Manifest:
+    """Writes the report of a manifest; returns the manifest with the report among its files."""
+    path = folder / file_names(plan.options.out)["report"]
+    write_report(manifest, path)
+    return replace(manifest, files={**manifest.files, "report": describe_file(path)})
 
 
 def _versions() -> dict[str, str]:

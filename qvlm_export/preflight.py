@@ -42,8 +42,8 @@ def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Lin
         if scheme is None:
             planned += 2 * count
         else:
-            scale_bytes = 2 if scheme.weight_bits == 4 else 4
-            planned += count * scheme.weight_bits // 8 + scale_bytes * math.prod(scheme.scale_shape((shape[0], shape[1])))
+            scales = math.prod(scheme.scale_shape((shape[0], shape[1])))
+            planned += count * scheme.stored_bits // 8 + scheme.scale_bytes * scales
     return Sizes(float16, planned)
 
 

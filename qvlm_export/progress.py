@@ -18,10 +18,10 @@ class Stage(Protocol):
 
 
 class Reporter:
-    """Shows stages and notes, and keeps the seconds each stage took."""
+    """Shows stages and notes, and keeps the seconds each stage took. console: where to, stderr when None."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
         self.seconds: dict[str, float] = {}
 
     def note(self, text: str) -> None:

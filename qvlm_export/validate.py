@@ -13,7 +13,7 @@ from typing import Any
 from calibrate.errors import UserError
 from calibrate.samples import Sample
 from engines.config import ModelConfig
-from engines.manifest import Manifest, read_manifest
+from engines.manifest import Manifest, read_manifest, verified_file
 from engines.metrics import Sums
 from engines.polygraphy_check import Saved, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.accuracy import ENGINE, FLOAT, GRAPH, Check, Ladder, check_thresholds, find_loss
@@ -153,7 +153,7 @@ def _differing(found: ModelConfig, wanted: ModelConfig) -> str | None:
 
 def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Sample]:
     """The first `limit` samples, through the processor of the export."""
-    processor = load_processor(manifest.file("processor"))
+    processor = load_processor(verified_file(manifest, "processor"))
     try:
         entries = read_entries(path or default_calibration(), None, limit)
         return encode_entries(entries, processor, manifest.config, manifest.limits.max_length)

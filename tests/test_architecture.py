@@ -56,7 +56,7 @@ def test_the_packages_are_found():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
     assert {name_of(path) for path in FILES} >= NUMPY_ONLY
     assert "torch" in roots(ROOT / "calibrate" / "absmax.py")
-    assert "calibrate.scheme" in imports(ROOT / "engines" / "insert_qdq.py")
+    assert "calibrate.scheme" in imports(ROOT / "engines" / "plan_check.py")
 
 
 @pytest.mark.parametrize("path", modules_of("calibrate"), ids=name_of)

@@ -90,10 +90,7 @@ def test_unusable_command_line(arguments: list[str], words: list[str]) -> None:
     ("arguments", "words"),
     [
         (["--scheme", "int3"], ["--scheme int3", "int4, int8, fp16"]),
-        *[
-            (["--scheme", f"sim-{name}"], [f"--scheme sim-{name}", "no kernel", "use int4 or int8"])
-            for name in ("w6a6", "w4a4", "w4a8", "w3a16")
-        ],
+        (["--scheme", "sim-w4a8", "--target", "sm89"], ["--target sm89", "builds no engine"]),
         (["--backend", "tensorflow"], ["--backend tensorflow", "auto, tensorrt, tensorrt-rtx, onnx"]),
         (["--backend", "onnx", "--target", "sm89"], ["--target sm89", "builds no engine"]),
         (["--backend", "tensorrt-rtx", "--target", "sm42"], ["--target sm42", "sm80, sm86, sm89"]),

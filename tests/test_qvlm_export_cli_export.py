@@ -20,7 +20,7 @@ from qvlm_export.cli_export import app
 
 Llava = Callable[..., Path]
 PLANS = {"x.plan", "x.vision.plan"}
-GRAPHS = {"x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"}
+GRAPHS = {"x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data", "x.report.html"}  # written with every backend
 RTX = ("--backend", "tensorrt-rtx", "--target", "sm89")
 
 
@@ -166,6 +166,7 @@ def test_graphs_only(llava: Llava, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "x.vision.onnx.data" in result.stdout
     assert f"in {folder}\n" in result.stdout
+    assert "block by block: x.report.html\n" in result.stdout
     assert {path.name for path in folder.iterdir() if path.is_file()} == GRAPHS | {"x.json"}
     assert read_manifest(folder)["plan_check"] == []
 
@@ -197,7 +198,7 @@ def test_two_exports_share_a_folder(llava: Llava, tmp_path: Path) -> None:
     for name in ("a", "b.1"):
         export_to(llava(), tmp_path / f"{name}.plan", "--backend", "onnx", "--scheme", "fp16")
     found = {path.name for path in tmp_path.iterdir()}
-    tails = ("json", "onnx", "onnx.data", "vision.onnx", "vision.onnx.data", "processor")
+    tails = ("json", "onnx", "onnx.data", "vision.onnx", "vision.onnx.data", "report.html", "processor")
     assert found == {f"{name}.{tail}" for name in ("a", "b.1") for tail in tails}
 
 

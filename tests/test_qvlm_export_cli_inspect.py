@@ -20,7 +20,7 @@ from qvlm_export.cli_inspect import app
 from qvlm_export.inspect import inspect
 
 SCRIPT = Path(sys.executable).with_name("qvlm-inspect")
-HASHED = ("x.plan", "x.vision.plan", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data")
+HASHED = ("x.plan", "x.vision.plan", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data", "x.report.html")
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +117,44 @@ def test_help_shows_examples() -> None:
     assert "qvlm-inspect engine.plan --verify" in result.stdout
 
 
+def files_inside(plan: Path) -> list[str]:
+    """Those of the two folders, as an export has them."""
+    folders = (plan.with_suffix(".processor"), plan.with_suffix(".calibrated"))
+    return [path.relative_to(plan.parent).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
 def test_verified(exported: Path) -> None:
     result = run_inspect(exported, "--verify")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert f"verified 6 files in {exported.parent.resolve()}" in result.stdout
-    assert len([line for line in result.stdout.splitlines() if line.rstrip().endswith(" verified")]) == 6
-    assert read(exported, "--verify")["verified"] == 6
+    count = len(HASHED) + len(files_inside(exported))
+    assert count > len(HASHED) + 5
+    assert f"verified {count} files in {exported.parent.resolve()}" in result.stdout
+    assert "not recorded" not in result.stdout
+    assert len([line for line in result.stdout.splitlines() if line.rstrip().endswith(" verified")]) == 9
+    assert read(exported, "--verify")["verified"] == count
+
+
+def test_every_file_of_the_folders_is_verified(mine: Path) -> None:
+    for name in files_inside(mine):
+        path = mine.parent / name
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        assert_refused(run_inspect(mine, "--verify"), f"{path}: its sha256 is", "it was changed", "export again")
+        path.write_bytes(data)
+    assert run_inspect(mine, "--verify").exit_code == 0
+
+
+def test_what_an_older_export_did_not_record_is_said(mine: Path) -> None:
+    path = mine.with_suffix(".json")
+    content = json.loads(path.read_text())
+    for role in ("processor", "calibrated"):
+        del content["files"][role]["files"]
+    path.write_text(json.dumps(sealed(content)))
+    result = run_inspect(mine, "--verify")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "verified 7 files in " in result.stdout
+    assert "; not recorded by that export, so not verified: x.processor, x.calibrated\n" in result.stdout
+    assert {f["state"] for f in read(mine, "--verify")["files"]} == {"verified", "present"}
 
 
 @pytest.mark.parametrize("name", HASHED)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import PICTURE, assert_refused, export_to, run_model
+from commands import PICTURE, assert_refused, copy_checkpoint, export_to, run_model
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import qvlm_export
+from engines.manifest import sealed
 from qvlm_export.cli_run import app
 
 Llava = Callable[..., Path]
 ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")
 SCRIPT = Path(sys.executable).with_name("qvlm-run")
-RUNTIME = "runtime: onnxruntime (this export has no engine)\n"
+RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,7 @@ def test_answers(exported: Path) -> None:
     result = run_model(exported, *ASK)
     assert (result.exit_code, result.stderr) == (0, RUNTIME)
     with qvlm_export.load(exported) as model:
-        wanted = model.generate("What color is the ring?", [Image.open(PICTURE)], 6)
+        wanted = model.generate("What color is the ring?", [Image.open(PICTURE)], max_new_tokens=6)
     assert result.stdout == wanted + "\n"
     assert len(wanted) > 3
 
@@ -59,7 +68,7 @@ def test_real_command(exported: Path, tmp_path: Path) -> None:
 def test_json(exported: Path) -> None:
     result = run_model(exported, *ASK, "--json")
     content = json.loads(result.stdout)
-    assert content["runtime"] == "onnxruntime"
+    assert (content["runtime"], content["device"]) == ("onnxruntime", "cpu")
     assert content["answer"] == run_model(exported, *ASK).stdout.removesuffix("\n")
 
 
@@ -96,6 +105,9 @@ def test_help_shows_examples() -> None:
         (["x.plan"], ["give --prompt, or --chat"]),
         (["x.plan", "--prompt", "a", "--chat"], ["give --prompt, or --chat"]),
         (["x.plan", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "greater than or equal to 1"]),
+        (["x.plan", "--prompt", "a", "--temperature", "nan"], ["temperature nan", "must be 0"]),
+        (["x.plan", "--prompt", "a", "--top-p", "0"], ["top_p 0.0", "must be above 0"]),
+        (["x.plan", "--prompt", "a", "--seed", "-1"], ["seed -1", "must be 0 or more"]),
         (["/no/such.plan", "--prompt", "a"], ["/no/such.json", "no such manifest"]),
         (["/no/such.onnx", "--prompt", "a"], ["/no/such.onnx", "give the .plan"]),
         (["/no", "--prompt", "a"], ["/no:", "give the .plan"]),
@@ -119,14 +131,21 @@ def test_unusable_arguments(arguments: list[str], words: list[str]) -> None:
     ],
 )
 def test_bad_question(exported: Path, arguments: list[str], words: list[str]) -> None:
+    assert_refused(run_model(exported, *arguments), *words)
     assert_refused(run_model(exported, *arguments, "--json"), *words)
 
 
-def test_refusal_after_the_line_for_people(exported: Path) -> None:
-    result = run_model(exported, "--prompt", "<image>")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(RUNTIME + "error: the prompt: has 1 times <image>")
-    assert len(result.stderr.splitlines()) == 2
+def test_options_reach_the_model(exported: Path) -> None:
+    """Each changes the answer in the way it must."""
+    ask = ("--prompt", "What?", "--max-new-tokens", "40")
+    plain = run_model(exported, *ask).stdout
+    assert run_model(exported, *ask, "--temperature", "2", "--seed", "1").stdout != plain
+    assert run_model(exported, *ask, "--temperature", "2", "--top-p", "1e-9").stdout == plain  # one token is left to choose
+    assert run_model(exported, *ask, "--repetition-penalty", "100").stdout != plain
+    word = plain.split()[1]
+    stopped = run_model(exported, *ask, "--stop", "never said", "--stop", word).stdout
+    assert stopped == plain[: plain.index(word)] + "\n"
+    assert run_model(exported, *ask, "--runtime", "onnxruntime:cpu").stdout == plain
 
 
 def test_chat(exported: Path, tmp_path: Path) -> None:
@@ -138,6 +157,7 @@ def test_chat(exported: Path, tmp_path: Path) -> None:
         f"/image {tmp_path / 'green.png'}",
         "",
         "<image>",
+        "word " * 300,
         "And now?",
         "/quit",
         "x",
@@ -147,11 +167,122 @@ def test_chat(exported: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.exception
     with qvlm_export.load(exported) as model:
         chat = model.chat()
-        first = "".join(chat.say("What is it?", [Image.open(PICTURE)], 4))
-        second = "".join(chat.say("And now?", [Image.open(tmp_path / "green.png")], 4))
+        first = "".join(chat.say("What is it?", [Image.open(PICTURE)], max_new_tokens=4))
+        second = "".join(chat.say("And now?", [Image.open(tmp_path / "green.png")], max_new_tokens=4))
     assert result.stdout == f"{first}\n{second}\n"
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert [words in error for words, error in zip(("/no/such.png", "times <image>"), errors, strict=True)] == [True, True]
+    wanted = ("/no/such.png", "2 times <image> for 1 pictures", "the context would be")
+    assert [words in error for words, error in zip(wanted, errors, strict=True)] == [True] * 3
+    assert result.stderr.startswith(f"{RUNTIME}chat: ")
+
+
+@pytest.fixture(scope="module")
+def talkative(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan of an export that never says that it has ended, and has room for an answer of many seconds."""
+    folder = tmp_path_factory.mktemp("talkative")
+    checkpoint = copy_checkpoint(llava(text={"max_position_embeddings": 4096}), folder / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    (head,) = (array for name, array in tensors.items() if name.endswith("lm_head.weight"))
+    head[2] = 0  # </s> has a logit of 0, and one of the other 511 a larger one
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    export_to(checkpoint, folder / "x.plan", "--backend", "onnx", "--scheme", "fp16", "--max-length", "4096")
+    return folder / "x.plan"
+
+
+LONG = ("--prompt", "What?", "--max-new-tokens", "4000")
+
+
+def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
+    command = [sys.executable, SCRIPT, talkative, *LONG]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, f"{RUNTIME}interrupted\n")
+    answer = begun + rest
+    assert answer.endswith("\n")
+    beginning = run_model(talkative, *LONG[:-1], "20").stdout
+    assert beginning.startswith(answer.removesuffix("\n")[:15])
+
+
+class Terminal:
+    """A command on a terminal of its own, as a user has it: what is typed reaches it as keys, Ctrl-C as a signal."""
+
+    def __init__(self, *command: object) -> None:
+        self.master, self._slave = pty.openpty()
+        self.before = termios.tcgetattr(self._slave)
+        self.seen = ""
+        self._process = subprocess.Popen(
+            [*map(str, command)],
+            stdin=self._slave,
+            stdout=self._slave,
+            stderr=self._slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def read_until(self, pattern: str) -> None:
+        """Reads until what was not yet waited for holds `pattern`."""
+        came = ""
+        while not re.search(pattern, came):
+            ready, _, _ = select.select([self.master], [], [], 60)
+            assert ready, f"{pattern!r} did not come: {self.seen + came!r}"
+            came += os.read(self.master, 4096).decode(errors="replace")
+        self.seen += came
+
+    def is_running(self, seconds: float) -> bool:
+        """Whether the command still runs after that time."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def end(self) -> int:
+        """The exit code. The terminal must be as it was, with the cursor at the beginning of a line."""
+        code = self._process.wait(timeout=60)
+        while select.select([self.master], [], [], 0)[0]:
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
+        assert termios.tcgetattr(self._slave) == self.before
+        assert self.seen.endswith("\r\n"), self.seen
+        os.close(self.master)
+        os.close(self._slave)
+        return code
+
+
+def test_ctrl_c_leaves_a_usable_terminal(talkative: Path) -> None:
+    terminal = Terminal(sys.executable, SCRIPT, talkative, *LONG)
+    terminal.read_until(r"no engine\)\r\n.{5}")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+    assert terminal.seen.endswith("interrupted\r\n")
+    assert "Traceback" not in terminal.seen
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(talkative: Path) -> None:
+    terminal = Terminal(sys.executable, SCRIPT, talkative, "--chat", "--max-new-tokens", "4000")
+    terminal.read_until("> ")
+    terminal.type("What?\n")
+    terminal.read_until(r"What\?\r\n.{5}")
+    terminal.type("\x03")
+    terminal.read_until(r"interrupted\r\n> ")
+    terminal.type("/quit\n")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.seen
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(talkative: Path) -> None:
+    terminal = Terminal(sys.executable, SCRIPT, talkative, "--chat")
+    terminal.read_until("> ")
+    terminal.type("\x03")
+    if terminal.is_running(seconds=10):  # a Ctrl-C between the prompt and the read after it is only noted: the read waits on
+        terminal.type("\x03")
+    assert terminal.end() == 130
+    assert terminal.seen.endswith("interrupted\r\n")
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"])
@@ -175,6 +306,17 @@ def test_processor_is_missing(mine: Path) -> None:
 
 
 def test_processor_is_damaged(mine: Path) -> None:
+    path = mine.parent / "x.processor" / "tokenizer.json"
+    path.write_text("{")
+    assert_refused(run_model(mine, *ASK), f"{path}: has 1 bytes", "incomplete, export again")
+
+
+def test_processor_of_an_export_without_a_record_of_it_is_damaged(mine: Path) -> None:
+    path = mine.with_suffix(".json")
+    content = json.loads(path.read_text())
+    del content["files"]["processor"]["files"]
+    path.write_text(json.dumps(sealed(content)))
+    assert run_model(mine, *ASK).exit_code == 0
     (mine.parent / "x.processor" / "tokenizer.json").write_text("{")
     assert_refused(run_model(mine, *ASK), "x.processor", "cannot be loaded")
 

@@ -148,21 +148,29 @@ def test_files_and_their_states(engine: Path, tmp_path: Path) -> None:
     plan = tmp_path / "copy" / "x.plan"
     plan.write_bytes(plan.read_bytes() + b"x")
     shutil.rmtree(plan.with_suffix(".calibrated"))
+    (plan.with_suffix(".processor") / "tokenizer.json").unlink()
     found = inspect(plan)
     assert {file.name: file.state for file in found.files if file.state != "present"} == {
         "x.plan": "changed",
         "x.calibrated": "missing",
+        "x.processor": "changed",
     }
-    assert len(found.files) == 8
+    assert len(found.files) == 9
     assert found.verified is None
 
 
 def test_verified_files(engine: Path) -> None:
     fractions: list[float] = []
     found = inspect(engine, verify=True, progress=fractions.append)
-    assert (found.verified, len(fractions), fractions[-1]) == (6, 6, 1.0)
-    assert Counter(file.state for file in found.files) == {"verified": 6, "present": 2}
-    assert {file.name for file in found.files if file.state == "present"} == {"x.processor", "x.calibrated"}
+    inside = {
+        f"x.{role}": [path for path in engine.with_suffix(f".{role}").rglob("*") if path.is_file()]
+        for role in ("processor", "calibrated")
+    }
+    count = 7 + sum(map(len, inside.values()))
+    assert (found.verified, len(fractions), fractions[-1]) == (count, count, 1.0)
+    assert Counter(file.state for file in found.files) == {"verified": 9}
+    sizes = {file.name: (file.bytes, file.sha256) for file in found.files if file.name in inside}
+    assert sizes == {name: (sum(path.stat().st_size for path in paths), None) for name, paths in inside.items()}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_verified_files(engine: Path) -> None:
     [
         ("language_model.no_such", "W8A8", "linear language_model.no_such as W8A8"),
         ("multi_modal_projector.linear_1", "W8A8 and more", "as W8A8 and more"),
-        ("multi_modal_projector.linear_1", "W3A16 g128", "W3A16 has no TensorRT kernel"),
+        ("multi_modal_projector.linear_1", "W5A16 g128", "W5A16: weights have"),
         ("multi_modal_projector.linear_1", "W4A16", "group_size"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 
@@ -11,9 +12,8 @@ from PIL import Image
 
 import qvlm_export
 from calibrate.errors import UserError
-from engines.sampling import Sampling
 from engines.session import Sequences
-from qvlm_export.loading import Chat, _cut, _held
+from qvlm_export.loading import Chat, Generation, Settings, _cut, _held
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,90 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def test_pieces_join_to_the_answer(model):
-    assert "".join(model.stream("What is this?", [picture()], 12)) == model.generate("What is this?", [picture()], 12)
+    pieces = model.generate("What is this?", [picture()], max_new_tokens=12, stream=True)
+    assert iter(pieces) is pieces
+    pieces = list(pieces)
+    assert len(pieces) > 1
+    assert "".join(pieces) == model.generate("What is this?", [picture()], max_new_tokens=12)
+
+
+def test_keyword_arguments_are_the_fields_of_the_settings(model):
+    assert set(Settings.__annotations__) == {field.name for field in dataclasses.fields(Generation)}
+    settings = Generation(max_new_tokens=9, temperature=2.0, seed=3)
+    answer = model.generate("What?", [], settings)
+    assert answer == model.generate("What?", [], max_new_tokens=9, temperature=2.0, seed=3)
+    assert model.generate("What?", [], settings, seed=4) != answer
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.generate("What?", max_tokens=3)
+
+
+def test_an_answer_has_at_most_so_many_tokens(model):
+    for count in (1, 5):
+        chat = model.chat()
+        pieces = chat.say("Say something", max_new_tokens=count)
+        before = len(chat._sequences.tokens[0])
+        list(pieces)
+        assert len(chat._sequences.tokens[0]) == before + count
+
+
+def test_an_answer_ends_with_the_context(model):
+    chat = model.chat()
+    pieces = chat.say("b " * 240, max_new_tokens=10_000)
+    assert 236 < len(chat._sequences.tokens[0]) < 256
+    "".join(pieces)
+    assert len(chat._sequences.tokens[0]) == model.manifest.limits.max_length == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0: must be at least 1"),
+        ({"stop": "END"}, "stop 'END': give a list of texts"),
+        ({"top_p": 2.0}, "top_p 2.0: must be above 0"),
+        ({"seed": -1}, "seed -1: must be 0 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model, changes, words):
+    with pytest.raises(UserError, match=f"^{re.escape(words)}"):
+        model.generate("What?", **changes)
+
+
+def test_a_prompt_that_cannot_be_taken_is_refused_before_the_first_piece(model):
+    for prompt, words in (("<image>", "1 times <image> for 0 pictures"), ("word " * 300, "context would be")):
+        with pytest.raises(UserError, match=words):
+            model.generate(prompt, stream=True)
+
+
+def test_a_stop_string_ends_the_answer_before_it(model):
+    whole = model.generate("Say something", max_new_tokens=24)
+    word = whole.split()[2]
+    short = model.generate("Say something", max_new_tokens=24, stop=["never said", word])
+    assert short == whole[: whole.index(word)]
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(model):
+    def tokens(penalty: float) -> list[int]:
+        chat = model.chat()
+        pieces = chat.say("Say something", max_new_tokens=60, repetition_penalty=penalty)
+        list(pieces)
+        return chat._sequences.tokens[0]
+
+    free, strict = tokens(1.0), tokens(1e6)
+    prompt = next(n for n, pair in enumerate(zip(free, strict, strict=False)) if pair[0] != pair[1])
+    assert len(set(free[prompt:])) < len(free[prompt:])
+    assert len(set(strict[prompt:])) == len(strict[prompt:])
+    assert not set(strict[prompt:]) & set(strict[:prompt])
+
+
+def test_several_pictures_in_one_turn(model):
+    both = model.generate("What differs?", [picture(), picture(1)], max_new_tokens=16)
+    assert both != model.generate("What differs?", [picture(1), picture()], max_new_tokens=16)
 
 
 def test_a_second_turn_is_the_same_as_asking_all_at_once(model):
     chat = model.chat()
-    "".join(chat.say("What is this?", [picture()], 6))
-    "".join(chat.say("And this?", [picture(1)], 6))
+    "".join(chat.say("What is this?", [picture()], max_new_tokens=6))
+    "".join(chat.say("And this?", [picture(1)], max_new_tokens=6))
     sequence = chat._sequences
     pixels = model.processor.image_processor([picture(), picture(1)], return_tensors="np")["pixel_values"]
     whole = model.session.logits(np.array([sequence.tokens[0]])[:, : int(sequence.cached[0])], pixels)
@@ -46,19 +123,42 @@ def test_a_second_turn_is_the_same_as_asking_all_at_once(model):
     assert "</s>USER: " in text
 
 
+def test_a_second_turn_computes_its_own_tokens_only(model, monkeypatch):
+    chat, fed = model.chat(), []
+    real = model.session.runner.step
+    "".join(chat.say("What is this?", [picture()], max_new_tokens=6))
+    monkeypatch.setattr(model.session.runner, "step", lambda ids, *rest: (fed.append(ids.shape), real(ids, *rest))[1])
+    "".join(chat.say("And now?", max_new_tokens=3))
+    prompt, *decoded = fed
+    assert prompt[1] < 15  # the first turn is 36 image tokens and more
+    assert decoded == [(1, 1)] * 2
+
+
 def test_overflow_in_a_chat_leaves_the_conversation_usable(model):
     chat = model.chat()
-    "".join(chat.say("one", [picture()], 4))
+    "".join(chat.say("one", [picture()], max_new_tokens=4))
     with pytest.raises(UserError, match="context would be"):
-        "".join(chat.say("word " * 300, [], 4))
+        chat.say("word " * 300)
     before = len(chat._sequences.tokens[0])
-    "".join(chat.say("two", [], 4))
+    "".join(chat.say("two", max_new_tokens=4))
     assert len(chat._sequences.tokens[0]) > before
+    text = model.processor.tokenizer.decode(chat._sequences.tokens[0])
+    assert (text.count("USER:"), "word" in text) == (2, False)
+
+
+def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(model):
+    chat = model.chat()
+    pieces = chat.say("Say something", max_new_tokens=30)
+    heard = [next(pieces), next(pieces)]
+    pieces.close()
+    assert chat._turns[-1]["text"] == "".join(heard)
+    "".join(chat.say("Go on", max_new_tokens=3))
+    assert model.processor.tokenizer.decode(chat._sequences.tokens[0]).count("USER:") == 2
 
 
 def test_sampling_is_seeded(model):
     def answer(seed: int) -> str:
-        return model.generate("Say something", [], 12, Sampling(temperature=2.0, seed=seed))
+        return model.generate("Say something", max_new_tokens=12, temperature=2.0, seed=seed)
 
     assert answer(1) == answer(1)
     assert len({answer(seed) for seed in range(6)}) > 1
@@ -90,7 +190,7 @@ class Scripted:
 )
 def test_pieces_never_show_a_stop_string_or_half_a_character(model, said, stop, wanted):
     tokens = model.processor.tokenizer.encode(said, add_special_tokens=False)
-    pieces = list(Chat(Scripted(tokens), model.processor).say("?", [], 99, None, stop))
+    pieces = list(Chat(Scripted(tokens), model.processor).say("?", max_new_tokens=99, stop=stop))
     assert "".join(pieces) == wanted
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -111,4 +211,14 @@ def test_a_tampered_file_of_the_same_size_is_refused(model, tmp_path, suffix):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"m{re.escape(suffix)}: its sha256 is .* it was changed, export again"):
+        qvlm_export.load(folder / "m.plan")
+
+
+def test_a_tampered_processor_is_refused(model, tmp_path):
+    """A template that puts words into the user's mouth loads as well as the real one."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model.manifest.path.parent, folder)
+    path = folder / "m.processor" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("USER", "RUSE"))
+    with pytest.raises(UserError, match=r"m\.processor/chat_template\.jinja: its sha256 is .* it was changed, export again"):
         qvlm_export.load(folder / "m.plan")

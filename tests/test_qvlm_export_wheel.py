@@ -55,7 +55,7 @@ def test_what_is_inside(target: Path) -> None:
     for package in ("qvlm_export", "calibrate", "engines"):
         wanted = {f"{package}/{path.name}" for path in (ROOT / package).glob("*.py")}
         assert wanted <= names
-    assert "qvlm_export/py.typed" in names
+    assert {"qvlm_export/py.typed", "qvlm_export/templates/report.html.jinja"} <= names
     pictures = {f"qvlm_export/calibration/images/{path.name}" for path in default_calibration().parent.glob("images/*")}
     assert len(pictures) == 64
     assert pictures | {"qvlm_export/calibration/scenes.jsonl"} <= names

@@ -98,5 +98,6 @@ def test_float_graph_says_what_transformers_says(tiny, tmp_path):
             given = processor(images=item.image, text=f"USER: <image>\n{item.prompt} ASSISTANT:", return_tensors="pt")
             wanted = model.generate(**given, max_new_tokens=48, do_sample=False)[0, given["input_ids"].shape[1] :]
             assert (
-                loaded.generate(item.prompt, [item.image], 48) == processor.decode(wanted, skip_special_tokens=True).strip()
+                loaded.generate(item.prompt, [item.image], max_new_tokens=48)
+                == processor.decode(wanted, skip_special_tokens=True).strip()
             )
