@@ -43,6 +43,7 @@ GEOMETRIES = {
     "llava-13b": Geometry(5120, 13824, 40, 40, 40),
     "llava-7b": Geometry(4096, 11008, 32, 32, 32),
     "1b": Geometry(2048, 8192, 16, 32, 8),
+    "1b-quarter": Geometry(2048, 8192, 4, 32, 8, small_tower=True),  # shows where a 1b's time goes: no cache holds it
     "100m": Geometry(768, 2048, 12, 12, 4, small_tower=True),
 }
 

@@ -70,7 +70,7 @@ def graph_answers(plan: Path, items: list[Item]) -> list[bool]:
     """Which items the exported graph answers right, by real generation on ONNX Runtime."""
     import qvlm_export
 
-    with qvlm_export.load(plan, runtime="onnxruntime") as model:
+    with qvlm_export.load(plan, runtime="onnxruntime:cpu") as model:
         return [model.generate(i.prompt, [i.image], max_new_tokens=64) == i.answer for i in items]
 
 

@@ -1,0 +1,204 @@
+"""What the peers' programs share: reading samples, the columns' schemes, measuring, writing the result.
+
+Runs in a peer's own virtual environment: numpy, torch and transformers only, nothing of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaForConditionalGeneration
+
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Symmetric. Grouped weights have a scale per `group_size` inputs, others one per output; activations one a tensor."""
+
+    weight_bits: int
+    activation_bits: int | None
+    group_size: int | None
+
+
+SCHEMES = {
+    "W8A8": Scheme(8, 8, None),
+    "W4A16": Scheme(4, None, 64),
+    "W3A16": Scheme(3, None, 64),
+    "W4A8": Scheme(4, 8, 64),
+    "W6A6": Scheme(6, 6, None),
+    "W4A4": Scheme(4, 4, 64),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the benchmark. out: `.npy` for the logits; what was measured goes beside it as `.json`."""
+
+    model: Path
+    calibration: Path
+    evaluation: Path
+    column: str
+    row: str
+    out: Path
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.column]
+
+
+@dataclass
+class Measured:
+    """Filled when the measured part ends. seconds: of the processor, which other work on the machine does not lengthen."""
+
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_job(description: str) -> Job:
+    parser = argparse.ArgumentParser(description=description)
+    for name in ("model", "calibration", "evaluation", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--column", choices=SCHEMES, required=True)
+    parser.add_argument("--row", required=True)
+    return Job(**vars(parser.parse_args()))
+
+
+def load_model(folder: Path) -> LlavaForConditionalGeneration:
+    """The checkpoint in float32."""
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def quantizable(model: LlavaForConditionalGeneration) -> list[str]:
+    """Names of the linears that are to be quantized: all that run, without lm_head."""
+    vision = model.config.vision_config
+    used = model.config.vision_feature_layer % (vision.num_hidden_layers + 1)
+    names = []
+    for name, module in model.named_modules():
+        layer = re.search(r"vision_tower.*\.layers\.(\d+)\.", name)
+        unused = layer is not None and int(layer[1]) >= used
+        if isinstance(module, torch.nn.Linear) and not unused and not name.endswith("lm_head"):
+            names.append(name)
+    return names
+
+
+def inputs_of(path: Path) -> list[dict[str, torch.Tensor]]:
+    """One sample a dictionary, batch 1, nothing padded: what the model's forward takes."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    ids, offsets = torch.from_numpy(arrays["input_ids"]), arrays["offsets"]
+    pixels = torch.from_numpy(arrays["pixel_values"])
+    return [
+        {
+            "input_ids": ids[first:last][None],
+            "attention_mask": torch.ones(1, last - first, dtype=torch.long),
+            "pixel_values": pixels[number : number + 1],
+        }
+        for number, (first, last) in enumerate(itertools.pairwise(offsets))
+    ]
+
+
+def batches_of(path: Path) -> list[dict[str, torch.Tensor]]:
+    """The samples again, those of equal length together; nothing is padded."""
+    inputs = inputs_of(path)
+    groups = equal_lengths([i["input_ids"].shape[1] for i in inputs])
+    return [{key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]} for numbers in groups]
+
+
+def run_all(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> None:
+    """The calibration pass that most peers ask for."""
+    with torch.no_grad():
+        for given in inputs:
+            model(**given, use_cache=False)
+
+
+def answer_logits(model: torch.nn.Module, path: Path) -> np.ndarray:
+    """Logits that predict the answers and their end tokens, question after question. float32 [tokens, vocab].
+
+    Questions of equal length go together; nothing is padded.
+    """
+    inputs = inputs_of(path)
+    with np.load(path, allow_pickle=False) as file:
+        starts = file["answer_start"]
+    found: dict[int, np.ndarray] = {}
+    for numbers in equal_lengths([i["input_ids"].shape[1] for i in inputs]):
+        batch = {key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]}
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits.float()
+        for row, number in enumerate(numbers):
+            found[number] = logits[row, starts[number] - 1 : -1].numpy().copy()
+    return np.concatenate([found[number] for number in range(len(inputs))])
+
+
+def equal_lengths(lengths: list[int]) -> Iterator[list[int]]:
+    """Numbers of samples of one length, at most EVALUATION_BATCH together."""
+    for length in sorted(set(lengths)):
+        numbers = [n for n, other in enumerate(lengths) if other == length]
+        for start in range(0, len(numbers), EVALUATION_BATCH):
+            yield numbers[start : start + EVALUATION_BATCH]
+
+
+@contextmanager
+def measured() -> Iterator[Measured]:
+    """Seconds and peak resident memory of what is inside."""
+    result = Measured()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    began, wall_began = time.process_time(), time.perf_counter()
+    yield result
+    result.seconds, result.wall_seconds = time.process_time() - began, time.perf_counter() - wall_began
+    result.peak_bytes = peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def weight_levels(weight: torch.Tensor, scheme: Scheme) -> int:
+    """The most distinct values in any group (or row) of a fake-quantized weight."""
+    rows = weight.reshape(-1, scheme.group_size or weight.shape[1])
+    return max(len(row.unique()) for row in rows)
+
+
+def check_levels(weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], scheme: Scheme) -> None:
+    """Raises ValueError when a fake-quantized weight or input has more values than its bits allow."""
+    for name, weight in weights.items():
+        if weight_levels(weight, scheme) > 2**scheme.weight_bits:
+            raise ValueError(
+                f"{name}: {weight_levels(weight, scheme)} levels in a group of {scheme.weight_bits}-bit weights"
+            )
+    for name, x in inputs.items():
+        if scheme.activation_bits and len(x.unique()) > 2**scheme.activation_bits:
+            raise ValueError(f"{name}: {len(x.unique())} levels in an input of {scheme.activation_bits} bits")
+
+
+def run_cell(calibrate: Callable[[Job, Any], tuple[Any, Measured]], packages: list[str]) -> None:
+    """Loads the model, lets `calibrate` quantize it, which measures and checks itself, evaluates, writes."""
+    job = parse_job(calibrate.__doc__ or "")
+    torch.manual_seed(0)
+    model, result = calibrate(job, load_model(job.model))
+    np.save(job.out, answer_logits(model, job.evaluation))
+    versions = {p: importlib.metadata.version(p) for p in (*packages, "torch", "transformers", "numpy")}
+    record = {
+        "seconds": result.seconds,
+        "wall_seconds": result.wall_seconds,
+        "peak_bytes": result.peak_bytes,
+        "versions": versions,
+        "settings": result.settings,
+        "threads": torch.get_num_threads(),
+    }
+    job.out.with_suffix(".json").write_text(json.dumps(record) + "\n")

@@ -1,0 +1,169 @@
+"""llmcompressor, in its own environment: one cell of tools/bench_methods.py.
+
+A recipe is a list of calls of oneshot. Tower and projector are one call and the decoder another: the sequential pipeline,
+the default, in which a layer sees the quantized ones before it, does not step into the tower (its modules get hooks, but
+no ranges, and GPTQ fails on them), and the basic one does not carry errors on. Smoothing is a call of its own, as static
+activation ranges must be taken after it; AWQ needs the sequential pipeline, since under the basic one it searches with
+uncalibrated quantizers on and sees outputs of zero. The mappings name every pair that can be folded in this model, the
+tower's and up_proj -> down_proj included, which the SmoothQuant defaults leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import Job, Measured, Scheme, batches_of, check_levels, measured, quantizable, run_all, run_cell
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from torch.utils.data import DataLoader
+
+# (what makes the activation, what reads it); grouped-query v_proj -> o_proj cannot be matched: its widths differ.
+PAIRS = (
+    (r"re:.*language_model.*\.input_layernorm$", ("q_proj", "k_proj", "v_proj"), "language_model"),
+    (r"re:.*language_model.*\.post_attention_layernorm$", ("gate_proj", "up_proj"), "language_model"),
+    (r"re:.*language_model.*\.up_proj$", ("down_proj",), "language_model"),
+    (r"re:.*vision_tower.*\.layer_norm1$", ("q_proj", "k_proj", "v_proj"), "vision_tower"),
+    (r"re:.*vision_tower.*\.v_proj$", ("out_proj",), "vision_tower"),
+    (r"re:.*vision_tower.*\.layer_norm2$", ("fc1",), "vision_tower"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """smoothing: None, "smoothquant" or "awq"; then rounding "rtn" or "gptq" with the observer of the ranges."""
+
+    smoothing: str | None
+    rounding: str
+    observer: str = "minmax"
+
+
+RECIPES = {
+    "rtn": Recipe(None, "rtn"),
+    "gptq": Recipe(None, "gptq"),
+    "gptq, mse": Recipe(None, "gptq", "mse"),
+    "awq": Recipe("awq", "rtn"),
+    "awq + gptq": Recipe("awq", "gptq"),
+    "smoothquant": Recipe("smoothquant", "rtn"),
+    "smoothquant + gptq": Recipe("smoothquant", "gptq"),
+    "smoothquant + gptq, mse": Recipe("smoothquant", "gptq", "mse"),
+}
+
+
+class UnpinnedCache(IntermediatesCache):
+    """Its base pins memory for a GPU, which raises on a machine without one."""
+
+    def pin_memory(self, batch_index: int, input_names: list[str] | None = None) -> None:
+        pass
+
+
+class AWQWithoutAccelerator(AWQModifier):
+    """AWQModifier as released, over caches that do not pin memory."""
+
+    def _apply_smoothing(self, model: torch.nn.Module) -> None:
+        for parent, cache in self._parent_args_cache.items():
+            self._parent_args_cache[parent] = UnpinnedCache(cache.batch_intermediates, cache.offload_device)
+        super()._apply_smoothing(model)
+
+
+def scheme_of(names: list[str], scheme: Scheme, observer: str, activations: bool = True) -> QuantizationScheme:
+    """llmcompressor's form of the column's scheme on these linears."""
+    strategy = {"strategy": "channel"}
+    if scheme.group_size is not None:
+        strategy = {"strategy": "group", "group_size": scheme.group_size}
+    inputs = None
+    if activations and scheme.activation_bits is not None:
+        inputs = QuantizationArgs(num_bits=scheme.activation_bits, strategy="tensor", dynamic=False, observer=observer)
+    weights = QuantizationArgs(num_bits=scheme.weight_bits, observer=observer, **strategy)
+    return QuantizationScheme(targets=names, weights=weights, input_activations=inputs)
+
+
+def mappings(scope_of: type | None = None) -> list[Any]:
+    """PAIRS as SmoothQuant takes them, or as AWQ does."""
+    pairs = [([rf"re:.*{scope}.*\.{name}$" for name in readers], maker) for maker, readers, scope in PAIRS]
+    if scope_of is None:
+        return [[readers, maker] for readers, maker in pairs]
+    return [scope_of(smooth_layer=maker, balance_layers=readers) for readers, maker in pairs]
+
+
+def passes_of(recipe: Recipe, names: list[str], scheme: Scheme) -> list[tuple[str, list[Any]]]:
+    """Pipeline and modifiers of each call of oneshot."""
+
+    def rounding(modifier: type, part: list[str]) -> Any:
+        return modifier(config_groups={"all": scheme_of(part, scheme, recipe.observer)})
+
+    passes: list[tuple[str, list[Any]]] = []
+    if recipe.smoothing == "smoothquant":
+        passes.append(("basic", [SmoothQuantModifier(smoothing_strength=0.5, mappings=mappings())]))
+    elif recipe.smoothing == "awq":
+        # AWQ judges its factors with the weights' scheme, which a modifier of the same call declares.
+        declared = QuantizationModifier(config_groups={"all": scheme_of(names, scheme, recipe.observer, activations=False)})
+        awq = AWQWithoutAccelerator(mappings=mappings(AWQMapping), duo_scaling="both")
+        passes.append(("independent", [awq, declared]))
+    if recipe.rounding == "rtn":
+        return [*passes, ("basic", [rounding(QuantizationModifier, names)])]
+    vision = [name for name in names if "language_model" not in name]
+    passes.append(("basic", [rounding(GPTQModifier, vision)]))
+    passes.append(("sequential", [rounding(GPTQModifier, [name for name in names if name not in vision])]))
+    return passes
+
+
+def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
+    """llmcompressor as a peer: calibrates one cell and writes its logits."""
+    recipe, names = RECIPES[job.row], quantizable(model)
+    inputs = batches_of(job.calibration)
+    passes = passes_of(recipe, names, job.scheme)
+    with measured() as result:
+        for pipeline, modifiers in passes:
+            loader = DataLoader(inputs, batch_size=None)
+            model = oneshot(model=model, dataset=loader, recipe=modifiers, pipeline=pipeline, clear_sparse_session=True)
+    result.settings = {
+        "passes": [[pipeline, *(type(m).__name__ for m in modifiers)] for pipeline, modifiers in passes],
+        "observer": recipe.observer,
+        "smoothing_strength": 0.5 if recipe.smoothing == "smoothquant" else None,
+        "awq_duo_scaling": "both" if recipe.smoothing == "awq" else None,
+    }
+    check(model, names, job, inputs[0])
+    return model, result
+
+
+def check(model: Any, names: list[str], job: Job, sample: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError when a linear is not in the scheme, or anything else is quantized."""
+    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
+    if set(quantized) != set(names):
+        raise ValueError(f"quantized {len(quantized)} of {len(names)} linears")
+    seen: dict[str, torch.Tensor] = {}
+    handles = [module.register_forward_pre_hook(keeper(seen, name)) for name, module in quantized.items()]
+    run_all(model, [sample])
+    for handle in handles:
+        handle.remove()
+    weights, inputs = {}, {}
+    for name, module in quantized.items():
+        scheme = module.quantization_scheme
+        weights[name] = forward_quantize(module, module.weight, "weight", scheme.weights)
+        if scheme.input_activations is not None:
+            inputs[name] = forward_quantize(module, seen[name], "input", scheme.input_activations)
+            if module.input_scale.numel() != 1 or bool(module.input_zero_point.any()):
+                raise ValueError(f"{name}: its activations have more than one scale, or are not symmetric")
+    check_levels(weights, inputs, job.scheme)
+
+
+def keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    """A hook that keeps a linear's input."""
+
+    def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        kept[name] = args[0].clone()
+
+    return hook
+
+
+if __name__ == "__main__":
+    run_cell(calibrate, ["llmcompressor", "compressed-tensors"])

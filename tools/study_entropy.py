@@ -1,0 +1,246 @@
+"""Does entropy tell which layers should be searched jointly? Measured on the tiny LLaVA, against the true difference.
+
+    OMP_NUM_THREADS=1 python tools/study_entropy.py --out docs/entropy
+
+The discretization-error difference (DED) of consecutive layers is E(one by one) / E(jointly) - 1: how much larger the
+error of the last one's output is when each layer's activation range is the best for its own output than when the ranges are
+the best together. It is measured for every pair and triple by trying everything, and correlated with what can be known
+cheaply. Weights have their whole range. Writes <out>.json and <out>.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tiny_chain import Chain, open_chain, with_quantized_prefix
+
+from calibrate.entropy import code_entropy, error_cosine, flatness, lookahead_regret, quantization_error
+from calibrate.joint import PAPER_CLIPS, Clip, Layer, Outputs, relative_error, search_tree
+from calibrate.printed import Clips
+from calibrate.quantize import activation_scale
+from calibrate.samples import Sample
+from calibrate.scheme import bits_of
+from qvlm_export.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.samples import default_calibration, encode_entries, load_processor, read_entries
+
+GRID = (*PAPER_CLIPS, *(Clip(fraction=f) for f in (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)))  # of each layer's activation range
+PAPER = len(PAPER_CLIPS)
+SCHEMES = ("W4A4", "W6A6")
+RESAMPLES = 1000
+PROXIES = (
+    "entropy", "entropy, best range", "quantization error", "quantization error, best range",
+    "look-ahead regret", "look-ahead regret, paper's ranges", "error cosine", "flatness",
+)  # fmt: skip
+TARGETS = ("DED", "DED, paper's ranges", "absolute DED")
+
+
+def errors_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.ndarray:
+    """Error of the output of layer first + depth - 1 for every combination of ranges: float64 [K] * depth."""
+    errors: list[float] = []
+
+    def error(output: Any) -> float:
+        errors.append(relative_error(output, chain.wanted[first + depth - 1]))
+        return errors[-1]
+
+    layers = [
+        Layer(lambda window: chain.given(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid])
+        for k in range(depth)
+    ]
+    search_tree(layers, error)
+    return np.array(errors).reshape([len(grid)] * depth)
+
+
+def one_by_one(tables: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Each layer's best candidate given those before it. tables: errors of the first layer, of the first two, and so on."""
+    choice: tuple[int, ...] = ()
+    for table in tables:
+        choice = (*choice, int(np.argmin(table[choice])))
+    return choice
+
+
+def together(table: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(k) for k in np.unravel_index(np.argmin(table), table.shape))
+
+
+def difference(tables: Sequence[np.ndarray]) -> float:
+    """The DED: E(one by one) / E(jointly) - 1."""
+    return float(tables[-1][one_by_one(tables)] / tables[-1].min() - 1)
+
+
+def outputs_with(chain: Chain, first: int, choice: Sequence[int]) -> Outputs:
+    outputs: Outputs = ()
+    for k, index in enumerate(choice):
+        outputs = (*outputs, chain.layers[first + k].output(chain.given(first, outputs), Clips(GRID[index])))
+    return outputs
+
+
+def joined(outputs: Any) -> torch.Tensor:
+    return torch.cat(list(outputs.values()), dim=1)
+
+
+def proxies_of(chain: Chain, first: int, tables: Sequence[np.ndarray], num_bits: int) -> dict[str, float]:
+    """PROXIES of a pair, known without a joint search; and what a search that looks one layer ahead leaves of the DED."""
+    own, second, wanted, x = tables[0], chain.layers[first + 1], chain.wanted[first + 1], chain.inputs[first + 1]
+    alone = [second.output(x, Clips(clip)) for clip in GRID]
+    kept = int(np.argmin([relative_error(output, wanted) for output in alone]))
+    rows = chain.given(first, ())
+    given = [chain.given(first, (chain.layers[first].output(rows, Clips(clip)),)) for clip in GRID]
+    ahead = [relative_error(second.output(g, Clips(GRID[kept])), wanted) for g in given]
+    from_first = {name: linear(given[int(np.argmin(own))]) for name, linear in second.linears.items()}
+    whole, best = (activation_scale(second.ranges[GRID[k]], num_bits) for k in (0, kept))
+    found = (
+        code_entropy(x, whole, num_bits),
+        code_entropy(x, best, num_bits),
+        quantization_error(x, whole, num_bits),
+        quantization_error(x, best, num_bits),
+        lookahead_regret(own.tolist(), ahead),
+        lookahead_regret(own[:PAPER].tolist(), ahead[:PAPER]),
+        abs(error_cosine(joined(from_first) - joined(wanted), joined(alone[kept]) - joined(wanted))),
+        flatness(own.tolist()),
+    )
+    left = float(tables[1][int(np.argmin(ahead))].min() / tables[1].min() - 1)
+    return dict(zip(PROXIES, found, strict=True)) | {"left by look-ahead": left}
+
+
+def study(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str) -> list[dict[str, Any]]:
+    """All pairs, with a float and with a quantized prefix; every second sample is held back."""
+    records = []
+    with (
+        open_chain(checkpoint, samples[::2], scheme, GRID) as chain,
+        open_chain(checkpoint, samples[1::2], scheme, GRID) as unseen,
+    ):
+        exact, quantized = chain.final(0, ()), with_quantized_prefix(chain, GRID)
+        for first in range(len(chain.layers) - 1):
+            record: dict[str, Any] = {
+                "scheme": scheme,
+                "pair": [first, first + 1],
+                "layers": list(chain.names[first : first + 2]),
+            }
+            record["inside_a_block"] = chain.places[first][0] == chain.places[first + 1][0]
+            for prefix, where in (("float", chain), ("quantized", quantized)):
+                tables = [errors_of(where, first, depth, GRID) for depth in (1, 2)]
+                few = [table[(slice(PAPER),) * table.ndim] for table in tables]
+                found = {"DED": difference(tables), "DED, paper's ranges": difference(few)}
+                found["absolute DED"] = float(tables[1][one_by_one(tables)] - tables[1].min())
+                record[prefix] = found | proxies_of(where, first, tables, bits_of(scheme)[0])
+                if prefix == "float":
+                    record["final"], record["unseen"] = carried(chain, unseen, first, tables, exact)
+            if first + 2 < len(chain.layers):
+                record["DED of three, paper's ranges"] = difference([*few, errors_of(quantized, first, 3, PAPER_CLIPS)])
+            records.append(record)
+    return records
+
+
+def carried(
+    chain: Chain, unseen: Chain, first: int, tables: Sequence[np.ndarray], exact: torch.Tensor
+) -> tuple[list[float], list[float]]:
+    """Errors one by one and jointly: of the answers' logits, and of the pair's output on samples that were held back."""
+    final, held_back = [], []
+    for choice in (one_by_one(tables), together(tables[1])):
+        error = (chain.final(first, outputs_with(chain, first, choice)) - exact).square().sum() / exact.square().sum()
+        final.append(float(error))
+        held_back.append(relative_error(outputs_with(unseen, first, choice)[1], unseen.wanted[first + 1]))
+    return final, held_back
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; equal values share the mean of theirs."""
+    order = np.searchsorted(np.sort(values), values, side="left") + np.searchsorted(np.sort(values), values, side="right")
+    return (order - 1) / 2
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, list[float]]:
+    """Pearson's and Spearman's, each with a 95 % interval from RESAMPLES bootstrap samples of the pairs."""
+    one, two = np.array(x), np.array(y)
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(0, len(one), len(one)) for _ in range(RESAMPLES)]
+    found = {}
+    for name, form in (("pearson", lambda v: v), ("spearman", ranks)):
+        with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
+            spread = [np.corrcoef(form(one[k]), form(two[k]))[0, 1] for k in drawn]
+            found[name] = [float(np.corrcoef(form(one), form(two))[0, 1]), *np.nanpercentile(spread, [2.5, 97.5]).tolist()]
+    return found
+
+
+def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """scheme -> prefix -> target -> proxy -> coefficients; and of triples, with the sums of their two pairs' proxies."""
+    table: dict[str, Any] = {}
+    for scheme in SCHEMES:
+        mine = [r for r in records if r["scheme"] == scheme]
+        for prefix in ("float", "quantized"):
+            found = [r[prefix] for r in mine]
+            table.setdefault(scheme, {})[prefix] = {
+                target: {name: correlation([f[name] for f in found], [f[target] for f in found]) for name in PROXIES}
+                for target in TARGETS
+            }
+        three = [r["DED of three, paper's ranges"] for r in mine[:-1]]
+        sums = {n: [a["quantized"][n] + b["quantized"][n] for a, b in itertools.pairwise(mine)] for n in PROXIES}
+        table[scheme]["quantized"]["DED of three, paper's ranges"] = {n: correlation(v, three) for n, v in sums.items()}
+    return table
+
+
+def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -> None:
+    """The DED of all pairs over the paper's two proxies and over the look-ahead regret."""
+    shown = {"entropy": "entropy of layer k+1's input, nats", "quantization error": "its quantization error, relative",
+             "look-ahead regret": "look-ahead regret of layer k"}  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    for axis, (name, label) in zip(axes, shown.items(), strict=True):
+        for scheme, marker in zip(SCHEMES, "os", strict=True):
+            points = [(r["quantized"][name], r["quantized"]["DED"]) for r in records if r["scheme"] == scheme]
+            r = table[scheme]["quantized"]["DED"][name]["pearson"][0]
+            axis.plot(*zip(*points, strict=True), marker, ms=4, alpha=0.7, mew=0, label=f"{scheme}: r = {r:+.2f}")
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize="small")
+    axes[0].set_ylabel("DED of layers k and k+1")
+    figure.savefig(path, dpi=110)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, at any depth."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
+    parser.add_argument("--samples", type=int, default=64, help="of the built-in set; every second one is held back")
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    args = parser.parse_args()
+    started = time.monotonic()
+    checkpoint = open_checkpoint(str(args.model))
+    entries = read_entries(default_calibration(), None, args.samples)
+    samples = encode_entries(
+        entries, load_processor(checkpoint.folder), checkpoint.config, checkpoint.config.text.max_position_embeddings
+    )
+    records = [record for scheme in SCHEMES for record in study(checkpoint, samples, scheme)]
+    table = correlations(records)
+    content = {"samples": args.samples, "bootstrap_seed": 0, "correlations": table, "pairs": records}
+    args.out.with_suffix(".json").write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
+    plot(records, table, args.out.with_suffix(".png"))
+    for scheme in SCHEMES:
+        for target, proxies in table[scheme]["quantized"].items():
+            for name, found in proxies.items():
+                p, s = found["pearson"], found["spearman"]
+                print(f"{scheme} {target:28} {name:34} r {p[0]:+.2f} [{p[1]:+.2f}, {p[2]:+.2f}]  rho {s[0]:+.2f}")
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
