@@ -34,6 +34,7 @@ def to_float32(model: ir.Model) -> tuple[ir.Model, dict[str, np.ndarray]]:
         if graph_input.dtype in NARROW:
             graph_input.dtype = ir.DataType.FLOAT
     _split_quantizers(model)
+    _split_zero_points(model)
     return model, widened
 
 
@@ -58,3 +59,18 @@ def _split_quantizers(model: ir.Model) -> None:
             copy.outputs[0].dtype = ir.DataType.INT8
             model.graph.insert_after(node, copy)
             reader.replace_input_with(index, copy.outputs[0])
+
+
+def _split_zero_points(model: ir.Model) -> None:
+    """Gives the weights of every linear a zero point of their own.
+
+    Where a processor needs unsigned weights, ONNX Runtime converts weights and zero points linear by linear, and refuses to
+    convert a shared one twice.
+    """
+    for node in list(model.graph):
+        codes, zero = (node.inputs[0], node.inputs[2]) if len(node.inputs) == 3 else (None, None)
+        if node.op_type != "DequantizeLinear" or codes is None or zero is None or not codes.is_initializer():
+            continue
+        own = ir.Value(name=f"{codes.name}_zero_point", shape=zero.shape, type=zero.type, const_value=zero.const_value)
+        model.graph.register_initializer(own)
+        node.replace_input_with(2, own)

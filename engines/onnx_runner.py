@@ -214,6 +214,8 @@ def open_twin(
             data.name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
         )
     options = _options(fast)
+    # x64 processors without VNNI add pairs of INT8 products in 16 bits, which overflow; this keeps them exact there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
