@@ -194,7 +194,8 @@ LONG = ("--prompt", "What?", "--max-new-tokens", "4000")
 
 def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
     command = [sys.executable, SCRIPT, talkative, *LONG]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(command, **pipes, preexec_fn=_heed_interrupts) as process:  # noqa: PLW1509
         assert process.stdout is not None
         begun = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -204,6 +205,16 @@ def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
     assert answer.endswith("\n")
     beginning = run_model(talkative, *LONG[:-1], "20").stdout
     assert beginning.startswith(answer.removesuffix("\n")[:15])
+
+
+def _heed_interrupts() -> None:
+    """Tests that run in the background of a shell have Ctrl-C ignored, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _own_terminal() -> None:
+    _heed_interrupts()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
@@ -219,7 +230,7 @@ class Terminal:
             stdout=self._slave,
             stderr=self._slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+            preexec_fn=_own_terminal,  # noqa: PLW1509
         )
 
     def type(self, keys: str) -> None:
