@@ -1,0 +1,41 @@
+"""Several processes that share the questions of one set: torchrun starts them, torch.distributed (gloo) joins them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from qvlm_export.tasks import Answer
+
+# The slowest part may take this much longer than the fastest before the run is given up.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: of this process, from 0. size: how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def world() -> World:
+    """As torchrun says in the environment; one process without it."""
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def gather(answers: dict[str, Answer]) -> dict[str, Answer] | None:
+    """The answers of all processes in the first one, None in the others. Waits for all of them."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        here = World(dist.get_rank(), dist.get_world_size())
+        parts: list[dict[str, Answer]] | None = [{} for _ in range(here.size)] if here.rank == 0 else None
+        dist.gather_object(answers, parts)
+    finally:
+        dist.destroy_process_group()
+    if parts is None:
+        return None
+    return {one: answer for part in parts for one, answer in part.items()}

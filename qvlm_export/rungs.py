@@ -1,0 +1,166 @@
+"""The rungs that can be asked questions: the checkpoint in torch, its simulated quantization, the ONNX graph, the engine.
+
+Each is opened as a session with a processor (`LoadedModel`), so all of them are asked in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig
+
+from calibrate.blocks import make_blocks
+from calibrate.calibrated import RECORD_FILE, CalibratedCheckpoint
+from calibrate.errors import UserError
+from calibrate.simulate import DequantizedSource, with_rounded_tables
+from engines.config import Limits, ModelConfig
+from engines.manifest import Manifest, describe_file, read_manifest, verified_file
+from engines.session import Session, choose_runtime, open_session
+from qvlm_export.checkpoint import Checkpoint, open_checkpoint, read_config
+from qvlm_export.families import model_config
+from qvlm_export.ladder import open_calibrated
+from qvlm_export.loading import LoadedModel
+from qvlm_export.samples import load_processor
+from qvlm_export.torch_runner import TorchRunner, check_device
+from qvlm_export.validate import open_reference
+
+TORCH, SIMULATED, GRAPH, ENGINE = "torch", "simulated", "graph", "engine"
+RUNGS = (TORCH, SIMULATED, GRAPH, ENGINE)
+TORCH_BATCH = 8
+LONGEST = 4096  # tokens of a prompt and its answer in torch; caches grow as needed, so this guards memory only
+PROCESSOR_FILE = "tokenizer_config.json"
+PIECES, PIECE_BYTES = 64, 2**16  # of every weight file, read to know it again
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What `qvlm-eval` was given. identity: what tells it from others, for the fingerprint."""
+
+    name: str
+    rung: str
+    identity: str
+    manifest: Manifest | None = None
+    checkpoint: Checkpoint | None = None
+    calibrated: Path | None = None
+
+
+def find_subject(given: str, rung: str) -> Subject:
+    """Decides what `given` is: an export (X.plan, X.json), a calibrated checkpoint, or `--model` of an export.
+
+    rung: one of RUNGS, or auto for what it is. Opens headers only. Raises UserError where it has no such rung.
+    """
+    if rung not in ("auto", *RUNGS):
+        raise UserError(f"--rung {rung}: unknown; choose auto, {', '.join(RUNGS)}")
+    path = Path(given).expanduser()
+    if path.suffix in (".plan", ".json"):
+        return _export_subject(path, rung)
+    if (path / RECORD_FILE).is_file():
+        _require(rung, (SIMULATED,), f"{given} is a calibrated checkpoint")
+        return Subject(path.name, SIMULATED, folder_identity(path), calibrated=path)
+    _require(rung, (TORCH,), f"{given} is no export; export it first, or give X.plan")
+    checkpoint = open_checkpoint(given)
+    return Subject(path.name or given, TORCH, folder_identity(checkpoint.folder), checkpoint=checkpoint)
+
+
+def _require(rung: str, there: tuple[str, ...], what: str) -> None:
+    if rung not in ("auto", *there):
+        raise UserError(f"--rung {rung}: {what}")
+
+
+def _export_subject(path: Path, rung: str) -> Subject:
+    manifest = read_manifest(path.with_suffix(".json"))
+    identity = str(describe_file(manifest.path)["sha256"])
+    if rung == "auto":
+        rung = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
+    if rung == TORCH:
+        checkpoint = open_reference(manifest, None)
+        return Subject(checkpoint.name, TORCH, folder_identity(checkpoint.folder), manifest, checkpoint)
+    if rung == SIMULATED:
+        calibrated, reason = open_calibrated(manifest)
+        if calibrated is None:
+            raise UserError(f"--rung simulated: {reason}")
+        return Subject(path.stem, SIMULATED, identity, manifest, calibrated=calibrated.folder)
+    return Subject(path.stem, rung, identity, manifest)
+
+
+def folder_identity(folder: Path) -> str:
+    """sha256 over configuration files and, of every weight file, its size and pieces spread over all of it.
+
+    Reading all of a 13B model only to know it again would cost as much as loading it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model"):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for piece in range(PIECES):
+                    file.seek(piece * max(size - PIECE_BYTES, 0) // (PIECES - 1))
+                    digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def open_rung(subject: Subject, runtime: str = "auto", device: str = "auto", fast: bool = False) -> LoadedModel:
+    """The model, ready to be asked; close it, as it is a context manager. Raises UserError where it cannot run here.
+
+    runtime, fast: of graph and engine, see `open_session`; device: of the torch rungs.
+    """
+    if subject.rung == TORCH and subject.checkpoint is not None:
+        checkpoint = subject.checkpoint
+        processor = load_processor(checkpoint.folder)
+        blocks, epsilon = make_blocks(checkpoint.hf_config), checkpoint.config.text.rms_norm_eps
+        runner = TorchRunner(blocks, checkpoint.source, epsilon, {}, check_device(device))
+        return LoadedModel(Session(_bare(checkpoint.folder, checkpoint.config), runner, "the checkpoint"), processor)
+    if subject.rung == SIMULATED and subject.calibrated is not None:
+        return _simulated(subject.calibrated, subject.manifest, check_device(device))
+    manifest = subject.manifest
+    if manifest is None:
+        raise RuntimeError(f"{subject}: has nothing to open")
+    chosen = runtime
+    if subject.rung == GRAPH:
+        chosen = runtime if runtime.startswith("onnxruntime") else "onnxruntime"
+        if runtime not in ("auto", chosen):
+            raise UserError(f"--runtime {runtime}: is of engines, --rung graph runs on onnxruntime or onnxruntime:cpu")
+    else:
+        chosen = str(manifest.backend["name"]) if runtime == "auto" else runtime
+        if chosen.startswith(("onnx", "onnxruntime")):
+            raise UserError(f"--rung engine: {manifest.path.name} has no engine to run with {chosen}; use --rung graph")
+    processor = load_processor(verified_file(manifest, "processor"))
+    return LoadedModel(open_session(manifest, chosen, fast=fast), processor)
+
+
+def _simulated(folder: Path, manifest: Manifest | None, device: str) -> LoadedModel:
+    """The calibrated checkpoint in torch, with the roundings of its graph where it belongs to an export."""
+    processor = load_processor(_processor_folder(folder, manifest))
+    calibrated = CalibratedCheckpoint(folder)
+    hf_config = LlavaConfig.from_dict({k: v for k, v in read_config(folder).items() if k != "quantization_config"})
+    config = model_config(hf_config, str(folder / "config.json")) if manifest is None else manifest.config
+    float_type = None if manifest is None else manifest.float_type
+    blocks = make_blocks(hf_config)
+    if float_type is not None:
+        blocks = with_rounded_tables(blocks, float_type)
+    quantizers = {name: q for name in calibrated.schemes if (q := calibrated.input_quantizer(name)) is not None}
+    source = DequantizedSource(calibrated, float_type)
+    runner = TorchRunner(blocks, source, config.text.rms_norm_eps, quantizers, device)
+    return LoadedModel(Session(_bare(folder, config), runner, "the calibrated checkpoint"), processor)
+
+
+def _processor_folder(folder: Path, manifest: Manifest | None) -> Path:
+    if manifest is not None:
+        return verified_file(manifest, "processor")
+    for place in (folder, folder.with_suffix(".processor")):
+        if (place / PROCESSOR_FILE).is_file():
+            return place
+    raise UserError(f"{folder}: no processor is in it or beside it; copy the model's tokenizer and processor files there")
+
+
+def _bare(folder: Path, config: ModelConfig) -> Manifest:
+    """What a session must know of a model that was not exported."""
+    limits = Limits(min(config.text.max_position_embeddings, LONGEST), TORCH_BATCH, 4 * TORCH_BATCH)
+    nothing: dict[str, Any] = {}
+    return Manifest(folder, nothing, config, limits, "float32", "", nothing, nothing, nothing, (), nothing, nothing, nothing)
