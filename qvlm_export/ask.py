@@ -90,7 +90,7 @@ def _decoded_ahead(questions: Sequence[Question], size: int) -> Iterator[list[tu
 
 def _encoded(processor: Any, question: Question, picture: Image.Image | None, manner: Manner, room: int) -> Encoded:
     """Raises UserError for a prompt that the processor refuses or that leaves no room for an answer."""
-    pictures = [] if picture is None else [_square(picture, processor) if manner.pad_square else picture]
+    pictures = [] if picture is None else [squared(picture, processor) if manner.pad_square else picture]
     text = prompt_text(processor, question.prompt, len(pictures), manner.conversation)
     pixels, ids = encode(processor, text, pictures, f"question {question.id}")
     if len(ids) > room:
@@ -106,7 +106,7 @@ def prompt_text(processor: Any, prompt: str, pictures: int, conversation: str) -
     return f"{SYSTEMS[conversation]} USER: {marks}{prompt} ASSISTANT:"
 
 
-def _square(picture: Image.Image, processor: Any) -> Image.Image:
+def squared(picture: Image.Image, processor: Any) -> Image.Image:
     """As LLaVA-1.5 was evaluated: the picture in the middle of a square of the processor's mean colour."""
     side = max(picture.size)
     colour = tuple(round(255 * value) for value in processor.image_processor.image_mean)

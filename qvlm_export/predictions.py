@@ -52,8 +52,11 @@ class PredictionWriter:
         if path.exists():
             found = read_predictions(path)
             _check_same(path, found.header, header, "give another --predictions, or delete the file to begin anew")
-            self.answers = found.answers
-            os.truncate(path, found.size)
+            self.answers = {one: answer for one, answer in found.answers.items() if not answer.failed}
+            if len(self.answers) < len(found.answers):  # what could not be asked is tried again
+                write_predictions(path, replace(found, answers=self.answers))
+            else:
+                os.truncate(path, found.size)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(header.line(), encoding="ascii"))

@@ -36,7 +36,7 @@ _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         r"\A\s*\(?([A-E])\)?\.?\s*\Z",
-        r"\A\s*\(?([A-E])[.)]\s",
+        r"\A\s*\(?([A-E])(?:[.)]\s|\n)",
         r"The answer is \(?([A-E])\b",
         r"ANSWER: \(?([A-E])\b",
     )
