@@ -233,6 +233,8 @@ def _answers(job: Job, subject: Subject, shard: tuple[int, int], reporter: Repor
             reporter.note(f"{path}: {len(mine) - len(waiting)} of {len(mine)} answers are there already")
         if waiting:
             _ask(job, subject, waiting, writer, reporter)
+        elif not mine:  # of more shards than questions, some are empty, and merge all the same
+            writer.begin()
         return Predictions(header, {question.id: writer.answers[question.id] for question in mine}, 0)
 
 

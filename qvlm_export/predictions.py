@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from calibrate.calibrated import write_atomically
 from calibrate.errors import UserError
@@ -43,33 +43,41 @@ class Predictions:
 
 
 class PredictionWriter:
-    """Adds answers to a file, synced to disk batch by batch. A context manager."""
+    """Adds answers to a file, synced to disk batch by batch. A context manager. Nothing is written before `begin`."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Makes the file, or opens one that the same command left. Raises UserError when it is of another run."""
-        self.answers: dict[str, Answer] = {}
+        """Reads what the same command left. Raises UserError when the file is of another run, or cannot be written."""
         _check_place(path)
-        if path.exists():
-            found = read_predictions(path)
-            _check_same(path, found.header, header, "give another --predictions, or delete the file to begin anew")
-            self.answers = {one: answer for one, answer in found.answers.items() if not answer.failed}
-            if len(self.answers) < len(found.answers):  # what could not be asked is tried again
-                write_predictions(path, replace(found, answers=self.answers))
-            else:
-                os.truncate(path, found.size)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: temporary.write_text(header.line(), encoding="ascii"))
-        self._file = path.open("a", encoding="ascii")
+        self._path, self._header = path, header
+        self._file: IO[str] | None = None
+        self._found = read_predictions(path) if path.exists() else None
+        if self._found is not None:
+            _check_same(path, self._found.header, header, "give another --predictions, or delete the file to begin anew")
+        earlier = {} if self._found is None else self._found.answers
+        # What could not be asked is tried again.
+        self.answers = {one: answer for one, answer in earlier.items() if not answer.failed}
 
     def __enter__(self) -> PredictionWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def begin(self) -> None:
+        """Makes the file, or takes from it what a kill left half and what is tried again."""
+        if self._file is not None:
+            return
+        if self._found is None or len(self.answers) < len(self._found.answers):
+            write_predictions(self._path, Predictions(self._header, self.answers, 0))
+        else:
+            os.truncate(self._path, self._found.size)
+        self._file = self._path.open("a", encoding="ascii")
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Writes a batch; it is on disk when this returns."""
+        self.begin()
+        assert self._file is not None
         self._file.write("".join(_line(one, answer) for one, answer in answers.items()))
         self._file.flush()
         os.fsync(self._file.fileno())

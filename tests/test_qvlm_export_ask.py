@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -68,12 +69,9 @@ def test_batches_are_of_one_length_and_within_limits(rows, size, max_images):
         assert 1 <= len(batch) <= size
         assert len({len(one.ids) for one in batch}) == 1
         assert len(batch) == 1 or sum(len(one.pixels) for one in batch) <= max_images
-    # no two batches could have been one
-    for number, batch in enumerate(batches):
-        for other in batches[number + 1 :]:
-            same = len(batch[0].ids) == len(other[0].ids)
-            first = sum(len(one.pixels) for one in batch) + len(other[0].pixels)
-            assert not same or len(batch) == size or first > max_images
+    for batch, other in itertools.pairwise(batches):  # no batch ends too early
+        if len(batch[0].ids) == len(other[0].ids) and len(batch) < size:
+            assert sum(len(one.pixels) for one in [*batch, other[0]]) > max_images
 
 
 def test_pictures_are_decoded_ahead_in_another_thread_but_not_all_at_once(model, questions, monkeypatch):

@@ -18,6 +18,7 @@ ANSWERS = {"1": Answer("The answer is A."), "2": Answer("Zürich \ud83d"), "3": 
 
 def write(path, answers=ANSWERS, header=HEADER):
     with PredictionWriter(path, header) as writer:
+        writer.begin()
         for one, answer in answers.items():
             writer.add({one: answer})
     return path
@@ -38,14 +39,16 @@ def test_any_text_and_any_cut(tmp_path_factory, answers, cut):
     path.write_bytes(whole[: first + cut % (len(whole) - first + 1)])
     with PredictionWriter(path, HEADER) as writer:
         assert dict(list(answers.items())[: len(writer.answers)]) == writer.answers
+        writer.begin()
         for one in list(answers)[len(writer.answers) :]:
             writer.add({one: answers[one]})
     assert path.read_bytes() == whole
 
 
-def test_a_batch_is_on_disk_when_it_is_added(tmp_path):
-    path = tmp_path / "p.jsonl"
+def test_a_batch_is_on_disk_when_it_is_added_and_nothing_before(tmp_path):
+    path = tmp_path / "new" / "p.jsonl"
     with PredictionWriter(path, HEADER) as writer:
+        assert not path.parent.exists()
         writer.add({"1": ANSWERS["1"]})
         assert read_predictions(path).answers == {"1": ANSWERS["1"]}
 
