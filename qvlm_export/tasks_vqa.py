@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from qvlm_export.tasks import (
     checked,
     find_file,
     find_folder,
-    first_twice,
     listed,
     read_json,
     require_questions,
@@ -62,21 +62,17 @@ class VqaQuestion(_Strict):
     question: str
 
 
-class Human(_Strict):
-    answer: str
-
-
 class VqaAnnotation(_Strict):
     question_id: int
     image_id: int
     answer_type: str
-    answers: list[Human]
+    answers: list[dict[str, Any]]
 
 
 class VizWizEntry(_Strict):
     image: str
     question: str
-    answers: list[Human] | None = None
+    answers: list[dict[str, Any]] | None = None
     answer_type: str | None = None
 
 
@@ -110,28 +106,34 @@ def _vqa_questions(path: Path) -> list[VqaQuestion]:
 def _annotations(path: Path, images: dict[int, int], asked: str) -> dict[str, Truth]:
     """Truths of exactly the questions in `images` (question -> picture). Raises UserError where the two sets differ."""
     rows = listed(read_json(path), "annotations", path)
-    found = [checked(VqaAnnotation, row, f"{path}: annotation {number}") for number, row in enumerate(rows)]
-    if (twice := first_twice(str(row.question_id) for row in found)) is not None:
-        raise UserError(f"{path}: question {twice} is annotated twice; download the file again")
-    if differing := {row.question_id for row in found} ^ set(images):
+    truth: dict[str, Truth] = {}
+    for number, content in enumerate(rows):
+        row = checked(VqaAnnotation, content, f"{path}: annotation {number}")
+        where = f"{path}: question {row.question_id}"
+        if str(row.question_id) in truth:
+            raise UserError(f"{where} is annotated twice; download the file again")
+        if row.image_id != images.get(row.question_id, row.image_id):
+            raise UserError(f"{where} is about picture {row.image_id}, in {asked} it is not; download both files again")
+        truth[str(row.question_id)] = _truth(row, where)
+    if differing := set(truth) ^ set(map(str, images)):
         raise UserError(f"{path}: and {asked} differ in {len(differing)} questions, such as {min(differing)}")
-    for row in found:
-        if row.image_id != images[row.question_id]:
-            raise UserError(f"{path}: question {row.question_id} is about picture {row.image_id}, in {asked} it is not")
-    return {str(row.question_id): _truth(row, f"{path}: question {row.question_id}") for row in found}
+    return truth
 
 
 def _truth(row: VqaAnnotation, where: str) -> Truth:
     humans = _humans(row.answers, where)
     if len(set(humans)) > 1:
-        humans = tuple(without_punctuation(human) for human in humans)
-    return Truth(humans, row.answer_type)
+        humans = tuple(sys.intern(without_punctuation(human)) for human in humans)
+    return Truth(humans, sys.intern(row.answer_type))
 
 
-def _humans(answers: list[Human], where: str) -> tuple[str, ...]:
+def _humans(answers: list[dict[str, Any]], where: str) -> tuple[str, ...]:
     if len(answers) != HUMANS:
         raise UserError(f"{where}: has {len(answers)} answers, the official files have {HUMANS}; download it again")
-    return tuple(human.answer for human in answers)
+    said = [answer.get("answer") for answer in answers]
+    if not all(isinstance(one, str) for one in said):
+        raise UserError(f"{where}: an answer has no text; download the file again")
+    return tuple(sys.intern(str(one)) for one in said)  # interned, as the validation set has two million of few kinds
 
 
 def _whole_test(request: Request, asked: tuple[Question, ...]) -> tuple[str, ...]:

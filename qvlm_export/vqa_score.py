@@ -16,6 +16,7 @@ NUMBERS = {
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
+_ANY = re.compile(f"[.{re.escape(PUNCTUATION)}]")
 _PERIOD = re.compile(r"\.(?!\d)")
 
 # Each is restored where one of its apostrophes is missing.
@@ -43,6 +44,8 @@ def normalised(answer: str) -> str:
 def without_punctuation(text: str) -> str:
     """Marks go where they touch a space anywhere or a number has a comma, and become spaces otherwise; periods that no
     digit follows go."""
+    if not _ANY.search(text):
+        return text
     joins = _DIGITS_AROUND_COMMA.search(text) is not None
     changed = text
     for mark in PUNCTUATION:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_sets import FORM, eval_json, make_sets, of_task
 from tiny_accuracy import unseen_items
 
 import qvlm_export
@@ -94,3 +95,18 @@ def test_the_device_says_what_it_is():
     assert back.tolist() == list(range(16))
     device.close()
     assert not device.holds(address)
+
+
+def test_evaluation_of_the_engine_scores_as_that_of_the_graph(plan, tmp_path):
+    sets = make_sets(tmp_path / "sets", 40)
+    common = (plan, *of_task(sets, "scienceqa"), *FORM)
+    scores = [eval_json(*common, "--rung", r, "--predictions", tmp_path / f"{r}.jsonl") for r in ("auto", "graph")]
+    assert [score["rung"] for score in scores] == ["engine", "graph"]
+    assert abs(scores[0]["metrics"]["Avg"] - scores[1]["metrics"]["Avg"]) <= 0.05
+
+
+def test_evaluation_in_torch_on_the_gpu_scores_as_on_the_cpu(tmp_path):
+    sets = make_sets(tmp_path / "sets", 40)
+    common = ("tiny", *of_task(sets, "scienceqa"), *FORM)
+    cuda, cpu = (eval_json(*common, "--device", d, "--predictions", tmp_path / f"{d}.jsonl") for d in ("cuda", "cpu"))
+    assert abs(cuda["metrics"]["Avg"] - cpu["metrics"]["Avg"]) <= 0.05

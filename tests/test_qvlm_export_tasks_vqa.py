@@ -93,6 +93,7 @@ def test_vqav2_submission_names_all_of_test(tmp_path):
         ([], [], ["val holds no question"]),
         ([{"question": "?"}], ANNOTATED, ["question 0", "question_id", "required"]),
         (ASKED, [{**ANNOTATED[0], "image_id": 1}, *ANNOTATED[1:]], ["question 9000 is about picture 1"]),
+        (ASKED, [{**ANNOTATED[0], "answers": [{"answer": 1}] * 10}, *ANNOTATED[1:]], ["question 9000", "has no text"]),
         (ASKED, [{**ANNOTATED[0], "answers": tens("x")[:9]}, *ANNOTATED[1:]], ["question 9000", "9 answers"]),
     ],
 )

@@ -14,6 +14,7 @@ from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
 from calibrate.simulate import DequantizedSource, open_head, simulated_step
 from calibrate.walk import walk_language, walk_vision
+from qvlm_export import torch_runner
 from qvlm_export.rungs import find_subject, folder_identity, open_rung
 from qvlm_export.samples import load_processor
 from qvlm_export.torch_runner import SLOTS_AT_ONCE, SlotCache, check_device
@@ -138,6 +139,17 @@ def test_a_damaged_weight_is_named(llava, tmp_path):
     set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         open_rung(find_subject(str(copy), "auto"))
+
+
+def test_fewer_bits_of_float_are_used_throughout(folder, samples, model, monkeypatch):
+    """As on a GPU, where weights, caches and activations are of 16 bits: nothing may meet a float32 by mistake."""
+    monkeypatch.setitem(torch_runner.DTYPES, "cpu", torch.bfloat16)
+    wanted = model.session.start([s.input_ids for s in samples], pixels(samples)).logits
+    with open_rung(find_subject(str(folder), "auto"), device="cpu") as narrow:
+        assert {p.dtype for p in narrow.session.runner._blocks.text_layers[0].module.parameters()} == {torch.bfloat16}
+        sequences = narrow.session.start([s.input_ids for s in samples], pixels(samples))
+        assert np.linalg.norm(sequences.logits - wanted) < 0.1 * np.linalg.norm(wanted)
+        assert len(list(narrow.session.generate(sequences, 3, NO_STOP))) == 3
 
 
 def test_weights_are_given_back(folder):
