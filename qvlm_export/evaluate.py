@@ -22,6 +22,7 @@ from qvlm_export.tasks_scienceqa import SCIENCEQA
 from qvlm_export.tasks_vqa import VIZWIZ, VQAV2
 from qvlm_export.torch_runner import check_device
 
+LOOKED_FOR = 50  # pictures, before a model is loaded
 TASKS = {task.name: task for task in (SCIENCEQA, VQAV2, VIZWIZ, HATEFUL_MEMES)}
 
 
@@ -112,6 +113,8 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
     None in all processes of torchrun but the first.
     """
     job, here = read_job(options), world()
+    if options.merge and here.rank > 0:
+        return None
     if options.merge:
         merged = merge_predictions(options.merge, [q.id for q in job.asked])
         _check_data(merged.header, job)
@@ -163,8 +166,16 @@ def read_job(options: EvalOptions) -> Job:
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: must be at least 1")
     job = Job(options, task, request, task.read(request))
+    _check_pictures(job)
     _check_submission(job)
     return job
+
+
+def _check_pictures(job: Job) -> None:
+    """One picture that is missing is counted and named; where none is there, it is the wrong directory."""
+    pictures = [question.image for question in job.asked if question.image is not None][:LOOKED_FOR]
+    if pictures and not any(path.is_file() for path in pictures):
+        raise UserError(f"--data {job.request.data}: holds no {pictures[0]}, nor the next pictures; unpack them there")
 
 
 def _check_submission(job: Job) -> None:

@@ -22,7 +22,8 @@ class World:
 
 def world() -> World:
     """As torchrun says in the environment; one process without it."""
-    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return World(int(os.environ["RANK"]), size) if size > 1 else World()
 
 
 def gather(answers: dict[str, Answer]) -> dict[str, Answer] | None:

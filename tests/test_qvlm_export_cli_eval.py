@@ -262,6 +262,13 @@ def test_an_unreadable_picture_is_counted_and_named(sets, whole, tmp_path):
     assert mended["metrics"]["Avg"] == pytest.approx(content["metrics"]["Avg"] + 2 / 20)
 
 
+def test_a_directory_without_pictures_is_refused(sets, tmp_path):
+    shutil.copytree(sets / "vizwiz", tmp_path / "v", ignore=shutil.ignore_patterns("*.jpg"))
+    result = run_eval("tiny", "--task", "vizwiz", "--data", tmp_path / "v", "--predictions", tmp_path / "p.jsonl")
+    assert_refused(result, "holds no ", "VizWiz_val_00000000.jpg")
+    assert not (tmp_path / "p.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

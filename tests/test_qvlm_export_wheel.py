@@ -78,4 +78,4 @@ def test_command_runs_with_the_data_it_carries(llava: Llava, target: Path, tmp_p
 
 
 def test_every_command_of_the_project_is_installed(target: Path) -> None:
-    assert {"qvlm-export", "qvlm-run"} <= {path.name for path in (target / "bin").iterdir()}
+    assert {"qvlm-export", "qvlm-run", "qvlm-eval"} <= {path.name for path in (target / "bin").iterdir()}

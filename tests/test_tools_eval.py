@@ -77,7 +77,7 @@ def test_the_papers_table_on_the_tiny_model(sets, tmp_path, monkeypatch, capsys)
     assert cells["rtn", "W4A4"] < 0.5  # outliers are planted in the tiny model
     rounded = 100 * cells["rtn", "W8A8"]
     assert f"| round-to-nearest, absmax |  | {rounded:.2f} | {100 * cells['rtn', 'W4A4']:.2f} |" in output
-    assert "| published: LLaVA-v1.3-13B, Q-VLM as printed |  | 89.82 | 80.78 |" in output
+    assert "| published: LLaVA-v1.3-13B, Q-VLM |  | 89.82 | 80.78 |" in output
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*") if path.is_file()}
     assert len([path for path in before if path.suffix == ".jsonl"]) == 3
     run_tool(monkeypatch, *arguments)

@@ -47,19 +47,19 @@ LINES = {row.name: row.line for row in ROWS}
 # ScienceQA averages of arXiv 2410.08119, by model, method and column.
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "LLaVA-v1.3-7B": {
-        "float": {"FP": 89.81},
-        "awq": {"W6A6": 86.23, "W4A4": 74.02},
+        "FP": {"FP": 89.81},
+        "AWQ": {"W6A6": 86.23, "W4A4": 74.02},
         "QLoRA": {"W6A6": 88.43, "W4A4": 77.53},
-        "printed": {"W6A6": 89.34, "W4A4": 79.79},
+        "Q-VLM": {"W6A6": 89.34, "W4A4": 79.79},
     },
     "LLaVA-v1.3-13B": {
-        "float": {"FP": 90.00},
-        "awq": {"W8A8": 88.94, "W6A6": 87.57, "W4A4": 77.91},
+        "FP": {"FP": 90.00},
+        "AWQ": {"W8A8": 88.94, "W6A6": 87.57, "W4A4": 77.91},
         "QLoRA": {"W8A8": 89.32, "W6A6": 88.87, "W4A4": 78.64},
-        "printed": {"W8A8": 89.82, "W6A6": 89.70, "W4A4": 80.78},
+        "Q-VLM": {"W8A8": 89.82, "W6A6": 89.70, "W4A4": 80.78},
     },
-    "LLaVA-v1.5-7B": {"float": {"FP": 66.79}, "printed": {"W6A6": 66.67, "W4A4": 57.70}},
-    "LLaVA-v1.5-13B": {"float": {"FP": 71.61}, "printed": {"W6A6": 72.27, "W4A4": 68.84}},
+    "LLaVA-v1.5-7B": {"FP": {"FP": 66.79}, "Q-VLM": {"W6A6": 66.67, "W4A4": 57.70}},
+    "LLaVA-v1.5-13B": {"FP": {"FP": 71.61}, "Q-VLM": {"W6A6": 72.27, "W4A4": 68.84}},
 }
 
 
@@ -175,7 +175,7 @@ def table(cells: Sequence[dict[str, Any]], model: str) -> str:
     for published, rows in PUBLISHED.items():
         for method, values in rows.items():
             shown = [f"{values[column]:.2f}" if column in values else "" for column in columns]
-            lines.append(f"| published: {published}, {LINES.get(method, method)} | {' | '.join(shown)} |")
+            lines.append(f"| published: {published}, {method} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
