@@ -15,7 +15,7 @@ from qvlm_export.ask import CONVERSATIONS, Manner, ask_all
 from qvlm_export.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
 from qvlm_export.processes import gather, world
 from qvlm_export.progress import Reporter
-from qvlm_export.rungs import ENGINE, GRAPH, SIMULATED, TORCH, Subject, find_subject, open_rung
+from qvlm_export.rungs import SIMULATED, TORCH, Subject, find_subject, open_rung
 from qvlm_export.tasks import FORMS, Question, QuestionSet, Request, Score, Task
 from qvlm_export.tasks_memes import HATEFUL_MEMES
 from qvlm_export.tasks_scienceqa import SCIENCEQA
@@ -259,9 +259,9 @@ def predictions_path(job: Job, subject: Subject, shard: tuple[int, int]) -> Path
 
 def _ask(job: Job, subject: Subject, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter) -> None:
     options = job.options
-    with open_rung(subject, options.runtime, options.device, options.fast) as model:
+    with open_rung(subject, options.runtime, options.device, options.fast, options.batch) as model:
         most = model.manifest.limits.max_batch
-        if options.batch is not None and options.batch > most and subject.rung in (GRAPH, ENGINE):
+        if options.batch is not None and options.batch > most:
             raise UserError(f"--batch {options.batch}: the export takes {most}; export with --max-batch {options.batch}")
         manner = Manner(
             job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, options.batch or most

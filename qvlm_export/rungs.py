@@ -77,7 +77,7 @@ def _export_subject(path: Path, rung: str) -> Subject:
         rung = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
     if rung == TORCH:
         checkpoint = open_reference(manifest, None)
-        return Subject(checkpoint.name, TORCH, folder_identity(checkpoint.folder), manifest, checkpoint)
+        return Subject(path.stem, TORCH, folder_identity(checkpoint.folder), manifest, checkpoint)
     if rung == SIMULATED:
         calibrated, reason = open_calibrated(manifest)
         if calibrated is None:
@@ -105,36 +105,44 @@ def folder_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_rung(subject: Subject, runtime: str = "auto", device: str = "auto", fast: bool = False) -> LoadedModel:
+def open_rung(
+    subject: Subject, runtime: str = "auto", device: str = "auto", fast: bool = False, batch: int | None = None
+) -> LoadedModel:
     """The model, ready to be asked; close it, as it is a context manager. Raises UserError where it cannot run here.
 
-    runtime, fast: of graph and engine, see `open_session`; device: of the torch rungs.
+    runtime, fast: of graph and engine, see `open_session`; device, batch: of the torch rungs.
     """
     if subject.rung == TORCH and subject.checkpoint is not None:
         checkpoint = subject.checkpoint
         processor = load_processor(checkpoint.folder)
         blocks, epsilon = make_blocks(checkpoint.hf_config), checkpoint.config.text.rms_norm_eps
         runner = TorchRunner(blocks, checkpoint.source, epsilon, {}, check_device(device))
-        return LoadedModel(Session(_bare(checkpoint.folder, checkpoint.config), runner, "the checkpoint"), processor)
+        bare = _bare(checkpoint.folder, checkpoint.config, batch)
+        return LoadedModel(Session(bare, runner, "the checkpoint"), processor)
     if subject.rung == SIMULATED and subject.calibrated is not None:
-        return _simulated(subject.calibrated, subject.manifest, check_device(device))
-    manifest = subject.manifest
-    if manifest is None:
+        return _simulated(subject.calibrated, subject.manifest, check_device(device), batch)
+    if subject.manifest is None:
         raise RuntimeError(f"{subject}: has nothing to open")
-    chosen = runtime
-    if subject.rung == GRAPH:
-        chosen = runtime if runtime.startswith("onnxruntime") else "onnxruntime"
-        if runtime not in ("auto", chosen):
-            raise UserError(f"--runtime {runtime}: is of engines, --rung graph runs on onnxruntime or onnxruntime:cpu")
-    else:
-        chosen = str(manifest.backend["name"]) if runtime == "auto" else runtime
-        if chosen.startswith(("onnx", "onnxruntime")):
-            raise UserError(f"--rung engine: {manifest.path.name} has no engine to run with {chosen}; use --rung graph")
-    processor = load_processor(verified_file(manifest, "processor"))
-    return LoadedModel(open_session(manifest, chosen, fast=fast), processor)
+    chosen = _runtime(subject.manifest, subject.rung, runtime)
+    processor = load_processor(verified_file(subject.manifest, "processor"))
+    return LoadedModel(open_session(subject.manifest, chosen, fast=fast), processor)
 
 
-def _simulated(folder: Path, manifest: Manifest | None, device: str) -> LoadedModel:
+def _runtime(manifest: Manifest, rung: str, runtime: str) -> str:
+    """What `open_session` is asked for: never auto, as a rung is what it is called. Raises UserError where they differ."""
+    if rung == GRAPH:
+        if runtime == "auto":
+            return "onnxruntime"
+        if runtime.startswith("onnxruntime"):
+            return runtime
+        raise UserError(f"--runtime {runtime}: is of engines, --rung graph runs on onnxruntime or onnxruntime:cpu")
+    chosen = str(manifest.backend["name"]) if runtime == "auto" else runtime
+    if chosen.startswith("onnx"):
+        raise UserError(f"--rung engine: {manifest.path.name} has no engine to run with {chosen}; use --rung graph")
+    return chosen
+
+
+def _simulated(folder: Path, manifest: Manifest | None, device: str, batch: int | None) -> LoadedModel:
     """The calibrated checkpoint in torch, with the roundings of its graph where it belongs to an export."""
     processor = load_processor(_processor_folder(folder, manifest))
     calibrated = CalibratedCheckpoint(folder)
@@ -147,7 +155,7 @@ def _simulated(folder: Path, manifest: Manifest | None, device: str) -> LoadedMo
     quantizers = {name: q for name in calibrated.schemes if (q := calibrated.input_quantizer(name)) is not None}
     source = DequantizedSource(calibrated, float_type)
     runner = TorchRunner(blocks, source, config.text.rms_norm_eps, quantizers, device)
-    return LoadedModel(Session(_bare(folder, config), runner, "the calibrated checkpoint"), processor)
+    return LoadedModel(Session(_bare(folder, config, batch), runner, "the calibrated checkpoint"), processor)
 
 
 def _processor_folder(folder: Path, manifest: Manifest | None) -> Path:
@@ -159,8 +167,9 @@ def _processor_folder(folder: Path, manifest: Manifest | None) -> Path:
     raise UserError(f"{folder}: no processor is in it or beside it; copy the model's tokenizer and processor files there")
 
 
-def _bare(folder: Path, config: ModelConfig) -> Manifest:
+def _bare(folder: Path, config: ModelConfig, batch: int | None) -> Manifest:
     """What a session must know of a model that was not exported."""
-    limits = Limits(min(config.text.max_position_embeddings, LONGEST), TORCH_BATCH, 4 * TORCH_BATCH)
+    most = batch or TORCH_BATCH
+    limits = Limits(min(config.text.max_position_embeddings, LONGEST), most, 4 * most)
     nothing: dict[str, Any] = {}
     return Manifest(folder, nothing, config, limits, "float32", "", nothing, nothing, nothing, (), nothing, nothing, nothing)

@@ -184,6 +184,12 @@ def test_rungs_of_an_export(sets, plan, tmp_path):
     assert all(few[q] == first[q] for q in few)
 
 
+def test_a_larger_batch_in_torch(sets, whole, tmp_path):
+    path = tmp_path / "p.jsonl"
+    eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--batch", 20, "--predictions", path)
+    assert answers(path) == answers(whole["vqav2"]["predictions"])
+
+
 def test_rungs_that_are_not_there(sets, plan, tmp_path):
     common = (*of_task(sets, "scienceqa"), "--predictions", tmp_path / "p.jsonl")
     for subject, arguments, words in (
