@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from calibrate.errors import UserError
 from calibrate.tensors import TensorSource
@@ -36,16 +36,22 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelBlocks:
-    """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin."""
+    """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin.
 
-    patch_embeddings: Block
-    pre_norm: Block
+    entries: patch embeddings, and the norm behind them where a tower has one. features: after how many vision layers each
+    feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. sliding_window:
+    how many positions a token sees, itself included; None for all.
+    """
+
+    entries: tuple[Block, ...]
     vision_layers: tuple[Block, ...]
+    features: tuple[int, ...]
     projector: Block
     text_layers: tuple[Block, ...]
     rotary: nn.Module
-    keep_class_token: bool
+    drop_first: bool
     image_token_id: int
+    sliding_window: int | None = None
 
     def quantizable(self) -> list[str]:
         """Canonical names of every linear that can be planned, in the order they run. lm_head is not among them."""
@@ -57,31 +63,69 @@ class ModelBlocks:
         return len(self.vision_layers) + 1 + len(self.text_layers)
 
 
-def make_blocks(config: LlavaConfig) -> ModelBlocks:
-    """Splits a model of this configuration into blocks, without weights. Vision layers after the feature are left out."""
+def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
+    """Splits a model of this configuration into blocks, without weights. Vision layers after the features are left out."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
-    used = feature_layers(config)
+    entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints
+    features = feature_layers(config)
+    projector = model.model.multi_modal_projector
+    if projects_once(config):
+        projector = OneLinear(projector.linear_1)
     return ModelBlocks(
-        patch_embeddings=Block(f"{vision}.embeddings", tower.embeddings),
-        pre_norm=Block(f"{vision}.pre_layrnorm", tower.pre_layrnorm),
+        entries=tuple(Block(f"{vision}.{name}", getattr(tower, name)) for name in entries if hasattr(tower, name)),
         vision_layers=tuple(
-            Block(f"{vision}.encoder.layers.{i}", layer) for i, layer in enumerate(tower.encoder.layers[:used])
+            Block(f"{vision}.encoder.layers.{i}", layer) for i, layer in enumerate(tower.encoder.layers[: max(features)])
         ),
-        projector=Block("multi_modal_projector", model.model.multi_modal_projector),
+        features=features,
+        projector=Block("multi_modal_projector", projector),
         text_layers=tuple(Block(f"language_model.model.layers.{i}", layer) for i, layer in enumerate(text.layers)),
         rotary=type(text.rotary_emb)(config=config.text_config),
-        keep_class_token=config.vision_feature_select_strategy == "full",
+        drop_first=has_class_token(config) and not keeps_class_token(config),
         image_token_id=config.image_token_index,
+        sliding_window=getattr(config.text_config, "sliding_window", None),
     )
 
 
-def feature_layers(config: LlavaConfig) -> int:
-    """How many vision layers run: the feature is the output of the last of them."""
-    total, feature = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    return int(feature if feature >= 0 else total + 1 + feature)
+class OneLinear(nn.Module):
+    """A projector of one linear, as LLaVA had before 1.5."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear_1 = linear
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[images, tokens, feature size] -> [images, tokens, text hidden]."""
+        projected: torch.Tensor = self.linear_1(features)
+        return projected
+
+
+def projects_once(config: PreTrainedConfig) -> bool:
+    """Whether the projector is a single linear.
+
+    transformers knows two, so such a checkpoint says that nothing is between them ("linear") and that the second is the
+    identity, which need not be computed.
+    """
+    return config.projector_hidden_act == "linear"
+
+
+def has_class_token(config: PreTrainedConfig) -> bool:
+    """CLIP puts a token before the patches, SigLIP does not."""
+    return config.vision_config.model_type == "clip_vision_model"
+
+
+def keeps_class_token(config: PreTrainedConfig) -> bool:
+    """Whether it reaches the projector; VIP-LLaVA's config does not say, as it never does there."""
+    return getattr(config, "vision_feature_select_strategy", "default") == "full"
+
+
+def feature_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """After how many vision layers each feature is taken, in the order they are joined."""
+    total, features = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    chosen = (features,) if isinstance(features, int) else tuple(features)
+    return tuple(feature if feature >= 0 else total + 1 + feature for feature in chosen)
 
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:

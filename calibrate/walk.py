@@ -12,9 +12,10 @@ from torch import nn
 
 from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.errors import UserError
-from calibrate.samples import Sample
+from calibrate.samples import Placement, Sample
 from calibrate.tensors import TensorSource
 
+NEWLINE = "image_newline"
 TABLE, FINAL_NORM, HEAD = (
     "language_model.model.embed_tokens.weight",
     "language_model.model.norm.weight",
@@ -38,18 +39,35 @@ def plain_step(source: TensorSource) -> Step:
 
 
 def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
-    """Tower and projector over all pictures: one [n * tokens, hidden] a sample."""
+    """Tower and projector over all pictures: one [image tokens, hidden] a sample."""
     pixels = [torch.from_numpy(s.pixel_values) for s in samples]
     batches = [p for p in pixels if len(p)]
-    for entry in (blocks.patch_embeddings, blocks.pre_norm):
+    for entry in blocks.entries:
         batches = plain_step(source)(entry, batches, lambda module, x: module(x))
-    for block in blocks.vision_layers:
+    after = {0: batches}
+    for number, block in enumerate(blocks.vision_layers, start=1):
         batches = step(block, batches, lambda module, x: module(x, attention_mask=None))
-    if not blocks.keep_class_token:
+        if number in blocks.features:
+            after[number] = batches
+    batches = [torch.cat(parts, -1) for parts in zip(*(after[n] for n in blocks.features), strict=True)]
+    if blocks.drop_first:
         batches = [batch[:, 1:] for batch in batches]
     batches = step(blocks.projector, batches, lambda module, x: module(x))
+    newline = load_finite(source, NEWLINE)[None] if NEWLINE in source else torch.zeros(0, 1)
     features = iter(batches)
-    return [next(features).flatten(0, 1) if len(p) else torch.zeros(0, 1) for p in pixels]
+    return [
+        place(next(features).flatten(0, 1), newline, s.placement) if len(s.pixel_values) else torch.zeros(0, 1)
+        for s in samples
+    ]
+
+
+def place(features: torch.Tensor, newline: torch.Tensor, placement: Placement | None) -> torch.Tensor:
+    """Features [n * tokens, hidden] of pictures or tiles -> one row for each image token. newline: [1, hidden]."""
+    if placement is None:
+        return features
+    table, weights = torch.cat([features, newline]), torch.from_numpy(placement.weights)
+    chosen = table[torch.from_numpy(placement.rows)]  # [N, k, hidden]; -1 is the newline
+    return (chosen * weights[..., None]).sum(1) if chosen.shape[1] > 1 else chosen[:, 0]
 
 
 def walk_language(
@@ -63,12 +81,22 @@ def walk_language(
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
         rope = blocks.rotary(x, position_ids=positions)
-        out: torch.Tensor = module(x, attention_mask=None, position_ids=positions, position_embeddings=rope)
+        mask = window_mask(x.shape[1], blocks.sliding_window)
+        out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         return out
 
     for block in blocks.text_layers:
         hidden = step(block, hidden, run)
     return hidden
+
+
+def window_mask(length: int, window: int | None) -> torch.Tensor | None:
+    """Which positions see which, bool [1, 1, S, S]; None where the causal mask, the modules' own, says it all."""
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length)
+    age = positions[:, None] - positions[None]
+    return ((age >= 0) & (age < window))[None, None]
 
 
 def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:

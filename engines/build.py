@@ -46,7 +46,10 @@ def vision_profile(config: ModelConfig, limits: Limits) -> Profile:
 def language_profile(config: ModelConfig, limits: Limits) -> Profile:
     """One profile for prefill and decode: two would store the weights twice."""
     text, b, length = config.text, limits.max_batch, limits.max_length
-    image_rows, usual = config.vision.tokens_per_image, min(length, config.vision.tokens_per_image + 64)
+    usual = min(length, config.most_image_tokens + 64)
+    usual_rows, most_rows = config.vision.tokens_per_image, limits.max_images * config.vision.tokens_per_image
+    if config.tiles is not None:
+        usual_rows, most_rows = min(length, config.most_image_tokens), b * length
     tokens = ((1, 1), (1, usual), (b, length))
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
         "input_ids": tokens,
@@ -54,8 +57,8 @@ def language_profile(config: ModelConfig, limits: Limits) -> Profile:
         "write_index": ((1,), (1,), (b,)),
         "image_embeds": (
             (1, text.hidden_size),
-            (image_rows, text.hidden_size),
-            (limits.max_images * image_rows, text.hidden_size),
+            (usual_rows, text.hidden_size),
+            (most_rows, text.hidden_size),
         ),
     }
     for i in range(text.num_layers):

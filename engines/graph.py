@@ -23,7 +23,10 @@ FLOAT_TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
 
 
 def vision_graph(config: ModelConfig, dtype: ir.DataType) -> ir.Model:
-    """pixel_values float32 [images, 3, R, R] -> image_embeds [images * tokens, hidden] of type `dtype`."""
+    """pixel_values float32 [images, 3, R, R] -> image_embeds [images * tokens, hidden] of type `dtype`.
+
+    With tiles these are the images, and a last row holds the vector that ends the rows of a picture.
+    """
     builder = GraphBuilder(_empty_graph("vision"))
     side = config.vision.image_size
     pixels = builder.input("pixel_values", ir.DataType.FLOAT, ["images", 3, side, side])

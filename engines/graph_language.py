@@ -1,4 +1,4 @@
-"""The language graph: a Llama decoder with a static key/value cache and image tokens placed inside.
+"""The language graph: a decoder of the Llama kind with a static key/value cache and image tokens placed inside.
 
 A sequence's token at position p lives in cache slot p, so the mask is one comparison and unequal lengths in a batch need
 no padding rules: a query sees the slots up to its own position, and slots are rewritten before they are seen.
@@ -84,7 +84,7 @@ class LlamaAttention(nn.Module):
         self.q_proj = Linear(hidden, width, config.attention_bias, dtype)
         self.k_proj = Linear(hidden, kv_width, config.attention_bias, dtype)
         self.v_proj = Linear(hidden, kv_width, config.attention_bias, dtype)
-        self.o_proj = Linear(width, hidden, config.attention_bias, dtype)
+        self.o_proj = Linear(width, hidden, config.output_bias, dtype)
 
     def forward(self, op: OpBuilder, x: ir.Value, context: Context, cache: Cache) -> ir.Value:
         c = self._config
@@ -136,7 +136,7 @@ class LlamaModel(nn.Module):
     def forward(self, op: OpBuilder, inputs: Inputs, caches: list[Cache]) -> ir.Value:
         embeds = self.embed_tokens(op, inputs.ids)
         x = place_images(op, inputs.ids, embeds, inputs.image_embeds, self._config.image_token_id)
-        mask = causal_mask(op, inputs.positions, self._max_length, self._dtype)
+        mask = causal_mask(op, inputs.positions, self._max_length, self._config.text.sliding_window, self._dtype)
         rope = Rope(op, self._config.text, self._max_length, self._dtype)
         context = Context(inputs.positions, inputs.index, mask, rope)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -182,9 +182,13 @@ def place_images(op: OpBuilder, ids: ir.Value, embeds: ir.Value, image_embeds: i
     return op.Where(op.Unsqueeze(is_image, [-1]), rows, embeds)
 
 
-def causal_mask(op: OpBuilder, positions: ir.Value, max_length: int, dtype: ir.DataType) -> ir.Value:
-    """positions [B, S] -> additive mask [B, 1, S, L]: 0 where slot <= position, else MASKED_SCORE."""
+def causal_mask(op: OpBuilder, positions: ir.Value, max_length: int, window: int | None, dtype: ir.DataType) -> ir.Value:
+    """positions [B, S] -> additive mask [B, 1, S, L]: 0 where position - window < slot <= position, else MASKED_SCORE."""
     slots = op.Constant(value=ir.tensor(np.arange(max_length, dtype=np.int64).reshape(1, 1, 1, -1)))
-    hidden = op.Greater(slots, op.Unsqueeze(positions, [1, 3]))
+    rows = op.Unsqueeze(positions, [1, 3])
+    hidden = op.Greater(slots, rows)
+    if window is not None and window < max_length:
+        too_old = op.LessOrEqual(slots, op.Sub(rows, op.Constant(value=ir.tensor(np.array(window, np.int64)))))
+        hidden = op.Or(hidden, too_old)
     zero, masked = (op.Constant(value=ir.tensor(np.array(v, dtype.numpy()))) for v in (0.0, MASKED_SCORE))
     return op.Where(hidden, masked, zero)

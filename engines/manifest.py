@@ -11,9 +11,10 @@ from typing import Any
 
 from calibrate.calibrated import write_json
 from calibrate.errors import UserError
-from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
+from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
 
-FORMAT, VERSION = "qvlm-export", 1
+FORMAT, VERSION = "qvlm-export", 2
+READABLE = (1, 2)  # 1 knew neither tiles nor several feature layers
 VERIFY_AT_OPEN_BYTES = 256 * 2**20
 
 
@@ -87,23 +88,17 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: not a readable manifest ({error}); export again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is no manifest of qvlm-export")
-    if content.get("version") != VERSION:
+    if content.get("version") not in READABLE:
         raise UserError(
             f"{path}: manifest version {content.get('version')}, this program reads {VERSION}; update qvlm-export"
         )
     if content.get("sha256") != sealed(content)["sha256"]:
         raise UserError(f"{path}: was changed since the export wrote it, or copied in part; export again")
     try:
-        config = content["config"]
         return Manifest(
             path=path,
             model=content["model"],
-            config=ModelConfig(
-                vision=VisionConfig(**config["vision"]),
-                projector=ProjectorConfig(**config["projector"]),
-                text=TextConfig(**config["text"]),
-                image_token_id=config["image_token_id"],
-            ),
+            config=_model_config(content["config"]),
             limits=Limits(**content["limits"]),
             float_type=content["float_type"],
             scheme=content["scheme"],
@@ -117,6 +112,20 @@ def read_manifest(path: Path) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: the manifest is damaged ({error!r}); export again") from error
+
+
+def _model_config(content: Mapping[str, Any]) -> ModelConfig:
+    """Of version 1 too, where a tower had one feature layer, and `o` a bias if q, k and v had."""
+    vision, text, tiles = content["vision"], content["text"], content.get("tiles")
+    features = vision.get("feature_layers", [vision["num_layers"]])
+    text = {"output_bias": text["attention_bias"], **text}
+    return ModelConfig(
+        vision=VisionConfig(**{**vision, "feature_layers": tuple(features)}),
+        projector=ProjectorConfig(**content["projector"]),
+        text=TextConfig(**text),
+        image_token_id=content["image_token_id"],
+        tiles=None if tiles is None else TileConfig(**{**tiles, "pinpoints": tuple(map(tuple, tiles["pinpoints"]))}),
+    )
 
 
 def describe_file(path: Path) -> dict[str, Any]:

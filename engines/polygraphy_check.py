@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibrate.errors import UserError
-from calibrate.samples import Sample
+from calibrate.samples import Sample, placed
 from engines.float32_twin import to_float32
 from engines.manifest import Manifest
 from engines.onnx_runner import open_twin
@@ -63,13 +63,16 @@ def vision_feed(sample: Sample) -> dict[str, np.ndarray]:
 
 
 def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs of the first pass over a sample, caches empty, in the engine's own types. image_embeds: [n, hidden]."""
+    """Inputs of the first pass over a sample, caches empty, in the engine's own types.
+
+    image_embeds: [n, hidden] as the vision graph put them out, or the dummy row of `no_image`.
+    """
     text, length = manifest.config.text, len(sample.input_ids)
     narrow = np.float16 if manifest.float_type == "float16" else np.float32  # numpy's files know no bfloat16
     cache = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), narrow)
     return {
         "input_ids": sample.input_ids[None],
-        "image_embeds": image_embeds.astype(narrow),
+        "image_embeds": placed(image_embeds, sample.placement).astype(narrow),
         "position_ids": np.arange(length, dtype=np.int64)[None],
         "write_index": np.zeros(1, np.int64),
         **{f"past_key_values.{i}.{part}": cache for i in range(text.num_layers) for part in ("key", "value")},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from calibrate.errors import UserError
+from calibrate.samples import Placement, placed
 from engines.backend import gpu_present
 from engines.device import UnusableEngineError
 from engines.manifest import Manifest
@@ -71,29 +72,45 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.runner.close()
 
-    def logits(self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None) -> np.ndarray:
-        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position."""
+    def logits(
+        self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, placement: Placement | None = None
+    ) -> np.ndarray:
+        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position. placement: of tiles."""
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        return self._feed(self._empty(1), [ids[0]], pixel_values)
+        return self._feed(self._empty(1), [ids[0]], pixel_values, placement)
 
-    def start(self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None = None) -> Sequences:
-        """Prefills prompts of any lengths, int64 [S_b] each; their images stand in order in pixel_values."""
+    def start(
+        self,
+        prompts: Sequence[np.ndarray],
+        pixel_values: np.ndarray | None = None,
+        placement: Placement | None = None,
+    ) -> Sequences:
+        """Prefills prompts of any lengths, int64 [S_b] each; their images stand in order in pixel_values.
+
+        placement: of the tiles of all prompts together, see `join_placements`.
+        """
         if len(prompts) > self.manifest.limits.max_batch:
             raise UserError(f"{len(prompts)} prompts at once, the engine was built for {self.manifest.limits.max_batch}")
         sequences = self._empty(len(prompts))
-        self.extend(sequences, prompts, pixel_values)
+        self.extend(sequences, prompts, pixel_values, placement)
         return sequences
 
-    def extend(self, sequences: Sequences, added: Sequence[np.ndarray], pixel_values: np.ndarray | None = None) -> None:
+    def extend(
+        self,
+        sequences: Sequences,
+        added: Sequence[np.ndarray],
+        pixel_values: np.ndarray | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         """Writes new tokens behind the sequences (a chat's next turn); only they are computed.
 
         Raises UserError, with the sequences as they were, when they would not fit.
         """
         pending = [tokens[n:] for tokens, n in zip(sequences.tokens, sequences.cached, strict=True)]
         fed = [np.array([*p, *a], np.int64) for p, a in zip(pending, added, strict=True)]
-        logits = self._feed(sequences, fed, pixel_values)
+        logits = self._feed(sequences, fed, pixel_values, placement)
         lengths = np.array([len(f) for f in fed], np.int64)
         sequences.logits = logits[np.arange(len(fed)), lengths - 1]
         sequences.cached = sequences.cached + lengths
@@ -146,7 +163,13 @@ class Session:
     def _empty(self, batch: int) -> Sequences:
         return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))
 
-    def _feed(self, sequences: Sequences, fed: Sequence[np.ndarray], pixel_values: np.ndarray | None) -> np.ndarray:
+    def _feed(
+        self,
+        sequences: Sequences,
+        fed: Sequence[np.ndarray],
+        pixel_values: np.ndarray | None,
+        placement: Placement | None,
+    ) -> np.ndarray:
         """Runs new tokens behind what the cache holds; logits float32 [B, longest, vocab].
 
         Rows are padded on the right; what padding writes into the cache is overwritten before it can be seen.
@@ -163,7 +186,7 @@ class Session:
         vocabulary = self.manifest.config.text.vocab_size
         if strangers := [int(t) for f in fed for t in f if not 0 <= t < vocabulary]:
             raise UserError(f"token {strangers[0]} is not one of the {vocabulary} of this model's vocabulary")
-        embeds = self._embeds(fed, pixel_values)
+        embeds = self._embeds(fed, pixel_values, placement)
         ids = np.full((len(fed), longest), _filler(self.manifest), np.int64)
         for row, new in enumerate(fed):
             ids[row, : len(new)] = new
@@ -175,20 +198,37 @@ class Session:
             )
         return self.runner.step(ids, embeds, positions, sequences.cached, sequences.cache)
 
-    def _embeds(self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None) -> np.ndarray:
+    def _embeds(
+        self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None, placement: Placement | None
+    ) -> np.ndarray:
         config, limits = self.manifest.config, self.manifest.limits
         images = 0 if pixel_values is None else len(pixel_values)
+        if images and placement is None and config.tiles is not None:
+            raise UserError("this model cuts pictures into tiles, and the placement of their features is missing; give it")
         tokens = sum(int((p == config.image_token_id).sum()) for p in prompts)
-        if tokens != images * config.vision.tokens_per_image:
+        made = images * config.vision.tokens_per_image if placement is None else len(placement)
+        if tokens != made:
             raise UserError(
-                f"the prompt has {tokens} image tokens, {images} images make {images * config.vision.tokens_per_image}; "
+                f"the prompt has {tokens} image tokens, {images} {'images' if placement is None else 'tiles'} make {made}; "
                 "give one image for each <image>"
             )
-        if images > limits.max_images:
+        if images > limits.max_images and config.tiles is None:
             raise UserError(f"{images} images at once, the engine was built for {limits.max_images}")
-        if pixel_values is None:
-            pixel_values = np.zeros((0, 3, config.vision.image_size, config.vision.image_size), np.float32)
-        return self.runner.embed_images(pixel_values)
+        if pixel_values is None or not images:
+            return self.runner.embed_images(np.zeros((0, 3, 1, 1), np.float32))
+        return placed(embed_tiles(self.runner, self.manifest, pixel_values), placement)
+
+
+def embed_tiles(runner: Runner, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:
+    """float32 [n, 3, R, R], any number of them -> [n * tokens, hidden] (and the row of image_newline, with tiles).
+
+    The vision engine runs as often as its `max_images` asks for.
+    """
+    most = manifest.limits.max_images
+    parts = [runner.embed_images(pixel_values[start : start + most]) for start in range(0, len(pixel_values), most)]
+    if manifest.config.tiles is not None:
+        parts = [*(part[:-1] for part in parts[:-1]), parts[-1]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _filler(manifest: Manifest) -> int:

@@ -1,40 +1,80 @@
-"""The model families: one row each, no branches elsewhere.
+"""The model families and the layouts of checkpoints: one row each, no branches elsewhere.
 
-A row says which `model_type` it answers to, which towers and decoders it may hold, and how stored tensor names become
-the canonical ones (those of the llava-hf 1.5 repositories, which the graphs are declared with).
+A layout says how stored tensor names become the canonical ones (those of the llava-hf 1.5 repositories, which the graphs
+are declared with), and what a checkpoint needs before it looks as llava-hf would have written it. A family says which
+towers and decoders such a checkpoint may hold, and whether pictures are cut into tiles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, PreTrainedConfig, VipLlavaConfig
 
-from calibrate.blocks import feature_layers
 from calibrate.errors import UserError
-from engines.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
-from engines.graph_layers import ACTIVATIONS
+from calibrate.tensors import TensorSource
+from qvlm_export import original
+from qvlm_export.original_processor import make_processor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is read. The first row of which config.json has one of the `marks` is taken; no marks: any.
+
+    renames: pattern and replacement. convert: config.json as it stands, its folder -> config.json as llava-hf would have
+    written it. open_source: the checkpoint's own tensors by canonical names, config.json as it stands, its folder -> all
+    tensors of the converted checkpoint. make_processor: folder -> a processor of transformers. All raise UserError; None
+    where nothing is to be done.
+    """
+
+    name: str
+    renames: tuple[tuple[str, str], ...]
+    marks: tuple[str, ...] = ()
+    convert: Callable[[Mapping[str, Any], Path], dict[str, Any]] | None = None
+    open_source: Callable[[TensorSource, Mapping[str, Any], Path], TensorSource] | None = None
+    make_processor: Callable[[Path], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """model_type as in config.json; towers and decoders: the model_types allowed inside; renames: pattern, replacement."""
+    """model_type: as in config.json, of which `config_class` is transformers' own. towers, decoders: the model_types
+    allowed inside. tiled: whether pictures are cut into tiles; single_when_many: unless several come in one turn.
+    """
 
+    name: str
     model_type: str
+    config_class: type[PreTrainedConfig]
     towers: tuple[str, ...]
     decoders: tuple[str, ...]
-    renames: tuple[tuple[str, str], ...]
+    tiled: bool = False
+    single_when_many: bool = False
 
 
-FAMILIES = (
-    Family(
-        model_type="llava",
-        towers=("clip_vision_model",),
-        decoders=("llama",),
+LAYOUTS = (
+    Layout(
+        name="authors",
+        marks=original.MARKS,
         renames=(
-            (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+            (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+            (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+            (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+            (r"^model\.mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
+            (r"^model\.image_newline$", "image_newline"),
+            (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
+            (r"^lm_head\.", "language_model.lm_head."),
+        ),
+        convert=original.convert_config,
+        open_source=original.open_source,
+        make_processor=make_processor,
+    ),
+    Layout(
+        name="transformers",  # names of transformers 5, and of older releases, which llava-hf's repositories have
+        renames=(
+            (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
             (r"^model\.language_model\.(?!model\.)", "language_model.model."),
             (r"^lm_head\.", "language_model.lm_head."),
             (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
@@ -42,23 +82,43 @@ FAMILIES = (
     ),
 )
 
-# Aliases of --model: Hugging Face repositories, or the model shipped with the package.
-ALIASES = {"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"}
-TINY = "tiny"
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+FAMILIES = (
+    Family("LLaVA 1.5, BakLLaVA, LLaVA-Interleave", "llava", LlavaConfig, (CLIP, SIGLIP), ("llama", "mistral", "qwen2")),
+    Family("VIP-LLaVA", "vipllava", VipLlavaConfig, (CLIP,), ("llama",)),
+    Family("LLaVA-NeXT (1.6)", "llava_next", LlavaNextConfig, (CLIP,), ("llama", "mistral", "qwen2"), tiled=True),
+    Family(
+        "LLaVA-OneVision",
+        "llava_onevision",
+        LlavaOnevisionConfig,
+        (SIGLIP,),
+        ("qwen2",),
+        tiled=True,
+        single_when_many=True,
+    ),
+)
 
 
-def find_family(model_type: object, where: str) -> Family:
-    """The row of a config.json's model_type. Raises UserError naming what was found and what is supported."""
+def find_layout(config: Mapping[str, Any]) -> Layout:
+    """The row of a config.json."""
+    return next(layout for layout in LAYOUTS if not layout.marks or any(mark in config for mark in layout.marks))
+
+
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """The row of a config.json in transformers' form. Raises UserError naming what was found and what is supported."""
+    model_type = config.get("model_type")
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
-    supported = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{where}: model_type is {model_type!r}, which is no supported LLaVA; supported: {supported}")
+    supported = "; ".join(f"{family.model_type} ({family.name})" for family in FAMILIES)
+    architectures = config.get("architectures")
+    named = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
+    raise UserError(f"{where}: model_type is {model_type!r}{named}, which is no supported LLaVA; supported: {supported}")
 
 
-def renamer(family: Family) -> Callable[[str], str | None]:
+def renamer(layout: Layout) -> Callable[[str], str | None]:
     """Stored tensor name -> canonical name; None for buffers that old checkpoints carry and nobody reads."""
-    patterns = [(re.compile(pattern), to) for pattern, to in family.renames]
+    patterns = [(re.compile(pattern), to) for pattern, to in layout.renames]
 
     def rename(name: str) -> str | None:
         if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
@@ -68,88 +128,3 @@ def renamer(family: Family) -> Callable[[str], str | None]:
         return name
 
     return rename
-
-
-def model_config(config: LlavaConfig, where: str) -> ModelConfig:
-    """The numbers that the graphs need. Raises UserError for a value the graphs cannot express."""
-    family = find_family(config.model_type, where)
-    vision, text = config.vision_config, config.text_config
-    _require(vision.model_type in family.towers, where, "vision_config.model_type", vision.model_type, family.towers)
-    _require(text.model_type in family.decoders, where, "text_config.model_type", text.model_type, family.decoders)
-    _require_sizes(config, where)
-    for key, act in (
-        ("vision_config.hidden_act", vision.hidden_act),
-        ("projector_hidden_act", config.projector_hidden_act),
-    ):
-        _require(act in ACTIVATIONS, where, key, act, tuple(ACTIVATIONS))
-    _require(text.hidden_act == "silu", where, "text_config.hidden_act", text.hidden_act, ("silu",))
-    rope = text.rope_parameters
-    _require(rope["rope_type"] == "default", where, "text_config.rope_type", rope["rope_type"], ("default",))
-    turned = rope.get("partial_rotary_factor", 1.0)
-    _require(turned == 1.0, where, "text_config.partial_rotary_factor", turned, (1.0,))
-    layer = config.vision_feature_layer
-    _require(isinstance(layer, int), where, "vision_feature_layer", layer, ("a single layer",))
-    layers = feature_layers(config)
-    _require(0 < layers <= vision.num_hidden_layers, where, "vision_feature_layer", layer, ("a layer of the tower",))
-    patch, size = vision.patch_size, vision.image_size
-    _require(size % patch == 0, where, "vision_config.image_size", size, (f"a multiple of patch_size {patch}",))
-    return ModelConfig(
-        vision=VisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_layers=layers,
-            num_heads=vision.num_attention_heads,
-            image_size=size,
-            patch_size=patch,
-            layer_norm_eps=vision.layer_norm_eps,
-            hidden_act=vision.hidden_act,
-            keep_class_token=config.vision_feature_select_strategy == "full",
-        ),
-        projector=ProjectorConfig(config.projector_hidden_act, config.multimodal_projector_bias),
-        text=TextConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_theta=rope["rope_theta"],
-            max_position_embeddings=text.max_position_embeddings,
-            attention_bias=text.attention_bias,
-            mlp_bias=text.mlp_bias,
-            tie_word_embeddings=config.tie_word_embeddings,
-        ),
-        image_token_id=config.image_token_index,
-    )
-
-
-def _require_sizes(config: LlavaConfig, where: str) -> None:
-    """Counts must be whole and positive, and token ids must be rows of the embedding table.
-
-    That heads divide widths and that head_dim is even was checked by transformers.
-    """
-    vision, text = config.vision_config, config.text_config
-    common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name, part, keys in (
-        ("vision_config", vision, (*common, "image_size", "patch_size")),
-        ("text_config", text, (*common, "num_key_value_heads", "vocab_size", "max_position_embeddings")),
-    ):
-        for key in keys:
-            value = getattr(part, key)
-            _require(isinstance(value, int) and value > 0, where, f"{name}.{key}", value, ("whole numbers above 0",))
-    _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
-    _require(heads % groups == 0, where, "text_config.num_key_value_heads", groups, (f"divisors of {heads} heads",))
-    head_dim = text.hidden_size // heads if text.head_dim is None else text.head_dim
-    _require(head_dim > 0, where, "text_config.head_dim", head_dim, ("whole numbers above 0",))
-    rows = (f"token ids below vocab_size {text.vocab_size}",)
-    _require(0 <= config.image_token_index < text.vocab_size, where, "image_token_index", config.image_token_index, rows)
-    pad = text.pad_token_id
-    _require(pad is None or abs(pad) < text.vocab_size, where, "text_config.pad_token_id", pad, rows)
-
-
-def _require(holds: bool, where: str, key: str, got: object, allowed: tuple[object, ...]) -> None:
-    if not holds:
-        raise UserError(f"{where}: {key} is {got!r}; this family supports {', '.join(str(a) for a in allowed)}")

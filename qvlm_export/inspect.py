@@ -18,7 +18,7 @@ from qvlm_export.preflight import estimate_sizes
 # Component -> how the names of its tensors begin.
 COMPONENTS = {
     "vision_tower": ("vision_tower.",),
-    "projector": ("multi_modal_projector.",),
+    "projector": ("multi_modal_projector.", "image_newline"),
     "language_model": ("language_model.model.layers.", "language_model.model.norm."),
     "lm_head": ("language_model.lm_head.",),
     "embeddings": ("language_model.model.embed_tokens.",),

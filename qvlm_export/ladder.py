@@ -19,7 +19,7 @@ import torch
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
-from calibrate.samples import Sample
+from calibrate.samples import Sample, placed
 from calibrate.simulate import DequantizedSource, open_head, recorded, simulated_step, with_rounded_tables
 from calibrate.tensors import TensorSource
 from calibrate.walk import Step, plain_step, walk_language, walk_vision
@@ -27,7 +27,7 @@ from engines.graph_probe import WrongWeight, run_blocks, wrong_weights
 from engines.manifest import Manifest
 from engines.metrics import Sums, measure, sqnr_db
 from engines.polygraphy_check import RunnerPair, engine_runners, language_feed, no_image, vision_feed
-from engines.session import Session, choose_runtime, open_session
+from engines.session import Session, choose_runtime, embed_tiles, open_session
 from qvlm_export.accuracy import (
     ENGINE,
     FAKE_QUANT,
@@ -160,7 +160,7 @@ def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack)
     def logits(number: int) -> np.ndarray:
         sample = samples[number]
         pixels = sample.pixel_values if len(sample.pixel_values) else None
-        found: np.ndarray = session.logits(sample.input_ids[None], pixels)[0]
+        found: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
         return found
 
     return Rung(GRAPH, logits), session
@@ -207,8 +207,8 @@ def _graph_blocks(job: Job, blocks: ModelBlocks, session: Session) -> dict[str, 
     feeds = {}
     if len(sample.pixel_values):
         feeds["vision"] = vision_feed(sample)
-        embeds = session.runner.embed_images(sample.pixel_values)
-    feeds["language"] = {**language_feed(job.manifest, sample, embeds), "image_embeds": embeds}
+        embeds = embed_tiles(session.runner, job.manifest, sample.pixel_values)
+    feeds["language"] = {**language_feed(job.manifest, sample, embeds), "image_embeds": placed(embeds, sample.placement)}
     last = {b.prefix: b.linear_names()[-1] for b in (*blocks.vision_layers, blocks.projector, *blocks.text_layers)}
     outputs = run_blocks(job.manifest, last, feeds)
     return {block: output.reshape(-1, output.shape[-1]) for block, output in outputs.items()}

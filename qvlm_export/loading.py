@@ -15,7 +15,8 @@ from calibrate.errors import UserError
 from engines.manifest import Manifest, read_manifest, verified_file
 from engines.sampling import Sampling
 from engines.session import Sequences, Session, open_session
-from qvlm_export.samples import chat_text, encode, load_processor
+from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.tiles import place_tiles, select_tiles, tile_counts
 
 _MARK = "\u2063answer\u2063"  # invisible separators: no user types them
 
@@ -66,9 +67,21 @@ class LoadedModel:
     def manifest(self) -> Manifest:
         return self.session.manifest
 
-    def logits(self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None) -> np.ndarray:
-        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position."""
-        return self.session.logits(input_ids, pixel_values)
+    def logits(
+        self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None
+    ) -> np.ndarray:
+        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position.
+
+        For models that cut pictures into tiles as their processor gives them: float32 [n, most tiles, 3, R, R], and
+        image_sizes [n, 2], height and width of every picture in pixels.
+        """
+        if self.manifest.config.tiles is None or pixel_values is None or not len(pixel_values):
+            return self.session.logits(input_ids, pixel_values)
+        if image_sizes is None or np.ndim(pixel_values) != 5:
+            raise UserError("this model cuts pictures into tiles; give pixel_values and image_sizes as its processor does")
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        tiles = select_tiles(pixel_values, tile_counts(self.manifest.config, sizes))
+        return self.session.logits(input_ids, tiles, place_tiles(self.manifest.config, sizes))
 
     @overload
     def generate(
@@ -118,7 +131,7 @@ class Chat:
     """A conversation whose history stays in the cache: a turn computes its own tokens only."""
 
     def __init__(self, session: Session, processor: Any) -> None:
-        self._session, self._processor = session, processor
+        self._session, self._processor, self._config = session, processor, session.manifest.config
         self._turns: list[dict[str, Any]] = []
         self._sequences: Sequences | None = None
 
@@ -149,8 +162,8 @@ class Chat:
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
         """Computes what the conversation has more than the cache."""
         if self._sequences is None:
-            pixels, ids = encode(self._processor, chat_text(self._processor, turns), images)
-            self._sequences = self._session.start([ids], pixels if len(images) else None)
+            new = encode_pictures(self._processor, self._config, chat_text(self._processor, turns), images)
+            self._sequences = self._session.start([new.input_ids], new.pixel_values, new.placement)
             return
         # What the template puts between the last answer and the next is the text behind a mark in the answer's place.
         marked = [*turns[:-2], {"role": "assistant", "text": _MARK}, turns[-1]]
@@ -159,8 +172,8 @@ class Chat:
             raise UserError(
                 "the chat template leaves earlier answers out, so this conversation cannot go on; start a new one"
             )
-        pixels, ids = encode(self._processor, added, images, continues=True)
-        self._session.extend(self._sequences, [ids], pixels if len(images) else None)
+        new = encode_pictures(self._processor, self._config, added, images, continues=True)
+        self._session.extend(self._sequences, [new.input_ids], new.pixel_values, new.placement)
 
     def _decode(self, settings: Generation) -> Iterator[str]:
         """Text pieces. A piece is held back while it could be the beginning of a stop string or of a character."""

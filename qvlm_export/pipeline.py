@@ -53,6 +53,7 @@ from qvlm_export.samples import check_processor, default_calibration, encode_ent
 FLOAT_TYPE = "float16"
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
+TEXT_LENGTH = 1024  # beside the largest picture, where pictures are cut into tiles
 MAX_SAMPLES = 128  # used when --samples does not say
 # What calibration does with the samples: rtn takes absolute maxima and rounds to nearest; fast folds and rounds towards the
 # float model's output; full tries several ways on every block and then learns the rounding.
@@ -172,12 +173,16 @@ def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
 
 def _limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:
     longest = checkpoint.config.text.max_position_embeddings
-    max_length = options.max_length or min(DEFAULT_MAX_LENGTH, longest)
+    config = checkpoint.config
+    usual = max(DEFAULT_MAX_LENGTH, config.most_image_tokens + TEXT_LENGTH) if config.tiles else DEFAULT_MAX_LENGTH
+    max_length = options.max_length or min(usual, longest)
     if not checkpoint.config.vision.tokens_per_image < max_length <= longest:
         raise UserError(
             f"--max-length {max_length}: this model takes {checkpoint.config.vision.tokens_per_image + 1} (one image and a "
             f"token) to {longest} tokens"
         )
+    if config.tiles is not None:  # the session runs the vision engine as often as pictures need it
+        return Limits(max_length, options.max_batch, config.most_tiles)
     images = max(options.max_batch, (max_length - 1) // checkpoint.config.vision.tokens_per_image)
     return Limits(max_length, options.max_batch, min(images, 4 * options.max_batch))
 

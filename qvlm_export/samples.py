@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoProcessor
 
 from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
-from calibrate.samples import Sample
+from calibrate.samples import Placement, Sample
 from engines.config import ModelConfig
+from qvlm_export.families import find_layout
+from qvlm_export.hub import read_config
 from qvlm_export.images import open_image
+from qvlm_export.processors import processor_class
+from qvlm_export.tiles import place_tiles, select_tiles, tile_counts
 
 # What LLaVA-1.5 was trained with; for checkpoints without a chat template of their own.
 FALLBACK_TEMPLATE = "USER: {images}{prompt} ASSISTANT:"
@@ -47,9 +50,16 @@ def default_calibration() -> Path:
 
 
 def load_processor(folder: Path) -> Any:
-    """The checkpoint's own processor (transformers). Raises UserError when the folder has none, or a damaged one."""
+    """The processor in a folder (transformers' own), or made of what its layout has instead.
+
+    Raises UserError when the folder has none, or a damaged one.
+    """
+    if (folder / "config.json").exists():
+        make = find_layout(read_config(folder)).make_processor
+        if make is not None:
+            return make(folder)
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = processor_class(folder).from_pretrained(folder)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
         raise UserError(
             f"{folder}: its processor cannot be loaded ({_first_line(error)}); add the tokenizer and processor files"
@@ -67,16 +77,17 @@ def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
     grey = Image.new("RGB", (96, 64), (127, 127, 127))
     try:
         text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
-        encoded = None if text.count(processor.image_token) != 1 else encode(processor, text, [grey])
+        encoded = None if text.count(processor.image_token) != 1 else encode_pictures(processor, config, text, [grey])
     except (*DAMAGED_FILE_ERRORS, TemplateError, UserError) as error:
         raise UserError(f"{where} fails ({_first_line(error)}); download the processor files again") from error
     if encoded is None:
         raise UserError(f"{where} has a chat template that does not place {processor.image_token}; download it again")
-    _check_encoded(*encoded, config, where)
+    _check_encoded(encoded, config, where)
 
 
-def _check_encoded(pixels: np.ndarray, ids: np.ndarray, config: ModelConfig, where: str) -> None:
-    """pixels float32 [n, 3, R, R] and ids int64 [S] must be what this model takes."""
+def _check_encoded(encoded: Encoded, config: ModelConfig, where: str) -> None:
+    """Raises UserError where it is not what this model takes."""
+    pixels, ids = encoded.pixel_values, encoded.input_ids
     side, together = config.vision.image_size, "do processor and config.json belong together?"
     if len(pixels) and pixels.shape[1:] != (3, side, side):
         raise UserError(
@@ -85,8 +96,9 @@ def _check_encoded(pixels: np.ndarray, ids: np.ndarray, config: ModelConfig, whe
     if not np.isfinite(pixels).all():
         raise UserError(f"{where}: a picture becomes NaN or infinite; check image_mean and image_std of the processor")
     found, wanted = int((ids == config.image_token_id).sum()), len(pixels) * config.vision.tokens_per_image
+    wanted, what = (wanted, "pictures") if encoded.placement is None else (len(encoded.placement), "tiles")
     if found != wanted:
-        raise UserError(f"{where}: {found} image tokens for {len(pixels)} pictures, the model takes {wanted}; {together}")
+        raise UserError(f"{where}: {found} image tokens for {len(pixels)} {what}, the model takes {wanted}; {together}")
     if int(ids.max()) >= config.text.vocab_size:
         raise UserError(f"{where}: token {ids.max()} is beyond vocab_size {config.text.vocab_size}; {together}")
 
@@ -138,19 +150,20 @@ def encode_entries(entries: list[Entry], processor: Any, config: ModelConfig, ma
 def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: int) -> Sample:
     images = [] if entry.image is None else [open_image(entry.image, entry.where)]
     prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
-    pixels, ids = encode(processor, prompt, images, entry.where)
-    start = len(ids)
+    encoded = encode_pictures(processor, config, prompt, images, where=entry.where)
+    ids, start = encoded.input_ids, len(encoded.input_ids)
     if entry.line.answer is not None:
         # Encoded as one text: tokenizers with a dummy prefix, as Llama's, give a text of its own other tokens.
-        _, whole = encode(processor, f"{prompt} {entry.line.answer}", images, entry.where)
+        whole = encode_pictures(processor, config, f"{prompt} {entry.line.answer}", images, where=entry.where).input_ids
         start = int((ids == whole[:start]).cumprod().sum()) if len(whole) >= start else 0
         ids = np.append(whole, processor.tokenizer.eos_token_id)
     if len(ids) > max_length:
         raise UserError(
             f"{entry.where}: is {len(ids)} tokens long, --max-length is {max_length}; shorten it or raise the limit"
         )
-    _check_encoded(pixels, ids, config, entry.where)
-    return Sample(ids, pixels, start)
+    encoded = replace(encoded, input_ids=ids)
+    _check_encoded(encoded, config, entry.where)
+    return Sample(ids, encoded.pixel_values, start, encoded.placement)
 
 
 def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
@@ -175,23 +188,59 @@ def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One text with its pictures. pixel_values: float32 [n, 3, R, R] of n pictures or tiles; input_ids: int64 [S] with every
+    image token; placement: of tiles, None without them.
+    """
+
+    pixel_values: np.ndarray
+    input_ids: np.ndarray
+    placement: Placement | None = None
+
+
 def encode(
     processor: Any, text: str, images: list[Image.Image], where: str = "the prompt", continues: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel values float32 [n, 3, R, R] and input_ids int64 [S] with one image token a patch.
+    """`encode_pictures` for a model without tiles: pixel_values and input_ids."""
+    _check_text(processor, text, len(images), where)
+    encoded = _processed(processor, text, images, continues)
+    ids = np.asarray(encoded["input_ids"], np.int64)[0]
+    if not images:
+        return np.zeros((0, 3, 1, 1), np.float32), ids
+    return np.asarray(encoded["pixel_values"], np.float32), ids
+
+
+def encode_pictures(
+    processor: Any,
+    config: ModelConfig,
+    text: str,
+    images: list[Image.Image],
+    *,
+    where: str = "the prompt",
+    continues: bool = False,
+) -> Encoded:
+    """A turn, or several, as the model takes it: one image token a patch, pictures cut into tiles where it wants them.
 
     The template may already begin with the tokenizer's BOS text, which must then not be added twice; nor is it when the
     text `continues` a conversation. Raises UserError, begun with `where`, when the text does not hold one image token for
     each picture.
     """
-    tokenizer = processor.tokenizer
+    if config.tiles is None or not images:
+        return Encoded(*encode(processor, text, images, where, continues))
     _check_text(processor, text, len(images), where)
+    encoded = _processed(processor, text, images, continues)
+    sizes = [(image.height, image.width) for image in images]
+    pixels = select_tiles(np.asarray(encoded["pixel_values"], np.float32), tile_counts(config, sizes))
+    return Encoded(pixels, np.asarray(encoded["input_ids"], np.int64)[0], place_tiles(config, sizes))
+
+
+def _processed(processor: Any, text: str, images: list[Image.Image], continues: bool) -> Any:
+    tokenizer = processor.tokenizer
     add_special = not continues and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    encoded = processor(images=images or None, text=text, return_tensors="np", add_special_tokens=add_special)
-    ids = np.asarray(encoded["input_ids"], np.int64)[0]
-    if not images:
-        return np.zeros((0, 3, 1, 1), np.float32), ids
-    return np.asarray(encoded["pixel_values"], np.float32), ids
+    # Nested, as pictures of one text: LLaVA-OneVision treats several in a text otherwise than one in each of several.
+    given = [images] if images else None
+    return processor(images=given, text=[text], return_tensors="np", add_special_tokens=add_special)
 
 
 def _check_text(processor: Any, text: str, images: int, where: str) -> None:

@@ -20,7 +20,7 @@ from calibrate.job import Calibration
 from calibrate.quantize import activation_scale, quantize_linear
 from calibrate.samples import Sample
 from calibrate.scheme import W8A8, LinearScheme
-from qvlm_export.families import FAMILIES, renamer
+from qvlm_export.families import find_layout, renamer
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 Q_PROJ = "language_model.model.layers.1.self_attn.q_proj"
@@ -105,7 +105,7 @@ def test_what_is_not_planned_stays_as_in_the_source(llava, tmp_path, dtype):
 def damaged(folder, source, name, value):
     """A copy of the checkpoint `source` with one value of the tensor of this canonical name replaced."""
     shutil.copytree(source, folder)
-    path, rename = folder / "model.safetensors", renamer(FAMILIES[0])
+    path, rename = folder / "model.safetensors", renamer(find_layout({}))
     tensors = load_file(path)
     (stored,) = [key for key in tensors if rename(key) == name]
     array = tensors[stored].copy()

@@ -20,7 +20,7 @@ FEATURES = pytest.mark.parametrize("feature", [-2, -1, -3, 1, 4])
 def test_the_feature_is_the_output_of_the_last_layer_that_runs(feature):
     config = LlavaConfig(vision_config=CLIPVisionConfig(num_hidden_layers=4), vision_feature_layer=feature)
     # transformers indexes a list that begins with the embeddings, so the place in it is the number of layers run.
-    assert feature_layers(config) == list(range(5))[feature]
+    assert feature_layers(config) == (list(range(5))[feature],)
 
 
 @FEATURES
@@ -60,14 +60,14 @@ def test_linears_are_listed_block_by_block_in_the_order_they_run(llava):
 
 def test_blocks_are_made_without_memory(llava):
     blocks = make_blocks(open_small(llava()).hf_config)
-    every = (blocks.patch_embeddings, blocks.pre_norm, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    every = (*blocks.entries, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
     assert {p.device.type for block in every for p in block.module.parameters()} == {"meta"}
 
 
 def test_the_names_of_all_blocks_are_tensors_of_the_checkpoint(llava):
     checkpoint = open_small(llava())
     blocks = make_blocks(checkpoint.hf_config)
-    every = (blocks.patch_embeddings, blocks.pre_norm, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    every = (*blocks.entries, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
     for block in every:
         for name in block.tensor_names():
             assert checkpoint.source.shape(name) == tuple(block.module.get_parameter(name[len(block.prefix) + 1 :]).shape)
@@ -89,7 +89,7 @@ def test_weights_are_there_while_a_block_is_resident_and_gone_after(llava, dtype
 
 def test_the_embeddings_know_their_positions(llava):
     checkpoint = open_small(llava())
-    block = make_blocks(checkpoint.hf_config).patch_embeddings
+    block = make_blocks(checkpoint.hf_config).entries[0]
     with resident(block, checkpoint.source) as module:
         assert module.position_ids.tolist() == [list(range(37))]
     assert {t.device.type for t in (*block.module.parameters(), *block.module.buffers())} == {"meta"}

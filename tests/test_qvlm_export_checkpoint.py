@@ -21,9 +21,10 @@ import qvlm_export
 from calibrate.errors import UserError
 from calibrate.safetensors_source import SafetensorsSource
 from engines.graph import expected_shapes
-from qvlm_export import checkpoint
-from qvlm_export.checkpoint import find_folder, open_checkpoint
-from qvlm_export.families import FAMILIES, renamer
+from qvlm_export import hub as hub_module
+from qvlm_export.checkpoint import open_checkpoint
+from qvlm_export.families import find_layout, renamer
+from qvlm_export.hub import find_folder
 from qvlm_export.samples import chat_text, encode, load_processor
 from qvlm_export.torch_source import TorchSource
 
@@ -175,7 +176,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(llava: Llava, tmp_path: Path
 
 def test_every_expected_tensor_is_named_by_the_real_model(llava: Llava) -> None:
     """The graphs ask for transformers' own parameters, less those of tower layers behind the feature."""
-    rename = renamer(FAMILIES[0])
+    rename = renamer(find_layout({}))
     opened = open_checkpoint(str(llava()))
     model = LlavaForConditionalGeneration.from_pretrained(llava())
     unused = ("vision_tower.vision_model.encoder.layers.3.", "vision_tower.vision_model.post_layernorm.")
@@ -237,7 +238,7 @@ class Hub:
 )
 def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str) -> None:
     hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
-    monkeypatch.setattr(checkpoint, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
     assert find_folder(model) == tmp_path
     assert [name for name, _ in hub.asked] == [repository]
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.model"}
@@ -245,7 +246,7 @@ def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_torch_files_are_downloaded_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
-    monkeypatch.setattr(checkpoint, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
     find_folder("someone/old")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model-00001-of-00002.bin"}
 
@@ -268,7 +269,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(hub_module, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"--model a/b: cannot be downloaded .*check the name and the network"):
         find_folder("a/b")
 

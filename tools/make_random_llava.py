@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from engines.graph import expected_shapes
-from qvlm_export.families import model_config
+from qvlm_export.model_config import model_config
 
 SHARD_BYTES = 2 * 2**30
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 6, 20.0

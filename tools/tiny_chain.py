@@ -102,7 +102,7 @@ def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, g
 
     with ExitStack() as stack, torch.inference_mode():
         hidden = [torch.from_numpy(np.concatenate([s.pixel_values for s in ordered]))]
-        for block in (tapped.patch_embeddings, tapped.pre_norm):
+        for block in tapped.entries:
             hidden = [stack.enter_context(resident(block, checkpoint.source))(hidden[0])]
         built = _Builder(stack, checkpoint, scheme, grid)
         for pair in zip(tapped.vision_layers, whole.vision_layers, strict=True):
