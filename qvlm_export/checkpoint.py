@@ -18,7 +18,7 @@ from calibrate.tensors import TensorSource
 from engines.config import ModelConfig
 from engines.graph import TIED_HEAD, expected_shapes
 from qvlm_export.families import find_family, find_layout, renamer
-from qvlm_export.hub import find_folder, first_line, read_config
+from qvlm_export.hub import find_folder, read_config
 from qvlm_export.model_config import model_config
 from qvlm_export.weights import open_weights
 
@@ -50,7 +50,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         hf_config = family.config_class.from_dict(config_json)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{where}: not a valid configuration ({first_line(error)}); download it again") from error
+        words = " ".join(str(error).split())
+        raise UserError(f"{where}: not a valid configuration ({words}); download it again") from error
     config = model_config(hf_config, where)
     source = open_weights(folder, renamer(layout))
     if layout.open_source is not None:

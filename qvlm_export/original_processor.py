@@ -19,6 +19,7 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from calibrate.errors import UserError
@@ -142,6 +143,14 @@ def _tokenizer(folder: Path, vocabulary: int, legacy: bool) -> Any:
     fillers = [f"<unused{number}>" for number in range(vocabulary - len(tokenizer))]
     tokenizer.add_tokens(fillers, special_tokens=True)
     tokenizer.add_tokens([IMAGE], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token
-    return tokenizer
+    # As what it is, not as a LlamaTokenizer: that one forgets when it is saved whether it was legacy.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token or tokenizer.unk_token,
+        padding_side="left",
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+    )

@@ -58,7 +58,11 @@ def test_model_is_an_empty_folder(absent: Path, tmp_path: Path) -> None:
         ("[" * 100_000, ["not readable as JSON"]),
         ("[1, 2]", ["no JSON object"]),
         ("null", ["no JSON object"]),
-        ('{"model_type": "bert"}', ["model_type is 'bert'", "supported: llava"]),
+        ('{"model_type": "bert"}', ["model_type is 'bert'", "supported: llava (", "llava_onevision (LLaVA-OneVision)"]),
+        (
+            '{"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}',
+            ["model_type is 'qwen2_5_vl' (Qwen2_5_VLForConditionalGeneration)", "no supported LLaVA"],
+        ),
         ("{}", ["model_type is None", "supported: llava"]),
     ],
 )
@@ -75,8 +79,9 @@ def test_config_is_not_utf8(checkpoint: Path, absent: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (put("vision_config", "model_type", "siglip_vision_model"), ["vision_config.model_type", "siglip", "clip"]),
-        (put("text_config", "model_type", "mistral"), ["text_config.model_type is 'mistral'", "supports llama"]),
+        (put("vision_config", "model_type", "vit"), ["vision_config.model_type is 'vit'", "supports clip", "siglip"]),
+        (put("vision_config", "model_type", "siglip_vision_model"), ["vision_feature_select_strategy is 'default'", "full"]),
+        (put("text_config", "model_type", "gpt_neox"), ["text_config.model_type is 'gpt_neox'", "supports llama, mistral"]),
         (put("vision_config", "hidden_act", "swish"), ["vision_config.hidden_act is 'swish'", "quick_gelu"]),
         (put("text_config", "hidden_act", "gelu"), ["text_config.hidden_act is 'gelu'", "silu"]),
         (put("", "projector_hidden_act", "relu6"), ["projector_hidden_act is 'relu6'", "gelu"]),
@@ -87,7 +92,8 @@ def test_config_is_not_utf8(checkpoint: Path, absent: Path) -> None:
         ),
         (put("text_config", "head_dim", 0), ["text_config.head_dim is 0", "above 0"]),
         (put("text_config", "partial_rotary_factor", 0.5), ["text_config.partial_rotary_factor is 0.5", "supports 1.0"]),
-        (put("", "vision_feature_layer", [-2, -5]), ["vision_feature_layer is [-2, -5]", "single layer"]),
+        (put("", "vision_feature_layer", [-2, -6]), ["vision_feature_layer is [-2, -6]", "layer of the tower"]),
+        (put("", "vision_feature_layer", []), ["vision_feature_layer is []", "or several"]),
         (put("", "vision_feature_layer", 9), ["vision_feature_layer is 9", "layer of the tower"]),
         (put("", "vision_feature_layer", 0), ["vision_feature_layer is 0"]),
         (put("", "vision_feature_select_strategy", "cls"), ["vision_feature_select_strategy", "cls"]),

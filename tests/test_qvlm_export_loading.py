@@ -12,6 +12,7 @@ from PIL import Image
 
 import qvlm_export
 from calibrate.errors import UserError
+from engines.manifest import Manifest
 from engines.session import Sequences
 from qvlm_export.loading import Chat, Generation, Settings, _cut, _held
 
@@ -167,10 +168,10 @@ def test_sampling_is_seeded(model):
 class Scripted:
     """A session that says a given text, one token a step."""
 
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: list[int], manifest: Manifest) -> None:
+        self._tokens, self.manifest = tokens, manifest
 
-    def start(self, prompts, _pixels):
+    def start(self, prompts, _pixels, _placement):
         return Sequences([list(prompts[0])], np.array([len(prompts[0])]), None)
 
     def generate(self, sequences, _limit, _stop_ids, _sampling):
@@ -190,7 +191,7 @@ class Scripted:
 )
 def test_pieces_never_show_a_stop_string_or_half_a_character(model, said, stop, wanted):
     tokens = model.processor.tokenizer.encode(said, add_special_tokens=False)
-    pieces = list(Chat(Scripted(tokens), model.processor).say("?", max_new_tokens=99, stop=stop))
+    pieces = list(Chat(Scripted(tokens, model.manifest), model.processor).say("?", max_new_tokens=99, stop=stop))
     assert "".join(pieces) == wanted
     assert not any("\ufffd" in piece for piece in pieces)
 
