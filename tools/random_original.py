@@ -121,8 +121,9 @@ def make_model(config: PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).eval()
     randomize_(model)
-    model.half().float()
     with torch.no_grad():
+        for parameter in model.parameters():  # parameters alone: the rotary table would be rounded too
+            parameter.copy_(parameter.half().float())
         for table in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
             table[config.image_token_index :] = table[: config.image_token_index].mean(0).half().float()
         if config.projector_hidden_act == "linear":
