@@ -25,14 +25,35 @@ Examples:
   qvlm-export --model ./my-llava --out out/int8.plan --scheme int8 --target sm89 --target sm120
 
   qvlm-export --model llava-7b --out engine.plan --dry-run
+
+  qvlm-export --list-models
 """
+
+LIST_WIDTH = 140  # of --list-models: a name that is cut helps nobody
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
+def print_models(wanted: bool) -> None:
+    """The aliases of --model with the sizes that follow from their geometry; ends the program."""
+    if not wanted:
+        return
+    from qvlm_export.aliases import model_sizes
+
+    table = Table(title="--model takes tiny, a Hugging Face id, a folder, or", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("alias", "repository", "parameters", "float16", "int4", "image tokens"):
+        table.add_column(column, justify="left" if column in ("alias", "repository") else "right", no_wrap=True)
+    for size in model_sizes():
+        sizes = (megabytes(size.float16_bytes), megabytes(size.int4_bytes), f"{size.image_tokens}")
+        table.add_row(size.alias, size.repository, f"{size.parameters / 1e9:.2f} B", *sizes)
+    console = Console(markup=False, highlight=False)
+    Console(markup=False, highlight=False, width=max(console.width, LIST_WIDTH)).print(table)
+    raise typer.Exit
+
+
 @app.command(epilog=EXAMPLES, cls=OneLineErrors)
 def main(
-    model: Annotated[str, typer.Option(help="tiny, llava-7b, llava-13b, a Hugging Face id, or a local folder")],
+    model: Annotated[str, typer.Option(help="an alias of --list-models, a Hugging Face id, or a local folder")],
     out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
     scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
     recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
@@ -48,6 +69,9 @@ def main(
     work_dir: Annotated[Path | None, typer.Option(help="keep the calibrated checkpoint here")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
+    list_models: Annotated[  # noqa: ARG001  (its callback does it)
+        bool, typer.Option("--list-models", is_eager=True, callback=print_models, help="show the aliases and their sizes")
+    ] = False,
 ) -> None:
     """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
     with errors_as_lines():
