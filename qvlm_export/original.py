@@ -45,36 +45,34 @@ ROW_STEP = 64  # tables are grown to a multiple of it, as llava-hf's are
 def convert_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration that transformers has for this model. Raises UserError naming the key that cannot be used."""
     where = folder / "config.json"
-    model_type = config.get("model_type")
-    _require(model_type in DECODERS, where, "model_type", model_type, tuple(DECODERS))
-    projector = config.get("mm_projector_type") or "linear"
-    _require(projector in PROJECTORS, where, "mm_projector_type", projector, tuple(PROJECTORS))
-    feature = config.get("mm_vision_select_feature") or "patch"
-    _require(feature in STRATEGIES, where, "mm_vision_select_feature", feature, tuple(STRATEGIES))
-    aspect = config.get("image_aspect_ratio") or "square"
-    _require(aspect in ASPECTS, where, "image_aspect_ratio", aspect, ASPECTS)
-    tiled = aspect == ANYRES
+    model_type = _chosen(config, "model_type", None, tuple(DECODERS), where)
+    feature = _chosen(config, "mm_vision_select_feature", "patch", tuple(STRATEGIES), where)
+    tiled = _chosen(config, "image_aspect_ratio", "square", ASPECTS, where) == ANYRES
     if tiled:
-        merge = config.get("mm_patch_merge_type")
-        _require(merge == "spatial_unpad", where, "mm_patch_merge_type", merge, ("spatial_unpad",))
+        _chosen(config, "mm_patch_merge_type", None, ("spatial_unpad",), where)
     vocabulary = config.get("vocab_size")
     whole = isinstance(vocabulary, int) and vocabulary > 0
     _require(whole, where, "vocab_size", vocabulary, ("whole numbers above 0",))
     text = {key: config[key] for key in TEXT_KEYS if config.get(key) is not None}
-    text |= {"model_type": DECODERS[str(model_type)], "vocab_size": grown(int(vocabulary or 0))}
+    text |= {"model_type": DECODERS[model_type], "vocab_size": grown(int(vocabulary or 0))}
     converted = {
         "model_type": "llava_next" if tiled else "llava",
         "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
         "text_config": text,
         "vision_config": tower_config(tower_name(config, folder), folder),
-        "projector_hidden_act": PROJECTORS[str(projector)],
+        "projector_hidden_act": PROJECTORS[projector_type(config, where)],
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": STRATEGIES[str(feature)],
+        "vision_feature_select_strategy": STRATEGIES[feature],
         "image_token_index": vocabulary,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dtype": config.get("torch_dtype") or "float16",
     }
     return converted | ({"image_grid_pinpoints": config.get("image_grid_pinpoints")} if tiled else {})
+
+
+def projector_type(config: Mapping[str, Any], where: Path) -> str:
+    """`mm_projector_type`, which LLaVA before 1.5 does not write. Raises UserError for one that is not supported."""
+    return _chosen(config, "mm_projector_type", "linear", tuple(PROJECTORS), where)
 
 
 def tower_name(config: Mapping[str, Any], folder: Path) -> str:
@@ -129,7 +127,11 @@ def open_source(own: TensorSource, config: Mapping[str, Any], folder: Path) -> T
                 f"{folder}: {name} has {own.shape(name)[0]} rows, but config.json says vocab_size {vocabulary}; "
                 "weights and config do not belong together"
             )
-    return OriginalSource(own, tower, grown(vocabulary))
+    where = folder / "config.json"
+    once = projector_type(config, where) == "linear"
+    if once and f"{SECOND}.weight" in own:
+        raise UserError(f"{where}: mm_projector_type is linear, but the weights have a second; write mlp2x_gelu")
+    return OriginalSource(own, tower, grown(vocabulary), once)
 
 
 def _tower_rename(name: str) -> str | None:
@@ -143,13 +145,14 @@ class OriginalSource:
     """A TensorSource over language model, tower, and what the conversion adds.
 
     rows: of the embedding table and the head, whose new rows are the mean of the others, so that they are as probable as a
-    mean token. A projector of one linear gets an identity for a second, which transformers needs and the graph leaves out.
+    mean token. A projector of one linear (`once`) gets an identity for a second, which transformers needs and the graph
+    leaves out.
     """
 
-    def __init__(self, own: TensorSource, tower: TensorSource | None, rows: int) -> None:
+    def __init__(self, own: TensorSource, tower: TensorSource | None, rows: int, once: bool) -> None:
         self._own, self._tower, self._rows = own, tower, rows
         first = f"{SECOND[:-1]}1.weight"
-        self._identity = own.shape(first)[0] if first in own and f"{SECOND}.weight" not in own else None
+        self._identity = own.shape(first)[0] if once and first in own else None
 
     def _source(self, name: str) -> TensorSource:
         return self._tower if self._tower is not None and name in self._tower else self._own
@@ -184,6 +187,14 @@ class OriginalSource:
             return array
         mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
         return np.concatenate([array, np.broadcast_to(mean, (self._rows - len(array), len(mean)))])
+
+
+def _chosen(config: Mapping[str, Any], key: str, default: str | None, allowed: tuple[str, ...], where: Path) -> str:
+    """The value of a key, or the default where it is missing or null. Raises UserError when it is none of those allowed."""
+    value = config.get(key)
+    value = default if value is None else value
+    _require(isinstance(value, str) and value in allowed, where, key, value, allowed)
+    return str(value)
 
 
 def _require(holds: bool, where: Path, key: str, got: object, allowed: tuple[object, ...]) -> None:

@@ -26,6 +26,7 @@ from calibrate.errors import UserError
 from qvlm_export.hub import first_line, read_config
 from qvlm_export.original import TOWERS, convert_config, tower_folder, tower_name
 
+LEAST_KNOWN = 0.9  # of a vocabulary: some models have more rows than tokens, for the sake of even numbers
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"
 
 
@@ -52,8 +53,7 @@ def conversation_of(config: Mapping[str, Any]) -> Conversation:
     """What a checkpoint was trained with: its name is not in config.json, but it follows from what is."""
     if config.get("model_type") == "llava_mistral":
         return CONVERSATIONS["mistral_instruct"]
-    old = (config.get("mm_projector_type") or "linear") == "linear"
-    return CONVERSATIONS["llava_v1" if old else "vicuna_v1"]
+    return CONVERSATIONS["llava_v1" if config.get("mm_projector_type") in (None, "linear") else "vicuna_v1"]
 
 
 _TEMPLATE = (
@@ -135,7 +135,7 @@ def _tokenizer(folder: Path, vocabulary: int, legacy: bool) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # sentencepiece and tokenizers raise nothing narrower for damaged files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}); download it again") from error
-    if len(tokenizer) > vocabulary:
+    if not LEAST_KNOWN * vocabulary <= len(tokenizer) <= vocabulary:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json says vocab_size {vocabulary}; "
             "do they belong together?"
