@@ -6,7 +6,7 @@ of the calibrated checkpoint and forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from calibrate.blocks import Block, linear_of, resident
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
-from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
+from calibrate.job import BlockWriter, Calibration, Progress, check_weight
 from calibrate.quantize import quantize_linear
 from calibrate.scheme import LinearScheme
 from calibrate.walk import Run, walk_language, walk_vision
@@ -29,20 +29,19 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
     """
     shards = BlockWriter(job, writer, progress)
 
-    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         with resident(block, job.source) as module, torch.inference_mode():
             with _input_amax(module) as amax:
-                outputs = [run(module, x) for x in inputs]
-            check_outputs(block, outputs)
+                outputs = shards.keep(block, (run(module, x) for x in inputs))
             linears = {
                 name: _quantize(f"{block.prefix}.{name}", linear_of(module, name), scheme, amax.get(name))
                 for name, scheme in job.plan_of(block).items()
             }
-        shards.write(block, linears)
+        shards.write(block, linears, outputs=outputs)
         return outputs
 
-    features = walk_vision(job.blocks, job.source, job.samples, step)
-    walk_language(job.blocks, job.source, job.samples, features, step)
+    features = walk_vision(job.blocks, job.source, job.samples, shards.resumable(step))
+    walk_language(job.blocks, job.source, job.samples, features, shards.resumable(step))
     shards.write_rest()
     return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}
 

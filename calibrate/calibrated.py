@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from calibrate.errors import UserError
@@ -95,8 +96,8 @@ class CalibratedWriter:
         self._weight_map: dict[str, str] = {}
         self._linears: dict[str, LinearScheme] = {}
 
-    def write_shard(self, block: str, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, np.ndarray]) -> None:
-        """Writes one block's tensors into a shard of its own, through a temporary file."""
+    def write_shard(self, block: str, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, np.ndarray]) -> str:
+        """Writes one block's tensors into a shard of its own, through a temporary file; returns the file's name."""
         tensors = {name: np.ascontiguousarray(array) for name, array in floats.items()}
         for name, linear in linears.items():
             tensors |= _stored_tensors(name, linear)
@@ -104,6 +105,25 @@ class CalibratedWriter:
         file_name = f"model-{block}.safetensors"
         write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
         self._weight_map |= dict.fromkeys(tensors, file_name)
+        return file_name
+
+    def adopt_shard(self, file_name: str, schemes: Mapping[str, LinearScheme]) -> list[str]:
+        """Takes over a shard that an interrupted run wrote whole. schemes: of its linears. Returns its tensors' names.
+
+        Raises UserError when the shard is gone, damaged, or holds other linears.
+        """
+        path = self._folder / file_name
+        try:
+            with safe_open(path, "np") as file:
+                names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete the work folder and begin anew") from error
+        missing = {f"{name}.weight_scale" for name in schemes} - set(names)
+        if missing:
+            raise UserError(f"{path}: lacks {min(missing)}; delete the work folder and begin anew")
+        self._weight_map |= dict.fromkeys(names, file_name)
+        self._linears |= schemes
+        return names
 
     def finish(self, config: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Writes config.json (with the quantization config), the record, and at last the index."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from calibrate.activations import Activations
 from calibrate.blocks import Block, ModelBlocks, check_finite
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
@@ -15,6 +17,8 @@ from calibrate.quantize import MAX_FLOAT16
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.tensors import TensorSource
+from calibrate.walk import Run, Step
+from calibrate.work import Entry, Work
 
 # (blocks done, blocks in all, name of the block)
 Progress = Callable[[int, int, str], None]
@@ -22,12 +26,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate: the model's blocks, its tensors, the scheme of each planned linear, the samples."""
+    """What to calibrate: the model's blocks, its tensors, the scheme of each planned linear, the samples.
+
+    work: where finished blocks are noted, and found again; None for a calibration that starts and ends in one go.
+    """
 
     blocks: ModelBlocks
     source: TensorSource
     plan: Mapping[str, LinearScheme]
     samples: Sequence[Sample]
+    work: Work | None = None
 
     def plan_of(self, block: Block) -> dict[str, LinearScheme]:
         """The planned linears of one block, by their names inside it."""
@@ -36,20 +44,71 @@ class Calibration:
 
 
 class BlockWriter:
-    """Writes one shard a block, counts blocks, and copies at the end whatever no block held."""
+    """Writes one shard a block, counts blocks, and copies at the end whatever no block held.
+
+    records: of the blocks so far, those of an interrupted run first. Blocks that such a run finished are not computed again.
+    """
 
     def __init__(self, job: Calibration, writer: CalibratedWriter, progress: Progress) -> None:
         self._job, self._writer, self._progress = job, writer, progress
         self._done = 0
         self._written: set[str] = set()
+        self.records: list[dict[str, Any]] = []
+        blocks = {b.prefix: b for b in (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)}
+        for entry in () if job.work is None else job.work.entries:
+            block = blocks[entry.name]
+            schemes = {f"{block.prefix}.{name}": scheme for name, scheme in job.plan_of(block).items()}
+            writer.adopt_shard(entry.shard, schemes)
+            self._finished(block, entry.record)
+
+    def finished(self, block: Block) -> bool:
+        """Whether the block was written, now or by the interrupted run."""
+        return all(name in self._written for name in block.tensor_names())
+
+    def resumable(self, step: Step) -> Step:
+        """The step, not computed for finished blocks: what they returned is known."""
+        work = self._job.work
+        if work is None:
+            return step
+
+        def resumed(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
+            outputs = work.outputs(block.prefix)
+            return step(block, inputs, run) if outputs is None else outputs
+
+        return resumed
+
+    def keep(self, block: Block, outputs: Iterable[torch.Tensor]) -> Activations | list[torch.Tensor]:
+        """The outputs of a block as they are to be gone on with. Raises UserError when one is not finite."""
+        checked = _checked(block, outputs)
+        return list(checked) if self._job.work is None else self._job.work.keep(checked)
 
     def write(
-        self, block: Block, linears: Mapping[str, QuantizedLinear], changed: Mapping[str, np.ndarray] | None = None
+        self,
+        block: Block,
+        linears: Mapping[str, QuantizedLinear],
+        changed: Mapping[str, np.ndarray] | None = None,
+        *,
+        outputs: Activations | Sequence[torch.Tensor] = (),
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """linears: by name inside the block. changed: float tensors that differ from the source (folded norms, biases)."""
+        """Writes a finished block.
+
+        linears: by name inside the block. changed: float tensors that differ from the source (folded norms, biases).
+        outputs: as `keep` gave them, none when no later block needs them.
+        """
         quantized = {f"{block.prefix}.{name}": linear for name, linear in linears.items()}
         floats = [n for n in block.tensor_names() if n.removesuffix(".weight") not in quantized]
-        self._shard(block.prefix, quantized, floats, {f"{block.prefix}.{n}": a for n, a in (changed or {}).items()})
+        shard = self._shard(block.prefix, quantized, floats, {f"{block.prefix}.{n}": a for n, a in (changed or {}).items()})
+        if self._job.work is not None:
+            described = outputs.described() if isinstance(outputs, Activations) else []
+            # A projector may read several layers of the tower, so their outputs stay until it is done.
+            forget = block not in self._job.blocks.vision_layers
+            self._job.work.finish(Entry(block.prefix, shard, described, dict(record or {})), forget=forget)
+        self._finished(block, dict(record or {}))
+
+    def _finished(self, block: Block, record: dict[str, Any]) -> None:
+        self._written |= set(block.tensor_names())
+        self.records.append(record)
         self._done += 1
         self._progress(self._done, self._job.blocks.count(), block.prefix)
 
@@ -64,19 +123,29 @@ class BlockWriter:
 
     def _shard(
         self, block: str, linears: Mapping[str, QuantizedLinear], floats: list[str], changed: Mapping[str, np.ndarray]
-    ) -> None:
+    ) -> str:
         arrays = {name: changed[name] if name in changed else self._job.source.load(name) for name in floats}
         for name, array in arrays.items():
             check_finite(name, array)
-        self._writer.write_shard(block, linears, arrays)
-        self._written |= {*floats, *(f"{name}.weight" for name in linears)}
+        return self._writer.write_shard(block, linears, arrays)
 
 
-def check_outputs(block: Block, outputs: Sequence[torch.Tensor]) -> None:
+def _checked(block: Block, outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for number, output in enumerate(outputs):
+        check_output(block, number, output)
+        yield output
+
+
+def check_outputs(block: Block, outputs: Iterable[torch.Tensor]) -> None:
     """Raises UserError naming block and batch when an activation is not finite."""
     for number, output in enumerate(outputs):
-        if not torch.isfinite(output).all():
-            raise UserError(f"{block.prefix}: activations of batch {number} are not finite; check the samples")
+        check_output(block, number, output)
+
+
+def check_output(block: Block, number: int, output: torch.Tensor) -> None:
+    """The same for one batch."""
+    if not torch.isfinite(output).all():
+        raise UserError(f"{block.prefix}: activations of batch {number} are not finite; check the samples")
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

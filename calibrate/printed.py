@@ -128,7 +128,7 @@ def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, m
     shards = BlockWriter(job, writer, progress)
     found: list[BlockFound] = []
 
-    def step(block: Block, batches: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, batches: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
         half, plan = len(batches) // 2, job.plan_of(block)
         mine = [b for b in blocks if inputs[b.start].block == block.prefix]
@@ -136,7 +136,7 @@ def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, m
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
             layers = [[_planned(module, inputs[k], plan) for k in b] for b in mine]
-            exact, rounded, searched = _search_module(module, layers, run, batches[:half], batches[half:])
+            exact, rounded, searched = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
             pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
             linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
         check_outputs(block, [*exact, *rounded])
@@ -265,7 +265,7 @@ def measure_inputs(job: Calibration) -> tuple[list[LayerInput], int]:
     layers: list[LayerInput] = []
     forwards = 0
 
-    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
         plan = job.plan_of(block)
         if not inputs and plan:

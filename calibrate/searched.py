@@ -6,6 +6,7 @@ half the quantized model's so far.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,9 +33,8 @@ def calibrate_searched(
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
     shards = BlockWriter(job, writer, progress)
-    blocks: list[dict[str, Any]] = []
 
-    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         plan, half = job.plan_of(block), len(inputs) // 2
         with resident(block, job.source) as module, torch.no_grad():
             for name in plan:
@@ -46,24 +46,24 @@ def calibrate_searched(
             search = BlockSearch(module, plan, run, method)
             found = search.search(batches.merged(inputs[:half]), batches.merged(inputs[half:]))
             exact, rounded = (batches.split(part) for part in found)
-            check_outputs(block, [*exact, *rounded])
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-        shards.write(block, search.found(), changed)
-        blocks.append(block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples)))
-        return [*exact, *rounded]
+        record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples))
+        outputs = shards.keep(block, [*exact, *rounded])
+        shards.write(block, search.found(), changed, outputs=outputs, record=record)
+        return outputs
 
     samples = [*job.samples, *job.samples]
     with steady_threads(job.blocks):
-        features = walk_vision(job.blocks, job.source, samples, step)
-        walk_language(job.blocks, job.source, samples, features, step)
+        features = walk_vision(job.blocks, job.source, samples, shards.resumable(step))
+        walk_language(job.blocks, job.source, samples, features, shards.resumable(step))
     shards.write_rest()
-    marked, thresholds = with_partition(blocks)
+    marked, thresholds = with_partition(shards.records)
     return {
         "method": asdict(method),
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
-        "block_forwards": sum(b["forwards"] for b in blocks),
-        "block_backwards": sum(b["backwards"] for b in blocks),
+        "block_forwards": sum(b["forwards"] for b in shards.records),
+        "block_backwards": sum(b["backwards"] for b in shards.records),
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }

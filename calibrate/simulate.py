@@ -7,7 +7,7 @@ quantization; what a graph loses against this is a fault, or a rounding that fel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -67,7 +67,7 @@ class DequantizedSource:
 def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) -> Step:
     """A step that computes a block as its graph does: weights of `source`, inputs fake-quantized where planned."""
 
-    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         quantizers = {
             name.removeprefix(f"{block.prefix}."): quantizer
             for name in block.linear_names()
@@ -79,10 +79,10 @@ def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) 
     return step
 
 
-def recorded(step: Step, record: Callable[[str, list[torch.Tensor]], None]) -> Step:
+def recorded(step: Step, record: Callable[[str, Sequence[torch.Tensor]], None]) -> Step:
     """The same step, whose outputs are shown to record(prefix of the block, outputs)."""
 
-    def watched(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def watched(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         outputs = step(block, inputs, run)
         record(block.prefix, outputs)
         return outputs

@@ -25,13 +25,13 @@ TABLE, FINAL_NORM, HEAD = (
 # Runs one resident module on one input: (module, hidden [1 or images, tokens, width]) -> hidden.
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 # What to do at a block: makes it resident, runs all inputs, returns their outputs.
-Step = Callable[[Block, list[torch.Tensor], Run], list[torch.Tensor]]
+Step = Callable[[Block, Sequence[torch.Tensor], Run], Sequence[torch.Tensor]]
 
 
 def plain_step(source: TensorSource) -> Step:
     """A step that only computes."""
 
-    def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
         with resident(block, source) as module, torch.inference_mode():
             return [run(module, x) for x in inputs]
 
@@ -41,7 +41,7 @@ def plain_step(source: TensorSource) -> Step:
 def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
     """Tower and projector over all pictures: one [image tokens, hidden] a sample."""
     pixels = [torch.from_numpy(s.pixel_values) for s in samples]
-    batches = [p for p in pixels if len(p)]
+    batches: Sequence[torch.Tensor] = [p for p in pixels if len(p)]
     for entry in blocks.entries:
         batches = plain_step(source)(entry, batches, lambda module, x: module(x))
     after = {0: batches}
@@ -71,11 +71,13 @@ def place(features: torch.Tensor, newline: torch.Tensor, placement: Placement | 
 
 
 def walk_language(
-    blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: list[torch.Tensor], step: Step
-) -> list[torch.Tensor]:
+    blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: Sequence[torch.Tensor], step: Step
+) -> Sequence[torch.Tensor]:
     """The decoder layers over all samples: hidden states [1, S, hidden] before the final norm."""
     table = load_finite(source, TABLE)
-    hidden = [embed(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)]
+    hidden: Sequence[torch.Tensor] = [
+        embed(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)
+    ]
     del table
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +115,7 @@ def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch
     return embeds[None]
 
 
-def final_logits(source: TensorSource, hidden: list[torch.Tensor], epsilon: float) -> list[torch.Tensor]:
+def final_logits(source: TensorSource, hidden: Sequence[torch.Tensor], epsilon: float) -> list[torch.Tensor]:
     """Final RMSNorm and head: logits float32 [S, vocab] a sample."""
     gain = load_finite(source, FINAL_NORM)
     head = load_finite(source, HEAD if HEAD in source else TABLE)

@@ -105,7 +105,7 @@ def _torch_rungs(
     total, done = blocks.count() * (1 if calibrated is None else 2), itertools.count(1)
 
     def watch(step: Step, outputs: dict[str, np.ndarray]) -> Step:
-        def record(prefix: str, batches: list[torch.Tensor]) -> None:
+        def record(prefix: str, batches: Sequence[torch.Tensor]) -> None:
             progress(next(done) / total)
             if prefix.startswith("language_model."):
                 outputs[prefix] = batches[number].flatten(0, -2).numpy()

@@ -1,0 +1,87 @@
+"""The work folder of a calibration: what a killed run goes on from. torch.
+
+For every finished block an entry: the shard with its tensors, its record, and its outputs, which are the inputs of the block
+behind it. The entry is written when all of that is on disk, so what has an entry is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrate.activations import Activations, shapes_only, store, stored
+from calibrate.calibrated import write_json
+from calibrate.errors import UserError
+
+MEMORY_BYTES = 2 * 2**30  # of activations, when nobody says
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished block. outputs: described as `Activations` does. record: for the calibration record."""
+
+    name: str
+    shard: str
+    outputs: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+class Work:
+    """Finished blocks in the order they were computed. Made once a calibration; reads what an earlier one left.
+
+    narrow: outputs are kept in 16 bits. memory_bytes: beyond so many the outputs of a block lie on disk only.
+    """
+
+    def __init__(self, folder: Path, *, narrow: bool = False, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._folder, self._narrow, self._memory_bytes = folder / "blocks", narrow, memory_bytes
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.entries = _read_entries(self._folder)
+        self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
+
+    def outputs(self, name: str) -> Sequence[torch.Tensor] | None:
+        """What the finished block `name` returned, None when it is not finished. Zeros where nobody needs them any more."""
+        number = self._by_name.get(name)
+        if number is None:
+            return None
+        described, path = self.entries[number].outputs, self._activations(number)
+        return stored(described, path) if path.exists() else shapes_only(described)
+
+    def keep(self, outputs: Iterable[torch.Tensor]) -> Activations:
+        """Keeps what the block being computed returns; hands back what is to be gone on with."""
+        path = self._activations(len(self.entries))
+        return store(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
+
+    def finish(self, entry: Entry, *, forget: bool) -> None:
+        """Notes a finished block, whose shard and outputs are written. forget: outputs of earlier blocks go."""
+        number = len(self.entries)
+        write_json(self._folder / f"{number:04}.json", {"number": number, **vars(entry)})
+        self._by_name[entry.name] = number
+        self.entries.append(entry)
+        if forget:
+            for earlier in range(number):
+                self._activations(earlier).unlink(missing_ok=True)
+
+    def _activations(self, number: int) -> Path:
+        return self._folder / f"{number:04}.activations"
+
+
+def count_finished(folder: Path) -> int:
+    """How many blocks of a work folder are finished."""
+    return len(_read_entries(folder / "blocks"))
+
+
+def _read_entries(folder: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    while (path := folder / f"{len(entries):04}.json").exists():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            entry = Entry(*(content[key] for key in ("name", "shard", "outputs", "record")))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path}: is damaged ({error!r}); delete {folder.parent} and begin anew") from error
+        entries.append(entry)
+    return entries
