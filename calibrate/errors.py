@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+class UnfinishedError(UserError):
+    """Something came between that does not lie in the input as it was given: a full disk, too little memory, a changed file.
+
+    What was finished until then stays, and can be gone on with.
+    """
+
+
 # What libraries raise when a file they parse is damaged: whatever their parsers stumble over. For the few places that open
 # foreign files; named one by one, so that a keyboard interrupt, a lack of memory or our own UserError passes through.
 DAMAGED_FILE_ERRORS = (

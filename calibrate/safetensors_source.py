@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from calibrate.errors import UserError
+from calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -27,13 +27,15 @@ class SafetensorsSource:
     """A TensorSource over a folder. `rename` maps stored names to canonical ones (None drops a tensor)."""
 
     def __init__(self, folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
-        self._where: dict[str, tuple[Path, str]] = {}
+        self._where: dict[str, tuple[OpenedFile, str]] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, np.dtype] = {}
-        for path in shard_files(folder):
-            self._read_header(path, rename)
+        self._files = [OpenedFile(path) for path in shard_files(folder)]
+        for file in self._files:
+            self._read_header(file, rename)
 
-    def _read_header(self, path: Path, rename: Callable[[str], str | None]) -> None:
+    def _read_header(self, opened: OpenedFile, rename: Callable[[str], str | None]) -> None:
+        path = opened.path
         try:
             with safe_open(path, "np") as file:
                 for stored in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
@@ -44,7 +46,7 @@ class SafetensorsSource:
                     name = rename(stored)
                     if name is None:
                         continue
-                    self._where[name] = (path, stored)
+                    self._where[name] = (opened, stored)
                     self._shape[name] = tuple(piece.get_shape())
                     self._dtype[name] = np.dtype(_DTYPES[kind])
         except (SafetensorError, OSError) as error:
@@ -62,14 +64,42 @@ class SafetensorsSource:
     def dtype(self, name: str) -> np.dtype:
         return self._dtype[name]
 
+    def files(self) -> list[Path]:
+        return [file.path for file in self._files]
+
     def load(self, name: str) -> np.ndarray:
-        path, stored = self._where[name]
+        """Raises UnfinishedError when the file is no longer the one that was opened."""
+        opened, stored = self._where[name]
+        opened.check_unchanged()  # before it is mapped: reading behind a new end would kill the process
         try:
-            with safe_open(path, "np") as file:
+            with safe_open(opened.path, "np") as file:
                 array: np.ndarray = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: tensor {stored} can no longer be read ({error}); was the file changed?") from error
+            raise UserError(
+                f"{opened.path}: tensor {stored} can no longer be read ({error}); was the file changed?"
+            ) from error
+        opened.check_unchanged()
         return array
+
+
+class OpenedFile:
+    """A file as it was when it was opened first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._facts = path, _facts(path)
+
+    def check_unchanged(self) -> None:
+        """Raises UnfinishedError when it was written to, replaced or deleted since."""
+        if _facts(self.path) != self._facts:
+            raise UnfinishedError(f"{self.path}: was changed while it was read; put the file back as it was, or begin anew")
+
+
+def _facts(path: Path) -> tuple[int, ...]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return (-1,)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,9 @@ class DequantizedSource:
         if name in self._linears:
             return np.dtype(np.float32)
         return self._float_type or self._calibrated.floats.dtype(name)
+
+    def files(self) -> Sequence[Path]:
+        return self._calibrated.floats.files()
 
     def load(self, name: str) -> np.ndarray:
         if name in self._linears:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ class TensorSource(Protocol):
 
     def dtype(self, name: str) -> np.dtype:
         """The stored type: float16, float32, or ml_dtypes.bfloat16; integers in a calibrated checkpoint."""
+        ...
+
+    def files(self) -> Sequence[Path]:
+        """The files that the tensors lie in."""
         ...
 
     def load(self, name: str) -> np.ndarray:

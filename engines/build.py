@@ -68,11 +68,20 @@ def language_profile(config: ModelConfig, limits: Limits) -> Profile:
     return shapes
 
 
-def build_engines(backend: Backend, jobs: list[BuildJob], progress: Callable[[str, float], None]) -> list[BuildReport]:
+def build_engines(
+    backend: Backend,
+    jobs: list[BuildJob],
+    progress: Callable[[str, float], None],
+    finished: Callable[[BuildReport], None] = lambda _: None,
+) -> list[BuildReport]:
     """Builds all jobs one after another; progress(plan, fraction of this plan done), 1.0 once it is written.
+
+    finished: called with each plan's report as soon as the plan is on disk.
 
     Raises UserError with TensorRT's own words when parsing or building fails, or when the process dies.
     """
+    if not jobs:
+        return []
     order = {"module": backend.module, "targets": backend.targets, "jobs": [asdict(job) for job in jobs]}
     command = [sys.executable, "-P", "-m", "engines.build_worker"]  # -P: import nothing from the working directory
     reports: list[BuildReport] = []
@@ -87,6 +96,7 @@ def build_engines(backend: Backend, jobs: list[BuildJob], progress: Callable[[st
                 progress(message["plan"], message["progress"])
             elif "report" in message:
                 reports.append(BuildReport(**message["report"]))
+                finished(reports[-1])
                 progress(reports[-1].plan, 1.0)  # TensorRT announces six steps and counts five
             elif "error" in message:
                 raise UserError(message["error"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 # the builder (whose other warnings are about the machine) the rest.
 _FATAL_IN_PARSER = re.compile(r"unused input|not supported|ignored", re.IGNORECASE)
 _FATAL_IN_BUILDER = re.compile(r"unused input", re.IGNORECASE)
+_PR_SET_PDEATHSIG = 1
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
 
 
 def main() -> int:
+    _end_with_parent()
     order = json.load(sys.stdin)
     trt = importlib.import_module(order["module"])
     log = make_log(trt, trt.ILogger.INFO)
@@ -63,6 +67,12 @@ def _build(trt: Any, log: Any, targets: list[str], job: dict[str, Any]) -> str |
     return None
 
 
+def _end_with_parent() -> None:
+    """A killed export takes its build along (Linux; elsewhere the build ends when it next says something)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def _first(pattern: re.Pattern[str], texts: list[str]) -> str | None:
     return next((text for text in texts if pattern.search(text)), None)
 
@@ -93,11 +103,14 @@ def _write_plan(trt: Any, builder: Any, network: Any, config: Any, path: str) ->
         def write(self, data: bytes) -> int:
             return int(self._file.write(data))
 
-    with open(path, "wb") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"  # of its own: a killed export's worker may still be at work
+    with open(temporary, "wb") as file:
         ok = builder.build_serialized_network_to_stream(network, config, Writer(file))
         file.flush()
         os.fsync(file.fileno())
-        return file.tell() if ok else 0
+        written = file.tell() if ok else 0
+    os.replace(temporary, path) if written else os.remove(temporary)
+    return written
 
 
 def make_log(trt: Any, least: Any) -> Any:

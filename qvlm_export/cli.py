@@ -40,8 +40,8 @@ def errors_as_lines() -> Iterator[None]:
     except UserError as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted; nothing was written", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -66,7 +66,8 @@ def main(
     target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
-    work_dir: Annotated[Path | None, typer.Option(help="keep the calibrated checkpoint here")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted export")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (its callback does it)
@@ -91,6 +92,7 @@ def main(
             max_length=max_length,
             max_batch=max_batch,
             work_dir=work_dir,
+            resume=resume,
         )
         if dry_run:
             content = plan_summary(plan_export(options))

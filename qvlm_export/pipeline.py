@@ -1,7 +1,8 @@
 """The export, stage by stage: checkpoint -> calibrated checkpoint -> ONNX graphs -> engines -> published files.
 
 Every stage reads and writes files in a work folder beside the output; the results are moved into place at the end, the
-manifest last, so that an interrupted export leaves nothing that looks finished.
+manifest last, so that an interrupted export leaves nothing that looks finished. What is finished when it is interrupted is
+noted there, and not made again.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import resource
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from safetensors import SafetensorError
 
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
-from calibrate.errors import UserError
+from calibrate.errors import UnfinishedError, UserError
 from calibrate.job import Calibration
+from calibrate.safetensors_source import INDEX_FILE
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.searched import calibrate_full, calibrate_searched
+from calibrate.work import Work
 from engines.backend import Backend, choose_backend
 from engines.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from engines.config import Limits, ModelConfig
@@ -35,10 +36,10 @@ from engines.manifest import Manifest, describe_file, describe_folder, write_man
 from engines.plan_check import LinearCheck, check_plan, require_integer
 from engines.write_graph import interface, write_graph
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.fingerprint import digest, work_fingerprint
 from qvlm_export.plan import Recipe, check_engine, choose_recipe, plan_linears
 from qvlm_export.preflight import (
     Sizes,
-    calibrated_folder,
     check_disk,
     check_out,
     check_work_dir,
@@ -46,9 +47,10 @@ from qvlm_export.preflight import (
     estimate_sizes,
 )
 from qvlm_export.progress import Reporter
-from qvlm_export.publish import FOLDER_ROLES, file_names, is_disk_full, manifest_path, publish, scratch_folder
+from qvlm_export.publish import FOLDER_ROLES, file_names, manifest_path, publish
 from qvlm_export.report import write_report
 from qvlm_export.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.work import FINISHED, WorkFolder, explained, finished_export, work_folder
 
 FLOAT_TYPE = "float16"
 PARTS = ("vision", "language")
@@ -77,6 +79,7 @@ class ExportOptions:
     max_length: int | None = None
     max_batch: int = 1
     work_dir: Path | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,34 +144,52 @@ def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, lim
 
 
 def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
-    """The whole command. Raises UserError with nothing left at the output path."""
+    """The whole command. Raises UserError with nothing left at the output path.
+
+    What is unfinished for no fault of the input leaves its work folder, and a line that says how to go on with it.
+    """
     plan = plan_export(options)
-    with scratch_folder(options.out) as scratch:
+    with work_folder(options.out, options.work_dir) as work:
+        fingerprint = work_fingerprint(plan.checkpoint, plan.linears, plan.samples, options.effort)
+        if options.resume and (finished := finished_export(work, _key(plan, fingerprint, PARTS[-1], "build"))):
+            return _published(plan, work, finished, reporter)
+        work.begin(fingerprint, options.resume)
         try:
-            return _run(plan, scratch, reporter)
-        except (OSError, SafetensorError, UserError) as error:
-            if is_disk_full(error, scratch):
-                raise UserError(
-                    f"{options.out.parent}: the disk is full; {plan.disk_bytes / 2**20:.0f} MiB are needed; free some"
-                ) from error
-            raise
+            return _run(plan, work, fingerprint, reporter)
+        except (Exception, KeyboardInterrupt) as error:
+            raise explained(error, plan.disk_bytes, work) from error
 
 
-def _run(plan: ExportPlan, scratch: Path, reporter: Reporter) -> ExportResult:
-    stage_dir = scratch / "out"
-    stage_dir.mkdir()
-    calibrated = _calibrate(plan, calibrated_folder(plan.options.work_dir or scratch), reporter)
-    interfaces = _write_graphs(plan, calibrated, stage_dir, reporter)
-    reports, checks = _build(plan, stage_dir, reporter)
+def _run(plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter) -> ExportResult:
+    calibrated = _calibrate(plan, work, reporter)
+    interfaces = _write_graphs(plan, calibrated, work, fingerprint, reporter)
+    reports, checks = _build(plan, work, fingerprint, reporter)
     if calibrated is not None and plan.options.work_dir is None:
-        calibrated.folder.rename(stage_dir / f"{plan.options.out.stem}.calibrated")
-    plan.processor.save_pretrained(stage_dir / f"{plan.options.out.stem}.processor")
-    manifest = _with_report(plan, stage_dir, _manifest(plan, stage_dir, calibrated, interfaces, checks))
+        calibrated.folder.rename(work.stage / f"{plan.options.out.stem}.calibrated")
+    plan.processor.save_pretrained(work.stage / f"{plan.options.out.stem}.processor")
+    manifest = _with_report(plan, work.stage, _manifest(plan, work.stage, calibrated, interfaces, checks))
     write_manifest(manifest)
-    publish(stage_dir, plan.options.out)
+    key = _key(plan, fingerprint, PARTS[-1], "build")
+    work.note_stage(FINISHED, key, [manifest.path], reports=[asdict(r) for r in reports], checks=[asdict(c) for c in checks])
+    return _published(plan, work, manifest, reporter)
+
+
+def _published(plan: ExportPlan, work: WorkFolder, manifest: Manifest, reporter: Reporter) -> ExportResult:
+    """Moves a finished export into place."""
+    said = work.stages()[FINISHED]
+    reports, checks = [BuildReport(**r) for r in said["reports"]], [LinearCheck(**c) for c in said["checks"]]
+    work.close()
+    publish(work.stage, plan.options.out, {entry["name"] for entry in manifest.files.values()})
+    work.remove()
     peak = max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(r.peak_bytes for r in reports)])
     manifest = replace(manifest, path=manifest_path(plan.options.out))
     return ExportResult(manifest, checks, reports, dict(reporter.seconds), peak)
+
+
+def _key(plan: ExportPlan, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
+    """Of everything that a graph, or the engine built from it, depends on."""
+    backend = asdict(plan.backend) if stage == "build" else None
+    return digest([dict(fingerprint), asdict(plan.limits), FLOAT_TYPE, part, backend])
 
 
 def _limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:
@@ -197,20 +218,27 @@ def _of_part(names: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {n: v for n, v in names.items() if n.startswith("language_model.") == (part == "language")}
 
 
-def _calibrate(plan: ExportPlan, folder: Path, reporter: Reporter) -> CalibratedCheckpoint | None:
+def _calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> CalibratedCheckpoint | None:
     """None when no linear is planned: then the graphs read the source itself."""
     if not plan.linears:
         return None
-    options, checkpoint = plan.options, plan.checkpoint
+    options, checkpoint, folder = plan.options, plan.checkpoint, work.calibrated
+    moved = work.stage / f"{options.out.stem}.calibrated"
+    if moved.exists() and options.work_dir is None:  # killed while it was taken out of the work folder
+        moved.rename(folder)
+    if (folder / INDEX_FILE).exists():
+        return CalibratedCheckpoint(folder)
     if options.calib_data is None:
         reporter.note(
             "calibrating with the package's own 64 drawn scenes, as --calib-data was not given: activation ranges of your "
             "pictures and prompts may be clipped, which costs accuracy; give 64 or more real examples"
         )
-    shutil.rmtree(folder, ignore_errors=True)
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
-        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples)
+        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, Work(work.state))
+        if job.work is not None and job.work.entries:
+            done, last = len(job.work.entries), job.work.entries[-1].name
+            reporter.note(f"going on behind block {done} of {plan.blocks.count()}, {last}")
         summary = EFFORTS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
@@ -218,21 +246,29 @@ def _calibrate(plan: ExportPlan, folder: Path, reporter: Reporter) -> Calibrated
 
 
 def _write_graphs(
-    plan: ExportPlan, calibrated: CalibratedCheckpoint | None, folder: Path, reporter: Reporter
+    plan: ExportPlan,
+    calibrated: CalibratedCheckpoint | None,
+    work: WorkFolder,
+    fingerprint: Mapping[str, str],
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Writes both graphs; returns their inputs and outputs by part."""
-    dtype, config = FLOAT_TYPES[FLOAT_TYPE], plan.checkpoint.config
+    """Writes both graphs, unless they are there; returns their inputs and outputs by part."""
+    dtype, config, names = FLOAT_TYPES[FLOAT_TYPE], plan.checkpoint.config, file_names(plan.options.out)
     interfaces = {}
     with reporter.stage("graph") as stage:
         for number, part in enumerate(PARTS):
             model = vision_graph(config, dtype) if part == "vision" else language_graph(config, plan.limits, dtype)
+            interfaces[part] = interface(model)
+            key = _key(plan, fingerprint, part, "graph")
+            if work.stages().get(f"{part}_onnx", {}).get("key") == key:
+                continue
             _fill(model, plan, calibrated, part, dtype)
-            path = folder / file_names(plan.options.out)[f"{part}_onnx"]
+            path = work.stage / names[f"{part}_onnx"]
             try:
                 write_graph(model, path, lambda done, n=number: stage.fraction((n + done) / len(PARTS)))  # type: ignore[misc]
             except ir.serde.SerdeError as error:  # onnx_ir wraps what reading a tensor raised
                 raise _root_cause(error) from error
-            interfaces[part] = interface(model)
+            work.note_stage(f"{part}_onnx", key, [path, work.stage / names[f"{part}_data"]])
     return interfaces
 
 
@@ -254,27 +290,43 @@ def _fill(model: ir.Model, plan: ExportPlan, calibrated: CalibratedCheckpoint | 
     transpose_float_weights(model)
 
 
-def _build(plan: ExportPlan, folder: Path, reporter: Reporter) -> tuple[list[BuildReport], list[LinearCheck]]:
+def _build(
+    plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
+) -> tuple[list[BuildReport], list[LinearCheck]]:
     if plan.backend.module is None:
         return [], []
     names, config = file_names(plan.options.out), plan.checkpoint.config
     profiles = {"vision": vision_profile(config, plan.limits), "language": language_profile(config, plan.limits)}
+    paths = {part: work.stage / names[f"{part}_plan"] for part in PARTS}
+    keys = {str(path): _key(plan, fingerprint, part, "build") for part, path in paths.items()}
+    noted = {path: work.stages().get(Path(path).name, {}) for path in keys}
+    found = {path: BuildReport(**n["report"]) for path, n in noted.items() if n.get("key") == keys[path]}
     jobs = [
-        BuildJob(str(folder / names[f"{part}_onnx"]), str(folder / names[f"{part}_plan"]), profiles[part]) for part in PARTS
+        BuildJob(str(work.stage / names[f"{part}_onnx"]), str(path), profiles[part])
+        for part, path in paths.items()
+        if str(path) not in found
     ]
+
+    def finished(report: BuildReport) -> None:
+        found[report.plan] = report
+        work.note_stage(Path(report.plan).name, keys[report.plan], [Path(report.plan)], report=asdict(report))
+
     order = [job.plan for job in jobs]
     with reporter.stage("build") as stage:
-        reports = build_engines(
-            plan.backend, jobs, lambda path, done: stage.fraction((order.index(path) + done) / len(order))
-        )
+        try:
+            build_engines(
+                plan.backend, jobs, lambda path, done: stage.fraction((order.index(path) + done) / len(order)), finished
+            )
+        except UserError as error:  # the calibrated checkpoint and the graphs are good for another backend or machine
+            raise UnfinishedError(str(error)) from error
     checks: list[LinearCheck] = []
     with reporter.stage("check"):
-        for part in PARTS:
-            path = folder / names[f"{part}_plan"]
-            found = check_plan(path, _of_part(plan.linears, part)) if _of_part(plan.linears, part) else []
-            require_integer(path, found)
-            checks += found
-    return reports, checks
+        for part, path in paths.items():
+            linears = _of_part(plan.linears, part)
+            of_part = check_plan(path, linears) if linears else []
+            require_integer(path, of_part)
+            checks += of_part
+    return [found[str(path)] for path in paths.values()], checks
 
 
 def _manifest(

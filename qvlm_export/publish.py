@@ -1,37 +1,17 @@
-"""Where an export is made and how it gets to its place: a scratch folder beside the output, then renames."""
+"""How an export gets to its place: renames."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from pathlib import Path
 
 from qvlm_export.preflight import nearest_folder
 
 FULL_DISK_BYTES = 2**20  # with less than this free, a failure is put down to the disk
 FOLDER_ROLES = ("processor", "calibrated")  # written as folders X.processor and X.calibrated
-
-
-@contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for unfinished work, so that results can be renamed into place; gone when the context ends.
-
-    So are parents of `out` that had to be made and stayed empty.
-    """
-    scratch = out.parent / f".{out.stem}.work"
-    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):  # not empty: the export is there
-            for folder in made:
-                folder.rmdir()
 
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
@@ -59,16 +39,17 @@ def manifest_path(out: Path) -> Path:
     return out.with_suffix(".json")
 
 
-def publish(stage_dir: Path, out: Path) -> None:
+def publish(stage_dir: Path, out: Path, names: Collection[str]) -> None:
     """Moves the finished files beside each other; the old manifest goes first and the new one comes last.
 
-    What an older export had and the new one has not, such as engines, goes too.
+    names: of all files and folders of the new export, some of which an interrupted call may have moved. What an older
+    export had and the new one has not, such as engines, goes too.
     """
     manifest = manifest_path(out)
     manifest.unlink(missing_ok=True)
     finished = sorted(stage_dir.iterdir(), key=lambda p: p.name == manifest.name)
     old = {*file_names(out).values(), *(f"{out.stem}.{role}" for role in FOLDER_ROLES)}
-    for name in old - {path.name for path in finished}:
+    for name in old - set(names):
         _remove(out.parent / name)
     for path in finished:
         target = out.parent / path.name

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
-from calibrate.safetensors_source import indexed_files
+from calibrate.safetensors_source import OpenedFile, indexed_files
 
 SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -22,11 +22,13 @@ class TorchSource:
 
     def __init__(self, folder: Path, rename: Callable[[str], str | None]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
+        self._where: dict[str, OpenedFile] = {}
         for path in indexed_files(folder, SINGLE_FILE, INDEX_FILE):
+            file = OpenedFile(path)
             for stored, tensor in _load(path).items():
                 name = rename(stored)
                 if name is not None:
-                    self._tensors[name] = tensor
+                    self._tensors[name], self._where[name] = tensor, file
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -41,7 +43,11 @@ class TorchSource:
         kind = self._tensors[name].dtype
         return np.dtype(ml_dtypes.bfloat16) if kind == torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
 
+    def files(self) -> list[Path]:
+        return [file.path for file in dict.fromkeys(self._where.values())]
+
     def load(self, name: str) -> np.ndarray:
+        self._where[name].check_unchanged()
         tensor = self._tensors[name].detach()  # numpy refuses a stored Parameter
         if tensor.dtype == torch.bfloat16:
             bits: np.ndarray = tensor.view(torch.int16).numpy()

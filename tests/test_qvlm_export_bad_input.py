@@ -23,6 +23,7 @@ from commands import (
     set_weight,
     write_calibration,
 )
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import engines.backend
@@ -199,18 +200,32 @@ def test_disk_too_small(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPa
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
-        pipeline.SafetensorError("I/O error: No space left on device (os error 28)"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_disk_fills_up_while_writing(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_disk_fills_up_while_writing(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(pipeline, "write_graph", fail)
-    assert_refused(export_onnx(llava(), absent), str(absent.parent), "the disk is full", "are needed", "free some")
+    out = tmp_path / "new" / "x.plan"
+    assert_refused(export_onnx(llava(), out), str(out.parent), "the disk is full", "are needed", "free some", "--resume")
+    assert [path.name for path in out.parent.iterdir()] == [".x.work"]
 
 
-def test_numpy_writes_short_on_a_full_disk(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_is_full_before_anything_is_finished(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_graph", fail)
+    result = export_onnx(llava(), absent, "--scheme", "fp16")
+    assert_refused(result, str(absent.parent), "the disk is full", "free some")
+    assert "--resume" not in result.stderr
+
+
+def test_numpy_writes_short_on_a_full_disk(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy's tofile raises an OSError without a number; the free space tells what it was."""
 
     def fail(*_: object) -> None:
@@ -218,15 +233,27 @@ def test_numpy_writes_short_on_a_full_disk(llava: Llava, absent: Path, monkeypat
         raise OSError("131072 requested and 7936 written")
 
     monkeypatch.setattr(pipeline, "write_graph", fail)
-    assert_refused(export_onnx(llava(), absent), str(absent.parent), "the disk is full")
+    assert_refused(export_onnx(llava(), tmp_path / "new" / "x.plan"), str(tmp_path / "new"), "the disk is full")
 
 
-def test_interrupted(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "write_graph", interrupt)
-    result = export_onnx(llava(), absent)
+    result = export_onnx(llava(), tmp_path / "new" / "x.plan")
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted; what was finished is kept in ")
+    assert result.stderr.endswith("the same command with --resume goes on from there\n")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".x.work"]
+
+
+def test_interrupted_before_anything_is_finished(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "write_graph", interrupt)
+    result = export_onnx(llava(), absent, "--scheme", "fp16")
     assert (result.exit_code, result.stderr) == (130, "interrupted; nothing was written\n")
 
 
