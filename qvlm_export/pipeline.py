@@ -236,9 +236,8 @@ def _calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibr
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
         job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, Work(work.state))
-        if job.work is not None and job.work.entries:
-            done, last = len(job.work.entries), job.work.entries[-1].name
-            reporter.note(f"going on behind block {done} of {plan.blocks.count()}, {last}")
+        if resumed := work.finished_blocks():
+            reporter.note(f"going on behind block {resumed} of {plan.blocks.count()}")
         summary = EFFORTS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
@@ -336,7 +335,8 @@ def _manifest(
     interfaces: dict[str, Any],
     checks: list[LinearCheck],
 ) -> Manifest:
-    roles = {role: folder / name for role, name in file_names(plan.options.out).items()}
+    # A killed run may have left its report; this one's is described when it is written.
+    roles = {role: folder / name for role, name in file_names(plan.options.out).items() if role != "report"}
     return Manifest(
         path=folder / manifest_path(plan.options.out).name,
         model={"name": plan.checkpoint.name, "model_type": plan.checkpoint.hf_config.model_type},

@@ -47,7 +47,7 @@ def publish(stage_dir: Path, out: Path, names: Collection[str]) -> None:
     """
     manifest = manifest_path(out)
     manifest.unlink(missing_ok=True)
-    finished = sorted(stage_dir.iterdir(), key=lambda p: p.name == manifest.name)
+    finished = [path for name in sorted(names) if (path := stage_dir / name).exists()] + [stage_dir / manifest.name]
     old = {*file_names(out).values(), *(f"{out.stem}.{role}" for role in FOLDER_ROLES)}
     for name in old - set(names):
         _remove(out.parent / name)

@@ -92,6 +92,8 @@ class WorkFolder:
         else:
             self._compare(fingerprint)
         self.stage.mkdir(parents=True, exist_ok=True)
+        for path in (*self.stage.glob(".*"), *self.stage.glob("*.tmp")):  # what was being written
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(self.state / BEGUN, dict(fingerprint))
 
     def _compare(self, fingerprint: Mapping[str, str]) -> None:
