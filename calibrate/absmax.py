@@ -1,24 +1,29 @@
 """The first calibrator: absolute maxima over the samples, round to nearest. torch.
 
 Blocks stream through memory one at a time; each is read once, run on all samples, quantized, written to its own shard
-of the calibrated checkpoint and forgotten.
+of the calibrated checkpoint and forgotten. Where weights alone are quantized nothing depends on the samples, so the blocks
+behind the last quantized activation are not run.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibrate.blocks import Block, linear_of, resident
+from calibrate.blocks import Block, ModelBlocks, as_tensor, check_finite, linear_of, resident
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
 from calibrate.job import BlockWriter, Calibration, Progress, check_weight
 from calibrate.quantize import quantize_linear
 from calibrate.scheme import LinearScheme
+from calibrate.threads import one_thread
 from calibrate.walk import Run, walk_language, walk_vision
 
 
@@ -34,23 +39,61 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
             with _input_amax(module) as amax:
                 outputs = shards.keep(block, (run(module, x) for x in inputs))
             linears = {
-                name: _quantize(f"{block.prefix}.{name}", linear_of(module, name), scheme, amax.get(name))
+                name: _quantize(f"{block.prefix}.{name}", linear_of(module, name).weight, scheme, amax.get(name))
                 for name, scheme in job.plan_of(block).items()
             }
         shards.write(block, linears, outputs=outputs)
         return outputs
 
-    features = walk_vision(job.blocks, job.source, job.samples, shards.resumable(step))
-    walk_language(job.blocks, job.source, job.samples, features, shards.resumable(step))
+    walked, rest = _parted(job)
+    resumable = shards.resumable(step)
+    if walked.text_layers:
+        walk_language(walked, job.source, job.samples, walk_vision(walked, job.source, job.samples, resumable), resumable)
+    elif len(rest) < job.blocks.count():
+        walk_vision(walked, job.source, job.samples, resumable)
+    _quantize_rest(job, shards, [block for block in rest if not shards.finished(block)])
     shards.write_rest()
     return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}
 
 
-def _quantize(name: str, layer: nn.Linear, scheme: LinearScheme, amax: float | None) -> QuantizedLinear:
+def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
+    """The blocks that samples must run through, and those behind the last quantized activation, where none is looked at."""
+    vision, text = [*job.blocks.vision_layers, job.blocks.projector], job.blocks.text_layers
+    looks = [any(s.activation_bits is not None for s in job.plan_of(block).values()) for block in (*vision, *text)]
+    count = max((number + 1 for number, needed in enumerate(looks) if needed), default=0)
+    if count == 0:
+        return replace(job.blocks, text_layers=()), [*vision, *text]
+    walked = max(0, count - len(vision))
+    return replace(job.blocks, text_layers=text[:walked]), list(text[walked:])
+
+
+def _quantize_rest(job: Calibration, shards: BlockWriter, blocks: list[Block]) -> None:
+    """Blocks without quantized activations: read, rounded and written, several at a time, so that none waits for the disk."""
+
+    def written(block: Block) -> str:
+        linears = {}
+        for name, scheme in job.plan_of(block).items():
+            weight_name = f"{block.prefix}.{name}.weight"
+            array = job.source.load(weight_name)
+            check_finite(weight_name, array)
+            linears[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
+        return shards.write_shard(block, linears)
+
+    workers = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(written, block) for block in blocks[:workers])
+        for number, block in enumerate(blocks):
+            shard = ahead.popleft().result()
+            if number + workers < len(blocks):
+                ahead.append(pool.submit(written, blocks[number + workers]))
+            shards.note(block, shard)
+
+
+def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> QuantizedLinear:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
-    check_weight(name, layer.weight)
-    return quantize_linear(layer.weight, scheme, amax)
+    check_weight(name, weight)
+    return quantize_linear(weight, scheme, amax)
 
 
 @contextmanager

@@ -6,10 +6,13 @@ runs and emptied again, so the arithmetic is the reference's and a 13B model nee
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -158,10 +161,19 @@ def load_finite(source: TensorSource, name: str) -> torch.Tensor:
     """A float32 copy of the tensor; UserError when it holds NaN or infinity."""
     array = source.load(name)
     check_finite(name, array)
-    return torch.from_numpy(array.astype(np.float32))
+    return as_tensor(array).to(torch.float32, copy=True)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The same memory, bfloat16 included, which torch does not take from numpy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that is only read
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raises UserError naming the tensor when it holds NaN or infinity."""
-    if not np.isfinite(array).all():
+    if array.size and not all(math.isfinite(bound) for bound in as_tensor(array).aminmax()):  # both NaN if any value is
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")

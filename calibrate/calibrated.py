@@ -66,6 +66,13 @@ class CalibratedCheckpoint:
         _, columns = (int(n) for n in self.floats.load(f"{name}.weight_shape"))
         return unpack_codes(self.floats.load(f"{name}.weight_packed"), scheme.weight_bits, columns)
 
+    def packed_nibbles(self, name: str) -> np.ndarray | None:
+        """uint8 [out, in // 2], the even column in the low half, 8 added to every code; None where it does not lie so."""
+        scheme, columns = self.schemes[name], int(self.floats.load(f"{name}.weight_shape")[1])
+        if scheme.weight_bits != 4 or columns % 8:
+            return None
+        return self.floats.load(f"{name}.weight_packed").view(np.uint8)
+
     def scale(self, name: str) -> np.ndarray:
         """float16 [out, in // group_size] for weights in groups, float32 [out] for those per output channel."""
         scale = self.floats.load(f"{name}.weight_scale")

@@ -96,9 +96,24 @@ class BlockWriter:
         linears: by name inside the block. changed: float tensors that differ from the source (folded norms, biases).
         outputs: as `keep` gave them, none when no later block needs them.
         """
+        self.note(block, self.write_shard(block, linears, changed), outputs, record)
+
+    def write_shard(
+        self, block: Block, linears: Mapping[str, QuantizedLinear], changed: Mapping[str, np.ndarray] | None = None
+    ) -> str:
+        """The first half of `write`, which may be done on several threads; returns the shard's name."""
         quantized = {f"{block.prefix}.{name}": linear for name, linear in linears.items()}
         floats = [n for n in block.tensor_names() if n.removesuffix(".weight") not in quantized]
-        shard = self._shard(block.prefix, quantized, floats, {f"{block.prefix}.{n}": a for n, a in (changed or {}).items()})
+        return self._shard(block.prefix, quantized, floats, {f"{block.prefix}.{n}": a for n, a in (changed or {}).items()})
+
+    def note(
+        self,
+        block: Block,
+        shard: str,
+        outputs: Activations | Sequence[torch.Tensor] = (),
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The second half of `write`, in the order of the blocks."""
         if self._job.work is not None:
             described = outputs.described() if isinstance(outputs, Activations) else []
             # A projector may read several layers of the tower, so their outputs stay until it is done.
@@ -150,5 +165,5 @@ def check_output(block: Block, number: int, output: torch.Tensor) -> None:
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
     """Raises UserError naming the linear when a weight does not fit into a float16 engine."""
-    if float(weight.abs().max()) > MAX_FLOAT16:
+    if max(abs(float(bound)) for bound in weight.aminmax()) > MAX_FLOAT16:
         raise UserError(f"{name}.weight: holds values beyond float16's 65504, so it cannot be in a float16 engine")

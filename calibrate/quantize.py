@@ -16,6 +16,7 @@ from calibrate.scheme import LinearScheme
 MIN_FLOAT16_SCALE = 2.0**-14
 MIN_FLOAT32_SCALE = 2.0**-30
 MAX_FLOAT16 = 65504.0
+CHUNK_ROWS = 256
 
 
 def weight_scale(amax: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -74,9 +75,15 @@ def squared_sum(x: torch.Tensor) -> float:
 
 
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:
-    """Round-to-nearest with absmax ranges. weight: float32 [out, in]; input_amax for quantized activations."""
-    scale = weight_scale(group_amax(weight, scheme), scheme)
-    codes = round_to_codes(weight, scale, scheme)
+    """Round-to-nearest with absmax ranges. weight: floats of any type [out, in]; input_amax for quantized activations.
+
+    Some rows at a time, which stay in the processor's cache from one operation to the next.
+    """
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
+    for start in range(0, len(weight), CHUNK_ROWS):
+        rows = weight[start : start + CHUNK_ROWS].float()
+        scales.append(weight_scale(group_amax(rows, scheme), scheme))
+        codes[start : start + CHUNK_ROWS] = round_to_codes(rows, scales[-1], scheme)
     bits = scheme.activation_bits
     input_scale = None if bits is None else activation_scale(float(input_amax or 0.0), bits)
-    return QuantizedLinear(scheme, codes.numpy(), scale.numpy(), input_scale)
+    return QuantizedLinear(scheme, codes.numpy(), torch.cat(scales).numpy(), input_scale)

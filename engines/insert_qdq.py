@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
-from engines.packing import pack_nibbles
+from engines.packing import pack_nibbles, transposed_nibbles
 
 INT8_BITS = 8
 
@@ -101,7 +101,11 @@ def _int4_weight(
     groups, name = in_features // group_size, linear.name
 
     def codes() -> ir.TensorProtocol:
-        packed = pack_nibbles(np.ascontiguousarray(weights.codes(name).T))
+        stored = weights.packed_nibbles(name)
+        if stored is None or out_features % 2:
+            packed = pack_nibbles(np.ascontiguousarray(weights.codes(name).T))
+        else:
+            packed = transposed_nibbles(stored)
         return ir.PackedTensor(packed, ir.DataType.INT4, shape=(in_features, out_features))
 
     def scale() -> ir.TensorProtocol:

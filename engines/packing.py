@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+TILE = 256  # bytes
+
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     """int8 codes of any shape, values in [-8, 7] -> uint8 [ceil(size / 2)]; an odd tail is padded with 0."""
@@ -12,3 +14,20 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     packed[: flat.size // 2] = flat[1::2] << 4
     packed |= flat[0::2] & 0xF
     return packed
+
+
+def transposed_nibbles(stored: np.ndarray) -> np.ndarray:
+    """The nibbles of codes [out, in] as those of codes [in, out], without ever unpacking them; out and in are even.
+
+    stored: uint8 [out, in // 2], the even column in the low half, 8 added to every code. Returns what `pack_nibbles` makes
+    of the transposed codes, uint8 [in * out // 2]. Tiles fit into the processor's cache, as one side is read across.
+    """
+    rows, pairs = stored.shape
+    packed = np.empty((2 * pairs, rows // 2), np.uint8)
+    for row in range(0, rows, TILE):
+        for pair in range(0, pairs, TILE):
+            tile = stored[row : row + TILE, pair : pair + TILE] ^ np.uint8(0x88)  # without the 8, as two's complement
+            even, odd, out = tile[0::2], tile[1::2], slice(row // 2, (row + TILE) // 2)
+            packed[2 * pair : 2 * (pair + TILE) : 2, out] = (even & 0x0F | odd << 4).T
+            packed[2 * pair + 1 : 2 * (pair + TILE) : 2, out] = (even >> 4 | odd & 0xF0).T
+    return packed.reshape(-1)

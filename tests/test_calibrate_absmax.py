@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
-from calibrate.calibrated import CalibratedWriter
+from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.quantize import activation_scale, quantize_linear
@@ -163,7 +163,7 @@ def test_a_sample_with_too_few_image_tokens_is_refused_with_both_counts(llava, t
     checkpoint = open_small(llava())
     good = make_sample(checkpoint, words=8, images=1, seed=0)
     with pytest.raises(UserError, match=r"has 35 image tokens for 36 image features; does the processor belong"):
-        calibrate(checkpoint, {Q_PROJ: W4A16}, tmp_path, [Sample(good.input_ids[2:], good.pixel_values, 0)])
+        calibrate(checkpoint, {Q_PROJ: W8A8}, tmp_path, [Sample(good.input_ids[2:], good.pixel_values, 0)])
 
 
 def test_activations_that_are_not_finite_are_named_by_block(llava, tmp_path):
@@ -171,7 +171,32 @@ def test_activations_that_are_not_finite_are_named_by_block(llava, tmp_path):
     good, bad = (make_sample(checkpoint, words=8, images=1, seed=seed) for seed in range(2))
     bad.pixel_values[0, 0, 0, 0] = np.inf
     with pytest.raises(UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of batch 1 "):
-        calibrate(checkpoint, {Q_PROJ: W4A16}, tmp_path, [good, bad])
+        calibrate(checkpoint, {FC1: W8A8}, tmp_path, [good, bad])
+
+
+def test_blocks_behind_the_last_quantized_activation_are_not_run(llava, tmp_path):
+    """Their weights are the same as if they had been."""
+    checkpoint = open_small(llava())
+    later = {name: scheme for name, scheme in plan_of(checkpoint, "int4").items() if name.startswith("language_model.")}
+    runs = {
+        "neither": ({Q_PROJ: W4A16}, 0),
+        "vision": ({FC1: W8A8, **later}, 3 + 1),
+        "both": ({FC1: W8A8, **later, Q_PROJ: W8A8}, 3 + 1 + 2),
+    }
+    found = {}
+    for name, (plan, walked) in runs.items():
+        blocks, ran = make_blocks(checkpoint.hf_config), []
+        for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
+            block.module.register_forward_hook(lambda *_, block=block, ran=ran: ran.append(block.prefix))
+        job = Calibration(blocks, checkpoint.source, plan, mixed_samples(checkpoint))
+        writer = CalibratedWriter(tmp_path / name)
+        writer.finish(checkpoint.config_json, calibrate_absmax(job, writer, lambda *_: None))
+        assert len(set(ran)) == walked
+        found[name] = CalibratedCheckpoint(tmp_path / name)
+    for linear in later:
+        if linear != Q_PROJ:
+            np.testing.assert_array_equal(found["vision"].codes(linear), found["both"].codes(linear))
+    np.testing.assert_array_equal(found["neither"].codes(Q_PROJ), found["vision"].codes(Q_PROJ))
 
 
 @pytest.mark.parametrize("preset", ["int4", "int8", "sim-w4a4"])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import TensorProto, numpy_helper
 
-from engines.packing import pack_nibbles
+from calibrate.packing import pack_codes
+from engines.packing import pack_nibbles, transposed_nibbles
 
 CODES = arrays(np.int8, array_shapes(max_dims=3, max_side=12), elements=st.integers(-8, 7))
 
@@ -49,3 +50,11 @@ def test_the_first_code_is_in_the_low_nibble(codes, expected):
 def test_a_transposed_array_is_packed_in_its_own_order():
     codes = np.arange(-8, 7, dtype=np.int8).reshape(3, 5)
     np.testing.assert_array_equal(pack_nibbles(codes.T), pack_nibbles(np.ascontiguousarray(codes.T)))
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (6, 64), (258, 8), (256, 512), (514, 1032), (1022, 520)])
+def test_nibbles_are_transposed_without_unpacking(shape):
+    """Tiles that are full and tiles that are cut, against packing of the transposed codes."""
+    codes = np.random.default_rng(0).integers(-8, 8, shape, np.int8)
+    stored = pack_codes(codes, 4).view(np.uint8)
+    np.testing.assert_array_equal(transposed_nibbles(stored), pack_nibbles(np.ascontiguousarray(codes.T)))
