@@ -68,7 +68,7 @@ def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
 
 
 def _quantize_rest(job: Calibration, shards: BlockWriter, blocks: list[Block]) -> None:
-    """Blocks without quantized activations: read, rounded and written, several at a time, so that none waits for the disk."""
+    """Blocks without quantized activations: read, rounded and written, several at a time, so that nobody waits."""
 
     def written(block: Block) -> str:
         linears = {}
@@ -103,7 +103,7 @@ def _input_amax(module: nn.Module) -> Iterator[dict[str, float]]:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            amax[name] = max(amax.get(name, 0.0), float(args[0].abs().max()))
+            amax[name] = max(amax.get(name, 0.0), *(abs(float(bound)) for bound in args[0].aminmax()))
 
         return hook
 

@@ -5,6 +5,7 @@ Both an uninterrupted run and a resumed one read what was kept, never what was c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class _Item:
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    path: Path | None
+    path: Path
     tensor: torch.Tensor | None
 
     def read(self) -> torch.Tensor:
@@ -35,10 +36,9 @@ class _Item:
         return stored.to(torch.float32, copy=True)
 
     def _from_file(self) -> torch.Tensor:
-        kind = _TYPES[self.dtype]
-        count = int(np.prod(self.shape))
-        if self.path is None:
-            raise RuntimeError("an activation lies neither in memory nor in a file")
+        kind, count = _TYPES[self.dtype], math.prod(self.shape)
+        if not count:
+            return torch.zeros(self.shape, dtype=kind)
         content = np.fromfile(self.path, np.uint8, count * kind.itemsize, offset=self.offset)
         if content.size != count * kind.itemsize:
             raise UserError(f"{self.path}: is shorter than it was written; delete the work folder and begin anew")
@@ -85,7 +85,8 @@ def store(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_b
         for output in outputs:
             kept = (narrowed(output) if narrow else output).contiguous()
             dtype = str(kept.dtype).removeprefix("torch.")
-            file.write(kept.flatten().view(torch.uint8).numpy().data)
+            if kept.numel():
+                file.write(kept.flatten().view(torch.uint8).numpy().data)
             in_memory = kept.clone() if offset + kept.nbytes <= memory_bytes else None
             items.append(_Item(tuple(kept.shape), dtype, offset, path, in_memory))
             offset += kept.nbytes

@@ -68,6 +68,9 @@ def main(
     max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
     work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted export")] = False,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB that calibration may take; activations beyond it lie on disk")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (its callback does it)
@@ -76,7 +79,7 @@ def main(
 ) -> None:
     """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
     with errors_as_lines():
-        from qvlm_export.pipeline import ExportOptions, export, plan_export
+        from qvlm_export.pipeline import ExportOptions, estimate_export, export, plan_export
         from qvlm_export.progress import Reporter
 
         options = ExportOptions(
@@ -93,9 +96,11 @@ def main(
             max_batch=max_batch,
             work_dir=work_dir,
             resume=resume,
+            memory=memory,
         )
         if dry_run:
-            content = plan_summary(plan_export(options))
+            plan = plan_export(options)
+            content = plan_summary(plan, estimate_export(plan))
             show = show_plan
         else:
             content = result_summary(export(options, Reporter(quiet=as_json)))
@@ -106,7 +111,7 @@ def main(
             show(content, Console(markup=False, highlight=False))
 
 
-def plan_summary(plan: Any) -> dict[str, Any]:
+def plan_summary(plan: Any, estimated: Any) -> dict[str, Any]:
     """What `--dry-run` says."""
     counts: dict[str, int] = {}
     for linear in plan.linears.values():
@@ -129,6 +134,11 @@ def plan_summary(plan: Any) -> dict[str, Any]:
             for part, sizes in plan.sizes.items()
         },
         "disk_bytes": plan.disk_bytes,
+        "memory_bytes": estimated.memory_bytes,
+        "build_memory_bytes": estimated.build_memory_bytes,
+        "seconds": estimated.seconds,
+        "estimate": estimated.in_words(),
+        "block_forwards": plan.cost.forwards,
     }
 
 
@@ -145,6 +155,7 @@ def show_plan(content: dict[str, Any], console: Console) -> None:
     console.print(f"backend: {content['backend']} {' '.join(content['targets'])}")
     console.print(f"longest sequence: {content['max_length']} tokens, batch {content['max_batch']}")
     console.print(f"calibration: {content['calibration_data'] or 'not needed'}, {content['calibration_samples']} samples")
+    console.print(content["estimate"])
     console.print(f"disk needed: {megabytes(content['disk_bytes'])}. Nothing was written.")
 
 

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
+from calibrate.cost import Cost, calibration_cost, is_narrow
 from calibrate.errors import UnfinishedError, UserError
 from calibrate.job import Calibration
 from calibrate.safetensors_source import INDEX_FILE
@@ -36,7 +37,9 @@ from engines.manifest import Manifest, describe_file, describe_folder, write_man
 from engines.plan_check import LinearCheck, check_plan, require_integer
 from engines.write_graph import interface, write_graph
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.fingerprint import digest, work_fingerprint
+from qvlm_export.estimate import Estimate, activations_bytes, estimate, largest_bytes, total_sizes
+from qvlm_export.fingerprint import METHODS, digest, work_fingerprint
+from qvlm_export.machine import measure_machine
 from qvlm_export.plan import Recipe, check_engine, choose_recipe, plan_linears
 from qvlm_export.preflight import (
     Sizes,
@@ -61,6 +64,7 @@ MAX_SAMPLES = 128  # used when --samples does not say
 # float model's output; full tries several ways on every block and then learns the rounding.
 EFFORTS = {"rtn": calibrate_absmax, "fast": calibrate_searched, "full": calibrate_full}
 DEFAULT_EFFORT = "rtn"
+ESTIMATED_ABOVE_BYTES = 2**30  # of weights: smaller models are done before an estimate is read
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class ExportOptions:
     max_batch: int = 1
     work_dir: Path | None = None
     resume: bool = False
+    memory: float | None = None  # GiB
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class ExportPlan:
     sizes: Mapping[str, Sizes]  # by part
     disk_bytes: int
     samples: tuple[Sample, ...]  # none when no linear is planned
+    cost: Cost  # of calibration
+    activations_bytes: int  # of what lies between two blocks, that many in memory
 
 
 @dataclass(frozen=True)
@@ -129,13 +136,23 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     linears = plan_linears(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
     check_engine(linears, backend)
     sizes = {part: estimate_sizes(_of_part(shapes, part), linears) for part in PARTS}
-    total = Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes")))
-    disk_bytes = disk_needed(total, calibrates=bool(linears), builds=backend.module is not None)
+    disk_bytes = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=backend.module is not None)
     check_disk(options.out.parent, disk_bytes)
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
-    return ExportPlan(options, checkpoint, processor, backend, recipe, limits, blocks, linears, sizes, disk_bytes, samples)
+    cost = calibration_cost(blocks, linears, samples, METHODS.get(options.effort)) if linears else Cost()
+    kept = activations_bytes(options.memory, options.effort, cost, largest_bytes(checkpoint.config))
+    return ExportPlan(
+        options, checkpoint, processor, backend, recipe, limits, blocks, linears, sizes, disk_bytes, samples, cost, kept
+    )
+
+
+def estimate_export(plan: ExportPlan) -> Estimate:
+    """Seconds and memory, from what is to be done and a short measurement of this machine."""
+    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0])
+    builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
+    return estimate(plan.cost, plan.linears, total_sizes(plan.sizes), largest, machine, builds=builds)
 
 
 def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
@@ -149,6 +166,8 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     What is unfinished for no fault of the input leaves its work folder, and a line that says how to go on with it.
     """
     plan = plan_export(options)
+    if total_sizes(plan.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
+        reporter.note(estimate_export(plan).in_words())
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(plan.checkpoint, plan.linears, plan.samples, options.effort)
         if options.resume and (finished := finished_export(work, _key(plan, fingerprint, PARTS[-1], "build"))):
@@ -235,7 +254,9 @@ def _calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibr
         )
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
-        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, Work(work.state))
+        narrow = is_narrow(plan.blocks, plan.samples, streams=1 if options.effort == "rtn" else 2)
+        kept = Work(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
+        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept)
         if resumed := work.finished_blocks():
             reporter.note(f"going on behind block {resumed} of {plan.blocks.count()}")
         summary = EFFORTS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))

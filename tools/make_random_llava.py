@@ -42,6 +42,7 @@ class Geometry:
 GEOMETRIES = {
     "llava-13b": Geometry(5120, 13824, 40, 40, 40),
     "llava-7b": Geometry(4096, 11008, 32, 32, 32),
+    "13b-tenth": Geometry(5120, 13824, 4, 40, 40),  # its blocks, few of them: what one costs in time and memory
     "1b": Geometry(2048, 8192, 16, 32, 8),
     "1b-quarter": Geometry(2048, 8192, 4, 32, 8, small_tower=True),  # shows where a 1b's time goes: no cache holds it
     "100m": Geometry(768, 2048, 12, 12, 4, small_tower=True),

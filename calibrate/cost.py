@@ -1,0 +1,135 @@
+"""What calibrating costs, counted from shapes before anything runs. torch modules on meta, no tensor.
+
+The counts follow absmax.py and search.py: whoever changes what they compute changes them here, and a test compares the
+forwards with those counted at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from calibrate.blocks import Block, ModelBlocks, linear_of
+from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of
+from calibrate.method import Method
+from calibrate.samples import Sample
+from calibrate.scheme import LinearScheme
+from calibrate.search import SEARCH_TOKENS
+
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
+# Matrices of in x in that are in memory together when the widest group is aimed and rounded (aim_at_float, make_rounder).
+SQUARES_FLOAT32, SQUARES_FLOAT64 = 4, 5
+# Factorizations by in^3: LU; Cholesky, inverse and Cholesky again, in float64 at half the speed.
+SOLVE_FLOPS, ROUNDER_FLOPS = 2 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: of matrix products on all threads; single_flops: of factorizations, which use one. rounded: weights, each time.
+
+    forwards: prompts and pictures through a block. memory_bytes: of the largest block's work, beside the activations.
+    """
+
+    flops: float = 0.0
+    single_flops: float = 0.0
+    rounded: float = 0.0
+    forwards: int = 0
+    memory_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of one after the other."""
+        return Cost(
+            self.flops + other.flops,
+            self.single_flops + other.single_flops,
+            self.rounded + other.rounded,
+            self.forwards + other.forwards,
+            max(self.memory_bytes, other.memory_bytes),
+        )
+
+
+def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], streams: int) -> bool:
+    """Whether activations are kept in 16 bits. By the samples alone: `--memory` must not change a bit of the result."""
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    return FLOAT32_BYTES * streams * tokens * _width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
+
+
+def calibration_cost(
+    blocks: ModelBlocks, plan: Mapping[str, LinearScheme], samples: Sequence[Sample], method: Method | None
+) -> Cost:
+    """method: of the searching calibrator, None for round-to-nearest."""
+    texts = [len(sample.input_ids) for sample in samples]
+    patches = _patches(blocks)
+    pictures = [patches] * sum(len(sample.pixel_values) for sample in samples)
+    vision = [(block, pictures) for block in (*blocks.vision_layers, blocks.projector)]
+    parts = [*vision, *((block, texts) for block in blocks.text_layers)]
+    if method is not None:
+        return sum((_searched(block, _of(plan, block), lengths, method) for block, lengths in parts), Cost())
+    looks = [any(s.activation_bits is not None for s in _of(plan, block).values()) for block, _ in parts]
+    walked = max((number + 1 for number, looked in enumerate(looks) if looked), default=0)
+    return sum((_nearest(b, _of(plan, b), x if n < walked else []) for n, (b, x) in enumerate(parts)), Cost())
+
+
+def _of(plan: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearScheme]:
+    start = f"{block.prefix}."
+    return {name.removeprefix(start): scheme for name, scheme in plan.items() if name.startswith(start)}
+
+
+def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int]) -> Cost:
+    weights, planned = _weights(block, block.linear_names()), _weights(block, [f"{block.prefix}.{name}" for name in plan])
+    memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * planned
+    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory)
+
+
+def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
+    """Counted from BlockSearch: float run, a run for each group and variant, a run at the end; for each folding."""
+    groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
+    if not groups:
+        return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), FLOAT32_BYTES * _weights(block))
+    foldings, variants = len(method.foldings), len(method.variants)
+    runs = foldings * (2 + len(groups) * (1 + (variants if variants > 1 else 0)))
+    flops, single, rounded, memory = runs * _forward_flops(block, lengths), 0.0, 0.0, 0
+    tokens = sum(lengths)
+    for group in groups:
+        shapes = [
+            (linear_of(block.module, name).out_features, linear_of(block.module, name).in_features) for name in group.linears
+        ]
+        out, into = sum(shape[0] for shape in shapes), shapes[0][1]
+        tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
+        flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
+        flops += foldings * variants * (2 * 2.0 * tokens * into**2 + 2 * 2.0 * out * into**2)  # Gram matrices; aim and GPTQ
+        single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
+        rounded += (tried + foldings * variants) * out * into
+        squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
+        memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
+    inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
+    # The module, the best and the tried candidate, folded and rounded each; every group's input in the float model.
+    memory += FLOAT32_BYTES * ((1 + 2 * min(foldings, 2)) * _weights(block) + tokens * inputs)
+    if method.learn_steps:
+        flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)
+        memory += 5 * FLOAT32_BYTES * _weights(block)  # offsets, their gradients, Adam's two moments, codes as floats
+    return Cost(flops, single, rounded, runs * len(lengths), memory)
+
+
+def _candidates(folding: str) -> int:
+    if folding in SMOOTH_EXPONENTS or folding == "none":
+        return 0
+    return 20 if folding == "awq" else 1 + 2 * len(EXPONENTS)
+
+
+def _forward_flops(block: Block, lengths: Sequence[int]) -> float:
+    attention = 4.0 * sum(length**2 for length in lengths) * _width(block) if "layers" in block.prefix else 0.0
+    return 2.0 * sum(lengths) * _weights(block) + attention
+
+
+def _weights(block: Block, names: Iterable[str] | None = None) -> int:
+    inside = (name.removeprefix(f"{block.prefix}.") for name in (block.linear_names() if names is None else names))
+    return sum(linear_of(block.module, name).weight.numel() for name in inside)
+
+
+def _width(block: Block) -> int:
+    return linear_of(block.module, block.linear_names()[0].removeprefix(f"{block.prefix}.")).in_features
+
+
+def _patches(blocks: ModelBlocks) -> int:
+    return int(blocks.patch_embeddings.module.get_parameter("position_embedding.weight").shape[0])

@@ -1,0 +1,107 @@
+"""Seconds and memory of an export, before it begins: what is to be done by what this machine does in a second."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from calibrate.cost import Cost
+from calibrate.errors import UserError
+from calibrate.scheme import GROUPED_BITS, LinearScheme
+from calibrate.work import MEMORY_BYTES
+from engines.config import ModelConfig
+from engines.graph import expected_shapes
+from qvlm_export.machine import Machine
+from qvlm_export.preflight import Sizes
+
+# Resident once torch, transformers and onnx are imported and the processor is loaded.
+PROGRAM_BYTES = 700 * 2**20
+# TensorRT-RTX 1.7 on two cores: seconds for a plan's fixed part and for each GiB of it, and its memory in sizes of the plan.
+BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 11.0, 3.0
+# Norms, activation functions, softmax and copies beside the products of a block.
+FORWARD_OVERHEAD = 1.25
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: by stage. memory_bytes: the most resident, of the export itself and of the build process."""
+
+    seconds: dict[str, float]
+    memory_bytes: int
+    build_memory_bytes: int
+
+    def in_words(self) -> str:
+        """One line for people."""
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
+        memory = f"{self.memory_bytes / 2**30:.1f} GiB"
+        if self.build_memory_bytes:
+            memory += f", the engine build {self.build_memory_bytes / 2**30:.1f} GiB"
+        return f"estimated: {duration(sum(self.seconds.values()))} ({parts}); memory {memory}"
+
+
+def estimate(
+    cost: Cost, linears: Mapping[str, LinearScheme], sizes: Sizes, largest_bytes: int, machine: Machine, *, builds: bool
+) -> Estimate:
+    """cost: of calibration; sizes: of all weights; largest_bytes: of the largest tensor, in float16."""
+    seconds: dict[str, float] = {}
+    if linears:
+        rounding = cost.rounded / (machine.rounded * machine.threads)
+        computing = cost.flops / machine.flops * FORWARD_OVERHEAD + cost.single_flops / machine.single_flops + rounding
+        moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
+        seconds["calibrate"] = computing + moving
+    grouped = _grouped_weights(linears, sizes)
+    seconds["graph"] = grouped / machine.packed + 2 * sizes.planned_bytes / machine.written_bytes
+    if builds:
+        gib = sizes.planned_bytes / 2**30
+        seconds["build"] = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
+    copies = 1 + int(bool(linears)) + int(builds)
+    seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes
+    memory = memory_needed(cost, largest_bytes)
+    build = PROGRAM_BYTES // 2 + int(BUILD_COPIES * sizes.planned_bytes) if builds else 0
+    return Estimate({name: round(value, 1) for name, value in seconds.items()}, memory, build)
+
+
+def total_sizes(sizes: Mapping[str, Sizes]) -> Sizes:
+    """Of all parts together."""
+    return Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes")))
+
+
+def largest_bytes(config: ModelConfig) -> int:
+    """Of the largest tensor, in float16."""
+    return max(2 * math.prod(shape) for shape in expected_shapes(config).values())
+
+
+def activations_bytes(memory_gib: float | None, effort: str, cost: Cost, largest: int) -> int:
+    """How many bytes of what flows between two blocks lie in memory, beside the disk.
+
+    Raises UserError when --memory is less than everything else needs.
+    """
+    if memory_gib is None:
+        return MEMORY_BYTES
+    needed = memory_needed(cost, largest)
+    if memory_gib * 2**30 < needed:
+        raise UserError(
+            f"--memory {memory_gib:g}: --effort {effort} needs about {needed / 2**30:.1f} GiB for this model and these "
+            "samples; give more, or fewer --samples, or --effort rtn"
+        )
+    return int(memory_gib * 2**30 - needed) // 2  # of a block's inputs and of its outputs
+
+
+def memory_needed(cost: Cost, largest_bytes: int) -> int:
+    """Resident bytes of the export itself, without activations beyond those of the block being computed."""
+    return PROGRAM_BYTES + max(cost.memory_bytes, 3 * largest_bytes)
+
+
+def _grouped_weights(linears: Mapping[str, LinearScheme], sizes: Sizes) -> float:
+    """Weights of INT4 linears: all but the float ones, at half a byte."""
+    if not any(scheme.weight_bits <= GROUPED_BITS for scheme in linears.values()):
+        return 0.0
+    return 2.0 * sizes.planned_bytes
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,94 @@
+"""What this machine does in a second: measured in about two, for the estimates of the preflight."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from calibrate.packing import pack_codes
+from calibrate.quantize import quantize_linear
+from calibrate.scheme import LinearScheme
+from calibrate.threads import one_thread
+from engines.packing import transposed_nibbles
+from qvlm_export.preflight import nearest_folder
+
+TOKENS, WIDTH, OUT = 512, 4096, 2048
+DISK_BYTES = 128 * 2**20
+REPEATS = 2
+_W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates a second. flops: float32 products on all threads, single_flops: on one. rounded, packed: weights, on one."""
+
+    flops: float
+    single_flops: float
+    rounded: float
+    packed: float
+    hashed_bytes: float
+    read_bytes: float
+    written_bytes: float
+    threads: int
+
+
+def measure_machine(folder: Path, weights: Path) -> Machine:
+    """folder: where the export will write; a file without a name is written there. weights: a file that will be read."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, WIDTH, generator=generator) for n in (TOKENS, OUT))
+    flops = 2.0 * TOKENS * OUT * WIDTH
+
+    def product() -> None:
+        x @ weight.T
+
+    def rounding() -> None:
+        pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
+
+    all_threads = flops / _seconds(product)
+    with one_thread():
+        single = flops / _seconds(product)
+        half = weight.half()
+        rounded = half.numel() / _seconds(rounding)
+    stored = np.zeros((OUT, WIDTH // 2), np.uint8)
+    packed = stored.size * 2 / _seconds(lambda: transposed_nibbles(stored))
+    hashed = stored.nbytes / _seconds(lambda: hashlib.sha256(stored.tobytes()).digest())
+    read, written = _read_rate(weights), _write_rate(nearest_folder(folder))
+    return Machine(all_threads, single, rounded, packed, hashed, read, written, torch.get_num_threads())
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of the fastest of a few calls, the first not counted."""
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _read_rate(path: Path) -> float:
+    began, count = time.perf_counter(), 0
+    with path.open("rb") as file:
+        while count < DISK_BYTES and (piece := file.read(2**22)):
+            count += len(piece)
+    return max(count, 1) / (time.perf_counter() - began)
+
+
+def _write_rate(folder: Path) -> float:
+    piece = bytes(2**22)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        for _ in range(DISK_BYTES // 2 // len(piece)):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return DISK_BYTES / 2 / (time.perf_counter() - began)

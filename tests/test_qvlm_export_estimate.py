@@ -1,0 +1,75 @@
+"""Estimates: from counts and rates, monotonous, said in words, and --memory that keeps its promise or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import assert_refused, export_onnx, read_files
+
+from calibrate.cost import Cost
+from calibrate.errors import UserError
+from calibrate.scheme import LinearScheme
+from calibrate.work import MEMORY_BYTES
+from qvlm_export.estimate import activations_bytes, duration, estimate, memory_needed
+from qvlm_export.machine import Machine, measure_machine
+from qvlm_export.preflight import Sizes
+
+Llava = Callable[..., Path]
+W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+MACHINE = Machine(1e11, 5e10, 3e8, 5e8, 1e9, 1e9, 5e8, 2)
+SIZES = Sizes(26 * 10**9, 7 * 10**9)
+
+
+def test_seconds_are_counts_by_rates():
+    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
+    found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
+    assert found.seconds["calibrate"] == pytest.approx(125 + 20 + 20 + 26 + 14)
+    assert found.seconds["graph"] == pytest.approx(28 + 28)
+    assert found.seconds["check"] == pytest.approx(21)
+    assert found.seconds["build"] == pytest.approx(8 + 11 * 7e9 / 2**30, rel=0.01)
+    assert "estimated: " in found.in_words()
+    assert "engine build" in found.in_words()
+
+
+def test_nothing_to_calibrate_takes_no_time():
+    found = estimate(Cost(), {}, SIZES, 10**9, MACHINE, builds=False)
+    assert set(found.seconds) == {"graph", "check"}
+    assert found.build_memory_bytes == 0
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (90, "90 s"), (150, "2 min"), (7300, "2.0 h")])
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_rates_are_measured_and_nothing_is_left(tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(2**20))
+    machine = measure_machine(tmp_path / "not" / "there", weights)
+    assert all(value > 0 for value in vars(machine).values())
+    assert machine.flops >= 0.5 * machine.single_flops
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_memory_left_for_activations():
+    cost = Cost(memory_bytes=2**30)
+    needed = memory_needed(cost, 1)
+    assert activations_bytes(None, "rtn", cost, 1) == MEMORY_BYTES
+    assert activations_bytes(4, "rtn", cost, 1) == (4 * 2**30 - needed) // 2
+    with pytest.raises(UserError, match=r"--memory 1: --effort fast needs about 1\.7 GiB.*--samples, or --effort rtn"):
+        activations_bytes(1, "fast", cost, 1)
+
+
+def test_activations_on_disk_give_the_same_bytes(llava: Llava, tmp_path: Path) -> None:
+    """--memory decides where they lie, not what they are."""
+    least = memory_needed(Cost(), 1) / 2**30 + 0.05  # all but nothing is left for them
+    for folder, arguments in (("all", ()), ("disk", ("--memory", f"{least:.3f}"))):
+        result = export_onnx(llava(), tmp_path / folder / "x.plan", "--scheme", "int8", *arguments)
+        assert result.exit_code == 0, result.stderr
+    assert read_files(tmp_path / "all") == read_files(tmp_path / "disk")
+
+
+def test_too_little_memory_is_refused_before_any_work(llava: Llava, absent: Path) -> None:
+    assert_refused(export_onnx(llava(), absent, "--memory", "0.1"), "--memory 0.1", "needs about 0.7 GiB", "--samples")
