@@ -132,4 +132,4 @@ def _width(block: Block) -> int:
 
 
 def _patches(blocks: ModelBlocks) -> int:
-    return int(blocks.patch_embeddings.module.get_parameter("position_embedding.weight").shape[0])
+    return int(blocks.entries[0].module.get_parameter("position_embedding.weight").shape[0])

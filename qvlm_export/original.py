@@ -9,7 +9,7 @@ image processor, the tokenizer and the conversation that the model was trained w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,9 @@ class OriginalSource:
         yield from self._added()
         if self._tower is not None:
             yield from self._tower
+
+    def files(self) -> Sequence[Path]:
+        return [*self._own.files(), *(self._tower.files() if self._tower is not None else ())]
 
     def shape(self, name: str) -> tuple[int, ...]:
         if self._identity is not None and name in self._added():

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig
-
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import RECORD_FILE, CalibratedCheckpoint
 from calibrate.errors import UserError
@@ -19,10 +17,12 @@ from calibrate.simulate import DequantizedSource, with_rounded_tables
 from engines.config import Limits, ModelConfig
 from engines.manifest import Manifest, describe_file, read_manifest, verified_file
 from engines.session import Session, choose_runtime, open_session
-from qvlm_export.checkpoint import Checkpoint, open_checkpoint, read_config
-from qvlm_export.families import model_config
+from qvlm_export.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.families import find_family
+from qvlm_export.hub import read_config
 from qvlm_export.ladder import open_calibrated
 from qvlm_export.loading import LoadedModel
+from qvlm_export.model_config import model_config
 from qvlm_export.samples import load_processor
 from qvlm_export.torch_runner import TorchRunner, check_device
 from qvlm_export.validate import open_reference
@@ -146,8 +146,10 @@ def _simulated(folder: Path, manifest: Manifest | None, device: str, batch: int 
     """The calibrated checkpoint in torch, with the roundings of its graph where it belongs to an export."""
     processor = load_processor(_processor_folder(folder, manifest))
     calibrated = CalibratedCheckpoint(folder)
-    hf_config = LlavaConfig.from_dict({k: v for k, v in read_config(folder).items() if k != "quantization_config"})
-    config = model_config(hf_config, str(folder / "config.json")) if manifest is None else manifest.config
+    where, stored = str(folder / "config.json"), read_config(folder)
+    family = find_family(stored, where)
+    hf_config = family.config_class.from_dict({k: v for k, v in stored.items() if k != "quantization_config"})
+    config = model_config(hf_config, where) if manifest is None else manifest.config
     float_type = None if manifest is None else manifest.float_type
     blocks = make_blocks(hf_config)
     if float_type is not None:

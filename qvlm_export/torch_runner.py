@@ -6,7 +6,7 @@ is written as the graphs write theirs: the token at position p lies in slot p.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -102,7 +102,7 @@ class TorchRunner:
             return np.zeros((1, self._table.shape[1]), np.float32)
         sample = Sample(np.zeros(0, np.int64), np.ascontiguousarray(pixel_values, np.float32), 0)
 
-        def step(block: Block, inputs: list[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
             with torch.inference_mode():
                 return [run(block.module, x.to(self.device, self._dtype)) for x in inputs]
 
