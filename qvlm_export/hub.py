@@ -28,8 +28,7 @@ def find_folder(model: str, option: str = "--model") -> Path:
         raise UserError(f"{option} {model}: is a file; give the checkpoint's folder")
     repository = ALIASES[model].repository if model in ALIASES else model
     if repository.count("/") != 1 or model.startswith((".", "/", "~")):
-        known = ", ".join((TINY, *ALIASES))
-        raise UserError(f"{option} {model}: no such folder, and neither an alias ({known}) nor a Hugging Face id")
+        raise UserError(f"{option} {model}: no such folder, and neither an alias (see --list-models) nor a Hugging Face id")
     try:
         folder = Path(snapshot_download(repository, allow_patterns=_DOWNLOAD))
         if not list(folder.glob("*.safetensors")):

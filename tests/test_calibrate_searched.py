@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +14,9 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
-from calibrate.job import Calibration
-from calibrate.method import Method, Variant
-from calibrate.searched import calibrate_full, calibrate_searched
+from calibrate.job import Calibration, Progress
+from calibrate.method import FULL, Method, Variant
+from calibrate.searched import calibrate_searched
 from calibrate.simulate import DequantizedSource, simulated_step
 from calibrate.walk import final_logits, plain_step, walk_language, walk_vision
 from qvlm_export.checkpoint import open_checkpoint
@@ -44,7 +47,7 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     samples = mixed_samples(checkpoint)
     wanted = run(checkpoint, samples, checkpoint.source, plain_step(checkpoint.source))
     errors = []
-    for method in (calibrate_absmax, calibrate_searched, calibrate_full):
+    for method in (calibrate_absmax, calibrate_searched, briefly_full):
         found = calibrated(checkpoint, preset, tmp_path / method.__name__, method)
         source = DequantizedSource(found)
         errors.append(float((run(checkpoint, samples, source, simulated_step(found, source)) - wanted).norm()))
@@ -85,7 +88,12 @@ def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):
     assert one.summary["block_backwards"] == 0
 
 
-@pytest.mark.parametrize("method", [calibrate_searched, calibrate_full], ids=["fast", "full"])
+def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """Every step of `full`, fewer of each."""
+    return calibrate_searched(job, writer, progress, replace(FULL, foldings=("search", "smooth-0.5"), learn_steps=20))
+
+
+@pytest.mark.parametrize("method", [calibrate_searched, briefly_full], ids=["fast", "full"])
 def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
     folders, before = [], torch.get_num_threads()

@@ -55,8 +55,7 @@ def test_real_command_refuses_model_that_is_not_there(absent: Path) -> None:
     done = real_command("--model", "./no-such-folder", "--out", absent)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: --model ./no-such-folder: no such folder, and neither an alias (tiny, llava-7b, llava-13b) nor a Hugging "
-        "Face id\n"
+        "error: --model ./no-such-folder: no such folder, and neither an alias (see --list-models) nor a Hugging Face id\n"
     )
 
 

@@ -263,7 +263,6 @@ def test_a_tower_is_downloaded_where_it_is_not_here(written: Write, tmp_path: Pa
         (put("", "mm_use_im_start_end", True), ["mm_use_im_start_end", "<im_start> and <im_end>", "added_tokens.json"]),
         (put("", "rope_scaling", {"type": "linear", "factor": 2.0}), ["rope_type is 'linear'", "default"]),
     ],
-    ids=repr,
 )
 def test_config_that_cannot_be_used(written: Write, absent: Path, tmp_path: Path, edit: Edit, words: list[str]) -> None:
     assert_refused(export_onnx(copied(written("v1.5"), tmp_path, edit), absent), *words)
