@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from calibrate.errors import UserError
+from qvlm_export.commands import INTERRUPTED
 
 BAD_INPUT = 2
 # click's class, which typer does not name: some releases depend on click, others carry it inside
@@ -29,6 +30,9 @@ class OneLineErrors(TyperCommand):
         except _UsageError as error:
             print(f"error: {_one_line(error.format_message()).rstrip('.')}; see {info_name} --help", file=sys.stderr)  # type: ignore[attr-defined]
             raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:  # typer would leave without a word
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def errors_as_lines() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _one_line(text: str) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from calibrate.errors import UserError
 from qvlm_export.cli import OneLineErrors, errors_as_lines
+from qvlm_export.commands import INTERRUPTED
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +31,6 @@ Examples:
 """
 
 CHAT_HELP = "chat: one line a turn; /image PATH shows a picture with the next turn, Ctrl-C ends an answer, /quit the chat"
-INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
