@@ -24,7 +24,7 @@ from calibrate.simulate import DequantizedSource, open_head, recorded, simulated
 from calibrate.tensors import TensorSource
 from calibrate.walk import Step, plain_step, walk_language, walk_vision
 from engines.graph_probe import WrongWeight, run_blocks, wrong_weights
-from engines.manifest import Manifest
+from engines.manifest import Manifest, verified_file
 from engines.metrics import Sums, measure, sqnr_db
 from engines.polygraphy_check import RunnerPair, engine_runners, language_feed, no_image, vision_feed
 from engines.session import Session, choose_runtime, embed_tiles, open_session
@@ -83,15 +83,20 @@ def climb(job: Job, reporter: Reporter) -> Ladder:
 
 
 def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, str]:
-    """The calibrated checkpoint beside the export, or why there is none."""
+    """The calibrated checkpoint beside the export, or why there is none.
+
+    Raises UserError when it was changed: the graph made of it would be blamed for the difference.
+    """
     if not manifest.linears:
         return None, "the export quantizes no linear"
     if "calibrated" not in manifest.files:
         return None, "the export has no calibrated checkpoint beside it; export without --work-dir"
     try:
-        return CalibratedCheckpoint(manifest.file("calibrated")), ""
+        calibrated = CalibratedCheckpoint(manifest.file("calibrated"))
     except UserError as error:
         return None, str(error)
+    verified_file(manifest, "calibrated")
+    return calibrated, ""
 
 
 def _torch_rungs(
@@ -169,6 +174,8 @@ def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack)
 def _engine_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> Rung:
     if reason := engine_obstacle(manifest):
         return Rung(ENGINE, None, reason)
+    for role in sorted({"vision_plan", "language_plan"} & set(manifest.files)):
+        verified_file(manifest, role)  # a changed plan is refused; what else keeps it from running is a reason
     try:
         pair = stack.enter_context(RunnerPair(manifest, engine_runners(manifest)))
     except UserError as error:  # built for other GPUs, or for another version

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import load_file, save_file
 
-from engines.manifest import describe_file, sealed
+from engines.manifest import describe_file, describe_folder, sealed
 
 
 def copy_export(plan: Path, folder: Path) -> Path:
@@ -42,6 +43,23 @@ def reseal(path: Path) -> None:
     manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
 
 
+def edit_scale(path: Path, name: str, factor: float) -> None:
+    """Multiplies a tensor of a safetensors file; the manifest is left as it is."""
+    tensors = load_file(path)
+    tensors[name] = (tensors[name] * factor).astype(tensors[name].dtype)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def reseal_folder(folder: Path) -> None:
+    """As `reseal`, for a folder of the export."""
+    manifest = folder.with_suffix(".json")
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    for role, entry in content["files"].items():
+        if entry["name"] == folder.name:
+            content["files"][role] = describe_folder(folder)
+    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
+
+
 def zero(array: np.ndarray) -> None:
     array[:] = 0
 
@@ -52,3 +70,7 @@ def double_first(array: np.ndarray) -> None:
 
 def double(array: np.ndarray) -> None:
     array *= 2
+
+
+def times_one_and_a_half(array: np.ndarray) -> None:
+    array *= 1.5

@@ -59,7 +59,7 @@ def test_ctrl_c_while_a_command_is_being_imported(handler, code, out, err, tmp_p
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 

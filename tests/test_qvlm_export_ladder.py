@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from damage import copy_export, double, double_first, edit_weight, zero
+from damage import (
+    copy_export,
+    double,
+    double_first,
+    edit_scale,
+    edit_weight,
+    reseal_folder,
+    times_one_and_a_half,
+    zero,
+)
 from transformers import LlavaForConditionalGeneration
 
 import qvlm_export
 from calibrate.errors import UserError
 from calibrate.samples import Sample
-from engines.manifest import read_manifest
+from engines.manifest import describe_file, read_manifest
 from engines.metrics import Sums
 from engines.polygraphy_check import session_runners
 from engines.session import open_session
@@ -208,6 +218,39 @@ def test_without_the_calibrated_checkpoint_the_graph_is_still_compared(plans, tm
     manifest = read_manifest(plan.with_suffix(".json"))
     without_role = replace(manifest, files={k: v for k, v in manifest.files.items() if k != "calibrated"})
     assert "--work-dir" in ladder_module.open_calibrated(without_role)[1]
+
+
+def test_a_changed_calibrated_checkpoint_is_refused_and_the_graph_not_blamed(plans, tmp_path):
+    plan = copy_export(plans["int8"], tmp_path / "copy")
+    stored = plan.with_suffix(".calibrated") / f"model-{DOWN.removesuffix('.mlp.down_proj')}.safetensors"
+    edit_scale(stored, f"{DOWN}.weight_scale", 1.5)
+    with pytest.raises(UserError, match=r"safetensors: its sha256 is .* it was changed"):
+        climb_on(plan, samples=1)
+
+
+def test_a_scale_wrong_in_checkpoint_and_graph_is_found_by_the_output_of_its_block(whole, plans, tmp_path):
+    """As a calibration gone wrong would leave it: graph and checkpoint agree, and every hash is right."""
+    plan = copy_export(plans["int8"], tmp_path / "damaged")
+    stored = plan.with_suffix(".calibrated") / f"model-{DOWN.removesuffix('.mlp.down_proj')}.safetensors"
+    edit_scale(stored, f"{DOWN}.weight_scale", 1.5)
+    reseal_folder(plan.with_suffix(".calibrated"))
+    edit_weight(plan.with_suffix(".onnx"), f"{DOWN}.weight_scale", np.float32, times_one_and_a_half)
+    ladder = climb_on(plan, samples=1)
+    loss = find_loss(ladder)
+    assert ladder.wrong == ()
+    assert (loss.rung, loss.layers[0]) == (FAKE_QUANT, DOWN.removesuffix(".mlp.down_proj"))
+    assert find_loss(whole["int8"]).layers[0] != loss.layers[0]
+
+
+def test_a_changed_plan_is_refused_where_it_would_run(plans, tmp_path, monkeypatch):
+    plan = copy_export(plans["int4"], tmp_path / "copy")
+    plan.write_bytes(b"a plan")
+    manifest = read_manifest(plan.with_suffix(".json"))
+    described = {**describe_file(plan), "sha256": 64 * "0"}
+    manifest = replace(manifest, files={**manifest.files, "language_plan": described})
+    monkeypatch.setattr(ladder_module, "engine_obstacle", lambda _: "")
+    with ExitStack() as stack, pytest.raises(UserError, match=r"\.plan: its sha256 is .* it was changed"):
+        ladder_module._engine_rung(manifest, [], stack)
 
 
 def test_without_graphs_the_calibrated_checkpoint_is_still_compared(plans, tmp_path):
