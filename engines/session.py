@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from engines.onnx_runner import Cuda
 
 
+class ContextError(UserError):
+    """More tokens than the engine's cache has room for."""
+
+
 class Runner(Protocol):
     """What a session needs of a runtime. A cache is whatever the runner makes of it; `step` writes into it.
 
@@ -179,7 +183,7 @@ class Session:
             raise UserError("the prompt is empty; give at least one token")
         end = int((sequences.cached + np.array([len(f) for f in fed])).max())
         if end > limits.max_length:
-            raise UserError(
+            raise ContextError(
                 f"the context would be {end} tokens long, the engine was built for {limits.max_length}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
@@ -192,7 +196,7 @@ class Session:
             ids[row, : len(new)] = new
         positions = sequences.cached[:, None] + np.arange(longest, dtype=np.int64)[None]
         if int(positions.max()) >= limits.max_length:
-            raise UserError(
+            raise ContextError(
                 f"padding this batch would reach beyond the {limits.max_length} tokens of the cache; "
                 "feed sequences of such different lengths one at a time"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from qvlm_export.commands import INTERRUPTED
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qvlm_export.loading import Generation, LoadedModel
+    from qvlm_export.loading import Chat, Generation, LoadedModel
 
 EXAMPLES = """
 Examples:
@@ -30,7 +31,11 @@ Examples:
   qvlm-run engine.plan --image photo.png --chat
 """
 
-CHAT_HELP = "chat: one line a turn; /image PATH shows a picture with the next turn, Ctrl-C ends an answer, /quit the chat"
+CHAT_HELP = (
+    "chat: one line a turn; /image PATH shows a picture with the next turn, /new begins without history and pictures, "
+    "Ctrl-C ends an answer, /quit the chat"
+)
+_COMMAND = re.compile(r"/[a-z]+( |$)")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -69,15 +74,16 @@ def main(
         pictures = [open_image(path, "--image") for path in image or []]
         with load(plan, runtime, fast) as model:
             if prompt is None:
-                _chat(model, pictures, settings)
+                _chat(model, pictures, settings, as_json)
                 return
-            pieces = model.generate(prompt, pictures, settings, stream=True)  # refuses what it cannot take
+            conversation = model.chat()
+            pieces = conversation.say(prompt, pictures, settings)  # refuses what it cannot take
             if as_json:
-                runner = model.session.runner
-                print(json.dumps({"runtime": runner.name, "device": runner.device, "answer": "".join(pieces)}))
+                _print_answer(model, conversation, pieces)
             else:
                 _show_runtime(model)
                 _show(pieces)
+                _say_why_cut(model, conversation)
 
 
 @contextmanager
@@ -89,32 +95,83 @@ def _interruption_as_line() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _chat(model: LoadedModel, pictures: list[Image.Image], settings: Generation) -> None:
+def _chat(model: LoadedModel, pictures: list[Image.Image], settings: Generation, as_json: bool) -> None:
     """Reads turns until end of input. A turn that cannot be taken costs a line, not the conversation."""
-    from qvlm_export.images import open_image
+    from engines.session import ContextError
 
-    conversation = model.chat()
-    shown = list(pictures)
-    _show_runtime(model)
-    print(CHAT_HELP, file=sys.stderr)
-    while True:
+    conversation, shown = model.chat(), list(pictures)
+    if not as_json:
+        _show_runtime(model)
+        print(CHAT_HELP, file=sys.stderr)
+    prompt = "> " if sys.stdin.isatty() and not as_json else ""
+    while (line := _next_line(prompt)) is not None and line != "/quit":
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        try:
-            if line.startswith("/image "):
-                shown.append(open_image(Path(line.removeprefix("/image ").strip()), "/image"))
+            if line == "/new":
+                conversation, shown = model.chat(), []
+            elif _COMMAND.match(line):
+                shown.append(_picture(line))
             elif line:
                 pieces = conversation.say(line, shown, settings)
                 shown = []  # the turn is taken, whatever becomes of its answer
-                _show(pieces)
+                if as_json:
+                    _print_answer(model, conversation, pieces)
+                else:
+                    _show(pieces)
+                    _say_why_cut(model, conversation, "; /new begins a new conversation")
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            way_out = ""
+            if shown and not _COMMAND.match(line):
+                way_out = f"; pictures that wait for the next turn: {len(shown)}, /new drops them"
+            elif isinstance(error, ContextError):
+                way_out = "; /new begins a new conversation"
+            _complain(f"{' '.join(str(error).split())}{way_out}", as_json)
         except KeyboardInterrupt:  # ends the answer, not the conversation
             print("interrupted", file=sys.stderr)
+
+
+def _next_line(prompt: str) -> str | None:
+    """What the user types next; None at the end of input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        if prompt:
+            print()  # the shell's prompt gets a line of its own
+        return None
+
+
+def _picture(line: str) -> Image.Image:
+    """The picture of `/image PATH`. Raises UserError, for other commands too: a mistyped one is no question."""
+    from qvlm_export.images import open_image
+
+    command, _, path = line.partition(" ")
+    if command != "/image":
+        raise UserError(f"{command}: unknown; there are /image PATH, /new and /quit")
+    if not path.strip():
+        raise UserError("/image: give the path of a picture behind it")
+    return open_image(Path(path.strip()), "/image")
+
+
+def _complain(message: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": message}), flush=True)
+    else:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def _print_answer(model: LoadedModel, conversation: Chat, pieces: Iterator[str]) -> None:
+    """One line of JSON."""
+    runner, answer = model.session.runner, "".join(pieces)
+    content = {"runtime": runner.name, "device": runner.device, "answer": answer, "ended": conversation.ended}
+    print(json.dumps(content), flush=True)
+
+
+def _say_why_cut(model: LoadedModel, conversation: Chat, cure: str = "") -> None:
+    """Half an answer must not pass for a whole one."""
+    if conversation.ended == "max_new_tokens":
+        print("cut off: --max-new-tokens allows no more", file=sys.stderr)
+    elif conversation.ended == "context":
+        length = model.manifest.limits.max_length
+        print(f"cut off: the context of {length} tokens is full; export with a larger --max-length{cure}", file=sys.stderr)
 
 
 def _show_runtime(model: LoadedModel) -> None:

@@ -128,9 +128,16 @@ class LoadedModel:
 
 
 class Chat:
-    """A conversation whose history stays in the cache: a turn computes its own tokens only."""
+    """A conversation whose history stays in the cache: a turn computes its own tokens only.
+
+    ended: why the last answer did: "stop" (the model's end token or a stop text), "max_new_tokens", or "context", which is
+    full; None while it goes on, or after it was broken off.
+    """
+
+    ended: Literal["stop", "max_new_tokens", "context"] | None
 
     def __init__(self, session: Session, processor: Any) -> None:
+        self.ended = None
         self._session, self._processor, self._config = session, processor, session.manifest.config
         self._turns: list[dict[str, Any]] = []
         self._sequences: Sequences | None = None
@@ -150,7 +157,7 @@ class Chat:
         chosen = replace(settings, **changes)
         turns = [*self._turns, {"role": "user", "text": text, "images": len(images)}]
         self._feed(turns, [image.convert("RGB") for image in images])
-        self._turns = [*turns, {"role": "assistant", "text": ""}]
+        self._turns, self.ended = [*turns, {"role": "assistant", "text": ""}], None
         return self._answer(self._turns[-1], chosen)
 
     def _answer(self, turn: dict[str, Any], settings: Generation) -> Iterator[str]:
@@ -180,15 +187,19 @@ class Chat:
         if self._sequences is None:
             raise RuntimeError("nothing was fed")
         sequence, tokenizer, stop = self._sequences.tokens[0], self._processor.tokenizer, tuple(settings.stop)
-        began, shown, stop_ids = len(sequence), "", frozenset({tokenizer.eos_token_id})
-        for _ in self._session.generate(self._sequences, settings.max_new_tokens, stop_ids, settings):
+        began, shown, stop_ids, stopped = len(sequence), "", frozenset({tokenizer.eos_token_id}), False
+        for (token,) in self._session.generate(self._sequences, settings.max_new_tokens, stop_ids, settings):
+            stopped = token in stop_ids
             text, ended = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)
             safe = text if ended else text[: len(text) - _held(text, stop)]
             if len(safe) > len(shown) and not safe.endswith("\ufffd"):
                 yield safe[len(shown) :]
                 shown = safe
             if ended:
+                self.ended = "stop"
                 return
+        full = len(sequence) == self._session.manifest.limits.max_length
+        self.ended = "stop" if stopped else "context" if full else "max_new_tokens"
         rest = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)[0]
         if len(rest) > len(shown):
             yield rest[len(shown) :]

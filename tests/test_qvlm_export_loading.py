@@ -52,7 +52,9 @@ def test_an_answer_has_at_most_so_many_tokens(model):
         chat = model.chat()
         pieces = chat.say("Say something", max_new_tokens=count)
         before = len(chat._sequences.tokens[0])
+        assert chat.ended is None
         list(pieces)
+        assert chat.ended == "max_new_tokens"
         assert len(chat._sequences.tokens[0]) == before + count
 
 
@@ -62,6 +64,7 @@ def test_an_answer_ends_with_the_context(model):
     assert 236 < len(chat._sequences.tokens[0]) < 256
     "".join(pieces)
     assert len(chat._sequences.tokens[0]) == model.manifest.limits.max_length == 256
+    assert chat.ended == "context"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +90,10 @@ def test_a_prompt_that_cannot_be_taken_is_refused_before_the_first_piece(model):
 def test_a_stop_string_ends_the_answer_before_it(model):
     whole = model.generate("Say something", max_new_tokens=24)
     word = whole.split()[2]
-    short = model.generate("Say something", max_new_tokens=24, stop=["never said", word])
+    chat = model.chat()
+    short = "".join(chat.say("Say something", max_new_tokens=24, stop=["never said", word]))
     assert short == whole[: whole.index(word)]
+    assert chat.ended == "stop"
 
 
 def test_a_strong_repetition_penalty_repeats_nothing(model):
@@ -152,6 +157,7 @@ def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(model):
     pieces = chat.say("Say something", max_new_tokens=30)
     heard = [next(pieces), next(pieces)]
     pieces.close()
+    assert chat.ended is None
     assert chat._turns[-1]["text"] == "".join(heard)
     "".join(chat.say("Go on", max_new_tokens=3))
     assert model.processor.tokenizer.decode(chat._sequences.tokens[0]).count("USER:") == 2
