@@ -94,15 +94,15 @@ class Engine:
 
 
 class Cache:
-    """Device memory of all layers' keys and values for one batch."""
+    """Device memory of all layers' keys and values for one batch. Raises UnusableEngineError when there is too little."""
 
     def __init__(self, device: Device, manifest: Manifest, dtype: np.dtype, batch: int) -> None:
         text = manifest.config.text
         self.shape = (batch, text.num_kv_heads, manifest.limits.max_length, text.head_dim)
         count_bytes = int(np.prod(self.shape)) * dtype.itemsize
-        names = [f"key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")]
-        self.address = {name: device.allocate(count_bytes) for name in names}
-        self._device = device
+        self._device, self.address = device, dict[str, int]()  # before the memory runs out, so that __del__ finds them
+        for name in (f"key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")):
+            self.address[name] = device.allocate(count_bytes)
 
     def __del__(self) -> None:
         for address in self.address.values():

@@ -336,6 +336,23 @@ def test_a_cache_is_given_back_with_its_sequences(opened):
         assert device.unfreed == before
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_cache_that_does_not_fit_gives_back_what_it_got(opened, monkeypatch):
+    session, _, _, device = opened
+    before, left = device.unfreed, iter([None] * 3)
+
+    def allocate(count_bytes):
+        if next(left, "none") == "none":
+            raise UserError("the GPU reports cudaErrorMemoryAllocation")
+        return FakeDevice.allocate(device, count_bytes)
+
+    monkeypatch.setattr(device, "allocate", allocate)
+    with pytest.raises(UserError, match="cudaErrorMemoryAllocation"):
+        session.start([np.arange(5, 9)])
+    assert device.next > max(before, default=0)
+    assert device.unfreed == before
+
+
 def test_nothing_is_written_beyond_the_cache(opened):
     session, _, language, _ = opened
     sequences = session.start([np.arange(5, 5 + 10)])
