@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import bench_methods
 import bench_ours
+import bench_runtime
 import numpy as np
 import plant_hard_outliers
 import pytest
@@ -203,3 +205,18 @@ def test_hard_outliers_are_there(hard):
         after(**given)
     first_token = rows[0].reshape(len(given["input_ids"]), -1, rows[0].shape[1])[:, 0].abs()
     assert float(first_token[:, 0].min()) > 0.9 * rows[0].shape[1] ** 0.5  # all of it in one channel
+
+
+def test_decode_speed_is_that_of_the_median_step():
+    """One step that other work on the machine held up does not count."""
+    found = bench_runtime.figures(0.5, [0.1, 9.0, 0.1], 10**9)
+    assert found == pytest.approx({"prefill_ms": 500, "decode_tokens_per_s": 10, "weights_gb_per_s": 10})
+
+
+def test_a_row_of_torch_and_the_machine_it_was_measured_on():
+    args = argparse.Namespace(gpu=False, threads=1, model=TINY, words=4, tokens=3)
+    found = bench_runtime.measure_torch("torch float32", args)
+    assert all(value > 0 for value in found.values())
+    weights = found["weights_gb_per_s"] / found["decode_tokens_per_s"] * 1e9
+    assert weights == pytest.approx(4 * (2_361_600 + 2 * 131_072), rel=0.01)  # its layers, table and head, in float32
+    assert bench_runtime.machine()["processor"]
