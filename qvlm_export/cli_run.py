@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +104,9 @@ def _chat(model: LoadedModel, pictures: list[Image.Image], settings: Generation,
         _show_runtime(model)
         print(CHAT_HELP, file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() and not as_json else ""
+    if prompt:
+        with suppress(ImportError):  # not in every Python
+            import readline  # noqa: F401  # input() then has keys to edit a line, and to fetch earlier ones
     while (line := _next_line(prompt)) is not None and line != "/quit":
         try:
             if line == "/new":

@@ -216,7 +216,9 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(talkative: Path) -> None:
     terminal.read_until(r"What\?\r\n.{5}")
     terminal.type("\x03")
     terminal.read_until(r"interrupted\r\n> ")
-    terminal.type("/quit\n")
+    terminal.type("\x1b[A")  # the key for the line before
+    terminal.read_until(r"What\?")
+    terminal.type("\x15/quit\n")  # clears the line, and types another
     assert terminal.end() == 0
     assert "Traceback" not in terminal.seen
 
