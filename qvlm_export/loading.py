@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from calibrate.errors import UserError
+from calibrate.samples import join_placements
 from engines.manifest import Manifest, read_manifest, verified_file
 from engines.sampling import Sampling
 from engines.session import Sequences, Session, open_session
@@ -122,6 +123,34 @@ class LoadedModel:
         pieces = self.chat().say(prompt, images, settings, **changes)
         return pieces if stream else "".join(pieces)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        settings: Generation = DEFAULTS,
+        **changes: Unpack[Settings],
+    ) -> list[str]:
+        """Answers to several prompts at once, each with its own pictures; as many as `--max-batch` of the export.
+
+        Raises UserError for prompts that cannot be taken, naming the prompt where it is one of them.
+        """
+        chosen, shown = replace(settings, **changes), [()] * len(prompts) if images is None else images
+        if not prompts or len(shown) != len(prompts):
+            raise UserError(
+                f"{len(prompts)} prompts with pictures for {len(shown)}; give as many lists of pictures as prompts"
+            )
+        encoded = []
+        for number, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True), 1):
+            text = chat_text(self.processor, [{"role": "user", "text": prompt, "images": len(pictures)}])
+            rgb, where = [picture.convert("RGB") for picture in pictures], f"prompt {number}"
+            encoded.append(encode_pictures(self.processor, self.manifest.config, text, rgb, where=where))
+        pixels = [one.pixel_values for one in encoded if len(one.pixel_values)]
+        rows = [len(one.pixel_values) * self.manifest.config.vision.tokens_per_image for one in encoded]
+        placement = join_placements([one.placement for one in encoded], rows)
+        starts = [one.input_ids for one in encoded]
+        sequences = self.session.start(starts, np.concatenate(pixels) if pixels else None, placement)
+        return _decode_batch(self, sequences, [len(ids) for ids in starts], chosen)
+
     def chat(self) -> Chat:
         """A new conversation."""
         return Chat(self.session, self.processor)
@@ -203,6 +232,22 @@ class Chat:
         rest = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)[0]
         if len(rest) > len(shown):
             yield rest[len(shown) :]
+
+
+def _decode_batch(model: LoadedModel, sequences: Sequences, began: Sequence[int], settings: Generation) -> list[str]:
+    """The answers behind the prompts, which end at `began`; over as soon as every row has ended or said a stop text."""
+    tokenizer, stop = model.processor.tokenizer, tuple(settings.stop)
+
+    def answers() -> list[tuple[str, bool]]:
+        said = [tokens[start:] for tokens, start in zip(sequences.tokens, began, strict=True)]
+        return [_cut(tokenizer.decode(tokens, skip_special_tokens=True).lstrip(), stop) for tokens in said]
+
+    over = [False] * len(began)
+    for tokens in model.session.generate(sequences, settings.max_new_tokens, frozenset({tokenizer.eos_token_id}), settings):
+        over = [before or token is None for before, token in zip(over, tokens, strict=True)]
+        if stop and all(done or cut for done, (_, cut) in zip(over, answers(), strict=True)):
+            break
+    return [text for text, _ in answers()]
 
 
 def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

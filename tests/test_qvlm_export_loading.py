@@ -20,7 +20,7 @@ from qvlm_export.loading import Chat, Generation, Settings, _cut, _held
 @pytest.fixture(scope="module")
 def model(llava, tmp_path_factory):
     out = tmp_path_factory.mktemp("loading") / "m.plan"
-    qvlm_export.export(str(llava(dtype="float32")), out, scheme="fp16", backend="onnx", max_length=256)
+    qvlm_export.export(str(llava(dtype="float32")), out, scheme="fp16", backend="onnx", max_length=256, max_batch=3)
     with qvlm_export.load(out) as loaded:
         yield loaded
 
@@ -113,6 +113,38 @@ def test_a_strong_repetition_penalty_repeats_nothing(model):
 def test_several_pictures_in_one_turn(model):
     both = model.generate("What differs?", [picture(), picture(1)], max_new_tokens=16)
     assert both != model.generate("What differs?", [picture(1), picture()], max_new_tokens=16)
+
+
+def test_a_batch_answers_as_each_prompt_alone(model):
+    prompts = ["What is this?", "What differs between those two, if anything does?", "Say something"]
+    images = [[picture()], [picture(1), picture(2)], []]
+    settings = Generation(max_new_tokens=12)
+    alone = [model.generate(prompt, shown, settings) for prompt, shown in zip(prompts, images, strict=True)]
+    assert model.generate_batch(prompts, images, settings) == alone
+    stop = [alone[0].split()[1]]
+    wanted = [model.generate(prompt, shown, settings, stop=stop) for prompt, shown in zip(prompts, images, strict=True)]
+    assert model.generate_batch(prompts, images, settings, stop=stop) == wanted
+    assert wanted[0] != alone[0]
+    assert model.generate_batch(["Say something"] * 2, max_new_tokens=12) == [alone[2]] * 2
+
+
+def test_a_batch_ends_when_every_row_has_said_a_stop_text(model, monkeypatch):
+    answer, steps = model.generate("Say something", max_new_tokens=24), []
+    real = model.session.runner.step
+    monkeypatch.setattr(model.session.runner, "step", lambda *given: (steps.append(1), real(*given))[1])
+    model.generate_batch(["Say something"] * 2, max_new_tokens=24, stop=[answer[:2]])
+    assert len(steps) < 10
+
+
+def test_a_batch_that_cannot_be_taken_is_refused(model):
+    for prompts, images, words in (
+        ([], None, "0 prompts"),
+        (["a"] * 4, None, "4 prompts at once, the engine was built for 3"),
+        (["a", "b"], [[]], "2 prompts with pictures for 1"),
+        (["a", "<image>"], None, "^prompt 2: has 1 times <image> for 0 pictures"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model.generate_batch(prompts, images)
 
 
 def test_a_second_turn_is_the_same_as_asking_all_at_once(model):
