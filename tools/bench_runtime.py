@@ -137,7 +137,10 @@ def run_row(args: argparse.Namespace) -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     import qvlm_export
+    from engines.backend import gpu_present
 
+    if args.gpu and not gpu_present():
+        raise SystemExit("--gpu: no NVIDIA GPU is here")
     table, rows = {}, GPU_ROWS if args.gpu else ROWS
     extra = ["--gpu"] if args.gpu else []
     built = {"backend": "auto" if args.gpu else "onnx", "max_length": MAX_LENGTH, "samples": 1}
@@ -148,7 +151,7 @@ def run_all(args: argparse.Namespace) -> None:
             qvlm_export.export(str(args.model), args.work / f"{scheme}.plan", scheme=scheme, **built)
         forwarded = [f"--model={args.model}", f"--work={args.work}", f"--words={args.words}", f"--tokens={args.tokens}"]
         command = [sys.executable, __file__, *forwarded, f"--threads={args.threads}", f"--row={row}", *extra]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         table[row] = json.loads(done.stdout.splitlines()[-1])
         base = table[rows[0]]
         table[row]["decode_ratio"] = table[row]["decode_tokens_per_s"] / base["decode_tokens_per_s"]
