@@ -43,7 +43,7 @@ class ModelBlocks:
 
     entries: patch embeddings, and the norm behind them where a tower has one. features: after how many vision layers each
     feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. sliding_window:
-    how many positions a token sees, itself included; None for all.
+    how many positions a token sees, itself included; None for all. final_epsilon: of the decoder's last norm.
     """
 
     entries: tuple[Block, ...]
@@ -55,6 +55,7 @@ class ModelBlocks:
     drop_first: bool
     image_token_id: int
     sliding_window: int | None = None
+    final_epsilon: float = 1e-6
 
     def quantizable(self) -> list[str]:
         """Canonical names of every linear that can be planned, in the order they run. lm_head is not among them."""
@@ -89,6 +90,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
         drop_first=has_class_token(config) and not keeps_class_token(config),
         image_token_id=config.image_token_index,
         sliding_window=getattr(config.text_config, "sliding_window", None),
+        final_epsilon=config.text_config.rms_norm_eps,
     )
 
 

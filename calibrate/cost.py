@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of
 from calibrate.method import Method
+from calibrate.noise import ROWS, STEPS
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.search import SEARCH_TOKENS
@@ -64,7 +65,8 @@ def calibration_cost(
     vision = [(block, pictures) for block in (*blocks.vision_layers, blocks.projector)]
     parts = [*vision, *((block, texts) for block in blocks.text_layers)]
     if method is not None:
-        return sum((_searched(block, _of(plan, block), lengths, method) for block, lengths in parts), Cost())
+        probed = Cost() if method.objective == "plain" else sum((_probed(b, lengths) for b, lengths in parts), Cost())
+        return sum((_searched(block, _of(plan, block), lengths, method) for block, lengths in parts), probed)
     looks = [any(s.activation_bits is not None for s in _of(plan, block).values()) for block, _ in parts]
     walked = max((number + 1 for number, looked in enumerate(looks) if looked), default=0)
     return sum((_nearest(b, _of(plan, b), x if n < walked else []) for n, (b, x) in enumerate(parts)), Cost())
@@ -79,6 +81,12 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
     weights, planned = _weights(block, block.linear_names()), _weights(block, [f"{block.prefix}.{name}" for name in plan])
     memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * planned
     return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory)
+
+
+def _probed(block: Block, lengths: Sequence[int]) -> Cost:
+    """Twice forwards, once backwards, which costs as much."""
+    weights = FLOAT32_BYTES * _weights(block)
+    return Cost(4 * _forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=weights)
 
 
 def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
@@ -100,6 +108,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         flops += foldings * variants * (2 * 2.0 * tokens * into**2 + 2 * 2.0 * out * into**2)  # Gram matrices; aim and GPTQ
         single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
         rounded += (tried + foldings * variants) * out * into
+        if "expected" in method.foldings and group.producer is not None:
+            rounded += STEPS * min(out, ROWS) * into
         squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
@@ -112,7 +122,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
 
 
 def _candidates(folding: str) -> int:
-    if folding in SMOOTH_EXPONENTS or folding == "none":
+    if folding in SMOOTH_EXPONENTS or folding in {"none", "expected"}:
         return 0
     return 20 if folding == "awq" else 1 + 2 * len(EXPONENTS)
 

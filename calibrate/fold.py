@@ -15,9 +15,11 @@ from torch import nn
 from calibrate.blocks import linear_of
 from calibrate.gptq import column_scales
 from calibrate.method import Folding
+from calibrate.noise import Noise, best_factors, energies, tail_of, thinned
 from calibrate.quantize import activation_scale, fake_quantize, group_amax, round_to_codes, squared_sum, weight_scale
 from calibrate.scheme import LinearScheme
 
+STARTS = (0.5, 0.75, 1.0)  # of the gradient descent on expected errors
 EXPONENTS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 MAX_FACTOR = 256.0
 SMOOTH_EXPONENTS: dict[str, float] = {"smoothquant": 0.5, "smooth-0.5": 0.5}
@@ -58,16 +60,21 @@ def groups_of(module: nn.Module) -> list[Group]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a group reads. peak, mean: magnitudes of each channel over all tokens; rows: some tokens [n, in] to judge on."""
+    """What a group reads: tokens [n, in]. peak, mean: magnitudes of each channel; rows: some of the tokens, to judge on.
 
+    weights: what each token counts, float32 [n]; None for all alike.
+    """
+
+    tokens: torch.Tensor
     peak: torch.Tensor
     mean: torch.Tensor
     rows: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
-def inputs_of(tokens: torch.Tensor, chosen: torch.Tensor) -> Inputs:
-    """tokens: float32 [tokens, in]; chosen: indices of the rows to judge on."""
-    return Inputs(tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen])
+def inputs_of(tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None = None) -> Inputs:
+    """tokens: float32 [tokens, in]; chosen: indices of the rows to judge on; weights: what each token counts."""
+    return Inputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen], weights)
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,13 @@ def choose_factors(
         return None
     peak, size = sharing.reduced(inputs.peak), sharing.reduced(weight.abs().amax(0))
     if folding in SMOOTH_EXPONENTS:
-        exponent = SMOOTH_EXPONENTS[folding]
-        return _tidy(peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent))
+        return _tidy(_smoothing(peak, size, SMOOTH_EXPONENTS[folding]))
+    if folding == "expected":
+        channels = torch.arange(len(peak))
+        starts = [_smoothing(peak, size, exponent) for exponent in STARTS]
+        energy = energies(inputs.tokens, inputs.weights, starts[0][sharing.expanded(channels)])
+        noise = Noise(tail_of(inputs.tokens), energy, thinned(weight), scheme)
+        return _tidy(best_factors(noise, starts, sharing.expanded(channels)))
     if folding == "awq":
         mean = sharing.reduced(inputs.mean).clamp(min=1e-6)
         return _best([_tidy(mean ** (i / 20)) for i in range(20)], inputs, weight, scheme, sharing)
@@ -123,9 +135,13 @@ def search_factors(inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, s
     size = sharing.reduced(weight.abs().amax(0))
     candidates = [torch.ones_like(peak)]
     for exponent in EXPONENTS:
-        smoothed = peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent)
-        candidates += [_tidy(smoothed), _tidy(mean.clamp(min=1e-6) ** exponent)]
+        candidates += [_tidy(_smoothing(peak, size, exponent)), _tidy(mean.clamp(min=1e-6) ** exponent)]
     return _best(candidates, inputs, weight, scheme, sharing)
+
+
+def _smoothing(peak: torch.Tensor, size: torch.Tensor, exponent: float) -> torch.Tensor:
+    """SmoothQuant's factors (section 4), untidied."""
+    return peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent)
 
 
 def _best(

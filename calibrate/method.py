@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 # none; smoothquant: norms only, exponent 0.5, as its paper; smooth-E: wherever factors fold, exponent E; awq: factors from
-# mean magnitudes, the exponent by output error; search: from means and peaks, the exponent by output error.
-Folding = Literal["none", "smoothquant", "smooth-0.5", "awq", "search"]
-# absmax: the whole range; output: the fraction of it with the least output error.
+# mean magnitudes, the exponent by output error; search: from means and peaks, the exponent by output error; expected: a
+# factor for each channel, all with the least expected error (`noise.py`).
+Folding = Literal["none", "smoothquant", "smooth-0.5", "awq", "search", "expected"]
+# absmax: the whole range; output: the fraction of it with the least output error; expected: the least expected error.
 Ranges = Literal["absmax", "output"]
+InputRanges = Literal["absmax", "output", "expected"]
 Rounding = Literal["nearest", "gptq"]
+# What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence; or by the
+# mean of that over the tokens of its kind (`influence.py`).
+Objective = Literal["plain", "modality", "logits", "kl"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Variant:
     widen: what the searched activation range is multiplied with.
     """
 
-    activation_ranges: Ranges = "output"
+    activation_ranges: InputRanges = "output"
     weight_ranges: Ranges = "output"
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
@@ -34,12 +39,14 @@ class Method:
 
     foldings: each is tried on the whole block. variants: each is tried on every group of linears, one group after another.
     Where there is a choice, the block's output decides: the least squared error against the float block's.
+    objective: what errors at a token count for, in rounding and wherever there is a choice.
     learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
     seed: of the order in which learning draws samples.
     """
 
     foldings: tuple[Folding, ...] = ("search",)
     variants: tuple[Variant, ...] = (Variant(),)
+    objective: Objective = "plain"
     learn_steps: int = 0
     seed: int = 0
 

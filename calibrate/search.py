@@ -27,6 +27,7 @@ from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inp
 from calibrate.gptq import aim_at_float, gptq_round, make_rounder
 from calibrate.learn import Learned, learn_block
 from calibrate.method import Folding, Method, Variant
+from calibrate.noise import best_range, tail_of
 from calibrate.quantize import (
     activation_scale,
     activation_scale_nearest,
@@ -81,12 +82,17 @@ class Candidate:
 
 @dataclass
 class BlockSearch:
-    """One block being searched. `best` and `learned` hold what was found; forwards and backwards are counted."""
+    """One block being searched. `best` and `learned` hold what was found; forwards and backwards are counted.
+
+    influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
+    under "" for the block's output; empty where all count alike.
+    """
 
     module: nn.Module
     plan: Mapping[str, LinearScheme]  # by name inside the block
     run: Run
     method: Method
+    influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     forwards: int = 0
     backwards: int = 0
     best: Candidate | None = None
@@ -106,7 +112,7 @@ class BlockSearch:
             # The function of the folded module is the same, so its outputs are the float model's.
             candidate, outputs = self._candidate(folding, groups, float_inputs, inputs)
             quantized = self._outputs(candidate.rounded, inputs)
-            candidate.error = relative_error(quantized, outputs)
+            candidate.error = relative_error(quantized, outputs, self.influence.get(""))
             if self.best is None or candidate.error < self.best.error:
                 self.best, wanted, final = candidate, outputs, quantized
         if self.method.learn_steps and self.best is not None:
@@ -145,7 +151,7 @@ class BlockSearch:
         if group.producer is None or schemes or scheme is None:
             return torch.ones(inputs.shape[1])
         weight = torch.cat([linear_of(module, name).weight for name in group.linears])
-        rows = inputs_of(inputs, chosen_rows(inputs))
+        rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
         factors = choose_factors(folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
         return torch.ones(inputs.shape[1]) if factors is None else apply_factors_(module, group, factors)
 
@@ -159,16 +165,22 @@ class BlockSearch:
     ) -> None:
         """Quantizes a group in the variant after which the block's output is closest to the float one. pair: in and out."""
         planned = {name: linear_of(candidate.module, name).weight for name in group.linears if name in self.plan}
-        quantized = {v: quantize_group(planned, self.plan, v, wanted, seen) for v in self._distinct(planned)}
+        rows = Rows(wanted, seen, self._weights(group))
+        quantized = {v: quantize_group(planned, self.plan, v, rows) for v in self._distinct(planned)}
         errors = {}
         if len(quantized) > 1:
             for variant, linears in quantized.items():
                 candidate.set_(linears)
-                errors[variant] = relative_error(self._outputs(candidate.rounded, pair[0]), pair[1])
+                errors[variant] = relative_error(self._outputs(candidate.rounded, pair[0]), pair[1], self.influence.get(""))
         best = min(errors, key=lambda v: errors[v]) if errors else next(iter(quantized))
         candidate.set_(quantized[best])
         candidate.variants[group.linears[0]] = best
         candidate.inputs[group.linears[0]] = _histogram(group.linears[0], seen)
+
+    def _weights(self, group: Group) -> torch.Tensor | None:
+        """What each of the group's input rows counts, float32 [tokens]."""
+        batches = self.influence.get(group.linears[0])
+        return None if batches is None else torch.cat([batch.flatten() for batch in batches])
 
     def _distinct(self, planned: Mapping[str, torch.Tensor]) -> list[Variant]:
         """The variants that differ for these linears: without quantized activations their ranges do not matter."""
@@ -203,31 +215,46 @@ class BlockSearch:
         return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
 
 
-def relative_error(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """Squared error of all outputs over the squared size of what is wanted."""
+def relative_error(
+    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
+) -> float:
+    """Squared error of all outputs over the squared size of what is wanted. weights: [B, tokens] of each batch."""
+    if weights is not None:
+        roots = [w.sqrt()[..., None] for w in weights]
+        outputs, wanted = ([x * root for x, root in zip(part, roots, strict=True)] for part in (outputs, wanted))
     wrong = sum(squared_sum(a - b) for a, b in zip(outputs, wanted, strict=True))
     return wrong / max(sum(squared_sum(b) for b in wanted), 1e-30)
 
 
-def quantize_group(
-    weights: Mapping[str, torch.Tensor],
-    plan: Mapping[str, LinearScheme],
-    variant: Variant,
-    wanted: torch.Tensor,
-    seen: torch.Tensor,
-) -> dict[str, QuantizedLinear]:
-    """Ranges and codes of linears that share an input.
+@dataclass(frozen=True)
+class Rows:
+    """A group's input, float32 [tokens, in]. wanted: in the float model, seen: from the quantized prefix.
 
-    weights: float32 [out, in], folded. wanted: the group's input in the float model, seen: from the quantized prefix, both
-    float32 [tokens, in].
+    weights: what each row counts, float32 [tokens]; None for all alike.
     """
+
+    wanted: torch.Tensor
+    seen: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    def grams(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """seen^T seen and wanted^T seen, float32 [in, in], for `seen` as it is rounded."""
+        counted = seen if self.weights is None else seen * self.weights[:, None]
+        return counted.T @ seen, self.wanted.T @ counted
+
+
+def quantize_group(
+    weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], variant: Variant, rows: Rows
+) -> dict[str, QuantizedLinear]:
+    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded."""
     bits = {plan[name].activation_bits for name in weights} - {None}
     input_scale: float | None = None
+    seen = rows.seen
     if bits:
         num_bits = int(bits.pop() or 8)
-        input_scale = _input_scale(variant, seen, wanted, torch.cat(list(weights.values())), num_bits)
+        input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
-    gram, cross = seen.T @ seen, wanted.T @ seen
+    gram, cross = rows.grams(seen)
     if variant.ridge is not None:
         aimed = aim_at_float(torch.cat(list(weights.values())), gram, cross, variant.ridge)
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
@@ -248,6 +275,8 @@ def quantize_group(
 def _input_scale(variant: Variant, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:
     if variant.activation_ranges == "absmax":
         return activation_scale(float(seen.abs().max()), num_bits)
+    if variant.activation_ranges == "expected":
+        return best_range(tail_of(seen), weight, num_bits)
     rows = chosen_rows(seen)
     return activation_scale_nearest(variant.widen * search_activation_scale(seen[rows], wanted[rows], weight, num_bits))
 

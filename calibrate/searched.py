@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.batches import batches_of
+from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of, resident
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
+from calibrate.influence import Influence, measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
 from calibrate.record import block_record, labels_of, with_partition
@@ -33,6 +34,7 @@ def calibrate_searched(
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
     shards = BlockWriter(job, writer, progress)
+    influence: Influence = {}
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         plan, half = job.plan_of(block), len(inputs) // 2
@@ -43,7 +45,7 @@ def calibrate_searched(
                 raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
             check_outputs(block, inputs)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            search = BlockSearch(module, plan, run, method)
+            search = BlockSearch(module, plan, run, method, _of_block(influence, block, batches))
             found = search.search(batches.merged(inputs[:half]), batches.merged(inputs[half:]))
             exact, rounded = (batches.split(part) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
@@ -54,6 +56,7 @@ def calibrate_searched(
 
     samples = [*job.samples, *job.samples]
     with steady_threads(job.blocks):
+        influence |= measure_influence(job, method.objective, method.seed)
         features = walk_vision(job.blocks, job.source, samples, shards.resumable(step))
         walk_language(job.blocks, job.source, samples, features, shards.resumable(step))
     shards.write_rest()
@@ -62,11 +65,17 @@ def calibrate_searched(
         "method": asdict(method),
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
-        "block_forwards": sum(b["forwards"] for b in shards.records),
-        "block_backwards": sum(b["backwards"] for b in shards.records),
+        "block_forwards": sum(b["forwards"] for b in shards.records) + 2 * runs_of(job, method.objective),
+        "block_backwards": sum(b["backwards"] for b in shards.records) + runs_of(job, method.objective),
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }
+
+
+def _of_block(influence: Influence, block: Block, batches: Batches) -> dict[str, list[torch.Tensor]]:
+    """What tokens count in one block, in its batches, by names inside it and under "" for its output."""
+    inside = {n: weights for n, weights in influence.items() if f"{n}.".startswith(f"{block.prefix}.")}
+    return {n.removeprefix(block.prefix).removeprefix("."): batches.merged(weights) for n, weights in inside.items()}
 
 
 def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:

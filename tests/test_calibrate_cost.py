@@ -14,7 +14,12 @@ from calibrate.searched import calibrate_searched
 
 
 @pytest.mark.parametrize(
-    "method", [FAST, Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant()))]
+    "method",
+    [
+        FAST,
+        Method(foldings=("expected",), objective="modality"),
+        Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant())),
+    ],
 )
 def test_forwards_are_those_of_the_search(llava, tmp_path, method):
     checkpoint = open_small(llava())

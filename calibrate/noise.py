@@ -1,0 +1,150 @@
+"""What quantization will cost on data not seen yet, from statistics; and the factors and ranges that make it least. torch.
+
+A rounded value is off by step / sqrt(12) on average. For y = W x with x / s rounded to steps that cover R, the
+expected squared error of y is
+
+    sum over weights   (step of its group)^2 / 12 * v_j / s_j^2        rounding of W * s
+    + sum over inputs  |W_j|^2 s_j^2 * (R / qmax)^2 / 12               rounding of x / s
+    + sum over inputs  |W_j|^2 * E[(|x_j| - R s_j)+^2]                 values beyond the range
+
+where v_j is E[x_j^2], or what GPTQ leaves of it. Every channel has a factor of its own, where SmoothQuant and AWQ search one
+exponent for all.
+
+Calibration sees few samples, and the largest value that deployment brings is larger than theirs. Values beyond the largest
+ones seen are taken to be as likely as an exponential tail makes them, its length from the largest values of separate
+stretches of tokens. Clipping hits few tokens hard where rounding hits all of them a little, and an answer is lost by one
+token, so clipping counts CONCENTRATION times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from calibrate.gptq import make_rounder
+from calibrate.quantize import activation_scale
+from calibrate.scheme import LinearScheme
+from calibrate.threads import one_thread
+
+CONCENTRATION = 10.0
+STRETCHES = 64  # of tokens, whose largest values tell how long the tail is
+LARGEST = 8  # of those
+KEPT = 32  # largest values of each channel
+ROWS = 512  # of a weight; more say the same about its groups
+STEPS, RATE = 100, 0.1  # of Adam on the logarithms of the factors
+RANGES = (0.1, 0.125, 0.15, 0.175, *(0.2 + 0.05 * i for i in range(17)), 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The largest magnitudes of each channel, and beyond. top: float32 [KEPT, channels], largest first.
+
+    length: float32 [channels], the mean of what a value lies beyond a large one. tokens: how many the values are of.
+    """
+
+    top: torch.Tensor
+    length: torch.Tensor
+    tokens: int
+
+    def clipped(self, limit: torch.Tensor) -> torch.Tensor:
+        """Expected squared excess of a token's magnitude over `limit`, for each channel; limit: float32 [channels]."""
+        over = self.top - limit
+        inside = over.clamp(min=0)
+        beyond = 2 * self.length.square() * (-(-over).clamp(min=0) / self.length).exp()
+        return (inside.square() + 2 * inside * self.length + beyond).sum(0) / self.tokens
+
+
+def tail_of(rows: torch.Tensor) -> Tail:
+    """rows: float32 [tokens, channels], samples one behind another."""
+    size = rows.abs()
+    count = max(1, min(STRETCHES, len(size) // 4))
+    stretches = torch.stack([part.amax(0) for part in size.tensor_split(count)])
+    largest = stretches.topk(min(LARGEST + 1, count), dim=0).values
+    length = (largest[:-1] - largest[-1:]).mean(0) if len(largest) > 1 else largest[0]
+    top = size.topk(min(KEPT, len(size)), dim=0).values
+    # A channel that hardly varies may do so tomorrow; one that is always 0 has a length above 0 all the same.
+    return Tail(top, torch.maximum(length, 0.05 * top[0]).clamp(min=1e-8), len(size))
+
+
+def energies(rows: torch.Tensor, weights: torch.Tensor | None, scaling: torch.Tensor) -> torch.Tensor:
+    """What GPTQ leaves of each input's mean square: 1 / U_jj^2 with U as in `gptq.py`. Scaling inputs scales it alike.
+
+    rows: float32 [tokens, in]; weights: what they count, None for all alike. scaling: float32 [in], divided out meanwhile,
+    so that the damping of the Gram matrix does not drown small channels.
+    """
+    scaled = rows / scaling
+    rounder = make_rounder((scaled if weights is None else scaled * weights[:, None]).T @ scaled)
+    left = torch.empty(len(scaling))
+    left[rounder.order] = rounder.upper.diagonal().square().reciprocal() / len(rows)
+    return left * scaling.square()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Linears that share an input. energy: of each input as rounding meets it, float32 [in]. weight: float32 [out, in]."""
+
+    tail: Tail
+    energy: torch.Tensor
+    weight: torch.Tensor
+    scheme: LinearScheme
+
+    def expected(self, ranges: torch.Tensor) -> torch.Tensor:
+        """Expected squared error of a token's output. ranges: float32 [in], what each input's range covers before folding.
+
+        The factors are the ranges, but for a common one, which the error does not depend on.
+        """
+        qmax, bits = self.scheme.qmax, self.scheme.activation_bits
+        sizes = (self.weight * ranges).abs()
+        width = self.scheme.group_size or sizes.shape[1]
+        steps = (sizes.reshape(len(sizes), -1, width).amax(-1) / qmax).square().sum(0)
+        error = (steps.repeat_interleave(width) * self.energy / ranges.square()).sum() / 12
+        if bits is None:
+            return error
+        energy = self.weight.square().sum(0)
+        rounding = (energy * ranges.square()).sum() / (12 * (2 ** (bits - 1) - 1) ** 2)
+        return error + rounding + CONCENTRATION * (energy * self.tail.clipped(ranges)).sum()
+
+
+def thinned(weight: torch.Tensor) -> torch.Tensor:
+    """At most ROWS rows, evenly spread."""
+    return weight[torch.linspace(0, len(weight) - 1, ROWS).long()] if len(weight) > ROWS else weight
+
+
+def best_factors(noise: Noise, starts: list[torch.Tensor], expand: torch.Tensor) -> torch.Tensor:
+    """The factors with the least expected error, by gradient from the best of `starts`.
+
+    starts: float32 [factors]; expand: int64 [in], the factor of each input.
+    """
+    with one_thread():
+        peak = noise.tail.top[0].clamp(min=1e-6)
+        # A start says how factors relate; as ranges they cover the largest values, once just so and once with room.
+        ranged = [start * (peak / start[expand]).amax() * room for start in starts for room in (1.0, 2.0)]
+        errors = [float(noise.expected(start[expand])) for start in ranged]
+        best = min(errors)
+        found = ranged[errors.index(best)].log()
+        logs = found.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([logs], lr=RATE)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            with torch.enable_grad():
+                error = noise.expected(logs.exp()[expand])
+                optimizer.zero_grad()
+                error.log().backward()
+            if float(error.detach()) < best:
+                best, found = float(error.detach()), logs.detach().clone()
+            optimizer.step()
+        return found.exp()
+
+
+def best_range(tail: Tail, weight: torch.Tensor, num_bits: int) -> float:
+    """The static per-tensor scale with the least expected error. weight: float32 [out, in] of all linears that read it."""
+    energy, qmax = weight.square().sum(0), 2 ** (num_bits - 1) - 1
+    peak = float(tail.top[0].max())
+
+    def error(limit: float) -> float:
+        rounding = limit**2 * float(energy.sum()) / (12 * qmax**2)
+        return rounding + CONCENTRATION * float((energy * tail.clipped(torch.full_like(energy, limit))).sum())
+
+    with one_thread():
+        return activation_scale(min((error(peak * part), peak * part) for part in RANGES)[1], num_bits)

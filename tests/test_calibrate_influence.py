@@ -1,0 +1,150 @@
+"""What tokens count, against gradients through the whole model at once."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_export import mixed_samples, open_small, plan_of
+
+from calibrate import influence
+from calibrate.blocks import linear_of, make_blocks, resident
+from calibrate.fold import groups_of
+from calibrate.influence import FLOOR, measure_influence
+from calibrate.job import Calibration
+from calibrate.record import labels_of
+from calibrate.search import Rows, relative_error
+from calibrate.statistics import token_labels
+from calibrate.walk import walk_language, walk_vision
+
+
+@pytest.fixture
+def job(llava) -> Calibration:
+    checkpoint = open_small(llava(dtype="float32"))
+    samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
+    return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, "int4"), samples)
+
+
+def all_at_once(job: Calibration) -> dict[str, list[torch.Tensor]]:
+    """Squared gradients summed over every logit of the answers on its own, all blocks in memory."""
+    found: dict[str, list[torch.Tensor]] = {}
+    blocks = (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)
+    with ExitStack() as held:
+        modules = {b.prefix: held.enter_context(resident(b, job.source)) for b in blocks}
+        kept: dict[tuple[str, str], list[torch.Tensor]] = {}
+        for prefix, module in modules.items():
+            for group in groups_of(module):
+                for name in group.linears:
+
+                    def keep(_m, _i, out, key=(f"{prefix}.{group.linears[0]}", name)):
+                        out = out if out.requires_grad else out.requires_grad_()
+                        kept.setdefault(key, []).append(out)
+                        return out
+
+                    held.callback(linear_of(module, name).register_forward_hook(keep).remove)
+        for sample in job.samples:
+            kept.clear()
+
+            def step(block, inputs, run):
+                return [run(modules[block.prefix], x.clone()) for x in inputs]
+
+            with torch.enable_grad():
+                features = walk_vision(job.blocks, job.source, [sample], step)
+                hidden = walk_language(job.blocks, job.source, [sample], features, step)
+                gain, head = (torch.from_numpy(job.source.load(n).copy()) for n in (influence.FINAL_NORM, influence.HEAD))
+                normed = torch.nn.functional.rms_norm(hidden[0][0], gain.shape, gain, job.blocks.final_epsilon)
+                # As many directions as the hidden states have, whose squares sum up to those of all logits.
+                directions = torch.linalg.cholesky((head.T @ head).double()).float()
+                answer = (normed @ directions)[sample.answer_start - 1 : len(sample.input_ids) - 1]
+                outs = [(key, out) for key, parts in kept.items() for out in parts]
+                sums: dict[str, torch.Tensor] = {}
+                for logit in answer.flatten():
+                    grads = torch.autograd.grad(logit, [o for _, o in outs], retain_graph=True, materialize_grads=True)
+                    for ((name, _), _), gradient in zip(outs, grads, strict=True):
+                        square = gradient.square().sum(-1)
+                        sums[name] = sums.get(name, torch.zeros_like(square)) + square
+            for name, square in sums.items():
+                found.setdefault(name, []).append(square)
+    return found
+
+
+def test_probes_estimate_the_gradients_of_all_logits(job: Calibration) -> None:
+    """The mean over many probes is the sum over logits, of which the reference takes one at a time."""
+    sample = job.samples[0]
+    job = replace(job, samples=[replace(sample, input_ids=sample.input_ids[: sample.answer_start + 1])])
+    wanted = all_at_once(job)
+    probes = [measure_influence(job, "logits", seed) for seed in range(32)]
+    for name, exact in wanted.items():
+        mean = torch.stack([torch.cat([w.flatten() for w in probe[name]]) for probe in probes]).mean(0) * (1 + FLOOR) - FLOOR
+        flat = torch.cat([w.flatten() for w in exact])
+        assert torch.corrcoef(torch.stack([mean, flat / flat.mean()]))[0, 1] > 0.9, name
+
+
+def test_the_last_block_only_counts_at_answers(job: Calibration) -> None:
+    found = measure_influence(job, "logits")
+    last = job.blocks.text_layers[-1].prefix
+    least = FLOOR / (1 + FLOOR)
+    for weights, sample in zip(found[f"{last}.mlp.down_proj"], job.samples, strict=True):
+        assert weights[0, : sample.answer_start - 1].numpy() == pytest.approx(least, rel=1e-5)
+        assert (weights[0, sample.answer_start - 1 : len(sample.input_ids) - 1] > 1.5 * least).all()
+    keys = torch.cat(
+        [w[0, : s.answer_start - 1] for w, s in zip(found[f"{last}.self_attn.q_proj"], job.samples, strict=True)]
+    )
+    assert float(keys.max()) > 2 * least  # keys and values of the question are looked at
+
+
+@pytest.mark.parametrize("objective", ["logits", "kl", "modality"])
+def test_weights_have_mean_1_and_a_floor(job: Calibration, objective) -> None:
+    for name, weights in measure_influence(job, objective).items():
+        flat = torch.cat([w.flatten() for w in weights])
+        assert float(flat.mean()) == pytest.approx(1.0, rel=1e-4), name
+        assert float(flat.min()) >= FLOOR / (1 + FLOOR) * 0.999
+
+
+def test_modality_gives_tokens_of_a_kind_one_weight(job: Calibration) -> None:
+    found, plain = (measure_influence(job, objective) for objective in ("modality", "logits"))
+    block = job.blocks.text_layers[0]
+    name, labels = f"{block.prefix}.mlp.down_proj", labels_of(block, job.blocks, job.samples)
+    kinds = torch.cat([token_labels(s, job.blocks.image_token_id) for s in job.samples])
+    assert torch.equal(kinds, torch.cat(labels))
+    given, single = (torch.cat([w.flatten() for w in part[name]]) for part in (found, plain))
+    for kind in kinds.unique():
+        assert given[kinds == kind].std() < 1e-5
+        assert float(given[kinds == kind].mean()) == pytest.approx(float(single[kinds == kind].mean()), rel=1e-4)
+
+
+def test_samples_in_parts_give_weights_of_the_same_kind(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the signs that are drawn differ: without them nothing does."""
+    ones = torch.ones
+
+    def no_signs(_low, _high, shape, generator):  # noqa: ARG001
+        return ones(shape)
+
+    monkeypatch.setattr(influence.torch, "randint", no_signs)
+    whole = measure_influence(job, "logits")
+    monkeypatch.setattr(influence, "PART_VALUES", 1)
+    parts = measure_influence(job, "logits")
+    assert whole.keys() == parts.keys()
+    for name, weights in whole.items():
+        for one, other in zip(weights, parts[name], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_that_count_nothing_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen, wanted = torch.randn(2, 40, 8, generator=generator)
+    weights = torch.ones(40)
+    weights[25:] = 0
+    some = Rows(wanted, seen, weights).grams(seen)
+    few = Rows(wanted[:25], seen[:25]).grams(seen[:25])
+    for one, other in zip(some, few, strict=True):
+        torch.testing.assert_close(one, other)
+    error = relative_error([seen[None]], [wanted[None]], [weights[None]])
+    assert error == pytest.approx(relative_error([seen[None, :25]], [wanted[None, :25]]), rel=1e-6)
+
+
+def test_plain_measures_nothing(job: Calibration) -> None:
+    assert measure_influence(job, "plain") == {}
