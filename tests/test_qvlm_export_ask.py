@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qvlm_export import ask
-from qvlm_export.ask import Encoded, Manner, ask_all, prompt_text, squared
+from qvlm_export.ask import Asked, Manner, ask_all, squared
+from qvlm_export.conversations import prompt_text
 from qvlm_export.rungs import find_subject, open_rung
-from qvlm_export.samples import encode
+from qvlm_export.samples import Encoded, encode
 from qvlm_export.tasks import Answer, Question
 
 PROMPTS = ("What?", "How many objects are there?", "Is it red?", "Where is the ring? And why?", "Which one is at the left?")
@@ -57,7 +58,7 @@ def test_answers_are_those_of_one_question_at_a_time(model, questions):
 
 
 def encoded(number, length, images):
-    return Encoded(Question(str(number), "", None), "", (), np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64))
+    return Asked(Question(str(number), "", None), Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=30), st.integers(1, 6), st.integers(1, 8))
@@ -68,10 +69,10 @@ def test_batches_are_of_one_length_and_within_limits(rows, size, max_images):
     for batch in batches:
         assert 1 <= len(batch) <= size
         assert len({len(one.ids) for one in batch}) == 1
-        assert len(batch) == 1 or sum(len(one.pixels) for one in batch) <= max_images
+        assert len(batch) == 1 or sum(one.pictures for one in batch) <= max_images
     for batch, other in itertools.pairwise(batches):  # no batch ends too early
         if len(batch[0].ids) == len(other[0].ids) and len(batch) < size:
-            assert sum(len(one.pixels) for one in [*batch, other[0]]) > max_images
+            assert sum(one.pictures for one in [*batch, other[0]]) > max_images
 
 
 def test_pictures_are_decoded_ahead_in_another_thread_but_not_all_at_once(model, questions, monkeypatch):

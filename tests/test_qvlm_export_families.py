@@ -21,8 +21,9 @@ from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
 from calibrate.samples import join_placements
 from engines.config import Limits
+from qvlm_export.conversations import chat_text
 from qvlm_export.families import FAMILIES
-from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.samples import encode_pictures, load_processor
 from qvlm_export.tiles import tile_counts
 
 ROOT = Path(__file__).parent.parent

@@ -33,7 +33,8 @@ from calibrate.walk import Step, final_logits, plain_step, walk_language, walk_v
 from engines.graph_probe import wrong_weights
 from engines.session import Session
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.conversations import chat_text
+from qvlm_export.samples import encode_pictures, load_processor
 
 SAMPLES = 4  # of the package's own scenes, to calibrate with
 # Heights and widths: wide, small, nearly square and large, two of unlike shape.
