@@ -51,10 +51,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint, questions to it, and transformers' logits for each: float32 [S, vocab]."""
+    """A checkpoint, questions to it, transformers' model in float32 and its logits for each: float32 [S, vocab]."""
 
     checkpoint: Checkpoint
     questions: list[Question]
+    reference: torch.nn.Module
     wanted: list[np.ndarray]
 
 
@@ -190,7 +191,7 @@ def make(folder: Path, kind: str) -> Kept:
         reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = open_checkpoint(str(folder))
     questions = make_cases(checkpoint)
-    return Kept(checkpoint, questions, [reference_logits(reference, question) for question in questions])
+    return Kept(checkpoint, questions, reference, [reference_logits(reference, question) for question in questions])
 
 
 def table(rows: list[Row]) -> str:
