@@ -35,7 +35,7 @@ TORCH_TOLERANCE = 1e-5  # 1.2e-6 measured: bilinear sums in another order
 FP16_TOLERANCE = 2e-3  # 4.3e-4 measured: tables of rotations in float16
 INT4_TOLERANCE = 1e-4  # 1.6e-6 measured
 # One of every family and layout; the table in docs/families.md has all.
-ENGINES = ("bakllava", "vipllava", "next-mistral", "onevision", "v1.3")
+ENGINES = ("vipllava", "onevision", "v1.3")
 GRAPHS = ("bakllava", "vipllava", "onevision", "v1")
 Make = Callable[[str], Kept]
 
