@@ -19,8 +19,7 @@ from calibrate.simulate import DequantizedSource, with_rounded_tables
 from engines.config import Limits, ModelConfig
 from engines.manifest import Manifest, describe_file, read_manifest, verified_file
 from engines.session import Session, choose_runtime, open_session
-from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.families import find_family
+from qvlm_export.checkpoint import Checkpoint, completed_config, open_checkpoint
 from qvlm_export.hub import read_config
 from qvlm_export.ladder import open_calibrated
 from qvlm_export.loading import LoadedModel
@@ -107,9 +106,8 @@ def _export_subject(path: Path, rung: str) -> Subject:
 
 
 def _open_calibrated(folder: Path, processor: Path) -> CalibratedModel:
-    stored = read_config(folder)
-    family = find_family(stored, str(folder / CONFIG_FILE))
-    hf_config = family.config_class.from_dict({k: v for k, v in stored.items() if k != "quantization_config"})
+    stored = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
+    hf_config = completed_config(stored, str(folder / CONFIG_FILE))
     return CalibratedModel(CalibratedCheckpoint(folder), hf_config, processor)
 
 

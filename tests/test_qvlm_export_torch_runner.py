@@ -134,6 +134,20 @@ def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
     assert CalibratedCheckpoint(tmp_path / "x.calibrated").schemes
 
 
+def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor(folder, samples, tmp_path):
+    checkpoint = open_small(folder)
+    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "c", samples)
+    processor = load_processor(folder)
+    processor.image_processor.crop_size = {"height": 64, "width": 64}
+    processor.save_pretrained(tmp_path / "c")
+    with pytest.raises(UserError, match=r"do processor and config\.json belong together"):
+        open_rung(find_subject(str(tmp_path / "c"), "auto"), device="cpu")
+    config = tmp_path / "c" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": "wide", "x": '))
+    with pytest.raises(UserError, match="not a valid configuration"):
+        find_subject(str(tmp_path / "c"), "auto")
+
+
 def test_a_damaged_weight_is_named(llava, tmp_path):
     copy = copy_checkpoint(llava(), tmp_path / "m")
     set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
