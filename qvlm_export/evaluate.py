@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -210,7 +211,7 @@ def _check_submission(job: Job) -> None:
 
 def _data_fingerprint(job: Job) -> dict[str, Any]:
     """What is asked, and how it is put, by the name that a refusal gives it."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps([question.prompt for question in job.given.questions]).encode())
     for path in job.given.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
