@@ -211,7 +211,7 @@ def _check_submission(job: Job) -> None:
 
 def _data_fingerprint(job: Job) -> dict[str, Any]:
     """What is asked, and how it is put, by the name that a refusal gives it."""
-    digest = hashlib.sha256(json.dumps([question.prompt for question in job.given.questions]).encode())
+    digest = hashlib.sha256()
     for path in job.given.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -223,6 +223,8 @@ def _data_fingerprint(job: Job) -> dict[str, Any]:
         "conversation": job.options.conversation,
         "pad_square": job.options.pad_square,
         "limit": job.options.limit,
+        # Last, as forms differ in it too, and a refusal names the first difference.
+        "prompts": hashlib.sha256(json.dumps([question.prompt for question in job.asked]).encode()).hexdigest(),
     }
 
 
