@@ -17,9 +17,9 @@ from rich.table import Table
 
 from calibrate.errors import UserError
 from qvlm_export.cli import OneLineErrors, errors_as_lines
+from qvlm_export.commands import INTERRUPTED
 
 NOT_ASKED = 1  # exit code when some questions could not be asked
-INTERRUPTED = 130
 NAMED_FAILURES = 5
 
 EXAMPLES = """

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tomllib
 from datetime import timedelta
 from pathlib import Path
 
@@ -339,10 +338,7 @@ def test_answers_are_kept_beside_by_default(sets, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.vqav2-val.torch.jsonl"]
 
 
-def test_the_command_is_declared_and_shows_examples():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, name = scripts["qvlm-eval"].partition(":")
-    assert getattr(sys.modules[module], name) is app
+def test_the_command_shows_examples():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "qvlm-eval engine.plan --task scienceqa --data ScienceQA" in result.stdout
