@@ -1,4 +1,4 @@
-"""Asks a model many questions: pictures are decoded ahead in a thread, prompts of equal length go together."""
+"""Asks a model many questions: they are prepared ahead in a thread, and prompts of equal length go together."""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from calibrate.errors import UserError
+from calibrate.samples import Placement, join_placements
+from engines.config import ModelConfig
+from qvlm_export.conversations import OWN, prompt_text
 from qvlm_export.images import open_image
 from qvlm_export.loading import LoadedModel
-from qvlm_export.samples import chat_text, encode
+from qvlm_export.samples import Encoded, encode_pictures
 from qvlm_export.tasks import Answer, Question
 
-# Conversations of LLaVA's own evaluations; `own` is the checkpoint's chat template.
-SYSTEMS = {
-    "vicuna_v1": (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    ),
-    "llava_v1": (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions."
-    ),
-}
-CONVERSATIONS = ("own", *SYSTEMS)
 CHUNK_BATCHES = 8  # questions looked at together, in batches, when those of equal length are sought
+PREPARED_BYTES = 2**29  # of pixels that are held for them; a picture in tiles may be 65 MB
 
 
 @dataclass(frozen=True)
@@ -38,48 +30,56 @@ class Manner:
 
     max_new_tokens: int
     choices: tuple[str, ...] = ()
-    conversation: str = CONVERSATIONS[0]
+    conversation: str = OWN
     pad_square: bool = False
     batch: int = 1
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """text: the whole prompt as text. pixels: float32 [n, 3, R, R], of `pictures`. ids: int64 [S]."""
+class Asked:
+    """A question as the model takes it. tails: for each choice where its tokens begin, and the ids of prompt and choice."""
 
     question: Question
-    text: str
-    pictures: tuple[Image.Image, ...]
-    pixels: np.ndarray
-    ids: np.ndarray
+    encoded: Encoded
+    tails: tuple[tuple[int, np.ndarray], ...] = ()
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.encoded.input_ids
+
+    @property
+    def pictures(self) -> int:
+        """Pictures or tiles."""
+        return len(self.encoded.pixel_values)
 
 
 def ask_all(model: LoadedModel, questions: Sequence[Question], manner: Manner) -> Iterator[dict[str, Answer]]:
     """Yields the answers of one batch after another, by id; questions that cannot be asked come with a reason."""
-    size = CHUNK_BATCHES * manner.batch
-    room = model.manifest.limits.max_length - (longest_choice(model, manner) if manner.choices else 1)
-    for chunk in _decoded_ahead(questions, size):
-        ready: list[Encoded] = []
+    limits, tiled = model.manifest.limits, model.manifest.config.tiles is not None
+    for chunk in _prepared_ahead(model, questions, manner):
+        ready: list[Asked] = []
         refused: dict[str, Answer] = {}
-        for question, picture in chunk:
+        for question, prepared in chunk:
             try:
-                ready.append(_encoded(model.processor, question, picture.result() if picture else None, manner, room))
+                ready.append(prepared.result())
             except UserError as error:
                 refused[question.id] = Answer(failed=" ".join(str(error).split()))
         if refused:
             yield refused
-        for batch in _batches(ready, manner.batch, model.manifest.limits.max_images):
-            yield _choose(model, batch, manner) if manner.choices else _answer(model, batch, manner.max_new_tokens)
+        for batch in _batches(ready, manner.batch, None if tiled else limits.max_images):
+            yield _choose(model, batch) if manner.choices else _answer(model, batch, manner.max_new_tokens)
 
 
-def _decoded_ahead(questions: Sequence[Question], size: int) -> Iterator[list[tuple[Question, Future[Image.Image] | None]]]:
-    """Chunks of `size` questions, whose pictures are being decoded while the chunk before is answered."""
-    chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
+def _prepared_ahead(
+    model: LoadedModel, questions: Sequence[Question], manner: Manner
+) -> Iterator[list[tuple[Question, Future[Asked]]]]:
+    """Chunks of questions, which are prepared while the chunk before is answered."""
+    size = chunk_size(model.manifest.config, manner.batch)
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
-    waiting: deque[list[tuple[Question, Future[Image.Image] | None]]] = deque()
+    waiting: deque[list[tuple[Question, Future[Asked]]]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append([(q, pool.submit(open_image, q.image, q.id) if q.image else None) for q in chunk])
+        for start in range(0, len(questions), size):
+            waiting.append([(q, pool.submit(_asked, model, q, manner)) for q in questions[start : start + size]])
             if len(waiting) > 1:
                 yield waiting.popleft()
         while waiting:
@@ -88,56 +88,70 @@ def _decoded_ahead(questions: Sequence[Question], size: int) -> Iterator[list[tu
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encoded(processor: Any, question: Question, picture: Image.Image | None, manner: Manner, room: int) -> Encoded:
-    """Raises UserError for a prompt that the processor refuses or that leaves no room for an answer."""
-    pictures = [] if picture is None else [squared(picture, processor) if manner.pad_square else picture]
+def chunk_size(config: ModelConfig, batch: int) -> int:
+    """Questions in a chunk, of which two are held at a time."""
+    side = config.vision.image_size
+    question_bytes = 4 * 3 * side * side * config.most_tiles
+    return max(batch, min(CHUNK_BATCHES * batch, PREPARED_BYTES // (2 * question_bytes)))
+
+
+def _asked(model: LoadedModel, question: Question, manner: Manner) -> Asked:
+    """Raises UserError for a picture or prompt that cannot be taken, or that leaves no room for an answer."""
+    processor, config, where = model.processor, model.manifest.config, f"question {question.id}"
+    pictures = [] if question.image is None else [open_image(question.image, question.id)]
+    if manner.pad_square:
+        pictures = [squared(picture, processor) for picture in pictures]
     text = prompt_text(processor, question.prompt, len(pictures), manner.conversation)
-    pixels, ids = encode(processor, text, pictures, f"question {question.id}")
-    if len(ids) > room:
-        raise UserError(f"question {question.id}: is {len(ids)} tokens long, the model takes {room} and an answer")
-    return Encoded(question, text, tuple(pictures), pixels, ids)
+    encoded = encode_pictures(processor, config, text, pictures, where=where)
+    whole = [encode_pictures(processor, config, f"{text} {choice}", pictures).input_ids for choice in manner.choices]
+    most = model.manifest.limits.max_length
+    if max(len(encoded.input_ids) + 1, *map(len, whole), 0) > most:
+        raise UserError(f"{where}: is {len(encoded.input_ids)} tokens long, the model takes {most} with the answer")
+    return Asked(question, encoded, tuple((_begin(encoded.input_ids, ids), ids) for ids in whole))
 
 
-def prompt_text(processor: Any, prompt: str, pictures: int, conversation: str) -> str:
-    """The whole text before the answer."""
-    if conversation == CONVERSATIONS[0]:
-        return chat_text(processor, [{"role": "user", "text": prompt, "images": pictures}])
-    marks = f"{processor.image_token}\n" * pictures
-    return f"{SYSTEMS[conversation]} USER: {marks}{prompt} ASSISTANT:"
+def _begin(prompt: np.ndarray, whole: np.ndarray) -> int:
+    """Where `whole`, which continues the prompt's text, has other tokens than the prompt."""
+    return int((prompt[: len(whole)] == whole[: len(prompt)]).cumprod().sum())
 
 
 def squared(picture: Image.Image, processor: Any) -> Image.Image:
     """As LLaVA-1.5 was evaluated: the picture in the middle of a square of the processor's mean colour."""
     side = max(picture.size)
-    colour = tuple(round(255 * value) for value in processor.image_processor.image_mean)
-    return ImageOps.pad(picture, (side, side), color=colour)
+    colour = tuple(int(255 * value) for value in processor.image_processor.image_mean)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
-def _batches(ready: Sequence[Encoded], size: int, max_images: int) -> Iterator[list[Encoded]]:
-    """Prompts of equal length, up to `size` together and with `max_images` pictures at most."""
-    groups: dict[int, list[Encoded]] = {}
+def _batches(ready: Sequence[Asked], size: int, max_images: int | None) -> Iterator[list[Asked]]:
+    """Prompts of equal length, up to `size` together and with `max_images` pictures at most (None: any number)."""
+    groups: dict[int, list[Asked]] = {}
     for one in ready:
         groups.setdefault(len(one.ids), []).append(one)
     for group in groups.values():
-        batch: list[Encoded] = []
+        batch: list[Asked] = []
         for one in group:
-            images = sum(len(other.pixels) for other in batch) + len(one.pixels)
-            if batch and (len(batch) == size or images > max_images):
+            images = sum(other.pictures for other in batch) + one.pictures
+            if batch and (len(batch) == size or (max_images is not None and images > max_images)):
                 yield batch
                 batch = []
             batch.append(one)
         yield batch
 
 
-def _pixels(batch: Sequence[Encoded]) -> np.ndarray | None:
-    shown = [one.pixels for one in batch if len(one.pixels)]
-    return np.concatenate(shown) if shown else None
+def _shown(model: LoadedModel, batch: Sequence[Asked]) -> tuple[np.ndarray | None, Placement | None]:
+    """The pixels of all prompts, and where their features go."""
+    patches = model.manifest.config.vision.tokens_per_image
+    placement = join_placements([one.encoded.placement for one in batch], [one.pictures * patches for one in batch])
+    shown = [one.encoded.pixel_values for one in batch if one.pictures]
+    return (np.concatenate(shown) if shown else None), placement
 
 
-def _answer(model: LoadedModel, batch: Sequence[Encoded], max_new_tokens: int) -> dict[str, Answer]:
+def _answer(model: LoadedModel, batch: Sequence[Asked], max_new_tokens: int) -> dict[str, Answer]:
     """Greedy answers."""
     tokenizer = model.processor.tokenizer
-    sequences = model.session.start([one.ids for one in batch], _pixels(batch))
+    sequences = model.session.start([one.ids for one in batch], *_shown(model, batch))
     for _ in model.session.generate(sequences, max_new_tokens, frozenset({tokenizer.eos_token_id})):
         pass
     said = [tokens[len(one.ids) :] for tokens, one in zip(sequences.tokens, batch, strict=True)]
@@ -145,40 +159,26 @@ def _answer(model: LoadedModel, batch: Sequence[Encoded], max_new_tokens: int) -
     return {one.question.id: Answer(text) for one, text in zip(batch, texts, strict=True)}
 
 
-def _choose(model: LoadedModel, batch: Sequence[Encoded], manner: Manner) -> dict[str, Answer]:
+def _choose(model: LoadedModel, batch: Sequence[Asked]) -> dict[str, Answer]:
     """Log-likelihoods of the choices behind each prompt, in nats.
 
     Where every choice is one token behind the prompt, as yes and no mostly are, one pass over the prompts says all.
     """
-    tails = [[_tail(model.processor, one, choice) for choice in manner.choices] for one in batch]
-    if all(
-        start == len(one.ids) and len(ids) == start + 1 for one, row in zip(batch, tails, strict=True) for start, ids in row
-    ):
-        logits = model.session.start([one.ids for one in batch], _pixels(batch)).logits
-        scores = [[float(_log_softmax(line)[ids[-1]]) for _, ids in row] for line, row in zip(logits, tails, strict=True)]
+    if all(start == len(one.ids) == len(ids) - 1 for one in batch for start, ids in one.tails):
+        logits = model.session.start([one.ids for one in batch], *_shown(model, batch)).logits
+        scores = [
+            [float(_log_softmax(line)[ids[-1]]) for _, ids in one.tails] for line, one in zip(logits, batch, strict=True)
+        ]
     else:
-        scores = [[_likelihood(model, one, *tail) for tail in row] for one, row in zip(batch, tails, strict=True)]
+        scores = [[_likelihood(model, one, *tail) for tail in one.tails] for one in batch]
     return {one.question.id: Answer(choices=tuple(row)) for one, row in zip(batch, scores, strict=True)}
 
 
-def _tail(processor: Any, one: Encoded, choice: str) -> tuple[int, np.ndarray]:
-    """Where the choice's tokens begin, and the ids of prompt and choice, encoded as one text."""
-    _, ids = encode(processor, f"{one.text} {choice}", list(one.pictures), f"question {one.question.id}")
-    same = one.ids[: len(ids)] == ids[: len(one.ids)]
-    return int(same.cumprod().sum()), ids
-
-
-def _likelihood(model: LoadedModel, one: Encoded, start: int, ids: np.ndarray) -> float:
-    logits = model.session.logits(ids[None], one.pixels if len(one.pixels) else None)[0]
+def _likelihood(model: LoadedModel, one: Asked, start: int, ids: np.ndarray) -> float:
+    logits = model.session.logits(ids[None], *_shown(model, [one]))[0]
     return float(sum(_log_softmax(logits[place - 1])[ids[place]] for place in range(start, len(ids))))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64) - logits.max()
     return np.asarray(wide - np.log(np.exp(wide).sum()))
-
-
-def longest_choice(model: LoadedModel, manner: Manner) -> int:
-    """Tokens that a choice adds to a prompt, at most."""
-    tokenizer = model.processor.tokenizer
-    return max(len(tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]) for choice in manner.choices) + 1

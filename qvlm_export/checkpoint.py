@@ -5,6 +5,7 @@ No weight is read here; only headers are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,23 @@ def open_checkpoint(model: str) -> Checkpoint:
     where, stored = str(folder / "config.json"), read_config(folder)
     layout = find_layout(stored)
     config_json = stored if layout.convert is None else layout.convert(stored, folder)
-    family = find_family(config_json, where)
-    try:
-        hf_config = family.config_class.from_dict(config_json)
-    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{where}: not a valid configuration ({words}); download it again") from error
+    hf_config = completed_config(config_json, where)
     config = model_config(hf_config, where)
     source = open_weights(folder, renamer(layout))
     if layout.open_source is not None:
         source = layout.open_source(source, stored, folder)
     check_tensors(source, config, folder)
     return Checkpoint(model, folder, config_json, hf_config, config, source)
+
+
+def completed_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """A config.json of llava-hf's form as transformers completes it. Raises UserError for one that it cannot read."""
+    family = find_family(config_json, where)
+    try:
+        return family.config_class.from_dict(dict(config_json))
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{where}: not a valid configuration ({words}); download it again") from error
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> None:

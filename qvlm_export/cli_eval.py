@@ -17,9 +17,9 @@ from rich.table import Table
 
 from calibrate.errors import UserError
 from qvlm_export.cli import OneLineErrors, errors_as_lines
+from qvlm_export.commands import INTERRUPTED
 
 NOT_ASKED = 1  # exit code when some questions could not be asked
-INTERRUPTED = 130
 NAMED_FAILURES = 5
 
 EXAMPLES = """
@@ -49,7 +49,7 @@ def main(
     rung: Annotated[str, typer.Option(help="auto, torch, simulated, graph or engine")] = "auto",
     split: Annotated[str | None, typer.Option(help="default: the one that papers report and that has answers")] = None,
     form: Annotated[str, typer.Option(help="v1.5: asks for a short answer; v1.3: the bare question")] = "v1.5",
-    conversation: Annotated[str, typer.Option(help="own: the chat template; vicuna_v1; llava_v1")] = "own",
+    conversation: Annotated[str, typer.Option(help="own: the chat template; vicuna_v1, llava_v1, mistral_instruct")] = "own",
     pad_square: Annotated[
         bool, typer.Option("--pad-square", help="pad pictures with the mean colour, as LLaVA-1.5")
     ] = False,
@@ -74,11 +74,12 @@ def main(
     """
     with errors_as_lines(), _interruption_as_line():
         from qvlm_export.evaluate import EvalOptions, evaluate
-        from qvlm_export.processes import world
+        from qvlm_export.processes import use_own_gpu, world
         from qvlm_export.progress import Reporter
 
         if not task or data is None:
             raise UserError("give --task and --data: what to evaluate, and the directory with its official files")
+        use_own_gpu()
         options = EvalOptions(
             model, task, data, rung, split, form, conversation, pad_square, questions, limit, _shard(shard),
             tuple(merge or ()), predictions, submission, batch, max_new_tokens, runtime, device, fast,
@@ -117,7 +118,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     asked = f"{content['answers']} of {content['questions']} questions"
     title = f"{content['task']} {content['split']}, {content['rung']}{part}: {asked}"
     if content["metrics"] is None:
-        console.print(f"{title}; the answers of this split are not public")
+        console.print(f"{title}; the answers of this split are not public", soft_wrap=True)
     else:
         console.print(title, soft_wrap=True)  # a table's own title is broken to the table's width
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from typing import Any
 
 from calibrate.calibrated import write_json
 from calibrate.errors import UserError
-from qvlm_export.ask import CONVERSATIONS, Manner, ask_all
+from qvlm_export.ask import Manner, ask_all
+from qvlm_export.conversations import CHOICES, OWN
 from qvlm_export.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
 from qvlm_export.processes import gather, world
 from qvlm_export.progress import Reporter
-from qvlm_export.rungs import SIMULATED, TORCH, Subject, find_subject, open_rung
+from qvlm_export.rungs import IN_TORCH, Subject, find_subject, open_rung
 from qvlm_export.tasks import FORMS, Question, QuestionSet, Request, Score, Task
 from qvlm_export.tasks_memes import HATEFUL_MEMES
 from qvlm_export.tasks_scienceqa import SCIENCEQA
@@ -36,7 +38,7 @@ class EvalOptions:
     rung: str = "auto"
     split: str | None = None
     form: str = FORMS[0]
-    conversation: str = CONVERSATIONS[0]
+    conversation: str = OWN
     pad_square: bool = False
     questions: Path | None = None
     limit: int | None = None
@@ -126,6 +128,7 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
     if here.size > 1 and options.shard != (1, 1):
         raise UserError("--shard: torchrun splits the questions itself; leave --shard out, or torchrun")
     subject = find_subject(options.model, options.rung)
+    _check_subject(job, subject)
     shard = options.shard if here.size == 1 else (here.rank + 1, here.size)
     began = time.monotonic()
     found = _answers(job, subject, shard, reporter)
@@ -149,7 +152,7 @@ def read_job(options: EvalOptions) -> Job:
     for option, value, known in (
         ("--split", request.split, task.splits),
         ("--form", options.form, FORMS),
-        ("--conversation", options.conversation, CONVERSATIONS),
+        ("--conversation", options.conversation, CHOICES),
     ):
         if value not in known:
             raise UserError(f"{option} {value}: unknown; choose one of {', '.join(known)}")
@@ -176,6 +179,17 @@ def _check_pictures(job: Job) -> None:
     pictures = [question.image for question in job.asked if question.image is not None][:LOOKED_FOR]
     if pictures and not any(path.is_file() for path in pictures):
         raise UserError(f"--data {job.request.data}: holds no {pictures[0]}, nor the next pictures; unpack them there")
+
+
+def _check_subject(job: Job, subject: Subject) -> None:
+    """Raises UserError for options that this model cannot take."""
+    options, manifest = job.options, subject.manifest
+    if options.pad_square and subject.config.tiles is not None:
+        raise UserError("--pad-square: this model cuts pictures into tiles, as they are; leave it out")
+    if options.batch is not None and manifest is not None and subject.rung not in IN_TORCH:
+        most = manifest.limits.max_batch
+        if options.batch > most:
+            raise UserError(f"--batch {options.batch}: the export takes {most}; export with --max-batch {options.batch}")
 
 
 def _check_submission(job: Job) -> None:
@@ -209,12 +223,14 @@ def _data_fingerprint(job: Job) -> dict[str, Any]:
         "conversation": job.options.conversation,
         "pad_square": job.options.pad_square,
         "limit": job.options.limit,
+        # Last, as forms differ in it too, and a refusal names the first difference.
+        "prompts": hashlib.sha256(json.dumps([question.prompt for question in job.asked]).encode()).hexdigest(),
     }
 
 
 def _fingerprint(job: Job, subject: Subject) -> dict[str, Any]:
     """Everything that answers depend on. Not the batch: prompts of one length are computed apart from each other."""
-    in_torch = subject.rung in (TORCH, SIMULATED)
+    in_torch = subject.rung in IN_TORCH
     return {
         **_data_fingerprint(job),
         "model": subject.identity,
@@ -260,12 +276,8 @@ def predictions_path(job: Job, subject: Subject, shard: tuple[int, int]) -> Path
 def _ask(job: Job, subject: Subject, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter) -> None:
     options = job.options
     with open_rung(subject, options.runtime, options.device, options.fast, options.batch) as model:
-        most = model.manifest.limits.max_batch
-        if options.batch is not None and options.batch > most:
-            raise UserError(f"--batch {options.batch}: the export takes {most}; export with --max-batch {options.batch}")
-        manner = Manner(
-            job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, options.batch or most
-        )
+        batch = options.batch or model.manifest.limits.max_batch
+        manner = Manner(job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, batch)
         with reporter.stage(job.task.name) as stage:
             done = 0
             for answers in ask_all(model, questions, manner):

@@ -113,7 +113,10 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     supported = "; ".join(f"{family.model_type} ({family.name})" for family in FAMILIES)
     architectures = config.get("architectures")
     named = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
-    raise UserError(f"{where}: model_type is {model_type!r}{named}, which is no supported LLaVA; supported: {supported}")
+    raise UserError(
+        f"{where}: model_type is {model_type!r}{named}, which is no supported LLaVA; supported: {supported}; and those of "
+        "LLaVA's authors, whose config.json has mm_vision_tower"
+    )
 
 
 def renamer(layout: Layout) -> Callable[[str], str | None]:

@@ -16,7 +16,8 @@ from calibrate.samples import join_placements
 from engines.manifest import Manifest, read_manifest, verified_file
 from engines.sampling import Sampling
 from engines.session import Sequences, Session, open_session
-from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.conversations import chat_text
+from qvlm_export.samples import encode_pictures, load_processor
 from qvlm_export.tiles import place_tiles, select_tiles, tile_counts
 
 _MARK = "\u2063answer\u2063"  # invisible separators: no user types them

@@ -1,13 +1,12 @@
 """A processor for checkpoints of LLaVA's authors, which have a tokenizer and no more.
 
-Sources: the conversations vicuna_v1, llava_v1 and mistral_instruct that the models were trained and evaluated with, CLIP's
-preprocessing, and LLaVA's own: each text between pictures is encoded alone, which gives it Llama's leading space.
+Sources: CLIP's preprocessing, and LLaVA's own: each text between pictures is encoded alone, which gives it Llama's leading
+space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from calibrate.errors import UserError
+from qvlm_export.conversations import CONVERSATIONS, Conversation, chat_template
 from qvlm_export.hub import first_line, read_config
 from qvlm_export.original import TOWERS, convert_config, tower_folder, tower_name
 
@@ -30,50 +30,11 @@ LEAST_KNOWN = 0.9  # of a vocabulary: some models have more rows than tokens, fo
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """system: what comes first, with the space behind it. user, assistant: how a turn begins; end: of an answer."""
-
-    system: str
-    user: str
-    assistant: str
-    end: str = "</s>"
-
-
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the {who}'s questions. "
-_A_CHAT = "A chat between a curious {who} and an artificial intelligence assistant. "
-CONVERSATIONS = {
-    "vicuna_v1": Conversation((_A_CHAT + _POLITE).format(who="user"), "USER: ", "ASSISTANT:"),
-    "llava_v1": Conversation((_A_CHAT + _POLITE).format(who="human"), "USER: ", "ASSISTANT:"),
-    "mistral_instruct": Conversation("", "[INST] ", "[/INST]"),
-}
-
-
 def conversation_of(config: Mapping[str, Any]) -> Conversation:
     """What a checkpoint was trained with: its name is not in config.json, but it follows from what is."""
     if config.get("model_type") == "llava_mistral":
         return CONVERSATIONS["mistral_instruct"]
     return CONVERSATIONS["llava_v1" if config.get("mm_projector_type") in (None, "linear") else "vicuna_v1"]
-
-
-_TEMPLATE = (
-    "{{ system }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ assistant + ' ' }}{% else %}{{ user }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ picture }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ end }}{% else %}{{ ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ assistant }}{% endif %}"
-)
-
-
-def chat_template(talk: Conversation, picture: str) -> str:
-    """The Jinja template of a conversation; picture: the text that stands for one, line break included."""
-    texts = (talk.system, talk.user, talk.assistant, talk.end, picture)
-    return f"{{% set system, user, assistant, end, picture = {texts!r} %}}{_TEMPLATE}"
 
 
 def make_processor(folder: Path) -> Any:

@@ -26,6 +26,21 @@ def world() -> World:
     return World(int(os.environ["RANK"]), size) if size > 1 else World()
 
 
+def use_own_gpu() -> None:
+    """Gives each process of a machine a GPU of its own where there are several; nothing without torchrun.
+
+    By the environment, which torch, TensorRT and ONNX Runtime all heed, so before any of them touches CUDA.
+    """
+    if world().size == 1:
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ.get("LOCAL_RANK", "0")) % len(visible)]
+
+
 def gather(answers: dict[str, Answer]) -> dict[str, Answer] | None:
     """The answers of all processes in the first one, None in the others. Waits for all of them."""
     import torch.distributed as dist

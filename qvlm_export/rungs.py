@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import RECORD_FILE, CalibratedCheckpoint
 from calibrate.errors import UserError
@@ -17,34 +19,48 @@ from calibrate.simulate import DequantizedSource, with_rounded_tables
 from engines.config import Limits, ModelConfig
 from engines.manifest import Manifest, describe_file, read_manifest, verified_file
 from engines.session import Session, choose_runtime, open_session
-from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.families import find_family
+from qvlm_export.checkpoint import Checkpoint, completed_config, open_checkpoint
 from qvlm_export.hub import read_config
 from qvlm_export.ladder import open_calibrated
 from qvlm_export.loading import LoadedModel
 from qvlm_export.model_config import model_config
-from qvlm_export.samples import load_processor
+from qvlm_export.samples import check_processor, load_processor
 from qvlm_export.torch_runner import TorchRunner, check_device
 from qvlm_export.validate import open_reference
 
 TORCH, SIMULATED, GRAPH, ENGINE = "torch", "simulated", "graph", "engine"
 RUNGS = (TORCH, SIMULATED, GRAPH, ENGINE)
+IN_TORCH = (TORCH, SIMULATED)
 TORCH_BATCH = 8
-LONGEST = 4096  # tokens of a prompt and its answer in torch; caches grow as needed, so this guards memory only
-PROCESSOR_FILE = "tokenizer_config.json"
+LONGEST, TEXT_LENGTH = 4096, 1024  # tokens in torch, of all or beside the largest picture; caches grow as needed
+LOGITS_BYTES = 2**30  # which a torch batch may have, of all positions
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "tokenizer_config.json"
 PIECES, PIECE_BYTES = 64, 2**16  # of every weight file, read to know it again
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What `qvlm-eval` was given. identity: what tells it from others, for the fingerprint."""
+    """What `qvlm-eval` was given. identity: what tells it from others, for the fingerprint.
+
+    manifest: of an export; checkpoint, calibrated: of the torch rungs, what they are opened from.
+    """
 
     name: str
     rung: str
     identity: str
+    config: ModelConfig
     manifest: Manifest | None = None
     checkpoint: Checkpoint | None = None
-    calibrated: Path | None = None
+    calibrated: CalibratedModel | None = None
+
+
+@dataclass(frozen=True)
+class CalibratedModel:
+    """A calibrated checkpoint, opened. hf_config: of the float model that it simulates."""
+
+    checkpoint: CalibratedCheckpoint
+    hf_config: PreTrainedConfig
+    processor: Path
 
 
 def find_subject(given: str, rung: str) -> Subject:
@@ -59,10 +75,12 @@ def find_subject(given: str, rung: str) -> Subject:
         return _export_subject(path, rung)
     if (path / RECORD_FILE).is_file():
         _require(rung, (SIMULATED,), f"{given} is a calibrated checkpoint")
-        return Subject(path.name, SIMULATED, folder_identity(path), calibrated=path)
+        opened = _open_calibrated(path, _processor_beside(path))
+        config = model_config(opened.hf_config, str(path / CONFIG_FILE))
+        return Subject(path.name, SIMULATED, folder_identity(path), config, calibrated=opened)
     _require(rung, (TORCH,), f"{given} is no export; export it first, or give X.plan")
     checkpoint = open_checkpoint(given)
-    return Subject(path.name or given, TORCH, folder_identity(checkpoint.folder), checkpoint=checkpoint)
+    return Subject(path.name or given, TORCH, checkpoint_identity(checkpoint), checkpoint.config, checkpoint=checkpoint)
 
 
 def _require(rung: str, there: tuple[str, ...], what: str) -> None:
@@ -72,18 +90,38 @@ def _require(rung: str, there: tuple[str, ...], what: str) -> None:
 
 def _export_subject(path: Path, rung: str) -> Subject:
     manifest = read_manifest(path.with_suffix(".json"))
-    identity = str(describe_file(manifest.path)["sha256"])
+    identity, config = str(describe_file(manifest.path)["sha256"]), manifest.config
     if rung == "auto":
         rung = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
     if rung == TORCH:
         checkpoint = open_reference(manifest, None)
-        return Subject(path.stem, TORCH, folder_identity(checkpoint.folder), manifest, checkpoint)
+        return Subject(path.stem, TORCH, checkpoint_identity(checkpoint), config, manifest, checkpoint)
     if rung == SIMULATED:
         calibrated, reason = open_calibrated(manifest)
         if calibrated is None:
             raise UserError(f"--rung simulated: {reason}")
-        return Subject(path.stem, SIMULATED, identity, manifest, calibrated=calibrated.folder)
-    return Subject(path.stem, rung, identity, manifest)
+        opened = _open_calibrated(calibrated.folder, verified_file(manifest, "processor"))
+        return Subject(path.stem, SIMULATED, identity, config, manifest, calibrated=opened)
+    return Subject(path.stem, rung, identity, config, manifest)
+
+
+def _open_calibrated(folder: Path, processor: Path) -> CalibratedModel:
+    stored = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
+    hf_config = completed_config(stored, str(folder / CONFIG_FILE))
+    return CalibratedModel(CalibratedCheckpoint(folder), hf_config, processor)
+
+
+def _processor_beside(folder: Path) -> Path:
+    for place in (folder, folder.with_suffix(".processor")):
+        if (place / PROCESSOR_FILE).is_file():
+            return place
+    raise UserError(f"{folder}: no processor is in it or beside it; copy the model's tokenizer and processor files there")
+
+
+def checkpoint_identity(checkpoint: Checkpoint) -> str:
+    """As `folder_identity`, of the folder and of another that holds the tower."""
+    folders = dict.fromkeys((checkpoint.folder, *(path.parent for path in checkpoint.source.files())))
+    return hashlib.sha256("".join(map(folder_identity, folders)).encode()).hexdigest()
 
 
 def folder_identity(folder: Path) -> str:
@@ -93,7 +131,7 @@ def folder_identity(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".model"):
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix in (".safetensors", ".bin"):
             size = path.stat().st_size
@@ -112,15 +150,10 @@ def open_rung(
 
     runtime, fast: of graph and engine, see `open_session`; device, batch: of the torch rungs.
     """
-    if subject.rung == TORCH and subject.checkpoint is not None:
-        checkpoint = subject.checkpoint
-        processor = load_processor(checkpoint.folder)
-        blocks, epsilon = make_blocks(checkpoint.hf_config), checkpoint.config.text.rms_norm_eps
-        runner = TorchRunner(blocks, checkpoint.source, epsilon, {}, check_device(device))
-        bare = _bare(checkpoint.folder, checkpoint.config, batch)
-        return LoadedModel(Session(bare, runner, "the checkpoint"), processor)
-    if subject.rung == SIMULATED and subject.calibrated is not None:
-        return _simulated(subject.calibrated, subject.manifest, check_device(device), batch)
+    if subject.checkpoint is not None:
+        return _float_model(subject.checkpoint, check_device(device), batch)
+    if subject.calibrated is not None:
+        return _simulated(subject.calibrated, subject, check_device(device), batch)
     if subject.manifest is None:
         raise RuntimeError(f"{subject}: has nothing to open")
     chosen = _runtime(subject.manifest, subject.rung, runtime)
@@ -142,36 +175,36 @@ def _runtime(manifest: Manifest, rung: str, runtime: str) -> str:
     return chosen
 
 
-def _simulated(folder: Path, manifest: Manifest | None, device: str, batch: int | None) -> LoadedModel:
+def _float_model(checkpoint: Checkpoint, device: str, batch: int | None) -> LoadedModel:
+    processor = _fitting_processor(checkpoint.folder, checkpoint.config)
+    runner = TorchRunner(make_blocks(checkpoint.hf_config), checkpoint.source, checkpoint.config, {}, device)
+    return LoadedModel(Session(_bare(checkpoint.folder, checkpoint.config, batch), runner, "the checkpoint"), processor)
+
+
+def _simulated(model: CalibratedModel, subject: Subject, device: str, batch: int | None) -> LoadedModel:
     """The calibrated checkpoint in torch, with the roundings of its graph where it belongs to an export."""
-    processor = load_processor(_processor_folder(folder, manifest))
-    calibrated = CalibratedCheckpoint(folder)
-    where, stored = str(folder / "config.json"), read_config(folder)
-    family = find_family(stored, where)
-    hf_config = family.config_class.from_dict({k: v for k, v in stored.items() if k != "quantization_config"})
-    config = model_config(hf_config, where) if manifest is None else manifest.config
-    float_type = None if manifest is None else manifest.float_type
-    blocks = make_blocks(hf_config)
+    calibrated, config = model.checkpoint, subject.config
+    processor = _fitting_processor(model.processor, config)
+    float_type = None if subject.manifest is None else subject.manifest.float_type
+    blocks = make_blocks(model.hf_config)
     if float_type is not None:
         blocks = with_rounded_tables(blocks, float_type)
     quantizers = {name: q for name in calibrated.schemes if (q := calibrated.input_quantizer(name)) is not None}
-    source = DequantizedSource(calibrated, float_type)
-    runner = TorchRunner(blocks, source, config.text.rms_norm_eps, quantizers, device)
-    return LoadedModel(Session(_bare(folder, config, batch), runner, "the calibrated checkpoint"), processor)
+    runner = TorchRunner(blocks, DequantizedSource(calibrated, float_type), config, quantizers, device)
+    return LoadedModel(Session(_bare(calibrated.folder, config, batch), runner, "the calibrated checkpoint"), processor)
 
 
-def _processor_folder(folder: Path, manifest: Manifest | None) -> Path:
-    if manifest is not None:
-        return verified_file(manifest, "processor")
-    for place in (folder, folder.with_suffix(".processor")):
-        if (place / PROCESSOR_FILE).is_file():
-            return place
-    raise UserError(f"{folder}: no processor is in it or beside it; copy the model's tokenizer and processor files there")
+def _fitting_processor(folder: Path, config: ModelConfig) -> Any:
+    processor = load_processor(folder)
+    check_processor(processor, config, folder)
+    return processor
 
 
 def _bare(folder: Path, config: ModelConfig, batch: int | None) -> Manifest:
     """What a session must know of a model that was not exported."""
-    most = batch or TORCH_BATCH
-    limits = Limits(min(config.text.max_position_embeddings, LONGEST), most, 4 * most)
+    length = min(config.text.max_position_embeddings, max(LONGEST, config.most_image_tokens + TEXT_LENGTH))
+    usual = 4 * config.text.vocab_size * (config.most_image_tokens + TEXT_LENGTH // 8)
+    most = batch or max(1, min(TORCH_BATCH, LOGITS_BYTES // usual))
+    limits = Limits(length, most, 4 * most)
     nothing: dict[str, Any] = {}
     return Manifest(folder, nothing, config, limits, "float32", "", nothing, nothing, nothing, (), nothing, nothing, nothing)

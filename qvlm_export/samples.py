@@ -16,14 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from calibrate.samples import Placement, Sample
 from engines.config import ModelConfig
+from qvlm_export.conversations import chat_text
 from qvlm_export.families import find_layout
 from qvlm_export.hub import read_config
 from qvlm_export.images import open_image
 from qvlm_export.processors import processor_class
 from qvlm_export.tiles import place_tiles, select_tiles, tile_counts
-
-# What LLaVA-1.5 was trained with; for checkpoints without a chat template of their own.
-FALLBACK_TEMPLATE = "USER: {images}{prompt} ASSISTANT:"
 
 
 class Line(BaseModel):
@@ -150,42 +148,28 @@ def encode_entries(entries: list[Entry], processor: Any, config: ModelConfig, ma
 def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: int) -> Sample:
     images = [] if entry.image is None else [open_image(entry.image, entry.where)]
     prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
-    encoded = encode_pictures(processor, config, prompt, images, where=entry.where)
+    sample = encode_answered(processor, config, prompt, entry.line.answer, images, where=entry.where)
+    if len(sample.input_ids) > max_length:
+        raise UserError(
+            f"{entry.where}: is {len(sample.input_ids)} tokens long, --max-length is {max_length}; shorten it or raise the "
+            "limit"
+        )
+    return sample
+
+
+def encode_answered(
+    processor: Any, config: ModelConfig, prompt: str, answer: str | None, images: list[Image.Image], *, where: str
+) -> Sample:
+    """A whole prompt with the answer behind it, and the end token behind that. Raises UserError, begun with `where`."""
+    encoded = encode_pictures(processor, config, prompt, images, where=where)
     ids, start = encoded.input_ids, len(encoded.input_ids)
-    if entry.line.answer is not None:
+    if answer is not None:
         # Encoded as one text: tokenizers with a dummy prefix, as Llama's, give a text of its own other tokens.
-        whole = encode_pictures(processor, config, f"{prompt} {entry.line.answer}", images, where=entry.where).input_ids
+        whole = encode_pictures(processor, config, f"{prompt} {answer}", images, where=where).input_ids
         start = int((ids == whole[:start]).cumprod().sum()) if len(whole) >= start else 0
         ids = np.append(whole, processor.tokenizer.eos_token_id)
-    if len(ids) > max_length:
-        raise UserError(
-            f"{entry.where}: is {len(ids)} tokens long, --max-length is {max_length}; shorten it or raise the limit"
-        )
-    encoded = replace(encoded, input_ids=ids)
-    _check_encoded(encoded, config, entry.where)
+    _check_encoded(replace(encoded, input_ids=ids), config, where)
     return Sample(ids, encoded.pixel_values, start, encoded.placement)
-
-
-def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
-    """The prompt text of turns {"role", "text", "images": count}, ending where the model is to answer."""
-    messages = [
-        {
-            "role": turn["role"],
-            "content": [{"type": "image"}] * turn.get("images", 0) + [{"type": "text", "text": turn["text"]}],
-        }
-        for turn in turns
-    ]
-    if getattr(processor, "chat_template", None):
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
-        return text
-    parts = []
-    for turn in turns:
-        if turn["role"] == "assistant":
-            parts.append(f" {turn['text']}</s>")
-        else:
-            pictures = f"{processor.image_token}\n" * turn.get("images", 0)
-            parts.append(FALLBACK_TEMPLATE.format(images=pictures, prompt=turn["text"]))
-    return "".join(parts)
 
 
 @dataclass(frozen=True)

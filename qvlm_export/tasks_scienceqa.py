@@ -100,9 +100,14 @@ def _image(request: Request, one: str, problem: Problem) -> Path | None:
 
 
 def prompt_of(problem: Problem, form: str) -> str:
-    """LLaVA's form for ScienceQA: question, context, lettered options; 1.5 asks for the letter alone."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
-    text = f"{problem.question}\nContext: {problem.hint.strip() or 'N/A'}\nOptions: {options}"
+    """As in LLaVA's question files: v1.3 is QCM (question, context, options), v1.5 is CQM, and asks for the letter alone."""
+    lettered, hint = list(zip(LETTERS, problem.choices, strict=False)), problem.hint.strip()
+    if form == "v1.3":
+        options = " ".join(f"({letter}) {choice}" for letter, choice in lettered)
+        text = f"{problem.question}\nContext: {hint or 'N/A'}\nOptions: {options}"
+    else:
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
+        text = f"Context: {hint}\n{problem.question}\n{options}" if hint else f"{problem.question}\n{options}"
     return text.replace("  ", " ").strip() + (ASK_FOR_LETTER if form == "v1.5" else "")
 
 

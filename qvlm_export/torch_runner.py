@@ -18,7 +18,8 @@ from calibrate.errors import UserError
 from calibrate.samples import Sample
 from calibrate.simulate import fake_quantized_inputs
 from calibrate.tensors import TensorSource
-from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_vision
+from calibrate.walk import FINAL_NORM, HEAD, NEWLINE, TABLE, Run, walk_vision
+from engines.config import ModelConfig
 
 SLOTS_AT_ONCE = 256  # by which a cache grows
 DTYPES = {"cpu": torch.float32, "cuda": torch.float16}
@@ -71,17 +72,18 @@ class TorchRunner:
     name = "torch"
 
     def __init__(
-        self, blocks: ModelBlocks, source: TensorSource, epsilon: float, quantizers: Quantizers, device: str = "cpu"
+        self, blocks: ModelBlocks, source: TensorSource, config: ModelConfig, quantizers: Quantizers, device: str = "cpu"
     ) -> None:
-        """epsilon: of the final norm. Raises UserError for weights that are not finite."""
+        """Raises UserError for weights that are not finite."""
         self.device, self._dtype = device, DTYPES[device]
-        self._blocks, self._source, self._epsilon = blocks, source, epsilon
+        self._blocks, self._source, self._epsilon = blocks, source, config.text.rms_norm_eps
         self._held = ExitStack()
         try:
             for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
                 self._hold(block, quantizers)
             self._table, self._gain = self._tensor(TABLE), self._tensor(FINAL_NORM)
             self._head = self._tensor(HEAD) if HEAD in source else self._table
+            self._newline = None if config.tiles is None else load_finite(source, NEWLINE)[None].numpy()
         except BaseException:
             self._held.close()
             raise
@@ -97,7 +99,10 @@ class TorchRunner:
         return load_finite(self._source, name).to(self.device, self._dtype)
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        """float32 [n, 3, R, R] -> float32 [n * tokens, hidden]; one dummy row for no image."""
+        """float32 [n, 3, R, R] -> float32 [n * tokens, hidden] and, with tiles, the row of `image_newline`.
+
+        One dummy row for no image.
+        """
         if len(pixel_values) == 0:
             return np.zeros((1, self._table.shape[1]), np.float32)
         sample = Sample(np.zeros(0, np.int64), np.ascontiguousarray(pixel_values, np.float32), 0)
@@ -107,7 +112,8 @@ class TorchRunner:
                 return [run(block.module, x.to(self.device, self._dtype)) for x in inputs]
 
         (features,) = walk_vision(self._blocks, self._source, [sample], step)
-        return features.float().cpu().numpy()
+        rows = features.float().cpu().numpy()
+        return rows if self._newline is None else np.concatenate([rows, self._newline])
 
     def new_cache(self, batch: int) -> SlotCache:  # noqa: ARG002
         """An empty cache; the first pass says how many sequences there are."""
@@ -124,7 +130,9 @@ class TorchRunner:
             cache.begin(slots)
             x = self._embedded(tokens, torch.from_numpy(embeds))
             rope = self._rotary(x, position_ids=places)
-            seen = torch.arange(cache.length, device=self.device)[None, None, None] <= places[:, None, :, None]
+            age = places[:, None, :, None] - torch.arange(cache.length, device=self.device)
+            window = self._blocks.sliding_window or cache.length
+            seen = (age >= 0) & (age < window)  # [B, 1, S, slots]
             for block in self._blocks.text_layers:
                 x = block.module(
                     x, attention_mask=seen, position_ids=places, past_key_values=cache, position_embeddings=rope

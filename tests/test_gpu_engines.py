@@ -19,7 +19,8 @@ import qvlm_export
 from engines.backend import choose_backend
 from engines.device import Device
 from qvlm_export.cli_validate import app as validate_app
-from qvlm_export.samples import chat_text, encode
+from qvlm_export.conversations import chat_text
+from qvlm_export.samples import encode
 
 pytestmark = pytest.mark.gpu
 

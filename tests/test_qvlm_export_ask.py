@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import LlavaImageProcessorPil
 
 from qvlm_export import ask
-from qvlm_export.ask import Encoded, Manner, ask_all, prompt_text, squared
+from qvlm_export.aliases import ALIASES
+from qvlm_export.ask import Asked, Manner, ask_all, chunk_size, squared
+from qvlm_export.conversations import prompt_text
 from qvlm_export.rungs import find_subject, open_rung
-from qvlm_export.samples import encode
+from qvlm_export.samples import Encoded, encode
 from qvlm_export.tasks import Answer, Question
 
 PROMPTS = ("What?", "How many objects are there?", "Is it red?", "Where is the ring? And why?", "Which one is at the left?")
@@ -57,7 +60,7 @@ def test_answers_are_those_of_one_question_at_a_time(model, questions):
 
 
 def encoded(number, length, images):
-    return Encoded(Question(str(number), "", None), "", (), np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64))
+    return Asked(Question(str(number), "", None), Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=30), st.integers(1, 6), st.integers(1, 8))
@@ -68,10 +71,10 @@ def test_batches_are_of_one_length_and_within_limits(rows, size, max_images):
     for batch in batches:
         assert 1 <= len(batch) <= size
         assert len({len(one.ids) for one in batch}) == 1
-        assert len(batch) == 1 or sum(len(one.pixels) for one in batch) <= max_images
+        assert len(batch) == 1 or sum(one.pictures for one in batch) <= max_images
     for batch, other in itertools.pairwise(batches):  # no batch ends too early
         if len(batch[0].ids) == len(other[0].ids) and len(batch) < size:
-            assert sum(len(one.pixels) for one in [*batch, other[0]]) > max_images
+            assert sum(one.pictures for one in [*batch, other[0]]) > max_images
 
 
 def test_pictures_are_decoded_ahead_in_another_thread_but_not_all_at_once(model, questions, monkeypatch):
@@ -132,23 +135,27 @@ def test_likelihoods(model, questions, choices):
         assert found[question.id].choices == pytest.approx(wanted, abs=1e-4)
 
 
-def test_conversations(model):
-    own = prompt_text(model.processor, "What?", 1, "own")
-    assert own == "USER: <image>\nWhat? ASSISTANT:"
-    for name, words in (("vicuna_v1", "a curious user and"), ("llava_v1", "a curious human and")):
-        text = prompt_text(model.processor, "What?", 1, name)
-        assert text.startswith("A chat between")
-        assert words in text
-        assert text.endswith(f" {own}")
-
-
-def test_pictures_are_padded_to_squares_of_the_mean_colour(model):
-    picture = Image.new("RGB", (30, 10), (255, 0, 0))
+@pytest.mark.parametrize("size", [(30, 10), (9, 20), (31, 10), (16, 16)])
+def test_pictures_are_padded_to_squares_as_transformers_does(model, size):
+    """Its processor of the authors' checkpoints pads too, so a picture that it is given square stays as it is."""
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    padding = LlavaImageProcessorPil(
+        do_pad=True, do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False
+    )
+    wanted = padding(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     square = squared(picture, model.processor)
-    mean = tuple(round(255 * value) for value in model.processor.image_processor.image_mean)
-    assert square.size == (30, 30)
-    assert (square.getpixel((15, 2)), square.getpixel((15, 15)), square.getpixel((15, 27))) == (mean, (255, 0, 0), mean)
-    assert squared(square, model.processor).tobytes() == square.tobytes()
+    np.testing.assert_array_equal(np.asarray(square), wanted)
+    again = padding(square, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(again, wanted)
+
+
+def test_pixels_held_are_bounded():
+    """A picture of LLaVA-OneVision may be 37 tiles; two chunks of 64 such questions would be 8 GB."""
+    assert chunk_size(ALIASES["llava-7b"].config, 8) == 64
+    assert chunk_size(ALIASES["llava-next-7b"].config, 8) == 39
+    assert chunk_size(ALIASES["llava-onevision-7b"].config, 1) == 4
+    assert chunk_size(ALIASES["llava-onevision-7b"].config, 20) == 20  # a batch is a batch
 
 
 def test_padding_reaches_the_model(model, tmp_path):

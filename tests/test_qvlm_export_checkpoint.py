@@ -23,9 +23,10 @@ from calibrate.safetensors_source import SafetensorsSource
 from engines.graph import expected_shapes
 from qvlm_export import hub as hub_module
 from qvlm_export.checkpoint import open_checkpoint
+from qvlm_export.conversations import chat_text
 from qvlm_export.families import find_layout, renamer
 from qvlm_export.hub import find_folder
-from qvlm_export.samples import chat_text, encode, load_processor
+from qvlm_export.samples import encode, load_processor
 from qvlm_export.torch_source import TorchSource
 
 Llava = Callable[..., Path]

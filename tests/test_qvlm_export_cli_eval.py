@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import tomllib
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from eval_sets import FORM, eval_json, make_sets, of_task, run_eval
 from typer.testing import CliRunner
 
 import qvlm_export
+from qvlm_export import processes
 from qvlm_export.cli_eval import app
 from qvlm_export.predictions import read_predictions
 
@@ -148,39 +150,64 @@ def test_shards_merge_exactly(sets, whole, tmp_path):
     assert_refused(few, "made with limit None, not 5")
 
 
-def test_torchrun_splits_a_set_over_two_processes(sets, whole, tmp_path):
+def test_two_processes_of_torchrun_split_a_set(sets, whole, tmp_path, monkeypatch):
+    """The first is this one, in the environment that torchrun makes, as starting three that import torch takes long."""
     path = tmp_path / "p.jsonl"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qvlm_export.cli_eval",
-        "tiny", *map(str, of_task(sets, "vqav2")), *FORM, "--device", "cpu", "--predictions", str(path), "--json",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert facts(json.loads(done.stdout)) == facts(whole["vqav2"])  # one process of the two prints
+    arguments = ["tiny", *map(str, of_task(sets, "vqav2")), *FORM, "--device", "cpu", "--predictions", str(path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(minutes=3))
+    second = subprocess.Popen(
+        [sys.executable, "-m", "qvlm_export.cli_eval", *arguments, "--json"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    found = eval_json(*arguments)
+    assert (second.communicate(timeout=60)[0], second.returncode) == ("", 0)  # one process of the two prints
+    assert facts(found) == facts(whole["vqav2"])
     assert answers(path) == answers(whole["vqav2"]["predictions"])
     halves = [answers(tmp_path / f"p.{part}-of-2.jsonl") for part in (1, 2)]
     assert [len(half) for half in halves] == [COUNT // 2] * 2
     assert halves[0] | halves[1] == answers(path)
 
 
+@pytest.mark.parametrize(
+    ("visible", "rank", "wanted"), [(None, "1", "1"), (None, "5", "1"), ("4,6,7,2", "2", "7"), ("GPU-a,GPU-b", "0", "GPU-a")]
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, rank, wanted):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4 if visible is None else visible.count(",") + 1)
+    processes.use_own_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # alone, it is left as it is
+    for name, value in {"WORLD_SIZE": "8", "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    processes.use_own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+
+
 def test_rungs_of_an_export(sets, plan, tmp_path):
     """The graph is what an export is asked through without a GPU; simulation says the same, but for rounding ties."""
-    common = (plan, *of_task(sets, "scienceqa"), *FORM, "--limit", 30)
+    common = (plan, *of_task(sets, "scienceqa"), *FORM, "--limit", 12)
     graph = eval_json(*common, "--predictions", tmp_path / "graph.jsonl")
     simulated = eval_json(*common, "--rung", "simulated", "--device", "cpu", "--predictions", tmp_path / "simulated.jsonl")
     assert (graph["rung"], simulated["rung"]) == ("graph", "simulated")
     assert graph["metrics"]["Avg"] > 0.85
     first, second = answers(tmp_path / "graph.jsonl"), answers(tmp_path / "simulated.jsonl")
-    assert sum(first[one] == second[one] for one in first) >= 29
+    assert sum(first[one] == second[one] for one in first) >= 11
     reference = eval_json(*common, "--rung", "torch", "--device", "cpu", "--predictions", tmp_path / "torch.jsonl")
     assert reference["rung"] == "torch"
     calibrated = plan.with_suffix(".calibrated")
     alone = eval_json(calibrated, *common[1:], "--device", "cpu", "--predictions", tmp_path / "alone.jsonl")
     assert alone["rung"] == "simulated"
-    one = eval_json(*common[:-1], 6, "--batch", 1, "--predictions", tmp_path / "one.jsonl")
+    one = eval_json(*common[:-1], 3, "--batch", 1, "--predictions", tmp_path / "one.jsonl")
     few = answers(tmp_path / "one.jsonl")
-    assert one["answers"] == 6
+    assert one["answers"] == 3
     assert all(few[q] == first[q] for q in few)
 
 
@@ -311,10 +338,7 @@ def test_answers_are_kept_beside_by_default(sets, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.vqav2-val.torch.jsonl"]
 
 
-def test_the_command_is_declared_and_shows_examples():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, name = scripts["qvlm-eval"].partition(":")
-    assert getattr(sys.modules[module], name) is app
+def test_the_command_shows_examples():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "qvlm-eval engine.plan --task scienceqa --data ScienceQA" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
 from calibrate.samples import join_placements
 from engines.config import Limits
+from qvlm_export.ask import Manner, ask_all
+from qvlm_export.conversations import chat_text
 from qvlm_export.families import FAMILIES
-from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.rungs import find_subject, open_rung
+from qvlm_export.samples import encode_pictures, load_processor
+from qvlm_export.tasks import Answer, Question
 from qvlm_export.tiles import tile_counts
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +35,7 @@ TORCH_TOLERANCE = 1e-5  # 1.2e-6 measured: bilinear sums in another order
 FP16_TOLERANCE = 2e-3  # 4.3e-4 measured: tables of rotations in float16
 INT4_TOLERANCE = 1e-4  # 1.6e-6 measured
 # One of every family and layout; the table in docs/families.md has all.
-ENGINES = ("bakllava", "vipllava", "next-mistral", "onevision", "v1.3")
+ENGINES = ("vipllava", "onevision", "v1.3")
 GRAPHS = ("bakllava", "vipllava", "onevision", "v1")
 Make = Callable[[str], Kept]
 
@@ -39,6 +44,14 @@ Make = Callable[[str], Kept]
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """make(kind) -> a checkpoint of that kind, questions and transformers' logits; made once."""
     return cache(lambda kind: check_families.make(tmp_path_factory.mktemp(kind) / kind, kind))
+
+
+def exported(kept: Kept, scheme: str) -> Path:
+    """The export that the error of this scheme was measured with, made where it is not there yet."""
+    plan = kept.checkpoint.folder / f"{scheme}.plan"
+    if not plan.with_suffix(".json").exists():
+        {"fp16": check_families.fp16_error, "int4": check_families.int4_error}[scheme](kept)
+    return plan
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -65,8 +78,8 @@ def test_the_engine_runs_every_planned_linear_on_the_calibrated_integers(make: M
 def test_the_measure_tells_models_apart(make: Make) -> None:
     """A placement in another order, or another picture, is no rounding error."""
     kept = make("next-qwen")
-    changed = [w[::-1].copy() for w in kept.wanted]
-    assert check_families.torch_error(Kept(kept.checkpoint, kept.questions, changed)) > 0.1
+    changed = replace(kept, wanted=[w[::-1].copy() for w in kept.wanted])
+    assert check_families.torch_error(changed) > 0.1
 
 
 def test_every_family_is_among_the_kinds(make: Make) -> None:
@@ -99,6 +112,56 @@ def test_transformers_loads_the_calibrated_checkpoint(make: Make, kind: str, tmp
         assert check_families.relative(got, wanted) < 1e-4
 
 
+# The rungs of qvlm-eval
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_torch_rung(make: Make, kind: str) -> None:
+    """All weights in memory and a cache, another path than block by block."""
+    kept = make(kind)
+    with open_rung(find_subject(str(kept.checkpoint.folder), "torch"), device="cpu") as model:
+        for question, wanted in zip(kept.questions, kept.wanted, strict=True):
+            got = check_families.session_logits(model.session, question.sample)
+            assert check_families.relative(got, wanted) < TORCH_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_simulated_rung(make: Make, kind: str) -> None:
+    """Of an export, with the roundings of its graph: the graph is its reference, and the torch rung is further away."""
+    kept = make(kind)
+    plan = exported(kept, "int4")
+    for name in ("simulated", "graph"):
+        with open_rung(find_subject(str(plan), name), device="cpu") as model:
+            if name == "simulated":
+                simulated = [check_families.session_logits(model.session, q.sample) for q in kept.questions]
+            else:
+                found = [check_families.session_logits(model.session, q.sample) for q in kept.questions]
+    assert max(map(check_families.relative, found, simulated)) < INT4_TOLERANCE
+    assert min(map(check_families.relative, simulated, kept.wanted)) > 100 * INT4_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["next-llama3", "onevision", "v1.5", "v1.6-mistral"])
+def test_questions_are_answered_as_by_transformers(make: Make, kind: str, tmp_path: Path) -> None:
+    """Pictures of unlike shapes and a question without one, in batches of equal length."""
+    kept = make(kind)
+    processor, questions, wanted = load_processor(kept.checkpoint.folder), [], {}
+    for number, size in enumerate([(60, 90), (60, 90), (30, 20), (200, 210), None, (60, 90)]):
+        pictures = [] if size is None else [random_picture(number, size)]
+        for picture in pictures:
+            picture.save(tmp_path / f"{number}.png")
+        questions.append(Question(str(number), "Is it red?", tmp_path / f"{number}.png" if pictures else None))
+        text = chat_text(processor, [{"role": "user", "text": "Is it red?", "images": len(pictures)}])
+        given = processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt")
+        tokens = kept.reference.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
+        wanted[str(number)] = Answer(processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    with open_rung(find_subject(str(kept.checkpoint.folder), "torch"), device="cpu", batch=4) as model:
+        batches = list(ask_all(model, questions, Manner(max_new_tokens=6, batch=4)))
+    tiled = kept.checkpoint.config.tiles is not None  # then pictures of another shape are another number of tokens
+    assert sorted(map(len, batches)) == ([1, 1, 1, 3] if tiled else [1, 1, 4])
+    assert {one: answer for batch in batches for one, answer in batch.items()} == wanted
+    assert len(set(wanted.values())) > 2
+
+
 # Decoding
 
 
@@ -107,8 +170,6 @@ def test_greedy_answers_are_those_of_transformers(make: Make, kind: str, tmp_pat
     """Token for token: one batch of pictures of unlike tiles, past a sliding window, the tower run several times."""
     kept = make(kind)
     folder = kept.checkpoint.folder
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
     chosen = kept.questions[:3]
     session = export_session(folder, tmp_path, "float32", Limits(400, max_batch=3, max_images=4))
     config = kept.checkpoint.config
@@ -118,17 +179,14 @@ def test_greedy_answers_are_those_of_transformers(make: Make, kind: str, tmp_pat
     sequences = session.start([q.sample.input_ids for q in chosen], pixels, joined)
     steps = list(session.generate(sequences, 8, frozenset()))
     for row, question in enumerate(chosen):
-        wanted = model.generate(**question.given, max_new_tokens=8, do_sample=False)[0]
+        wanted = kept.reference.generate(**question.given, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0]
         assert [step[row] for step in steps] == wanted[len(question.sample.input_ids) :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["next-vicuna", "onevision"])
 def test_logits_from_what_the_processor_gives(make: Make, kind: str) -> None:
     kept = make(kind)
-    folder = kept.checkpoint.folder
-    if not (folder / "fp16.plan").with_suffix(".json").exists():
-        check_families.fp16_error(kept)
-    with qvlm_export.load(folder / "fp16.plan", "onnxruntime:cpu") as model:
+    with qvlm_export.load(exported(kept, "fp16"), "onnxruntime:cpu") as model:
         for question, wanted in zip(kept.questions[:3], kept.wanted, strict=False):
             given = {key: np.asarray(value) for key, value in question.given.items()}
             got = model.logits(given["input_ids"], given["pixel_values"], given["image_sizes"])[0]
@@ -145,11 +203,8 @@ def test_logits_from_what_the_processor_gives(make: Make, kind: str) -> None:
 def test_a_conversation_about_tiled_pictures(make: Make) -> None:
     """The second turn shows another picture; what is computed is what one long prompt gives."""
     kept = make("next-vicuna")
-    folder = kept.checkpoint.folder
-    if not (folder / "fp16.plan").with_suffix(".json").exists():
-        check_families.fp16_error(kept)
     red, wide = Image.new("RGB", (60, 50), (200, 30, 30)), Image.new("RGB", (120, 40), (20, 30, 220))
-    with qvlm_export.load(folder / "fp16.plan", "onnxruntime:cpu") as model:
+    with qvlm_export.load(exported(kept, "fp16"), "onnxruntime:cpu") as model:
         chat = model.chat()
         first = "".join(chat.say("What?", [red], max_new_tokens=3))
         second = "".join(chat.say("And this?", [wide], max_new_tokens=3))
@@ -166,6 +221,11 @@ def test_a_conversation_about_tiled_pictures(make: Make) -> None:
 
 
 # Pictures of one turn
+
+
+def random_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """size: height and width."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
 
 def test_onevision_cuts_only_a_picture_that_comes_alone(make: Make) -> None:

@@ -20,9 +20,10 @@ from transformers import AutoProcessor
 
 from qvlm_export import hub
 from qvlm_export.checkpoint import open_checkpoint
+from qvlm_export.conversations import CONVERSATIONS, chat_text
 from qvlm_export.original import TOWERS, convert_config, grown, tower_config
-from qvlm_export.original_processor import CONVERSATIONS, conversation_of
-from qvlm_export.samples import chat_text, encode, load_processor
+from qvlm_export.original_processor import conversation_of
+from qvlm_export.samples import encode, load_processor
 
 Write = Callable[[str], Path]
 QUESTION = [{"role": "user", "text": "What is it?", "images": 1}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.errors import UserError
@@ -31,6 +31,7 @@ def test_what_is_written_is_read(tmp_path):
     assert path.read_bytes().isascii()
 
 
+@settings(max_examples=30)  # each syncs a file many times
 @given(st.dictionaries(st.text(min_size=1), st.builds(Answer, text=st.text())), st.integers(min_value=0))
 def test_any_text_and_any_cut(tmp_path_factory, answers, cut):
     """A kill may leave any number of bytes behind the header; what is whole counts, and the rest is written again."""

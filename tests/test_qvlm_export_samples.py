@@ -21,10 +21,9 @@ from calibrate.errors import UserError
 from calibrate.samples import Sample
 from engines.config import ModelConfig
 from qvlm_export.checkpoint import open_checkpoint
+from qvlm_export.conversations import FALLBACK_TEMPLATE, chat_text
 from qvlm_export.samples import (
-    FALLBACK_TEMPLATE,
     Entry,
-    chat_text,
     check_processor,
     default_calibration,
     encode,

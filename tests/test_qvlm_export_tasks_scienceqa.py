@@ -48,7 +48,8 @@ def test_prompts_and_pictures(data):
     assert found.questions[0].image == data / "images" / "test" / "7" / "image.png"
     assert found.questions[1].image is None
     asked = read(Request(data, "test", "v1.5")).questions
-    assert [q.prompt for q in asked] == [q.prompt + LETTER for q in found.questions]
+    assert asked[0].prompt == f"Which is red?\nA. a circle\nB. a ring{LETTER}"
+    assert asked[3].prompt == f"Context: See it.\nWhich is red?\nA. a\nB. b\nC. c\nD. d\nE. e{LETTER}"
 
 
 @pytest.mark.parametrize(

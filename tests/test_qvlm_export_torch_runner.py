@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,8 @@ from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
 from calibrate.simulate import DequantizedSource, open_head, simulated_step
 from calibrate.walk import walk_language, walk_vision
-from qvlm_export import torch_runner
+from qvlm_export import rungs, torch_runner
+from qvlm_export.aliases import ALIASES
 from qvlm_export.rungs import find_subject, folder_identity, open_rung
 from qvlm_export.samples import load_processor
 from qvlm_export.torch_runner import SLOTS_AT_ONCE, SlotCache, check_device
@@ -134,6 +138,20 @@ def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
     assert CalibratedCheckpoint(tmp_path / "x.calibrated").schemes
 
 
+def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor(folder, samples, tmp_path):
+    checkpoint = open_small(folder)
+    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "c", samples)
+    processor = load_processor(folder)
+    processor.image_processor.crop_size = {"height": 64, "width": 64}
+    processor.save_pretrained(tmp_path / "c")
+    with pytest.raises(UserError, match=r"do processor and config\.json belong together"):
+        open_rung(find_subject(str(tmp_path / "c"), "auto"), device="cpu")
+    config = tmp_path / "c" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": "wide", "x": '))
+    with pytest.raises(UserError, match="not a valid configuration"):
+        find_subject(str(tmp_path / "c"), "auto")
+
+
 def test_a_damaged_weight_is_named(llava, tmp_path):
     copy = copy_checkpoint(llava(), tmp_path / "m")
     set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
@@ -182,3 +200,17 @@ def test_devices(monkeypatch):
         check_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert check_device("auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("alias", "batch", "length"),
+    [("llava-7b", 8, 4096), ("llava-next-7b", 2, 4096), ("llava-next-llama3-8b", 1, 4096), ("llava-onevision-7b", 1, 4096)],
+)
+def test_what_a_model_takes_at_once_in_torch(alias, batch, length):
+    """Logits of all positions are kept, so that long prompts of tiles go few at a time; context as far as the model goes."""
+    limits = rungs._bare(Path(alias), ALIASES[alias].config, None).limits
+    assert (limits.max_batch, limits.max_length) == (batch, length)
+    longer = replace(ALIASES[alias].config, text=replace(ALIASES[alias].config.text, max_position_embeddings=32768))
+    assert rungs._bare(Path(alias), longer, 5).limits.max_batch == 5
+    largest = longer.most_image_tokens
+    assert rungs._bare(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)

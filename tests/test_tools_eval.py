@@ -12,6 +12,8 @@ import scenes
 import tiny_scores
 from eval_sets import make_sets
 from PIL import Image
+from random_original import TOWER, write_original
+from safetensors.torch import load_file, save_file
 
 from qvlm_export.evaluate import TASKS
 from qvlm_export.tasks import Request
@@ -87,24 +89,30 @@ def test_the_papers_table_on_the_tiny_model(sets, tmp_path, monkeypatch, capsys)
     assert any("vision_tower" in target for target in targets)
 
 
+FEW = ("--columns", "W4A4", "--samples", 2, "--limit", 2, "--max-new-tokens", 2, "--device", "cpu")
+
+
 def test_a_tower_can_stay_float(sets, tmp_path, monkeypatch):
-    arguments = [
-        "--methods",
-        "rtn",
-        "--columns",
-        "W4A4",
-        "--samples",
-        2,
-        "--limit",
-        2,
-        "--max-new-tokens",
-        2,
-        "--float-vision",
-    ]
-    run_tool(monkeypatch, "--data", sets / "scienceqa", "--work", tmp_path, *arguments)
+    run_tool(monkeypatch, "--data", sets / "scienceqa", "--work", tmp_path, *FEW, "--methods", "rtn", "--float-vision")
     record = json.loads(next(tmp_path.glob("rtn-W4A4-*/calibration.json")).read_text())
     assert record["linears"]
     assert all(name.startswith("language_model.") for name in record["linears"])
+
+
+def test_the_papers_table_on_a_checkpoint_of_the_papers_kind(sets, tmp_path, monkeypatch, capsys):
+    """v1.3 in the authors' layout: CLIP apart, one linear, sentencepiece. Another tower is another checkpoint."""
+    write_original(tmp_path / "v1.3", "v1.3")
+    arguments = ["--data", sets / "scienceqa", "--model", tmp_path / "v1.3", "--work", tmp_path / "w", *FEW]
+    run_tool(monkeypatch, *arguments, "--methods", "rtn")
+    assert "| round-to-nearest, absmax |  | 0.00 |" in capsys.readouterr().out
+    (made,) = (tmp_path / "w").glob("rtn-W4A4-*/config.json")
+    assert json.loads(made.read_text())["model_type"] == "llava"  # as transformers knows it
+    tower = tmp_path / f"v1.3-{TOWER}" / "model.safetensors"
+    tensors = load_file(tower)
+    save_file({name: array + (name.endswith("class_embedding")) for name, array in tensors.items()}, tower)
+    run_tool(monkeypatch, *arguments, "--methods", "rtn")
+    assert len(list((tmp_path / "w").glob("rtn-W4A4-*/"))) == 2
+    assert len(list((tmp_path / "w").glob("float-*.jsonl"))) == 2
 
 
 def test_mistakes_cost_one_line(sets, tmp_path, monkeypatch):

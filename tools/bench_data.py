@@ -18,7 +18,8 @@ import scenes
 from tiny_accuracy import Item, unseen_items
 
 from calibrate.samples import Sample
-from qvlm_export.samples import chat_text, encode, load_processor
+from qvlm_export.conversations import chat_text
+from qvlm_export.samples import encode, load_processor
 
 CALIBRATION_SAMPLES, QUESTIONS, SEEDS = 64, 1000, (0, 1, 2)
 

@@ -33,7 +33,8 @@ from calibrate.walk import Step, final_logits, plain_step, walk_language, walk_v
 from engines.graph_probe import wrong_weights
 from engines.session import Session
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.samples import chat_text, encode_pictures, load_processor
+from qvlm_export.conversations import chat_text
+from qvlm_export.samples import encode_pictures, load_processor
 
 SAMPLES = 4  # of the package's own scenes, to calibrate with
 # Heights and widths: wide, small, nearly square and large, two of unlike shape.
@@ -50,10 +51,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint, questions to it, and transformers' logits for each: float32 [S, vocab]."""
+    """A checkpoint, questions to it, transformers' model in float32 and its logits for each: float32 [S, vocab]."""
 
     checkpoint: Checkpoint
     questions: list[Question]
+    reference: torch.nn.Module
     wanted: list[np.ndarray]
 
 
@@ -189,7 +191,7 @@ def make(folder: Path, kind: str) -> Kept:
         reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = open_checkpoint(str(folder))
     questions = make_cases(checkpoint)
-    return Kept(checkpoint, questions, [reference_logits(reference, question) for question in questions])
+    return Kept(checkpoint, questions, reference, [reference_logits(reference, question) for question in questions])
 
 
 def table(rows: list[Row]) -> str:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bench_ours import ROWS, plan_of
 
@@ -30,13 +29,14 @@ from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.safetensors_source import INDEX_FILE
 from calibrate.samples import Sample
-from qvlm_export.ask import CONVERSATIONS, prompt_text, squared
+from qvlm_export.ask import squared
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.conversations import CHOICES, OWN, prompt_text
 from qvlm_export.evaluate import EvalOptions, evaluate
 from qvlm_export.images import open_image
 from qvlm_export.progress import Reporter
-from qvlm_export.rungs import folder_identity
-from qvlm_export.samples import encode, load_processor
+from qvlm_export.rungs import checkpoint_identity
+from qvlm_export.samples import encode_answered, load_processor
 from qvlm_export.tasks import FORMS, Request
 from qvlm_export.tasks_scienceqa import LETTERS, SCIENCEQA
 
@@ -91,19 +91,17 @@ def calibration_samples(setting: Setting, checkpoint: Checkpoint) -> list[Sample
     for question in asked:
         letter = LETTERS[given.truth[question.id].answer]
         answer = f"The answer is {letter}." if setting.form == "v1.3" else letter
-        picture = open_image(question.image, f"train {question.id}")  # type: ignore[arg-type]
+        where = f"train {question.id}"
+        picture = open_image(question.image, where)
         pictures = [squared(picture, processor) if setting.pad_square else picture]
         text = prompt_text(processor, question.prompt, 1, setting.conversation)
-        pixels, ids = encode(processor, text, pictures)
-        _, whole = encode(processor, f"{text} {answer}", pictures)
-        start = int((ids == whole[: len(ids)]).cumprod().sum())
-        samples.append(Sample(np.append(whole, processor.tokenizer.eos_token_id), pixels, start))
+        samples.append(encode_answered(processor, checkpoint.config, text, answer, pictures, where=where))
     return samples
 
 
 def calibrated_folder(setting: Setting, checkpoint: Checkpoint, samples: Sequence[Sample], method: str, column: str) -> Path:
     """The calibrated checkpoint of a cell, made where it is not there yet."""
-    depends = [folder_identity(checkpoint.folder), method, column, setting.form, setting.conversation, setting.pad_square]
+    depends = [checkpoint_identity(checkpoint), method, column, setting.form, setting.conversation, setting.pad_square]
     depends += [setting.samples, setting.float_vision, file_hash(setting.data / "problems.json")]
     folder = setting.work / f"{method}-{column}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}"
     if (folder / INDEX_FILE).exists():
@@ -160,7 +158,7 @@ def run(setting: Setting, methods: Sequence[str], columns: Sequence[str]) -> lis
 
 def identity(setting: Setting, checkpoint: Checkpoint) -> str:
     """Of what answers depend on besides the weights, so that another --limit or --form begins other files."""
-    parts = [folder_identity(checkpoint.folder), setting.form, setting.conversation, setting.pad_square, setting.limit]
+    parts = [checkpoint_identity(checkpoint), setting.form, setting.conversation, setting.pad_square, setting.limit]
     parts += [setting.max_new_tokens, setting.device, file_hash(setting.data / "problems.json")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -187,7 +185,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[row.name for row in ROWS], default=METHODS)
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--form", choices=FORMS, default="v1.3")
-    parser.add_argument("--conversation", choices=CONVERSATIONS, default="own")
+    parser.add_argument("--conversation", choices=CHOICES, default=OWN)
     parser.add_argument("--pad-square", action="store_true")
     parser.add_argument("--samples", type=int, default=64, help="of the train split, for calibration")
     parser.add_argument("--limit", type=int, help="only the first test questions")
