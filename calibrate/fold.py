@@ -117,7 +117,7 @@ def choose_factors(
     if folding == "expected":
         channels = torch.arange(len(peak))
         starts = [_smoothing(peak, size, exponent) for exponent in STARTS]
-        energy = energies(inputs.tokens, inputs.weights, starts[0][sharing.expanded(channels)])
+        energy = energies(inputs.tokens, inputs.weights)
         noise = Noise(tail_of(inputs.tokens), energy, thinned(weight), scheme)
         return _tidy(best_factors(noise, starts, sharing.expanded(channels)))
     if folding == "awq":

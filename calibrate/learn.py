@@ -30,6 +30,10 @@ CHECKS = 8  # times that the held-back samples are looked at
 RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
 
 
+# Inputs, what they should give, and the root of what an error counts; see `counted`.
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Learned:
     """What learning found. errors: relative squared error on the held-back samples, at the start and of what was kept."""
@@ -114,15 +118,14 @@ def learn_block(
     module: nn.Module,
     found: Mapping[str, QuantizedLinear],
     run: Run,
-    inputs: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
     *,
     steps: int,
     seed: int,
 ) -> Learned:
     """Learns the linears `found` of a block whose float weights are in `module`.
 
-    inputs, wanted: batches float32 [B, tokens, width] from the quantized prefix, and what the float model gives there.
+    batches: see `counted`.
     """
     student = copy.deepcopy(module)
     linears = {name: LearnedLinear(linear_of(student, name), linear) for name, linear in found.items()}
@@ -132,15 +135,15 @@ def learn_block(
     groups = _parameters(student, linears)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    teach, decide = _parted(inputs, wanted)
+    teach, decide = _parted(batches)
     generator = torch.Generator().manual_seed(seed)
     best = before = _error(student, run, decide)
     kept = copy.deepcopy(student.state_dict())
-    forwards, backwards = sum(len(x) for x, _ in decide), 0
+    forwards, backwards = sum(len(x) for x, _, _ in decide), 0
     for step in range(steps):
-        x, y = _draw(teach, generator)
+        x, y, root = _draw(teach, generator)
         with torch.enable_grad():
-            loss = (run(student, x) - y).square().sum() / y.square().sum()
+            loss = ((run(student, x) - y) * root).square().sum() / (y * root).square().sum()
             optimizer.zero_grad()
             loss.backward()
         share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -151,7 +154,7 @@ def learn_block(
         if (step + 1) % max(1, steps // CHECKS) == 0:
             settled = _settled(student)
             error = _error(settled, run, decide)
-            forwards += sum(len(x) for x, _ in decide)
+            forwards += sum(len(x) for x, _, _ in decide)
             if error < best:
                 best, kept = error, copy.deepcopy(settled.state_dict())
     student.load_state_dict(kept)
@@ -190,33 +193,41 @@ def _settled(student: nn.Module) -> nn.Module:
     return settled
 
 
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+def counted(
+    inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
+) -> list[Batch]:
+    """Batches to learn from: float32 [B, tokens, width] from the quantized prefix, what the float model gives there, and
+    the root of what an error counts, [B, tokens, 1]. weights: [B, tokens] of each batch, None for all alike.
+    """
+    if weights is None:
+        weights = [torch.ones(x.shape[:2]) for x in inputs]
+    return [(x, y, w.sqrt()[..., None]) for x, y, w in zip(inputs, wanted, weights, strict=True)]
 
 
-def _parted(inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[Pairs, Pairs]:
+def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Those that teach and those that decide. A single sample does both."""
-    teach: Pairs = []
-    decide: Pairs = []
+    teach: list[Batch] = []
+    decide: list[Batch] = []
     number = 0
-    for x, y in zip(inputs, wanted, strict=True):
+    for x, y, root in batches:
         held = torch.tensor([(number + i) % HELD_BACK == HELD_BACK - 1 for i in range(len(x))])
         number += len(x)
-        teach += [(x[~held], y[~held])] if not held.all() else []
-        decide += [(x[held], y[held])] if held.any() else []
+        teach += [(x[~held], y[~held], root[~held])] if not held.all() else []
+        decide += [(x[held], y[held], root[held])] if held.any() else []
     return (teach, decide) if teach and decide else (teach or decide, decide or teach)
 
 
-def _draw(pairs: Pairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(batches: Sequence[Batch], generator: torch.Generator) -> Batch:
     """Some rows of one batch, every row of all batches being as likely."""
-    sizes = torch.tensor([float(len(x)) for x, _ in pairs])
-    x, y = pairs[int(torch.multinomial(sizes, 1, generator=generator))]
+    sizes = torch.tensor([float(len(x)) for x, _, _ in batches])
+    x, y, root = batches[int(torch.multinomial(sizes, 1, generator=generator))]
     count = max(1, STEP_TOKENS // x.shape[1])
     rows = torch.randperm(len(x), generator=generator)[:count]
-    return x[rows], y[rows]
+    return x[rows], y[rows], root[rows]
 
 
-def _error(student: nn.Module, run: Run, pairs: Pairs) -> float:
+def _error(student: nn.Module, run: Run, batches: Sequence[Batch]) -> float:
     """Squared error relative to the float outputs."""
     with torch.no_grad():
-        wrong = sum(squared_sum(run(student, x) - y) for x, y in pairs)
-    return wrong / max(sum(squared_sum(y) for _, y in pairs), 1e-30)
+        wrong = sum(squared_sum((run(student, x) - y) * root) for x, y, root in batches)
+    return wrong / max(sum(squared_sum(y * root) for _, y, root in batches), 1e-30)

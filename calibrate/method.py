@@ -52,13 +52,9 @@ class Method:
 
 
 NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)
-# The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better.
-CHOICE = (
-    Variant(weight_ranges="absmax"),
-    Variant(weight_ranges="output"),
-    Variant(weight_ranges="absmax", widen=0.8),
-    Variant(weight_ranges="absmax", widen=1.25),
-    Variant(weight_ranges="output", widen=1.25),
-)
-FAST = Method(foldings=("search", "awq"), variants=(Variant(weight_ranges="absmax"),))
-FULL = Method(foldings=("search", "awq", "smooth-0.5"), variants=CHOICE, learn_steps=200)
+# The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
+# activations: those samples hold no value beyond the largest ones seen.
+EXPECTED = Variant(activation_ranges="expected", weight_ranges="absmax")
+CHOICE = (EXPECTED, Variant(activation_ranges="expected", weight_ranges="output"))
+FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
+FULL = Method(foldings=("expected", "search", "smooth-0.5"), variants=CHOICE, objective="logits", learn_steps=200)

@@ -67,17 +67,15 @@ def tail_of(rows: torch.Tensor) -> Tail:
     return Tail(top, torch.maximum(length, 0.05 * top[0]).clamp(min=1e-8), len(size))
 
 
-def energies(rows: torch.Tensor, weights: torch.Tensor | None, scaling: torch.Tensor) -> torch.Tensor:
+def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """What GPTQ leaves of each input's mean square: 1 / U_jj^2 with U as in `gptq.py`. Scaling inputs scales it alike.
 
-    rows: float32 [tokens, in]; weights: what they count, None for all alike. scaling: float32 [in], divided out meanwhile,
-    so that the damping of the Gram matrix does not drown small channels.
+    rows: float32 [tokens, in]; weights: what they count, None for all alike.
     """
-    scaled = rows / scaling
-    rounder = make_rounder((scaled if weights is None else scaled * weights[:, None]).T @ scaled)
-    left = torch.empty(len(scaling))
+    rounder = make_rounder((rows if weights is None else rows * weights[:, None]).T @ rows)
+    left = torch.empty(rows.shape[1])
     left[rounder.order] = rounder.upper.diagonal().square().reciprocal() / len(rows)
-    return left * scaling.square()
+    return left
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
 from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, sharing_of
 from calibrate.gptq import aim_at_float, gptq_round, make_rounder
-from calibrate.learn import Learned, learn_block
+from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.noise import best_range, tail_of
 from calibrate.quantize import (
@@ -193,7 +193,12 @@ class BlockSearch:
         """Learns the whole block's rounding and writes it into the candidate."""
         method = self.method
         self.learned = learn_block(
-            best.module, best.found, self.run, inputs, wanted, steps=method.learn_steps, seed=method.seed
+            best.module,
+            best.found,
+            self.run,
+            counted(inputs, wanted, self.influence.get("")),
+            steps=method.learn_steps,
+            seed=method.seed,
         )
         best.set_(self.learned.linears)
         for name, tensor in self.learned.floats.items():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from calibrate.calibrated import QuantizedLinear
-from calibrate.learn import LearnedLinear, learn_block
+from calibrate.learn import LearnedLinear, counted, learn_block
 from calibrate.quantize import fake_quantize, quantize_linear
 from calibrate.scheme import W8A8, LinearScheme
 
@@ -77,7 +77,7 @@ def test_learning_brings_unseen_inputs_closer_to_the_float_block(scheme):
     module, found = TwoLayers(), rounded(TwoLayers(), scheme)
     inputs = samples(1, 64)
     wanted = [module(x) for x in inputs]
-    learned = learn_block(module, found, run, inputs, wanted, steps=120, seed=0)
+    learned = learn_block(module, found, run, counted(inputs, wanted), steps=120, seed=0)
     unseen = samples(2)[0]
     before = hard_error(module, found, {}, unseen, module(unseen))
     after = hard_error(module, dict(learned.linears), dict(learned.floats), unseen, module(unseen))
@@ -93,7 +93,7 @@ def test_what_is_kept_has_the_error_that_is_reported():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A4)
     inputs = samples(3, 16)
     wanted = [module(x) for x in inputs]
-    learned = learn_block(module, found, run, inputs, wanted, steps=40, seed=0)
+    learned = learn_block(module, found, run, counted(inputs, wanted), steps=40, seed=0)
     held = torch.tensor([7, 15])
     error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
     assert error == pytest.approx(learned.error_after, rel=1e-3)
@@ -105,7 +105,7 @@ def test_targets_that_cannot_be_learned_leave_the_start():
     noise = [module(x) + 10 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in inputs]
     held = torch.tensor([7, 15])
     noise[0][held] = module(inputs[0][held])  # only what is held back makes sense: every step away is worse there
-    learned = learn_block(module, found, run, inputs, noise, steps=40, seed=0)
+    learned = learn_block(module, found, run, counted(inputs, noise), steps=40, seed=0)
     assert learned.error_after <= learned.error_before
     if learned.error_after == learned.error_before:
         for name, linear in learned.linears.items():
@@ -116,6 +116,6 @@ def test_same_seed_same_codes_and_another_seed_others():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A16)
     inputs = [x for length in (1, 2) for x in samples(length, 120)]
     wanted = [module(x) for x in inputs]
-    one, two, other = (learn_block(module, found, run, inputs, wanted, steps=80, seed=s) for s in (0, 0, 1))
+    one, two, other = (learn_block(module, found, run, counted(inputs, wanted), steps=80, seed=s) for s in (0, 0, 1))
     assert all(np.array_equal(one.linears[n].codes, two.linears[n].codes) for n in one.linears)
     assert any(not np.array_equal(one.linears[n].codes, other.linears[n].codes) for n in one.linears)

@@ -181,7 +181,8 @@ def test_head(fast: Manifest) -> None:
     facts = header_facts(fast)
     assert (facts["scheme"], facts["effort"], facts["backend"]) == ("int4", "fast", "onnx")
     assert facts["calibration"] == f"2 samples, {fast.calibration['tokens']} tokens of calibration.jsonl"
-    assert facts["search cost"] == f"{fast.calibration['block_forwards']} block forwards"
+    cost = f"{fast.calibration['block_forwards']} block forwards, {fast.calibration['block_backwards']} block backwards"
+    assert facts["search cost"] == cost
     assert f"torch {fast.versions['torch']}" in facts["versions"]
     page = page_beside(fast)
     assert page.headings[0] == fast.model["name"]
