@@ -117,9 +117,11 @@ class BlockWriter:
         """The second half of `write`, in the order of the blocks."""
         if self._job.work is not None:
             described = outputs.described() if isinstance(outputs, Activations) else []
-            # A projector may read several layers of the tower, so their outputs stay until it is done.
-            forget = block not in self._job.blocks.vision_layers
-            self._job.work.finish(Entry(block.prefix, shard, described, dict(record or {})), forget=forget)
+            blocks = self._job.blocks
+            # A projector may read several layers of the tower: their outputs stay until it is done.
+            features = {layer.prefix for n, layer in enumerate(blocks.vision_layers, start=1) if n in blocks.features}
+            needed = features if block in blocks.vision_layers else set()
+            self._job.work.finish(Entry(block.prefix, shard, described, dict(record or {})), needed)
         self._finished(block, dict(record or {}))
 
     def _finished(self, block: Block, record: dict[str, Any]) -> None:

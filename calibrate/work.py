@@ -7,7 +7,7 @@ behind it. The entry is written when all of that is on disk, so what has an entr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,14 @@ class Work:
         path = self._activations(len(self.entries))
         return store(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
 
-    def finish(self, entry: Entry, *, forget: bool) -> None:
-        """Notes a finished block, whose shard and outputs are written. forget: outputs of earlier blocks go."""
+    def finish(self, entry: Entry, needed: Collection[str] = ()) -> None:
+        """Notes a finished block, whose shard and outputs are written. Earlier outputs go, but those of the blocks `needed`."""
         number = len(self.entries)
         write_json(self._folder / f"{number:04}.json", {"number": number, **vars(entry)})
         self._by_name[entry.name] = number
         self.entries.append(entry)
-        if forget:
-            for earlier in range(number):
+        for earlier in range(number):
+            if self.entries[earlier].name not in needed:
                 self._activations(earlier).unlink(missing_ok=True)
 
     def _activations(self, number: int) -> Path:

@@ -20,12 +20,13 @@ __all__ = ["UserError", "export", "load"]
 
 
 def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
-    """Exports `model` to `out`; options are the fields of `qvlm_export.pipeline.ExportOptions`, as on the command line."""
+    """Exports `model` to `out`; options are the fields of `export_plan.ExportOptions`, as on the command line."""
     from qvlm_export import pipeline
+    from qvlm_export.export_plan import ExportOptions
     from qvlm_export.progress import Reporter
 
     paths = {key: Path(options[key]) for key in ("recipe", "calib_data", "work_dir") if options.get(key) is not None}
-    chosen = pipeline.ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
+    chosen = ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
     return pipeline.export(chosen, Reporter(quiet=True))
 
 

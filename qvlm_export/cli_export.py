@@ -79,7 +79,8 @@ def main(
 ) -> None:
     """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
     with errors_as_lines():
-        from qvlm_export.pipeline import ExportOptions, estimate_export, export, plan_export
+        from qvlm_export.export_plan import ExportOptions, estimate_export, plan_export
+        from qvlm_export.pipeline import export
         from qvlm_export.progress import Reporter
 
         options = ExportOptions(
@@ -190,7 +191,7 @@ def _schemes(linears: Mapping[str, str], part: str) -> Counter[str]:
 
 def compression(manifest: Any) -> dict[str, float]:
     """By part: bytes of the weights in float16 over bytes of the weights written."""
-    from qvlm_export.pipeline import float16_bytes
+    from qvlm_export.export_plan import float16_bytes
 
     float16 = float16_bytes(manifest.config)
     return {part: round(float16[part] / manifest.files[f"{part}_data"]["bytes"], 2) for part in float16}

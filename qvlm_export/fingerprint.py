@@ -42,10 +42,11 @@ def digest(content: Any) -> str:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Of tokens and pixels, whatever files they came from."""
+    """Of tokens, pixels and placements, whatever files they came from."""
     found = hashlib.sha256()
     for sample in samples:
-        for array in (sample.input_ids, sample.pixel_values):
+        placed = () if sample.placement is None else (sample.placement.rows, sample.placement.weights)
+        for array in (sample.input_ids, sample.pixel_values, *placed):
             found.update(repr((array.shape, str(array.dtype), sample.answer_start)).encode())
             found.update(array.tobytes())
     return found.hexdigest()

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from calibrate.errors import UserError
-from qvlm_export.pipeline import ExportOptions, export
+from qvlm_export.export_plan import ExportOptions
+from qvlm_export.pipeline import export
 from qvlm_export.progress import Reporter
 
 # What Python says of file operations before it does them. Renames are where unfinished becomes finished.

@@ -27,8 +27,10 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import engines.backend
-from qvlm_export import pipeline
+from calibrate.errors import UserError
+from qvlm_export import stages
 from qvlm_export.cli_export import app
+from qvlm_export.export_plan import ExportOptions, plan_export
 
 Llava = Callable[..., Path]
 SCRIPT = Path(sys.executable).with_name("qvlm-export")
@@ -130,8 +132,8 @@ def test_full_tensorrt_without_gpu(llava: Llava, absent: Path, monkeypatch: pyte
 
 def test_python_callers_get_the_same_refusals(llava: Llava, tmp_path: Path) -> None:
     for options, words in (({"samples": 0}, "--samples 0"), ({"max_batch": -1}, "--max-batch -1")):
-        with pytest.raises(pipeline.UserError, match=f"{words}: must be at least 1"):
-            pipeline.plan_export(pipeline.ExportOptions(str(llava()), tmp_path / "x.plan", backend="onnx", **options))
+        with pytest.raises(UserError, match=f"{words}: must be at least 1"):
+            plan_export(ExportOptions(str(llava()), tmp_path / "x.plan", backend="onnx", **options))
 
 
 # Where to write
@@ -208,7 +210,7 @@ def test_disk_fills_up_while_writing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "write_graph", fail)
+    monkeypatch.setattr(stages, "write_graph", fail)
     out = tmp_path / "new" / "x.plan"
     assert_refused(export_onnx(llava(), out), str(out.parent), "the disk is full", "are needed", "free some", "--resume")
     assert [path.name for path in out.parent.iterdir()] == [".x.work"]
@@ -218,7 +220,7 @@ def test_disk_is_full_before_anything_is_finished(llava: Llava, absent: Path, mo
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_graph", fail)
+    monkeypatch.setattr(stages, "write_graph", fail)
     result = export_onnx(llava(), absent, "--scheme", "fp16")
     assert_refused(result, str(absent.parent), "the disk is full", "free some")
     assert "--resume" not in result.stderr
@@ -231,7 +233,7 @@ def test_numpy_writes_short_on_a_full_disk(llava: Llava, tmp_path: Path, monkeyp
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, used=2**40, free=0))
         raise OSError("131072 requested and 7936 written")
 
-    monkeypatch.setattr(pipeline, "write_graph", fail)
+    monkeypatch.setattr(stages, "write_graph", fail)
     assert_refused(export_onnx(llava(), tmp_path / "new" / "x.plan"), str(tmp_path / "new"), "the disk is full")
 
 
@@ -239,7 +241,7 @@ def test_interrupted(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "write_graph", interrupt)
+    monkeypatch.setattr(stages, "write_graph", interrupt)
     result = export_onnx(llava(), tmp_path / "new" / "x.plan")
     assert result.exit_code == 130
     assert result.stderr.startswith("interrupted; what was finished is kept in ")
@@ -251,7 +253,7 @@ def test_interrupted_before_anything_is_finished(llava: Llava, absent: Path, mon
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "write_graph", interrupt)
+    monkeypatch.setattr(stages, "write_graph", interrupt)
     result = export_onnx(llava(), absent, "--scheme", "fp16")
     assert (result.exit_code, result.stderr) == (130, "interrupted; nothing was written\n")
 

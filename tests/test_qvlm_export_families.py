@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import qvlm_export
-import qvlm_export.pipeline
+import qvlm_export.export_plan
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.errors import UserError
 from calibrate.samples import join_placements
@@ -237,8 +237,8 @@ def test_onevision_cuts_only_a_picture_that_comes_alone(make: Make) -> None:
 
 def test_limits_leave_room_for_the_largest_picture(make: Make) -> None:
     folder = make("onevision").checkpoint.folder
-    plan = qvlm_export.pipeline.plan_export(
-        qvlm_export.pipeline.ExportOptions(str(folder), folder / "x.plan", scheme="fp16", backend="onnx")
+    plan = qvlm_export.export_plan.plan_export(
+        qvlm_export.export_plan.ExportOptions(str(folder), folder / "x.plan", scheme="fp16", backend="onnx")
     )
     config = plan.checkpoint.config
     assert plan.limits.max_images == config.most_tiles == 37

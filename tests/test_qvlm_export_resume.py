@@ -28,8 +28,8 @@ from commands import (
 )
 from kills import run_and_kill
 
-from qvlm_export import pipeline
-from qvlm_export.pipeline import ExportOptions
+from qvlm_export import stages
+from qvlm_export.export_plan import ExportOptions
 from qvlm_export.work import WorkFolder
 
 Llava = Callable[..., Path]
@@ -140,7 +140,7 @@ def unfinished(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     model, out = copy_checkpoint(llava(), tmp_path / "model"), tmp_path / "out" / "x.plan"
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "write_graph", interrupt)
+        patched.setattr(stages, "write_graph", interrupt)
         assert export_onnx(model, out).exit_code == 130
     return model, out
 
@@ -265,7 +265,7 @@ def test_two_exports_in_one_folder(llava: Llava, tmp_path: Path) -> None:
 
 def test_checkpoint_changes_while_it_is_read(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = copy_checkpoint(llava(), tmp_path / "model"), tmp_path / "out" / "x.plan"
-    weights, calibrate = model / "model.safetensors", pipeline.EFFORTS["rtn"]
+    weights, calibrate = model / "model.safetensors", stages.CALIBRATORS["rtn"]
     times, content = weights.stat(), weights.read_bytes()
 
     def change(job, writer, progress):
@@ -277,7 +277,7 @@ def test_checkpoint_changes_while_it_is_read(llava: Llava, tmp_path: Path, monke
         return calibrate(job, writer, after_two)
 
     with monkeypatch.context() as patched:
-        patched.setitem(pipeline.EFFORTS, "rtn", change)
+        patched.setitem(stages.CALIBRATORS, "rtn", change)
         assert_refused(export_onnx(model, out), str(weights), "was changed while it was read", "--resume")
     assert [path.name for path in out.parent.iterdir()] == [".x.work"]
     weights.write_bytes(content)
@@ -300,7 +300,7 @@ def test_memory_runs_out(llava: Llava, tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "write_graph", fail)
+    monkeypatch.setattr(stages, "write_graph", fail)
     refused = export_onnx(llava(), tmp_path / "out" / "x.plan")
     assert_refused(refused, "memory ran out", "--memory", "--samples", "--resume goes on")
 
