@@ -57,7 +57,7 @@ class Work:
         return store(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
 
     def finish(self, entry: Entry, needed: Collection[str] = ()) -> None:
-        """Notes a finished block, whose shard and outputs are written. Earlier outputs go, but those of the blocks `needed`."""
+        """Notes a finished block, whose shard and outputs are written. Outputs of earlier blocks go, but those `needed`."""
         number = len(self.entries)
         write_json(self._folder / f"{number:04}.json", {"number": number, **vars(entry)})
         self._by_name[entry.name] = number
