@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibrate.blocks import Block, ModelBlocks, as_tensor, check_finite, linear_of, resident
+from calibrate.blocks import Block, ModelBlocks, as_tensor, check_finite, linear_of
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
 from calibrate.job import BlockWriter, Calibration, Progress, check_weight
 from calibrate.quantize import quantize_linear
+from calibrate.residents import residents
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
 from calibrate.walk import Run, walk_language, walk_vision
@@ -35,9 +36,9 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
     shards = BlockWriter(job, writer, progress)
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        with resident(block, job.source) as module, torch.inference_mode():
+        with resident(block) as module, torch.inference_mode():
             with _input_amax(module) as amax:
-                outputs = shards.keep(block, (run(module, x) for x in inputs))
+                outputs = shards.keep(block, (run(module, x.to(job.device)) for x in inputs))
             linears = {
                 name: _quantize(f"{block.prefix}.{name}", linear_of(module, name).weight, scheme, amax.get(name))
                 for name, scheme in job.plan_of(block).items()
@@ -47,10 +48,12 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     walked, rest = _parted(job)
     resumable = shards.resumable(step)
-    if walked.text_layers:
-        walk_language(walked, job.source, job.samples, walk_vision(walked, job.source, job.samples, resumable), resumable)
-    elif len(rest) < job.blocks.count():
-        walk_vision(walked, job.source, job.samples, resumable)
+    with residents(walked, job.source, job.device) as resident:
+        if walked.text_layers:
+            features = walk_vision(walked, job.source, job.samples, resumable)
+            walk_language(walked, job.source, job.samples, features, resumable)
+        elif len(rest) < job.blocks.count():
+            walk_vision(walked, job.source, job.samples, resumable)
     _quantize_rest(job, shards, [block for block in rest if not shards.finished(block)])
     shards.write_rest()
     return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -147,8 +147,15 @@ def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
 
     Raises UserError naming the tensor when a weight is NaN or infinite.
     """
+    state = {name: load_finite(source, f"{block.prefix}.{name}") for name, _ in block.module.named_parameters()}
+    with filled(block, state) as module:
+        yield module
+
+
+@contextmanager
+def filled(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """The block's module with these tensors, by name inside it; emptied again on leaving."""
     module = block.module
-    state = {name: load_finite(source, f"{block.prefix}.{name}") for name, _ in module.named_parameters()}
     module.load_state_dict(state, strict=False, assign=True)
     for name, buffer in list(module.named_buffers()):
         if name.endswith("position_ids"):  # the only buffer of a tower; its content is its shape
@@ -159,11 +166,12 @@ def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
         module.to("meta")
 
 
-def load_finite(source: TensorSource, name: str) -> torch.Tensor:
-    """A float32 copy of the tensor; UserError when it holds NaN or infinity."""
+def load_finite(source: TensorSource, name: str, device: torch.device | None = None) -> torch.Tensor:
+    """A float32 copy of the tensor, on the CPU or `device`; UserError when it holds NaN or infinity."""
     array = source.load(name)
     check_finite(name, array)
-    return as_tensor(array).to(torch.float32, copy=True)
+    stored = as_tensor(array)
+    return stored.to(torch.float32, copy=True) if device is None else stored.to(device).float()
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

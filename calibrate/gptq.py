@@ -25,7 +25,7 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, 
     Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in], cross: X Xq^T [in, in].
     """
     held = ridge * float(gram.diagonal().mean())
-    system = gram + held * torch.eye(len(gram))
+    system = gram + held * torch.eye(len(gram), device=gram.device)
     # V system = W cross + held W, solved from the right.
     target = weight @ cross + held * weight
     with one_thread():
@@ -61,7 +61,7 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     codes = torch.empty_like(left)
     for start in range(0, left.shape[1], BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, left.shape[1])
-        errors = torch.zeros(left.shape[0], end - start)
+        errors = torch.zeros(left.shape[0], end - start, device=left.device)
         for column in range(start, end):
             step = steps[:, column]
             codes[:, column] = (left[:, column] / step).round_().clamp_(scheme.qmin, scheme.qmax)
@@ -85,7 +85,8 @@ def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     wide = gram.double()
     damping = DAMPING * float(wide.diagonal().mean().clamp(min=1e-12))
     while True:
-        factor, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide), dtype=wide.dtype))
+        identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+        factor, failed = torch.linalg.cholesky_ex(wide + damping * identity)
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not int(failed):

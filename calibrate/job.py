@@ -15,6 +15,7 @@ from calibrate.blocks import Block, ModelBlocks, check_finite
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
 from calibrate.quantize import MAX_FLOAT16
+from calibrate.residents import CPU
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.tensors import TensorSource
@@ -29,7 +30,8 @@ Progress = Callable[[int, int, str], None]
 class Calibration:
     """What to calibrate: the model's blocks, its tensors, the scheme of each planned linear, the samples.
 
-    work: where finished blocks are noted, and found again; None for a calibration that starts and ends in one go.
+    work: where finished blocks are noted, and found again; None for a calibration that starts and ends in one go. device:
+    where blocks compute; what lies between them is in the memory of the host.
     """
 
     blocks: ModelBlocks
@@ -37,6 +39,7 @@ class Calibration:
     plan: Mapping[str, LinearScheme]
     samples: Sequence[Sample]
     work: Work | None = None
+    device: torch.device = CPU
 
     def plan_of(self, block: Block) -> dict[str, LinearScheme]:
         """The planned linears of one block, by their names inside it."""
@@ -151,7 +154,7 @@ class BlockWriter:
 def _checked(block: Block, outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     for number, output in enumerate(outputs):
         check_output(block, number, output)
-        yield output
+        yield output.cpu()
 
 
 def check_outputs(block: Block, outputs: Iterable[torch.Tensor]) -> None:

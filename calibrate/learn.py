@@ -70,13 +70,14 @@ class LearnedLinear(nn.Module):
         super().__init__()
         self.scheme: LinearScheme = linear.scheme
         self.columns = layer.in_features
-        self.register_buffer("codes", torch.from_numpy(linear.codes).float())
-        self.register_buffer("start", torch.from_numpy(linear.scale).float().reshape(layer.out_features, -1))
-        self.offset = nn.Parameter(torch.zeros(layer.out_features, layer.in_features))
+        device = layer.weight.device
+        self.register_buffer("codes", torch.from_numpy(linear.codes).float().to(device))
+        self.register_buffer("start", torch.from_numpy(linear.scale).float().reshape(layer.out_features, -1).to(device))
+        self.offset = nn.Parameter(torch.zeros(layer.out_features, layer.in_features, device=device))
         self.log_scale = nn.Parameter(torch.zeros_like(self.get_buffer("start")))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         scale = linear.input_scale
-        self.log_input = None if scale is None else nn.Parameter(torch.tensor(math.log(scale)))
+        self.log_input = None if scale is None else nn.Parameter(torch.tensor(math.log(scale), device=device))
 
     def scale(self) -> torch.Tensor:
         """float32 [out, groups]."""
@@ -100,7 +101,7 @@ class LearnedLinear(nn.Module):
             moved = self.get_buffer("codes") * column_scales(start / self.scale(), self.columns) + self.offset
             codes = moved.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
             own = None if self.log_input is None else activation_scale_nearest(float(self.log_input.exp()))
-        return QuantizedLinear(self.scheme, codes.numpy(), scale.numpy(), own)
+        return QuantizedLinear(self.scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
 
     def settle_(self) -> None:
         """Becomes exactly the linear that `quantized` gives."""

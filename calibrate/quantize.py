@@ -71,7 +71,7 @@ def fake_quantize(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
 
 def squared_sum(x: torch.Tensor) -> float:
     """Sum of squares, the same to the last bit on any number of threads: rows in float32, their sum in float64 by numpy."""
-    return float(x.square().sum(dim=-1).double().numpy().sum())
+    return float(x.square().sum(dim=-1).double().cpu().numpy().sum())
 
 
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:
@@ -86,4 +86,4 @@ def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: floa
         codes[start : start + CHUNK_ROWS] = round_to_codes(rows, scales[-1], scheme)
     bits = scheme.activation_bits
     input_scale = None if bits is None else activation_scale(float(input_amax or 0.0), bits)
-    return QuantizedLinear(scheme, codes.numpy(), torch.cat(scales).numpy(), input_scale)
+    return QuantizedLinear(scheme, codes.numpy(), torch.cat(scales).cpu().numpy(), input_scale)

@@ -24,7 +24,7 @@ def search_weight_scale(weight: torch.Tensor, gram: torch.Tensor, scheme: Linear
     """
     amax = group_amax(weight, scheme)
     best_scale = weight_scale(amax, scheme)
-    best_error = torch.full(amax.shape, torch.inf)
+    best_error = torch.full_like(amax, torch.inf)
     for fraction in WEIGHT_FRACTIONS:
         scale = weight_scale(amax * fraction, scheme)
         error = weight - round_to_codes(weight, scale, scheme).float() * column_scales(scale, weight.shape[1])

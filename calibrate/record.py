@@ -120,7 +120,7 @@ def linear_record(linear: QuantizedLinear, weight: torch.Tensor, inputs: Histogr
     return {
         "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
         "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
-        "sqnr_db": sqnr_db(weight, torch.from_numpy(linear.dequantized())),
+        "sqnr_db": sqnr_db(weight.cpu(), torch.from_numpy(linear.dequantized())),
         "input_scale": scale,
         "covered": covered,
     }

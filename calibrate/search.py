@@ -149,11 +149,13 @@ class BlockSearch:
         schemes = {self.plan.get(name) for name in group.linears}
         scheme = schemes.pop()
         if group.producer is None or schemes or scheme is None:
-            return torch.ones(inputs.shape[1])
+            return torch.ones(inputs.shape[1], device=inputs.device)
         weight = torch.cat([linear_of(module, name).weight for name in group.linears])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
         factors = choose_factors(folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
-        return torch.ones(inputs.shape[1]) if factors is None else apply_factors_(module, group, factors)
+        if factors is None:
+            return torch.ones(inputs.shape[1], device=inputs.device)
+        return apply_factors_(module, group, factors)
 
     def _choose_variant(
         self,
@@ -273,7 +275,7 @@ def quantize_group(
             scale = search_weight_scale(weight, gram, scheme)
         codes = round_to_codes(weight, scale, scheme) if rounder is None else gptq_round(weight, rounder, scale, scheme)
         own = input_scale if scheme.activation_bits is not None else None
-        found[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), own)
+        found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
     return found
 
 
@@ -290,7 +292,7 @@ def _histogram(name: str, rows: torch.Tensor) -> Histogram:
     """Of all values together, for the record; a few at a time, as counting takes many times their memory."""
     statistics = InputStatistics(name, 1, with_gram=False)
     for part in rows.flatten().split(_COUNTED):
-        statistics.update(part[:, None], torch.zeros(len(part), dtype=torch.int64))
+        statistics.update(part[:, None].cpu(), torch.zeros(len(part), dtype=torch.int64))
     return statistics.histogram()
 
 
@@ -316,7 +318,7 @@ def chosen_rows(rows: torch.Tensor) -> torch.Tensor:
     that clips them.
     """
     if len(rows) <= SEARCH_TOKENS:
-        return torch.arange(len(rows))
+        return torch.arange(len(rows), device=rows.device)
     extreme = torch.topk(rows.abs().amax(dim=1), SEARCH_TOKENS // 8).indices
-    spread = torch.linspace(0, len(rows) - 1, SEARCH_TOKENS - len(extreme)).long()
+    spread = torch.linspace(0, len(rows) - 1, SEARCH_TOKENS - len(extreme)).long().to(rows.device)
     return torch.unique(torch.cat([spread, extreme]))

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from calibrate.batches import Batches, batches_of
-from calibrate.blocks import Block, linear_of, resident
+from calibrate.blocks import Block, linear_of
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.influence import Influence, measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
 from calibrate.record import block_record, labels_of, with_partition
+from calibrate.residents import CPU, on, residents
 from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
 from calibrate.walk import Run, walk_language, walk_vision
@@ -38,16 +39,17 @@ def calibrate_searched(
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         plan, half = job.plan_of(block), len(inputs) // 2
-        with resident(block, job.source) as module, torch.no_grad():
+        with resident(block) as module, torch.no_grad():
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
             if not half and plan:
                 raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
             check_outputs(block, inputs)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            search = BlockSearch(module, plan, run, method, _of_block(influence, block, batches))
-            found = search.search(batches.merged(inputs[:half]), batches.merged(inputs[half:]))
-            exact, rounded = (batches.split(part) for part in found)
+            counts = {name: on(job.device, parts) for name, parts in _of_block(influence, block, batches).items()}
+            search = BlockSearch(module, plan, run, method, counts)
+            found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
+            exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
         record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples))
         outputs = shards.keep(block, [*exact, *rounded])
@@ -55,7 +57,7 @@ def calibrate_searched(
         return outputs
 
     samples = [*job.samples, *job.samples]
-    with steady_threads(job.blocks):
+    with steady_threads(job.blocks), residents(job.blocks, job.source, job.device) as resident:
         influence |= measure_influence(job, method.objective, method.seed)
         features = walk_vision(job.blocks, job.source, samples, shards.resumable(step))
         walk_language(job.blocks, job.source, samples, features, shards.resumable(step))
@@ -85,4 +87,4 @@ def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progres
 
 def _stored(tensor: torch.Tensor, source: np.dtype) -> np.ndarray:
     """float32 stays, the rest becomes float16, which folding rounded the gains for; bfloat16 would round them again."""
-    return tensor.numpy().astype(np.float32 if source == np.float32 else np.float16)
+    return tensor.cpu().numpy().astype(np.float32 if source == np.float32 else np.float16)

@@ -81,9 +81,9 @@ def walk_language(
     del table
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(x.shape[1])[None]
+        positions = torch.arange(x.shape[1], device=x.device)[None]
         rope = blocks.rotary(x, position_ids=positions)
-        mask = window_mask(x.shape[1], blocks.sliding_window)
+        mask = window_mask(x.shape[1], blocks.sliding_window, x.device)
         out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         return out
 
@@ -92,11 +92,11 @@ def walk_language(
     return hidden
 
 
-def window_mask(length: int, window: int | None) -> torch.Tensor | None:
+def window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
     """Which positions see which, bool [1, 1, S, S]; None where the causal mask, the modules' own, says it all."""
     if window is None or length <= window:
         return None
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=device)
     age = positions[:, None] - positions[None]
     return ((age >= 0) & (age < window))[None, None]
 

@@ -71,6 +71,7 @@ def main(
     memory: Annotated[
         float | None, typer.Option(min=0, help="GiB that calibration may take; activations beyond it lie on disk")
     ] = None,
+    device: Annotated[str, typer.Option(help="where calibration computes: cpu, cuda, or auto")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (its callback does it)
@@ -98,6 +99,7 @@ def main(
             work_dir=work_dir,
             resume=resume,
             memory=memory,
+            device=device,
         )
         if dry_run:
             plan = plan_export(options)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from calibrate.cost import Cost
 from calibrate.errors import UserError
 from calibrate.scheme import GROUPED_BITS, LinearScheme
@@ -17,6 +19,7 @@ from qvlm_export.preflight import Sizes
 
 # Resident once torch, transformers and onnx are imported and the processor is loaded.
 PROGRAM_BYTES = 700 * 2**20
+CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor is made
 # TensorRT-RTX 1.7 on two cores: seconds for a plan's fixed part and for each GiB of it, and its memory in sizes of the plan.
 BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 11.0, 3.0
 # Norms, activation functions, softmax and copies beside the products of a block.
@@ -91,6 +94,16 @@ def activations_bytes(memory_gib: float | None, effort: str, cost: Cost, largest
 def memory_needed(cost: Cost, largest_bytes: int) -> int:
     """Resident bytes of the export itself, without activations beyond those of the block being computed."""
     return PROGRAM_BYTES + max(cost.memory_bytes, 3 * largest_bytes)
+
+
+def check_gpu_memory(needed_bytes: int) -> None:
+    """Raises UserError when the GPU has less free memory than the largest block's calibration needs."""
+    free, needed = torch.cuda.mem_get_info()[0], needed_bytes + CUDA_BYTES
+    if free < needed:
+        raise UserError(
+            f"--device cuda: about {needed / 2**30:.1f} GiB of GPU memory are needed and {free / 2**30:.1f} GiB are free; "
+            "give fewer --samples, --effort rtn, or --device cpu"
+        )
 
 
 def _grouped_weights(linears: Mapping[str, LinearScheme], sizes: Sizes) -> float:

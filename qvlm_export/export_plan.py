@@ -16,7 +16,7 @@ from engines.backend import Backend, choose_backend
 from engines.config import Limits, ModelConfig
 from engines.graph import expected_shapes
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.estimate import Estimate, activations_bytes, estimate, largest_bytes, total_sizes
+from qvlm_export.estimate import Estimate, activations_bytes, check_gpu_memory, estimate, largest_bytes, total_sizes
 from qvlm_export.fingerprint import METHODS
 from qvlm_export.machine import measure_machine
 from qvlm_export.plan import Recipe, check_engine, choose_recipe, plan_linears
@@ -29,6 +29,7 @@ from qvlm_export.preflight import (
     estimate_sizes,
 )
 from qvlm_export.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.torch_runner import check_device
 
 PARTS = ("vision", "language")
 EFFORTS = ("rtn", "fast", "full")
@@ -56,6 +57,7 @@ class ExportOptions:
     work_dir: Path | None = None
     resume: bool = False
     memory: float | None = None  # GiB
+    device: str = "cpu"  # that calibration computes on
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class ExportPlan:
     samples: tuple[Sample, ...]  # none when no linear is planned
     cost: Cost  # of calibration
     activations_bytes: int  # of what lies between two blocks, that many in memory
+    device: str
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
@@ -87,6 +90,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             raise UserError(f"{name} {count}: must be at least 1")
     if options.effort not in EFFORTS:
         raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
+    device = check_device(options.device)
     recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
     checkpoint = open_checkpoint(options.model)
@@ -102,9 +106,24 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
     cost = calibration_cost(blocks, linears, samples, METHODS.get(options.effort)) if linears else Cost()
+    if device == "cuda":
+        check_gpu_memory(cost.memory_bytes)
     kept = activations_bytes(options.memory, options.effort, cost, largest_bytes(checkpoint.config))
     return ExportPlan(
-        options, checkpoint, processor, backend, recipe, limits, blocks, linears, sizes, disk_bytes, samples, cost, kept
+        options=options,
+        checkpoint=checkpoint,
+        processor=processor,
+        backend=backend,
+        recipe=recipe,
+        limits=limits,
+        blocks=blocks,
+        linears=linears,
+        sizes=sizes,
+        disk_bytes=disk_bytes,
+        samples=samples,
+        cost=cost,
+        activations_bytes=kept,
+        device=device,
     )
 
 

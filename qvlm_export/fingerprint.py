@@ -23,7 +23,7 @@ METHODS = {"fast": FAST, "full": FULL}
 
 
 def work_fingerprint(
-    checkpoint: Checkpoint, linears: Mapping[str, LinearScheme], samples: Sequence[Sample], effort: str
+    checkpoint: Checkpoint, linears: Mapping[str, LinearScheme], samples: Sequence[Sample], effort: str, device: str
 ) -> dict[str, str]:
     """By the words that name it in a refusal: a digest of everything that decides what calibration finds."""
     parts = {f"the checkpoint's {path.name} ({path.parent})": file_digest(path) for path in checkpoint.source.files()}
@@ -32,6 +32,7 @@ def work_fingerprint(
     if linears:
         parts["the set of samples"] = samples_digest(samples)
         parts["--effort"] = digest([effort, repr(METHODS.get(effort))])
+        parts["--device"] = device
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return parts | {f"the version of {name}": v for name, v in {"python": platform.python_version(), **versions}.items()}
 

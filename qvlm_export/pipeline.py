@@ -51,7 +51,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     if total_sizes(plan.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
         reporter.note(estimate_export(plan).in_words())
     with work_folder(options.out, options.work_dir) as work:
-        fingerprint = work_fingerprint(plan.checkpoint, plan.linears, plan.samples, options.effort)
+        fingerprint = work_fingerprint(plan.checkpoint, plan.linears, plan.samples, options.effort, plan.device)
         if options.resume and (finished := finished_export(work, stage_key(plan, fingerprint, PARTS[-1], "build"))):
             return _published(plan, work, finished, reporter)
         work.begin(fingerprint, options.resume)

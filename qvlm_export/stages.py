@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from calibrate.absmax import calibrate_absmax
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
@@ -62,7 +63,7 @@ def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibra
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(plan.blocks, plan.samples, streams=1 if options.effort == "rtn" else 2)
         kept = Work(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
-        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept)
+        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept, torch.device(plan.device))
         if resumed := work.finished_blocks():
             reporter.note(f"going on behind block {resumed} of {plan.blocks.count()}")
         summary = CALIBRATORS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from commands import (
     assert_refused,
     copy_checkpoint,
@@ -128,6 +129,18 @@ def test_full_tensorrt_without_gpu(llava: Llava, absent: Path, monkeypatch: pyte
     monkeypatch.setattr(engines.backend, "_installed", lambda _: True)
     monkeypatch.setattr(engines.backend, "gpu_present", lambda: False)
     assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt"), "needs an NVIDIA GPU", "--backend tensorrt-rtx")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_no_gpu_for_calibration(llava: Llava, absent: Path) -> None:
+    assert_refused(export_onnx(llava(), absent, "--device", "cuda"), "--device cuda", "no GPU", "--device cpu")
+
+
+def test_gpu_with_too_little_memory(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**29, 2**33))
+    words = ("--device cuda", "GiB of GPU memory are needed and 0.5 GiB are free", "--samples")
+    assert_refused(export_onnx(llava(), absent, "--device", "cuda"), *words)
 
 
 def test_python_callers_get_the_same_refusals(llava: Llava, tmp_path: Path) -> None:

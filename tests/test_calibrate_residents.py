@@ -1,0 +1,135 @@
+"""Calibration on a device that is not the CPU: nothing is computed across devices, blocks come one ahead, results agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pretend_gpu import GPU, PretendGpu
+from small_export import mixed_samples, open_small, plan_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calibrate import residents
+from calibrate.absmax import calibrate_absmax
+from calibrate.blocks import make_blocks
+from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
+from calibrate.errors import UserError
+from calibrate.job import Calibration
+from calibrate.method import Method, Variant
+from calibrate.scheme import LinearScheme
+from calibrate.search import quantize_group
+from calibrate.searched import calibrate_searched
+
+Llava = Callable[..., Path]
+SMALL = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 3}}
+
+
+class SameThread:
+    """An executor that computes at once: the pretence is only where it was entered."""
+
+    def __init__(self, _: int) -> None: ...
+
+    def __enter__(self) -> SameThread:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def searched_briefly(*arguments: Any) -> dict[str, Any]:
+    """Without the loop over columns, which takes long where it is only pretended."""
+    return calibrate_searched(*arguments, Method(foldings=("output_error",), variants=(Variant(rounding="nearest"),)))
+
+
+def on_both(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any) -> list[CalibratedCheckpoint]:
+    """The model calibrated on the CPU, and on the pretended GPU."""
+    with sdpa_kernel(SDPBackend.MATH):  # as where it is pretended
+        wanted = calibrated(model, folder / "cpu", torch.device("cpu"), calibrate)
+    monkeypatch.setattr(residents, "ThreadPoolExecutor", SameThread)
+    with PretendGpu() as gpu:
+        found = calibrated(model, folder / "gpu", GPU, calibrate)
+    assert gpu.on_gpu > 100
+    return [wanted, found]
+
+
+def calibrated(model: Path, folder: Path, device: torch.device, calibrate: Any) -> CalibratedCheckpoint:
+    checkpoint = open_small(model)
+    blocks, plan = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4")
+    job = Calibration(blocks, checkpoint.source, plan, mixed_samples(checkpoint)[:2], device=device)
+    writer = CalibratedWriter(folder)
+    writer.finish(checkpoint.config_json, calibrate(job, writer, lambda *_: None))
+    return CalibratedCheckpoint(folder)
+
+
+def test_round_to_nearest_on_a_gpu_as_on_a_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, found = on_both(llava(**SMALL), tmp_path, monkeypatch, calibrate_absmax)
+    for name in wanted.schemes:
+        one, other = wanted.linear(name), found.linear(name)
+        assert np.array_equal(one.codes, other.codes)
+        assert np.array_equal(one.scale, other.scale)
+        assert one.input_scale == other.input_scale or one.input_scale == pytest.approx(other.input_scale, rel=2e-3)
+
+
+def test_search_on_a_gpu_as_on_a_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, found = on_both(llava(**SMALL), tmp_path, monkeypatch, searched_briefly)
+    assert wanted.summary == found.summary
+
+
+def test_rounding_towards_the_output_on_a_gpu() -> None:
+    """The rest of what a search computes."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(8, 128, generator=generator), torch.randn(64, 128, generator=generator)
+    plan = {"a": LinearScheme(weight_bits=4, activation_bits=8, group_size=64)}
+    wanted = quantize_group({"a": weight}, plan, Variant(), rows, rows * 1.01)["a"]
+    with PretendGpu():
+        found = quantize_group({"a": weight.to(GPU)}, plan, Variant(), rows.to(GPU), rows.to(GPU) * 1.01)["a"]
+    assert np.array_equal(found.codes, wanted.codes)
+    assert np.array_equal(found.scale, wanted.scale)
+
+
+def test_the_next_block_is_on_its_way_before_this_one_computes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_small(llava(**SMALL))
+    blocks = make_blocks(checkpoint.hf_config)
+    order = [*blocks.vision_layers, blocks.projector, *blocks.text_layers]
+    loaded: list[str] = []
+
+    class Watched:
+        def load(self, name: str) -> np.ndarray:
+            loaded.append(name)
+            return checkpoint.source.load(name)
+
+    monkeypatch.setattr(residents, "ThreadPoolExecutor", SameThread)
+    with PretendGpu(), residents.residents(blocks, Watched(), GPU) as resident:  # type: ignore[arg-type]
+        for number, block in enumerate(order):
+            with resident(block) as module:
+                assert all(p.device == GPU for p in module.parameters())
+                assert {n for b in order[: number + 2] for n in b.tensor_names()} == set(loaded)
+            assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert len(loaded) == len(set(loaded))
+
+
+def test_bad_weight_ahead_is_named_when_its_turn_comes(llava: Llava) -> None:
+    checkpoint = open_small(llava(**SMALL))
+    blocks = make_blocks(checkpoint.hf_config)
+    first, second = blocks.vision_layers[:2]
+    bad = second.tensor_names()[0]
+
+    class Damaged:
+        def load(self, name: str) -> np.ndarray:
+            array = checkpoint.source.load(name)
+            return np.full_like(array, np.nan) if name == bad else array
+
+    with residents.residents(blocks, Damaged(), torch.device("meta")) as resident:  # type: ignore[arg-type]
+        with resident(first):
+            pass
+        with pytest.raises(UserError, match=f"{bad}: holds NaN"), resident(second):
+            pass
