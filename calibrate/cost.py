@@ -55,6 +55,15 @@ def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], streams: int) -> b
     return FLOAT32_BYTES * streams * tokens * _width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
 
 
+def kept_bytes(blocks: ModelBlocks, samples: Sequence[Sample], streams: int) -> int:
+    """Most that lies on disk between blocks: inputs and outputs of one, and the tower's layers that the projector reads."""
+    item = FLOAT32_BYTES // 2 if is_narrow(blocks, samples, streams) else FLOAT32_BYTES
+    patches = _patches(blocks) * sum(len(sample.pixel_values) for sample in samples)
+    vision = (1 + len(blocks.features)) * patches * _width(blocks.vision_layers[0])
+    text = 2 * sum(len(sample.input_ids) for sample in samples) * _width(blocks.text_layers[0])
+    return item * streams * max(vision + patches * _width(blocks.text_layers[0]), text)
+
+
 def calibration_cost(
     blocks: ModelBlocks, plan: Mapping[str, LinearScheme], samples: Sequence[Sample], method: Method | None
 ) -> Cost:

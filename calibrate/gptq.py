@@ -25,7 +25,8 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, 
     Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in], cross: X Xq^T [in, in].
     """
     held = ridge * float(gram.diagonal().mean())
-    system = gram + held * torch.eye(len(gram), device=gram.device)
+    system = gram.clone()
+    system.diagonal().add_(held)
     # V system = W cross + held W, solved from the right.
     target = weight @ cross + held * weight
     with one_thread():
@@ -47,7 +48,7 @@ def make_rounder(gram: torch.Tensor) -> Rounder:
     """gram: float32 [in, in]."""
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     with one_thread():
-        return Rounder(order, _inverse_factor(gram[order][:, order]))
+        return Rounder(order, _inverse_factor(gram, order))
 
 
 def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -80,15 +81,20 @@ def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return wide.repeat_interleave(columns // wide.shape[1], dim=1)
 
 
-def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists."""
-    wide = gram.double()
-    damping = DAMPING * float(wide.diagonal().mean().clamp(min=1e-12))
+def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists.
+
+    In place, and the matrix made anew for more damping: its float64 copies are most of what a wide linear takes in memory.
+    """
+    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     while True:
-        identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-        factor, failed = torch.linalg.cholesky_ex(wide + damping * identity)
+        wide = gram[order][:, order].double()
+        wide.diagonal().add_(damping)
+        torch.linalg.cholesky_ex(wide, out=(wide, failed))
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            torch.cholesky_inverse(wide, out=wide)
+            torch.linalg.cholesky_ex(wide, upper=True, out=(wide, failed))
             if not int(failed):
-                return upper.float()
+                return wide.float()
         damping *= 10

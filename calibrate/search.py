@@ -108,11 +108,15 @@ class BlockSearch:
         groups = [g for g in groups_of(self.module) if any(name in self.plan for name in g.linears)]
         if not groups:
             return self._outputs(self.module, float_inputs), self._outputs(self.module, inputs)
-        for folding in self.method.foldings:
+        for number, folding in enumerate(self.method.foldings, start=1):
+            # The last one folds the block itself: a copy would take as much memory again.
+            module = self.module if number == len(self.method.foldings) else copy.deepcopy(self.module)
             # The function of the folded module is the same, so its outputs are the float model's.
-            candidate, outputs = self._candidate(folding, groups, float_inputs, inputs)
+            candidate, outputs = self._candidate(module, folding, groups, float_inputs, inputs)
             quantized = self._outputs(candidate.rounded, inputs)
             candidate.error = relative_error(quantized, outputs, self.influence.get(""))
+            if not self.method.learn_steps:
+                candidate.rounded = candidate.module  # nobody runs it again, and it takes a block's memory
             if self.best is None or candidate.error < self.best.error:
                 self.best, wanted, final = candidate, outputs, quantized
         if self.method.learn_steps and self.best is not None:
@@ -131,10 +135,14 @@ class BlockSearch:
         return folded if self.learned is None else {**folded, **self.learned.floats}
 
     def _candidate(
-        self, folding: Folding, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
+        self,
+        module: nn.Module,
+        folding: Folding,
+        groups: list[Group],
+        float_inputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
     ) -> tuple[Candidate, list[torch.Tensor]]:
-        """The block with one folding, every group in its best variant; and the float outputs."""
-        module = copy.deepcopy(self.module)
+        """The block with one folding, every group in its best variant; and the float outputs. module: folded in place."""
         wanted, outputs = self._capture(module, groups, float_inputs)
         for group in groups:
             wanted[group] = wanted[group] / self._fold(module, folding, group, wanted[group])
@@ -265,6 +273,7 @@ def quantize_group(
     if variant.ridge is not None:
         aimed = aim_at_float(torch.cat(list(weights.values())), gram, cross, variant.ridge)
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
+    del cross
     rounder = make_rounder(gram) if variant.rounding == "gptq" else None
     found = {}
     for name, weight in weights.items():

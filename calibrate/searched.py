@@ -51,7 +51,7 @@ def calibrate_searched(
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-        record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples))
+            record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples))
         outputs = shards.keep(block, [*exact, *rounded])
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs

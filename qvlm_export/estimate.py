@@ -49,17 +49,18 @@ def estimate(
     """cost: of calibration; sizes: of all weights; largest_bytes: of the largest tensor, in float16."""
     seconds: dict[str, float] = {}
     if linears:
+        forwards = cost.flops / machine.flops * FORWARD_OVERHEAD + cost.single_flops / machine.single_flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
-        computing = cost.flops / machine.flops * FORWARD_OVERHEAD + cost.single_flops / machine.single_flops + rounding
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
-        seconds["calibrate"] = computing + moving
-    grouped = _grouped_weights(linears, sizes)
-    seconds["graph"] = grouped / machine.packed + 2 * sizes.planned_bytes / machine.written_bytes
+        seconds["calibrate"] = (forwards + rounding) / machine.share + moving
+    packing = _grouped_weights(linears, sizes) / (machine.packed * machine.threads)
+    seconds["graph"] = packing / machine.share + sizes.planned_bytes / machine.written_bytes
     if builds:
         gib = sizes.planned_bytes / 2**30
-        seconds["build"] = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
+        building = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
+        seconds["build"] = building / machine.share + sizes.planned_bytes / machine.written_bytes
     copies = 1 + int(bool(linears)) + int(builds)
-    seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes
+    seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes / machine.share
     memory = memory_needed(cost, largest_bytes)
     build = PROGRAM_BYTES // 2 + int(BUILD_COPIES * sizes.planned_bytes) if builds else 0
     return Estimate({name: round(value, 1) for name, value in seconds.items()}, memory, build)

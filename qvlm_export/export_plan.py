@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.blocks import ModelBlocks, make_blocks
-from calibrate.cost import Cost, calibration_cost
+from calibrate.cost import Cost, calibration_cost, kept_bytes
 from calibrate.errors import UserError
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
@@ -100,12 +100,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     linears = plan_linears(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
     check_engine(linears, backend)
     sizes = {part: estimate_sizes(of_part(shapes, part), linears) for part in PARTS}
-    disk_bytes = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=backend.module is not None)
-    check_disk(options.out.parent, disk_bytes)
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
     cost = calibration_cost(blocks, linears, samples, METHODS.get(options.effort)) if linears else Cost()
+    between = kept_bytes(blocks, samples, streams_of(options.effort)) if linears else 0
+    builds = backend.module is not None
+    disk = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=builds, kept_bytes=between)
+    check_disk(disk, options.out, options.work_dir)
     if device == "cuda":
         check_gpu_memory(cost.memory_bytes)
     kept = activations_bytes(options.memory, options.effort, cost, largest_bytes(checkpoint.config))
@@ -119,7 +121,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         blocks=blocks,
         linears=linears,
         sizes=sizes,
-        disk_bytes=disk_bytes,
+        disk_bytes=disk.bytes,
         samples=samples,
         cost=cost,
         activations_bytes=kept,
@@ -129,9 +131,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
 
 def estimate_export(plan: ExportPlan) -> Estimate:
     """Seconds and memory, from what is to be done and a short measurement of this machine."""
-    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0])
+    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0], plan.device)
     builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
     return estimate(plan.cost, plan.linears, total_sizes(plan.sizes), largest, machine, builds=builds)
+
+
+def streams_of(effort: str) -> int:
+    """How many copies of the samples walk through the blocks: the float model's, and for searching the quantized one's."""
+    return 1 if effort == "rtn" else 2
 
 
 def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:

@@ -22,13 +22,17 @@ from qvlm_export.preflight import nearest_folder
 
 TOKENS, WIDTH, OUT = 512, 4096, 2048
 DISK_BYTES = 128 * 2**20
-REPEATS = 2
+REPEATS, SHARE_SECONDS = 2, 0.5
+GPU_WIDTH = 8192
 _W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates a second. flops: float32 products on all threads, single_flops: on one. rounded, packed: weights, on one."""
+    """Rates a second of processor time. flops: float32 products on all threads, single_flops: on one, or all on a GPU.
+
+    rounded, packed: weights, on one. share: of the processor that this process gets, less than 1 beside others' work.
+    """
 
     flops: float
     single_flops: float
@@ -38,10 +42,14 @@ class Machine:
     read_bytes: float
     written_bytes: float
     threads: int
+    share: float = 1.0
 
 
-def measure_machine(folder: Path, weights: Path) -> Machine:
-    """folder: where the export will write; a file without a name is written there. weights: a file that will be read."""
+def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine:
+    """folder: where the export will write; a file without a name is written there. weights: a file that will be read.
+
+    device: that calibration computes on.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, WIDTH, generator=generator) for n in (TOKENS, OUT))
     flops = 2.0 * TOKENS * OUT * WIDTH
@@ -52,7 +60,9 @@ def measure_machine(folder: Path, weights: Path) -> Machine:
     def rounding() -> None:
         pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
 
-    all_threads = flops / _seconds(product)
+    threads = torch.get_num_threads()
+    share = _share(product, threads)
+    all_threads = flops / _seconds(product, threads)
     with one_thread():
         single = flops / _seconds(product)
         half = weight.half()
@@ -61,18 +71,38 @@ def measure_machine(folder: Path, weights: Path) -> Machine:
     packed = stored.size * 2 / _seconds(lambda: transposed_nibbles(stored))
     hashed = stored.nbytes / _seconds(lambda: hashlib.sha256(stored.tobytes()).digest())
     read, written = _read_rate(weights), _write_rate(nearest_folder(folder))
-    return Machine(all_threads, single, rounded, packed, hashed, read, written, torch.get_num_threads())
+    if device == "cuda":
+        all_threads = single = _gpu_flops()
+    return Machine(all_threads, single, rounded, packed, hashed, read, written, threads, share)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Of the fastest of a few calls, the first not counted."""
+def _seconds(work: Callable[[], object], threads: int = 1) -> float:
+    """Of processor time on each thread, in the fastest of a few calls, the first not counted."""
     work()
     taken = []
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        taken.append(time.process_time() - began)
+    return min(taken) / threads
+
+
+def _share(work: Callable[[], object], threads: int) -> float:
+    """Processor time over the time that passes, while `work` keeps all threads busy."""
+    wall, processor = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < SHARE_SECONDS:
+        work()
+    return min(1.0, (time.process_time() - processor) / (threads * (time.perf_counter() - wall)))
+
+
+def _gpu_flops() -> float:
+    x = torch.randn(GPU_WIDTH, GPU_WIDTH, device="cuda")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        x @ x
+    torch.cuda.synchronize()
+    return REPEATS * 2.0 * GPU_WIDTH**3 / (time.perf_counter() - began)
 
 
 def _read_rate(path: Path) -> float:

@@ -47,10 +47,23 @@ def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Lin
     return Sizes(float16, planned)
 
 
-def disk_needed(sizes: Sizes, calibrates: bool, builds: bool) -> int:
-    """Bytes that an export has on disk at its peak: calibrated checkpoint, ONNX data, plans."""
-    copies = 1 + int(calibrates) + int(builds)
-    return copies * sizes.planned_bytes + (2 * PLAN_OVERHEAD_BYTES if builds else 0)
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that an export has on disk at its peak: ONNX data and plans beside the output, the rest where it is worked."""
+
+    out_bytes: int
+    work_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """On both together."""
+        return self.out_bytes + self.work_bytes
+
+
+def disk_needed(sizes: Sizes, *, calibrates: bool, builds: bool, kept_bytes: int = 0) -> Disk:
+    """kept_bytes: of what lies between the blocks of a calibration."""
+    plans = sizes.planned_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
+    return Disk(sizes.planned_bytes + plans, sizes.planned_bytes + kept_bytes if calibrates else 0)
 
 
 def check_out(out: Path) -> None:
@@ -96,14 +109,33 @@ def nearest_folder(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raises UserError when the disk of `folder` has too little room."""
+def check_disk(disk: Disk, out: Path, work_dir: Path | None) -> None:
+    """Raises UserError when a disk has too little room, beside what an unfinished export of the same left there."""
+    scratch = scratch_folder(out)
+    if work_dir is not None and _disk_of(work_dir) != _disk_of(out.parent):
+        _check_room(work_dir, disk.work_bytes, [work_dir], "--work-dir")
+        _check_room(out.parent, disk.out_bytes, [scratch], "--out")
+    else:
+        _check_room(out.parent, disk.bytes, [scratch, *([] if work_dir is None else [work_dir])], "--out")
+
+
+def scratch_folder(out: Path) -> Path:
+    """The work folder beside the output."""
+    return out.parent / f".{out.stem}.work"
+
+
+def _check_room(folder: Path, needed_bytes: int, ours: list[Path], option: str) -> None:
+    held = sum(path.stat().st_size for own in ours for path in own.rglob("*") if path.is_file())
     free = shutil.disk_usage(nearest_folder(folder)).free
-    if free < needed_bytes:
+    if free + held < needed_bytes:
         raise UserError(
             f"{folder}: {needed_bytes / 2**30:.1f} GiB are needed on this disk and {free / 2**30:.1f} GiB are free; "
-            "free some, or write --out to another disk"
+            f"free some, or write {option} to another disk"
         )
+
+
+def _disk_of(folder: Path) -> int:
+    return nearest_folder(folder).stat().st_dev
 
 
 def _is_manifest(path: Path) -> bool:

@@ -23,7 +23,7 @@ from calibrate.errors import UnfinishedError, UserError
 from calibrate.safetensors_source import INDEX_FILE
 from calibrate.work import count_finished
 from engines.manifest import Manifest, read_manifest
-from qvlm_export.preflight import calibrated_folder
+from qvlm_export.preflight import calibrated_folder, scratch_folder
 from qvlm_export.publish import is_disk_full
 
 FINISHED = "finished"
@@ -130,7 +130,7 @@ def work_folder(out: Path, work_dir: Path | None) -> Iterator[WorkFolder]:
 
     Raises UserError when another export works there.
     """
-    scratch = out.parent / f".{out.stem}.work"
+    scratch = scratch_folder(out)
     work = WorkFolder(scratch, work_dir or scratch)
     made = [folder for base in (scratch, work.kept) for folder in (base, *base.parents) if not folder.exists()]
     try:

@@ -26,7 +26,7 @@ from qvlm_export.plan import (
     read_recipe,
     recipe_of_preset,
 )
-from qvlm_export.preflight import PLAN_OVERHEAD_BYTES, Sizes, disk_needed, estimate_sizes
+from qvlm_export.preflight import Sizes, estimate_sizes
 
 Llava = Callable[..., Path]
 FC1 = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"
@@ -195,13 +195,6 @@ def test_a_large_int4_linear_is_almost_four_times_smaller() -> None:
     """5120x13824 as in LLaVA-13B: 4 bits and 16/128 of a scale a weight."""
     sizes = estimate_sizes({f"{DOWN_PROJ}.weight": (5120, 13824)}, {DOWN_PROJ: int4(128)})
     assert sizes.compression == pytest.approx(16 / (4 + 16 / 128))
-
-
-def test_disk_holds_every_copy() -> None:
-    sizes = Sizes(1000, 400)
-    assert disk_needed(sizes, calibrates=False, builds=False) == 400
-    assert disk_needed(sizes, calibrates=True, builds=False) == 800
-    assert disk_needed(sizes, calibrates=True, builds=True) == 1200 + 2 * PLAN_OVERHEAD_BYTES
 
 
 # Recipes that are refused
