@@ -19,8 +19,8 @@ from calibrate.search import SEARCH_TOKENS
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
-# Matrices of in x in that are in memory together when the widest group is aimed and rounded (aim_at_float, make_rounder).
-SQUARES_FLOAT32, SQUARES_FLOAT64 = 4, 5
+# Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
+SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 2
 # Factorizations by in^3: LU; Cholesky, inverse and Cholesky again, in float64 at half the speed.
 SOLVE_FLOPS, ROUNDER_FLOPS = 2 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3)
 
@@ -122,8 +122,9 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
-    # The module, the best and the tried candidate, folded and rounded each; every group's input in the float model.
-    memory += FLOAT32_BYTES * ((1 + 2 * min(foldings, 2)) * _weights(block) + tokens * inputs)
+    # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
+    copies = 1 + min(foldings, 2) + int(foldings > 1 and method.learn_steps > 0)
+    memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
     if method.learn_steps:
         flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)
         memory += 5 * FLOAT32_BYTES * _weights(block)  # offsets, their gradients, Adam's two moments, codes as floats

@@ -180,6 +180,7 @@ def result_summary(result: Any) -> dict[str, Any]:
         "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
         "plan_check": [dict(check) for check in manifest.plan_check],
         "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
+        "processor_seconds": {stage: round(seconds, 2) for stage, seconds in result.processor_seconds.items()},
         "peak_bytes": result.peak_bytes,
         "backend": dict(manifest.backend),
     }

@@ -8,9 +8,11 @@ noted there, and not made again.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,16 @@ ESTIMATED_ABOVE_BYTES = 2**30  # of weights: smaller models are done before an e
 
 @dataclass(frozen=True)
 class ExportResult:
-    """manifest: as written. reports: of the engine builds. peak_bytes: resident memory of the export and of its builds."""
+    """manifest: as written. reports: of the engine builds. seconds, processor_seconds: by stage.
+
+    peak_bytes: resident memory of the export and of its builds.
+    """
 
     manifest: Manifest
     checks: list[LinearCheck]
     reports: list[BuildReport]
     seconds: dict[str, float] = field(default_factory=dict)
+    processor_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
 
 
@@ -68,8 +74,9 @@ def _run(plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], rep
     if calibrated is not None and plan.options.work_dir is None:
         calibrated.folder.rename(work.stage / f"{plan.options.out.stem}.calibrated")
     plan.processor.save_pretrained(work.stage / f"{plan.options.out.stem}.processor")
-    manifest = _with_report(plan, work.stage, _manifest(plan, work.stage, calibrated, interfaces, checks))
-    write_manifest(manifest)
+    with reporter.stage("check"):
+        manifest = _with_report(plan, work.stage, _manifest(plan, work.stage, calibrated, interfaces, checks))
+        write_manifest(manifest)
     key = stage_key(plan, fingerprint, PARTS[-1], "build")
     work.note_stage(FINISHED, key, [manifest.path], reports=[asdict(r) for r in reports], checks=[asdict(c) for c in checks])
     return _published(plan, work, manifest, reporter)
@@ -84,7 +91,7 @@ def _published(plan: ExportPlan, work: WorkFolder, manifest: Manifest, reporter:
     work.remove()
     peak = max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(r.peak_bytes for r in reports)])
     manifest = replace(manifest, path=manifest_path(plan.options.out))
-    return ExportResult(manifest, checks, reports, dict(reporter.seconds), peak)
+    return ExportResult(manifest, checks, reports, dict(reporter.seconds), dict(reporter.processor_seconds), peak)
 
 
 def _manifest(
@@ -94,8 +101,6 @@ def _manifest(
     interfaces: dict[str, Any],
     checks: list[LinearCheck],
 ) -> Manifest:
-    # A killed run may have left its report; this one's is described when it is written.
-    roles = {role: folder / name for role, name in file_names(plan.options.out).items() if role != "report"}
     return Manifest(
         path=folder / manifest_path(plan.options.out).name,
         model={"name": plan.checkpoint.name, "model_type": plan.checkpoint.hf_config.model_type},
@@ -109,13 +114,19 @@ def _manifest(
         plan_check=tuple(asdict(check) for check in checks),
         interface=interfaces,
         versions=_versions(),
-        files={role: describe_file(path) for role, path in roles.items() if path.exists()}
-        | {
-            role: describe_folder(folder / f"{plan.options.out.stem}.{role}")
-            for role in FOLDER_ROLES
-            if (folder / f"{plan.options.out.stem}.{role}").exists()
-        },
+        files=_described(plan.options.out, folder),
     )
+
+
+def _described(out: Path, folder: Path) -> dict[str, Any]:
+    """The files of the manifest with their hashes, several at a time."""
+    # A killed run may have left its report; this one's is described when it is written.
+    paths = {role: folder / name for role, name in file_names(out).items() if role != "report"}
+    paths |= {role: folder / f"{out.stem}.{role}" for role in FOLDER_ROLES}
+    there = {role: path for role, path in paths.items() if path.exists()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda path: describe_folder(path) if path.is_dir() else describe_file(path), there.values())
+        return dict(zip(there, found, strict=True))
 
 
 def _with_report(plan: ExportPlan, folder: Path, manifest: Manifest) -> Manifest:

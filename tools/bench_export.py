@@ -97,6 +97,7 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sizes["float16_bytes"] // 2,
         **found,
         "seconds": said["seconds"],
+        "processor_seconds": said["processor_seconds"],
         "build_peak_bytes": max((e.get("peak_bytes", 0) for e in said["files"].values()), default=0),
         "float16_bytes": sizes["float16_bytes"],
         "data_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_data")),
