@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,20 @@ def test_seconds_are_counts_by_rates():
     cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
     assert found.seconds["calibrate"] == pytest.approx(125 + 20 + 20 + 26 + 14)
-    assert found.seconds["graph"] == pytest.approx(28 + 28)
+    assert found.seconds["graph"] == pytest.approx(14 + 14)
     assert found.seconds["check"] == pytest.approx(21)
-    assert found.seconds["build"] == pytest.approx(8 + 11 * 7e9 / 2**30, rel=0.01)
+    assert found.seconds["build"] == pytest.approx(8 + 11 * 7e9 / 2**30 + 14, rel=0.01)
     assert "estimated: " in found.in_words()
     assert "engine build" in found.in_words()
+
+
+def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
+    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
+    busy = replace(MACHINE, share=0.5)
+    found = estimate(cost, {"a": W4A16}, SIZES, 10**9, busy, builds=False)
+    assert found.seconds["calibrate"] == pytest.approx(2 * (125 + 20 + 20) + 26 + 14)
+    assert found.seconds["graph"] == pytest.approx(2 * 14 + 14)
+    assert found.seconds["check"] == pytest.approx(2 * 14)
 
 
 def test_nothing_to_calibrate_takes_no_time():
@@ -50,6 +60,7 @@ def test_rates_are_measured_and_nothing_is_left(tmp_path):
     machine = measure_machine(tmp_path / "not" / "there", weights)
     assert all(value > 0 for value in vars(machine).values())
     assert machine.flops >= 0.5 * machine.single_flops
+    assert machine.share <= 1
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 

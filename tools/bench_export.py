@@ -4,7 +4,8 @@
 
 Makes each checkpoint (`make_random_llava.py`), runs `qvlm-export --dry-run` for the estimate and then the export itself in a
 process of its own, adds a row to the JSON and deletes what it made, so that the largest size decides the disk. `tiny` is the
-model of the package. Bytes are those of storage (/proc/self/io), so a warm cache shows as few bytes read.
+model of the package. Bytes are those of storage (/proc/self/io), so a warm cache shows as few bytes read. Seconds are given
+as they passed and as the processors counted them, with the load average beside them: a busy machine stretches the first.
 `--plot docs/bench_export.png` draws cost against parameters from all rows there are.
 """
 
@@ -113,14 +114,14 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory against parameters, for each effort."""
+    """Processor seconds and peak memory against parameters, for each effort."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for effort in sorted({row["effort"] for row in rows}):
         mine = sorted((row for row in rows if row["effort"] == effort), key=lambda row: row["parameters"])
         billions = [row["parameters"] / 1e9 for row in mine]
-        axes[0].plot(billions, [row["wall_seconds"] for row in mine], "o-", label=effort)
+        axes[0].plot(billions, [row["cpu_seconds"] for row in mine], "o-", label=effort)
         axes[1].plot(billions, [row["peak_bytes"] / 2**30 for row in mine], "o-", label=effort)
-    for axis, label in zip(axes, ("seconds, all stages", "GiB resident, without the engine build"), strict=True):
+    for axis, label in zip(axes, ("processor seconds, all stages", "GiB resident, without the engine build"), strict=True):
         axis.set(xlabel="billion parameters", ylabel=label, xscale="log", yscale="log")
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
