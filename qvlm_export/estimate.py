@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,11 @@ from qvlm_export.preflight import Sizes
 # Resident once torch, transformers and onnx are imported and the processor is loaded.
 PROGRAM_BYTES = 700 * 2**20
 CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor is made
-# TensorRT-RTX 1.7 on two cores: seconds for a plan's fixed part and for each GiB of it, and its memory in sizes of the plan.
-BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 11.0, 3.0
+# TensorRT-RTX 1.7 on two cores: seconds for a plan's fixed part and for each GiB of it, and its memory in sizes of the plan,
+# beside PROGRAM_BYTES (2.4 at 13B, 2.6 at 1B).
+BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 11.0, 2.5
+# Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
+SURELY = 0.9
 # Norms, activation functions, softmax and copies beside the products of a block.
 FORWARD_OVERHEAD = 1.25
 
@@ -44,9 +48,16 @@ class Estimate:
 
 
 def estimate(
-    cost: Cost, linears: Mapping[str, LinearScheme], sizes: Sizes, largest_bytes: int, machine: Machine, *, builds: bool
+    cost: Cost,
+    linears: Mapping[str, LinearScheme],
+    parts: Mapping[str, Sizes],
+    largest_bytes: int,
+    machine: Machine,
+    *,
+    builds: bool,
 ) -> Estimate:
-    """cost: of calibration; sizes: of all weights; largest_bytes: of the largest tensor, in float16."""
+    """cost: of calibration; parts: of the weights; largest_bytes: of the largest tensor, in float16."""
+    sizes = total_sizes(parts)
     seconds: dict[str, float] = {}
     if linears:
         forwards = cost.flops / machine.flops * FORWARD_OVERHEAD + cost.single_flops / machine.single_flops
@@ -62,8 +73,27 @@ def estimate(
     copies = 1 + int(bool(linears)) + int(builds)
     seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes / machine.share
     memory = memory_needed(cost, largest_bytes)
-    build = PROGRAM_BYTES // 2 + int(BUILD_COPIES * sizes.planned_bytes) if builds else 0
+    build = build_memory(parts) if builds else 0
     return Estimate({name: round(value, 1) for name, value in seconds.items()}, memory, build)
+
+
+def build_memory(parts: Mapping[str, Sizes]) -> int:
+    """Resident bytes of the process that builds the engines, one after another."""
+    return PROGRAM_BYTES + int(BUILD_COPIES * max(part.planned_bytes for part in parts.values()))
+
+
+def check_memory(calibrating_bytes: int, building_bytes: int) -> None:
+    """Raises UserError when this machine has surely too little memory."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wanted = (
+        ("calibration", calibrating_bytes, "take fewer --samples, or --effort rtn"),
+        ("the engine build", building_bytes, "export with --backend onnx here, and build on a larger machine"),
+    )
+    for what, needed, cure in wanted:
+        if SURELY * needed > there:
+            raise UserError(
+                f"{what} needs about {needed / 2**30:.1f} GiB of memory and this machine has {there / 2**30:.1f} GiB; {cure}"
+            )
 
 
 def total_sizes(sizes: Mapping[str, Sizes]) -> Sizes:

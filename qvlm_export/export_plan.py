@@ -16,7 +16,17 @@ from engines.backend import Backend, choose_backend
 from engines.config import Limits, ModelConfig
 from engines.graph import expected_shapes
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.estimate import Estimate, activations_bytes, check_gpu_memory, estimate, largest_bytes, total_sizes
+from qvlm_export.estimate import (
+    Estimate,
+    activations_bytes,
+    build_memory,
+    check_gpu_memory,
+    check_memory,
+    estimate,
+    largest_bytes,
+    memory_needed,
+    total_sizes,
+)
 from qvlm_export.fingerprint import METHODS
 from qvlm_export.machine import measure_machine
 from qvlm_export.plan import Recipe, check_engine, choose_recipe, plan_linears
@@ -82,14 +92,7 @@ class ExportPlan:
 
 def plan_export(options: ExportOptions) -> ExportPlan:
     """The preflight: opens headers, decides schemes, checks everything that can be checked. Writes nothing."""
-    check_out(options.out)
-    if options.work_dir is not None:
-        check_work_dir(options.work_dir)
-    for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
-        if count is not None and count < 1:
-            raise UserError(f"{name} {count}: must be at least 1")
-    if options.effort not in EFFORTS:
-        raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
+    _check_options(options)
     device = check_device(options.device)
     recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
@@ -108,9 +111,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     builds = backend.module is not None
     disk = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=builds, kept_bytes=between)
     check_disk(disk, options.out, options.work_dir)
+    on_host = cost if device == "cpu" else Cost()
+    largest = largest_bytes(checkpoint.config)
     if device == "cuda":
         check_gpu_memory(cost.memory_bytes)
-    kept = activations_bytes(options.memory, options.effort, cost, largest_bytes(checkpoint.config))
+    check_memory(memory_needed(on_host, largest), build_memory(sizes) if builds else 0)
     return ExportPlan(
         options=options,
         checkpoint=checkpoint,
@@ -124,16 +129,28 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         disk_bytes=disk.bytes,
         samples=samples,
         cost=cost,
-        activations_bytes=kept,
+        activations_bytes=activations_bytes(options.memory, options.effort, on_host, largest),
         device=device,
     )
+
+
+def _check_options(options: ExportOptions) -> None:
+    """What needs no model."""
+    check_out(options.out)
+    if options.work_dir is not None:
+        check_work_dir(options.work_dir)
+    for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} {count}: must be at least 1")
+    if options.effort not in EFFORTS:
+        raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
 
 
 def estimate_export(plan: ExportPlan) -> Estimate:
     """Seconds and memory, from what is to be done and a short measurement of this machine."""
     machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0], plan.device)
     builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
-    return estimate(plan.cost, plan.linears, total_sizes(plan.sizes), largest, machine, builds=builds)
+    return estimate(plan.cost, plan.linears, plan.sizes, largest, machine, builds=builds)
 
 
 def streams_of(effort: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from calibrate.cost import Cost
 from calibrate.errors import UserError
 from calibrate.scheme import LinearScheme
 from calibrate.work import MEMORY_BYTES
-from qvlm_export.estimate import activations_bytes, duration, estimate, memory_needed
+from qvlm_export.estimate import activations_bytes, check_memory, duration, estimate, memory_needed
 from qvlm_export.machine import Machine, measure_machine
 from qvlm_export.preflight import Sizes
 
 Llava = Callable[..., Path]
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 MACHINE = Machine(1e11, 5e10, 3e8, 5e8, 1e9, 1e9, 5e8, 2)
-SIZES = Sizes(26 * 10**9, 7 * 10**9)
+SIZES = {"vision": Sizes(10**9, 5 * 10**8), "language": Sizes(25 * 10**9, 65 * 10**8)}
 
 
 def test_seconds_are_counts_by_rates():
@@ -41,6 +42,16 @@ def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
     assert found.seconds["calibrate"] == pytest.approx(2 * (125 + 20 + 20) + 26 + 14)
     assert found.seconds["graph"] == pytest.approx(2 * 14 + 14)
     assert found.seconds["check"] == pytest.approx(2 * 14)
+
+
+def test_a_machine_with_too_little_memory_is_refused(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**16)  # 256 MiB
+    assert_refused(export_onnx(llava(), absent), "calibration needs about 0.7 GiB", "has 0.2 GiB", "--effort rtn")
+    with pytest.raises(
+        UserError, match=r"the engine build needs about 1\.0 GiB .* has 0\.2 GiB; export with --backend onnx"
+    ):
+        check_memory(2**20, 2**30)
+    check_memory(2**28, 2**28)
 
 
 def test_nothing_to_calibrate_takes_no_time():
