@@ -29,6 +29,7 @@ SOLVE_FLOPS, ROUNDER_FLOPS = 2 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3)
 class Cost:
     """flops: of matrix products on all threads; single_flops: of factorizations, which use one. rounded: weights, each time.
 
+    elements: activations into and out of linears, which norms, activation functions and hooks pass over.
     forwards: prompts and pictures through a block. memory_bytes: of the largest block's work, beside the activations.
     """
 
@@ -37,6 +38,7 @@ class Cost:
     rounded: float = 0.0
     forwards: int = 0
     memory_bytes: int = 0
+    elements: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         """Of one after the other."""
@@ -46,6 +48,7 @@ class Cost:
             self.rounded + other.rounded,
             self.forwards + other.forwards,
             max(self.memory_bytes, other.memory_bytes),
+            self.elements + other.elements,
         )
 
 
@@ -89,7 +92,7 @@ def _of(plan: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearSchem
 def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int]) -> Cost:
     weights, planned = _weights(block, block.linear_names()), _weights(block, [f"{block.prefix}.{name}" for name in plan])
     memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * planned
-    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory)
+    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory, _elements(block, lengths))
 
 
 def _probed(block: Block, lengths: Sequence[int]) -> Cost:
@@ -102,7 +105,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     """Counted from BlockSearch: float run, a run for each group and variant, a run at the end; for each folding."""
     groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
     if not groups:
-        return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), FLOAT32_BYTES * _weights(block))
+        memory = FLOAT32_BYTES * _weights(block)
+        return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), memory, 2 * _elements(block, lengths))
     foldings, variants = len(method.foldings), len(method.variants)
     runs = foldings * (2 + len(groups) * (1 + (variants if variants > 1 else 0)))
     flops, single, rounded, memory = runs * _forward_flops(block, lengths), 0.0, 0.0, 0
@@ -128,7 +132,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     if method.learn_steps:
         flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)
         memory += 5 * FLOAT32_BYTES * _weights(block)  # offsets, their gradients, Adam's two moments, codes as floats
-    return Cost(flops, single, rounded, runs * len(lengths), memory)
+    return Cost(flops, single, rounded, runs * len(lengths), memory, runs * _elements(block, lengths))
 
 
 def _candidates(folding: str) -> int:
@@ -140,6 +144,11 @@ def _candidates(folding: str) -> int:
 def _forward_flops(block: Block, lengths: Sequence[int]) -> float:
     attention = 4.0 * sum(length**2 for length in lengths) * _width(block) if "layers" in block.prefix else 0.0
     return 2.0 * sum(lengths) * _weights(block) + attention
+
+
+def _elements(block: Block, lengths: Sequence[int]) -> float:
+    linears = [linear_of(block.module, name.removeprefix(f"{block.prefix}.")) for name in block.linear_names()]
+    return float(sum(lengths)) * sum(linear.in_features + linear.out_features for linear in linears)
 
 
 def _weights(block: Block, names: Iterable[str] | None = None) -> int:

@@ -26,8 +26,9 @@ CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor 
 BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 11.0, 2.5
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
-# Norms, activation functions, softmax and copies beside the products of a block.
-FORWARD_OVERHEAD = 1.25
+# Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
+# (a CLIP tower of width 1024 takes twice its products' time, a decoder of width 4096 a quarter more).
+ELEMENT_FLOPS = 1400.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def estimate(
     sizes = total_sizes(parts)
     seconds: dict[str, float] = {}
     if linears:
-        forwards = cost.flops / machine.flops * FORWARD_OVERHEAD + cost.single_flops / machine.single_flops
+        forwards = (cost.flops + ELEMENT_FLOPS * cost.elements) / machine.flops + cost.single_flops / machine.single_flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving

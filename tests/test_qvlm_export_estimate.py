@@ -25,9 +25,9 @@ SIZES = {"vision": Sizes(10**9, 5 * 10**8), "language": Sizes(25 * 10**9, 65 * 1
 
 
 def test_seconds_are_counts_by_rates():
-    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
+    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10, elements=1e9)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
-    assert found.seconds["calibrate"] == pytest.approx(125 + 20 + 20 + 26 + 14)
+    assert found.seconds["calibrate"] == pytest.approx(100 + 14 + 20 + 20 + 26 + 14)
     assert found.seconds["graph"] == pytest.approx(14 + 14)
     assert found.seconds["check"] == pytest.approx(21)
     assert found.seconds["build"] == pytest.approx(8 + 11 * 7e9 / 2**30 + 14, rel=0.01)
@@ -39,7 +39,7 @@ def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
     cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
     busy = replace(MACHINE, share=0.5)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, busy, builds=False)
-    assert found.seconds["calibrate"] == pytest.approx(2 * (125 + 20 + 20) + 26 + 14)
+    assert found.seconds["calibrate"] == pytest.approx(2 * (100 + 20 + 20) + 26 + 14)
     assert found.seconds["graph"] == pytest.approx(2 * 14 + 14)
     assert found.seconds["check"] == pytest.approx(2 * 14)
 
