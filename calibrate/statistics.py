@@ -113,8 +113,10 @@ class InputStatistics:
         if not rows.numel():
             return
         self._cover(float(rows.abs().max()))
-        for label in labels.unique().tolist():
-            part = rows[labels == label]
+        for label, count in enumerate(torch.bincount(labels, minlength=len(TokenLabel)).tolist()):
+            if not count:
+                continue
+            part = rows if count == len(rows) else rows[labels == label]
             self._tokens[label] += len(part)
             self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
             self._counts[label] += torch.bincount(self._bins_of(part), minlength=2 * BINS)
@@ -131,9 +133,9 @@ class InputStatistics:
             self._exponent = exponent
 
     def _bins_of(self, part: torch.Tensor) -> torch.Tensor:
-        """int64 [values]. Multiplying by a power of two is exact, so a value's bin is, too."""
-        steps = (part.abs() * (BINS * 2.0**-self._exponent)).long()
-        return torch.where(part < 0, BINS - 1 - steps, BINS + steps).flatten()
+        """int32 [values]. Multiplying by a power of two is exact, so a value's bin is, too."""
+        steps = part.abs().mul_(BINS * 2.0**-self._exponent).int()
+        return steps.bitwise_xor_((part < 0).int().neg_()).add_(BINS).flatten()  # ~steps below zero: -1 - steps
 
     def tokens(self, labels: Iterable[TokenLabel] = ALL) -> int:
         """How many tokens were seen."""
