@@ -56,8 +56,8 @@ def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibra
         return CalibratedCheckpoint(folder)
     if options.calib_data is None:
         reporter.note(
-            f"calibrating with {len(plan.samples)} of the package's own drawn scenes, as --calib-data was not given: activation "
-            "ranges of your pictures and prompts may be clipped, which costs accuracy; give 64 or more real examples"
+            f"calibrating with {len(plan.samples)} of the package's own drawn scenes, as --calib-data was not given: "
+            "activation ranges of your pictures and prompts may be clipped, which costs accuracy; give 64 or more real ones"
         )
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
