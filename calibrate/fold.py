@@ -115,7 +115,7 @@ def choose_factors(
     if folding in SMOOTH_EXPONENTS:
         return _tidy(_smoothing(peak, size, SMOOTH_EXPONENTS[folding]))
     if folding == "expected":
-        channels = torch.arange(len(peak))
+        channels = torch.arange(len(peak), device=peak.device)
         starts = [_smoothing(peak, size, exponent) for exponent in STARTS]
         energy = energies(inputs.tokens, inputs.weights)
         noise = Noise(tail_of(inputs.tokens), energy, thinned(weight), scheme)

@@ -201,7 +201,7 @@ def counted(
     the root of what an error counts, [B, tokens, 1]. weights: [B, tokens] of each batch, None for all alike.
     """
     if weights is None:
-        weights = [torch.ones(x.shape[:2]) for x in inputs]
+        weights = [torch.ones(x.shape[:2], device=x.device) for x in inputs]
     return [(x, y, w.sqrt()[..., None]) for x, y, w in zip(inputs, wanted, weights, strict=True)]
 
 

@@ -73,7 +73,7 @@ def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     rows: float32 [tokens, in]; weights: what they count, None for all alike.
     """
     rounder = make_rounder((rows if weights is None else rows * weights[:, None]).T @ rows)
-    left = torch.empty(rows.shape[1])
+    left = torch.empty(rows.shape[1], device=rows.device)
     left[rounder.order] = rounder.upper.diagonal().square().reciprocal() / len(rows)
     return left
 

@@ -22,7 +22,7 @@ from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.method import Method, Variant
 from calibrate.scheme import LinearScheme
-from calibrate.search import quantize_group
+from calibrate.search import Rows, quantize_group
 from calibrate.searched import calibrate_searched
 
 Llava = Callable[..., Path]
@@ -47,7 +47,7 @@ class SameThread:
 
 def searched_briefly(*arguments: Any) -> dict[str, Any]:
     """Without the loop over columns, which takes long where it is only pretended."""
-    return calibrate_searched(*arguments, Method(foldings=("output_error",), variants=(Variant(rounding="nearest"),)))
+    return calibrate_searched(*arguments, Method(foldings=("search",), variants=(Variant(rounding="nearest"),)))
 
 
 def on_both(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any) -> list[CalibratedCheckpoint]:
@@ -89,9 +89,9 @@ def test_rounding_towards_the_output_on_a_gpu() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, rows = torch.randn(8, 128, generator=generator), torch.randn(64, 128, generator=generator)
     plan = {"a": LinearScheme(weight_bits=4, activation_bits=8, group_size=64)}
-    wanted = quantize_group({"a": weight}, plan, Variant(), rows, rows * 1.01)["a"]
+    wanted = quantize_group({"a": weight}, plan, Variant(), Rows(rows, rows * 1.01))["a"]
     with PretendGpu():
-        found = quantize_group({"a": weight.to(GPU)}, plan, Variant(), rows.to(GPU), rows.to(GPU) * 1.01)["a"]
+        found = quantize_group({"a": weight.to(GPU)}, plan, Variant(), Rows(rows.to(GPU), rows.to(GPU) * 1.01))["a"]
     assert np.array_equal(found.codes, wanted.codes)
     assert np.array_equal(found.scale, wanted.scale)
 
