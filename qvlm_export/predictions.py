@@ -64,23 +64,23 @@ class PredictionWriter:
         if self._file is not None:
             self._file.close()
 
-    def begin(self) -> None:
-        """Makes the file, or takes from it what a kill left half and what is tried again."""
+    def begin(self) -> IO[str]:
+        """Makes the file, or takes from it what a kill left half and what is tried again; once only."""
         if self._file is not None:
-            return
+            return self._file
         if self._found is None or len(self.answers) < len(self._found.answers):
             write_predictions(self._path, Predictions(self._header, self.answers, 0))
         else:
             os.truncate(self._path, self._found.size)
         self._file = self._path.open("a", encoding="ascii")
+        return self._file
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Writes a batch; it is on disk when this returns."""
-        self.begin()
-        assert self._file is not None
-        self._file.write("".join(_line(one, answer) for one, answer in answers.items()))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file = self.begin()
+        file.write("".join(_line(one, answer) for one, answer in answers.items()))
+        file.flush()
+        os.fsync(file.fileno())
         self.answers |= answers
 
 
