@@ -1,7 +1,7 @@
 """What calibrating costs, counted from shapes before anything runs. torch modules on meta, no tensor.
 
-The counts follow absmax.py and search.py: whoever changes what they compute changes them here, and a test compares the
-forwards with those counted at run time.
+The counts follow absmax.py, search.py and group.py: whoever changes what they compute changes them here, and a test compares
+the forwards with those counted at run time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of
+from calibrate.group import SEARCH_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
+from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
-from calibrate.search import SEARCH_TOKENS
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
@@ -52,33 +53,47 @@ class Cost:
         )
 
 
-def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], streams: int) -> bool:
+def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> bool:
     """Whether activations are kept in 16 bits. By the samples alone: `--memory` must not change a bit of the result."""
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    return FLOAT32_BYTES * streams * tokens * _width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
+    tokens = sum(_text_lengths(blocks, samples, method))
+    return FLOAT32_BYTES * _streams(method) * tokens * _width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
 
 
-def kept_bytes(blocks: ModelBlocks, samples: Sequence[Sample], streams: int) -> int:
+def kept_bytes(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> int:
     """Most that lies on disk between blocks: inputs and outputs of one, and the tower's layers that the projector reads."""
-    item = FLOAT32_BYTES // 2 if is_narrow(blocks, samples, streams) else FLOAT32_BYTES
+    item = FLOAT32_BYTES // 2 if is_narrow(blocks, samples, method) else FLOAT32_BYTES
     patches = _patches(blocks) * sum(len(sample.pixel_values) for sample in samples)
     vision = (1 + len(blocks.features)) * patches * _width(blocks.vision_layers[0])
-    text = 2 * sum(len(sample.input_ids) for sample in samples) * _width(blocks.text_layers[0])
-    return item * streams * max(vision + patches * _width(blocks.text_layers[0]), text)
+    text = 2 * sum(_text_lengths(blocks, samples, method)) * _width(blocks.text_layers[0])
+    return item * _streams(method) * max(vision + patches * _width(blocks.text_layers[0]), text)
+
+
+def _streams(method: Method | None) -> int:
+    """How many copies of the samples walk through the blocks: the float model's, and for searching the quantized one's."""
+    return 1 if method is None else 2
+
+
+def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> list[int]:
+    """Tokens of each prompt that the decoder reads."""
+    if method is None:
+        return [len(sample.input_ids) for sample in samples]
+    prompts = recombine(samples, method.questions, blocks.image_token_id, method.seed)
+    return [len(prompt.input_ids) for prompt in flat(prompts)[0]]
 
 
 def calibration_cost(
     blocks: ModelBlocks, plan: Mapping[str, LinearScheme], samples: Sequence[Sample], method: Method | None
 ) -> Cost:
     """method: of the searching calibrator, None for round-to-nearest."""
-    texts = [len(sample.input_ids) for sample in samples]
+    texts = _text_lengths(blocks, samples, method)
     patches = _patches(blocks)
     pictures = [patches] * sum(len(sample.pixel_values) for sample in samples)
     vision = [(block, pictures) for block in (*blocks.vision_layers, blocks.projector)]
     parts = [*vision, *((block, texts) for block in blocks.text_layers)]
     if method is not None:
         probed = Cost() if method.objective == "plain" else sum((_probed(b, lengths) for b, lengths in parts), Cost())
-        return sum((_searched(block, _of(plan, block), lengths, method) for block, lengths in parts), probed)
+        own = [method if block in blocks.text_layers else method.for_vision() for block, _ in parts]
+        return sum((_searched(b, _of(plan, b), lengths, m) for (b, lengths), m in zip(parts, own, strict=True)), probed)
     looks = [any(s.activation_bits is not None for s in _of(plan, block).values()) for block, _ in parts]
     walked = max((number + 1 for number, looked in enumerate(looks) if looked), default=0)
     return sum((_nearest(b, _of(plan, b), x if n < walked else []) for n, (b, x) in enumerate(parts)), Cost())
@@ -119,6 +134,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
         flops += foldings * variants * (2 * 2.0 * tokens * into**2 + 2 * 2.0 * out * into**2)  # Gram matrices; aim and GPTQ
+        flops += foldings * sum(2.0 + 4.0 * v.sweeps for v in method.variants if v.sweeps) * out * into**2
         single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
         rounded += (tried + foldings * variants) * out * into
         if "expected" in method.foldings and group.producer is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite, residen
 from calibrate.fold import groups_of
 from calibrate.job import Calibration
 from calibrate.method import Objective
+from calibrate.recombine import Prompts, flat
 from calibrate.record import labels_of
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
@@ -49,41 +50,47 @@ class _Visit:
     leaves: list[torch.Tensor]
 
 
-def measure_influence(job: Calibration, objective: Objective, seed: int = 0) -> Influence:
+def measure_influence(job: Calibration, prompts: Prompts, objective: Objective, seed: int = 0) -> Influence:
     """Nothing for the objective `plain`. Reads the weights twice for every part of the samples."""
     if objective == "plain":
         return {}
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[torch.Tensor]] = {}
-    for part in _parts(job.samples, job.blocks):
-        for name, weights in _part_influence(replace(job, samples=part), objective, generator).items():
+    for part in _parts(prompts, job.blocks):
+        for name, weights in _part_influence(job, part, objective, generator).items():
             found.setdefault(name, []).extend(weights)
     if objective == "modality":
-        found = {name: _by_kind(weights, _labels(name, job)) for name, weights in found.items()}
+        found = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in found.items()}
     return {name: _normalised(weights) for name, weights in found.items()}
 
 
-def runs_of(job: Calibration, objective: Objective) -> int:
+def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> int:
     """How many prompts and pictures go through a block, each twice forwards and once backwards."""
     pictures = sum(len(sample.pixel_values) for sample in job.samples)
-    runs = (len(job.blocks.vision_layers) + 1) * pictures + len(job.blocks.text_layers) * len(job.samples)
+    runs = (len(job.blocks.vision_layers) + 1) * pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
     return 0 if objective == "plain" else runs
 
 
-def _parts(samples: Sequence[Sample], blocks: ModelBlocks) -> Iterator[Sequence[Sample]]:
-    """As many samples at a time as memory is meant for."""
+def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
+    """As many samples at a time, with all prompts about their pictures, as memory is meant for."""
     width = blocks.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
-    part: list[Sample] = []
-    for sample in samples:
-        if part and (len(part) + 1) * len(sample.input_ids) * width * blocks.count() > PART_VALUES:
+    part: list[Sequence[Sample]] = []
+    tokens = 0
+    for about in prompts:
+        more = sum(len(prompt.input_ids) for prompt in about)
+        if part and (tokens + more) * width * blocks.count() > PART_VALUES:
             yield part
-            part = []
-        part.append(sample)
+            part, tokens = [], 0
+        part.append(about)
+        tokens += more
     yield part
 
 
-def _part_influence(job: Calibration, objective: Objective, generator: torch.Generator) -> dict[str, list[torch.Tensor]]:
-    blocks, source, samples = job.blocks, job.source, job.samples
+def _part_influence(
+    job: Calibration, prompts: Prompts, objective: Objective, generator: torch.Generator
+) -> dict[str, list[torch.Tensor]]:
+    blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
+    texts, pictures_of = flat(prompts)
     visits: list[_Visit] = []
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -97,19 +104,26 @@ def _part_influence(job: Calibration, objective: Objective, generator: torch.Gen
         return batches.split(leaves)
 
     with torch.enable_grad():
-        hidden = walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
-        _probe(job, hidden, objective, generator)
+        features = walk_vision(blocks, source, pictured, step)
+        hidden = walk_language(blocks, source, texts, [features[number] for number in pictures_of], step)
+        _probe(job, texts, hidden, objective, generator)
         found: dict[str, list[torch.Tensor]] = {}
         while visits:
             found |= _backward(visits.pop(), source)
     return found
 
 
-def _probe(job: Calibration, hidden: Sequence[torch.Tensor], objective: Objective, generator: torch.Generator) -> None:
+def _probe(
+    job: Calibration,
+    texts: Sequence[Sample],
+    hidden: Sequence[torch.Tensor],
+    objective: Objective,
+    generator: torch.Generator,
+) -> None:
     """Gradients of the answers' probed logits by the last block's outputs, left in its leaves."""
     gain = load_finite(job.source, FINAL_NORM)
     head = load_finite(job.source, HEAD if HEAD in job.source else TABLE)
-    for sample, states in zip(job.samples, hidden, strict=True):
+    for sample, states in zip(texts, hidden, strict=True):
         first = max(sample.answer_start - 1, 0)
         last = max(first + 1, len(sample.input_ids) - 1)
         logits = nn.functional.rms_norm(states[0, first:last], gain.shape, gain, job.blocks.final_epsilon) @ head.T
@@ -160,11 +174,11 @@ def _kept_outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
             handle.remove()
 
 
-def _labels(name: str, job: Calibration) -> list[torch.Tensor]:
+def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]:
     """TokenLabels of the inputs of a block, or of a linear inside one."""
     blocks = (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)
     owner = next(block for block in blocks if f"{name}.".startswith(f"{block.prefix}."))
-    return labels_of(owner, job.blocks, job.samples)
+    return labels_of(owner, job.blocks, prompts)
 
 
 def _by_kind(weights: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:

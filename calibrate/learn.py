@@ -24,14 +24,28 @@ from calibrate.quantize import activation_scale_nearest, squared_sum, stored_wei
 from calibrate.scheme import LinearScheme
 from calibrate.walk import Run
 
-HELD_BACK = 8  # every eighth sample decides, the others teach
+HELD_BACK = 8  # every eighth picture decides, with all prompts about it; the others teach
 STEP_TOKENS = 768
 CHECKS = 8  # times that the held-back samples are looked at
 RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
 
 
-# Inputs, what they should give, and the root of what an error counts; see `counted`.
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+@dataclass(frozen=True)
+class Batch:
+    """x: inputs from the quantized prefix, y: what the float model gives there, float32 [B, tokens, width].
+
+    root: of what an error counts, float32 [B, tokens, 1]. group: int64 [B], of each input; those of a group, all prompts
+    about one picture, teach or decide together.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    root: torch.Tensor
+    group: torch.Tensor
+
+    def rows(self, chosen: torch.Tensor) -> Batch:
+        """Some of its inputs, by mask or number."""
+        return Batch(self.x[chosen], self.y[chosen], self.root[chosen], self.group[chosen.to(self.group.device)])
 
 
 @dataclass(frozen=True)
@@ -140,22 +154,24 @@ def learn_block(
     generator = torch.Generator().manual_seed(seed)
     best = before = _error(student, run, decide)
     kept = copy.deepcopy(student.state_dict())
-    forwards, backwards = sum(len(x) for x, _, _ in decide), 0
+    deciding = sum(len(batch.x) for batch in decide)
+    forwards, backwards = deciding, 0
     for step in range(steps):
-        x, y, root = _draw(teach, generator)
+        drawn = _draw(teach, generator)
         with torch.enable_grad():
-            loss = ((run(student, x) - y) * root).square().sum() / (y * root).square().sum()
+            wrong = (run(student, drawn.x) - drawn.y) * drawn.root
+            loss = wrong.square().sum() / (drawn.y * drawn.root).square().sum()
             optimizer.zero_grad()
             loss.backward()
         share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         optimizer.step()
-        forwards, backwards = forwards + len(x), backwards + len(x)
+        forwards, backwards = forwards + len(drawn.x), backwards + len(drawn.x)
         if (step + 1) % max(1, steps // CHECKS) == 0:
             settled = _settled(student)
             error = _error(settled, run, decide)
-            forwards += sum(len(x) for x, _, _ in decide)
+            forwards += deciding
             if error < best:
                 best, kept = error, copy.deepcopy(settled.state_dict())
     student.load_state_dict(kept)
@@ -195,40 +211,37 @@ def _settled(student: nn.Module) -> nn.Module:
 
 
 def counted(
-    inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
+    inputs: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | None = None,
+    groups: Sequence[torch.Tensor] | None = None,
 ) -> list[Batch]:
-    """Batches to learn from: float32 [B, tokens, width] from the quantized prefix, what the float model gives there, and
-    the root of what an error counts, [B, tokens, 1]. weights: [B, tokens] of each batch, None for all alike.
-    """
+    """Batches to learn from, see `Batch`. weights: [B, tokens] of each, None for all alike. groups: None: each its own."""
     if weights is None:
         weights = [torch.ones(x.shape[:2], device=x.device) for x in inputs]
-    return [(x, y, w.sqrt()[..., None]) for x, y, w in zip(inputs, wanted, weights, strict=True)]
+    if groups is None:
+        groups = torch.arange(sum(len(x) for x in inputs)).split([len(x) for x in inputs])
+    return [Batch(x, y, w.sqrt()[..., None], g) for x, y, w, g in zip(inputs, wanted, weights, groups, strict=True)]
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Those that teach and those that decide. A single sample does both."""
-    teach: list[Batch] = []
-    decide: list[Batch] = []
-    number = 0
-    for x, y, root in batches:
-        held = torch.tensor([(number + i) % HELD_BACK == HELD_BACK - 1 for i in range(len(x))])
-        number += len(x)
-        teach += [(x[~held], y[~held], root[~held])] if not held.all() else []
-        decide += [(x[held], y[held], root[held])] if held.any() else []
+    """Those that teach and those that decide. A single group does both."""
+    held = [batch.group % HELD_BACK == HELD_BACK - 1 for batch in batches]
+    teach = [batch.rows(~mask) for batch, mask in zip(batches, held, strict=True) if not mask.all()]
+    decide = [batch.rows(mask) for batch, mask in zip(batches, held, strict=True) if mask.any()]
     return (teach, decide) if teach and decide else (teach or decide, decide or teach)
 
 
 def _draw(batches: Sequence[Batch], generator: torch.Generator) -> Batch:
-    """Some rows of one batch, every row of all batches being as likely."""
-    sizes = torch.tensor([float(len(x)) for x, _, _ in batches])
-    x, y, root = batches[int(torch.multinomial(sizes, 1, generator=generator))]
-    count = max(1, STEP_TOKENS // x.shape[1])
-    rows = torch.randperm(len(x), generator=generator)[:count]
-    return x[rows], y[rows], root[rows]
+    """Some inputs of one batch, every input of all batches being as likely."""
+    sizes = torch.tensor([float(len(batch.x)) for batch in batches])
+    batch = batches[int(torch.multinomial(sizes, 1, generator=generator))]
+    count = max(1, STEP_TOKENS // batch.x.shape[1])
+    return batch.rows(torch.randperm(len(batch.x), generator=generator)[:count])
 
 
 def _error(student: nn.Module, run: Run, batches: Sequence[Batch]) -> float:
     """Squared error relative to the float outputs."""
     with torch.no_grad():
-        wrong = sum(squared_sum((run(student, x) - y) * root) for x, y, root in batches)
-    return wrong / max(sum(squared_sum(y * root) for _, y, root in batches), 1e-30)
+        wrong = sum(squared_sum((run(student, batch.x) - batch.y) * batch.root) for batch in batches)
+    return wrong / max(sum(squared_sum(batch.y * batch.root) for batch in batches), 1e-30)

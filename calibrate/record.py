@@ -20,7 +20,7 @@ from calibrate.entropy import histogram_entropy
 from calibrate.fold import groups_of
 from calibrate.printed import LayerInput, entropy_blocks
 from calibrate.quantize import activation_scale
-from calibrate.samples import Sample
+from calibrate.recombine import Prompts, flat
 from calibrate.search import BlockSearch, relative_error
 from calibrate.statistics import Histogram, TokenLabel, token_labels
 
@@ -52,15 +52,15 @@ def block_record(
     }
 
 
-def labels_of(block: Block, blocks: ModelBlocks, samples: Sequence[Sample]) -> list[torch.Tensor]:
+def labels_of(block: Block, blocks: ModelBlocks, prompts: Prompts) -> list[torch.Tensor]:
     """The TokenLabel of every token of every input that reaches `block`, in the order of the inputs.
 
     Tower and projector see the samples that have pictures, every picture's tokens being image tokens; one label for all
-    of them. The decoder sees all samples.
+    of them. The decoder sees all prompts.
     """
     if block in blocks.text_layers:
-        return [token_labels(sample, blocks.image_token_id) for sample in samples]
-    return [torch.tensor([int(TokenLabel.IMAGE)]) for sample in samples if len(sample.pixel_values)]
+        return [token_labels(prompt, blocks.image_token_id) for prompt in flat(prompts)[0]]
+    return [torch.tensor([int(TokenLabel.IMAGE)]) for sample, *_ in prompts if len(sample.pixel_values)]
 
 
 def errors_by_label(

@@ -24,25 +24,14 @@ from torch import nn
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
 from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, sharing_of
-from calibrate.gptq import aim_at_float, gptq_round, make_rounder
+from calibrate.group import Rows, chosen_rows, quantize_group
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
-from calibrate.noise import best_range, tail_of
-from calibrate.quantize import (
-    activation_scale,
-    activation_scale_nearest,
-    fake_quantize,
-    group_amax,
-    round_to_codes,
-    squared_sum,
-    weight_scale,
-)
-from calibrate.ranges import search_activation_scale, search_weight_scale
+from calibrate.quantize import fake_quantize, squared_sum
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.walk import Run
 
-SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
 _COUNTED = 2**22  # values counted at a time
 
 
@@ -85,7 +74,8 @@ class BlockSearch:
     """One block being searched. `best` and `learned` hold what was found; forwards and backwards are counted.
 
     influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
-    under "" for the block's output; empty where all count alike.
+    under "" for the block's output; empty where all count alike. pictures: int64 [B] of every batch, of the sample whose
+    pictures an input is about; None where every input has its own.
     """
 
     module: nn.Module
@@ -93,6 +83,7 @@ class BlockSearch:
     run: Run
     method: Method
     influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+    pictures: Sequence[torch.Tensor] | None = None
     forwards: int = 0
     backwards: int = 0
     best: Candidate | None = None
@@ -206,7 +197,7 @@ class BlockSearch:
             best.module,
             best.found,
             self.run,
-            counted(inputs, wanted, self.influence.get("")),
+            counted(inputs, wanted, self.influence.get(""), self.pictures),
             steps=method.learn_steps,
             seed=method.seed,
         )
@@ -241,62 +232,6 @@ def relative_error(
     return wrong / max(sum(squared_sum(b) for b in wanted), 1e-30)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A group's input, float32 [tokens, in]. wanted: in the float model, seen: from the quantized prefix.
-
-    weights: what each row counts, float32 [tokens]; None for all alike.
-    """
-
-    wanted: torch.Tensor
-    seen: torch.Tensor
-    weights: torch.Tensor | None = None
-
-    def grams(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """seen^T seen and wanted^T seen, float32 [in, in], for `seen` as it is rounded."""
-        counted = seen if self.weights is None else seen * self.weights[:, None]
-        return counted.T @ seen, self.wanted.T @ counted
-
-
-def quantize_group(
-    weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], variant: Variant, rows: Rows
-) -> dict[str, QuantizedLinear]:
-    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded."""
-    bits = {plan[name].activation_bits for name in weights} - {None}
-    input_scale: float | None = None
-    seen = rows.seen
-    if bits:
-        num_bits = int(bits.pop() or 8)
-        input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
-        seen = fake_quantize(seen, input_scale, num_bits)
-    gram, cross = rows.grams(seen)
-    if variant.ridge is not None:
-        aimed = aim_at_float(torch.cat(list(weights.values())), gram, cross, variant.ridge)
-        weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
-    del cross
-    rounder = make_rounder(gram) if variant.rounding == "gptq" else None
-    found = {}
-    for name, weight in weights.items():
-        scheme = plan[name]
-        if variant.weight_ranges == "absmax":
-            scale = weight_scale(group_amax(weight, scheme), scheme)
-        else:
-            scale = search_weight_scale(weight, gram, scheme)
-        codes = round_to_codes(weight, scale, scheme) if rounder is None else gptq_round(weight, rounder, scale, scheme)
-        own = input_scale if scheme.activation_bits is not None else None
-        found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
-    return found
-
-
-def _input_scale(variant: Variant, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:
-    if variant.activation_ranges == "absmax":
-        return activation_scale(float(seen.abs().max()), num_bits)
-    if variant.activation_ranges == "expected":
-        return best_range(tail_of(seen), weight, num_bits)
-    rows = chosen_rows(seen)
-    return activation_scale_nearest(variant.widen * search_activation_scale(seen[rows], wanted[rows], weight, num_bits))
-
-
 def _histogram(name: str, rows: torch.Tensor) -> Histogram:
     """Of all values together, for the record; a few at a time, as counting takes many times their memory."""
     statistics = InputStatistics(name, 1, with_gram=False)
@@ -318,16 +253,3 @@ def _watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-def chosen_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Indices of at most SEARCH_TOKENS rows: evenly spread over all samples, and those with the largest values.
-
-    A few tokens (the first of a sequence, mostly) have values far beyond all others; without them a range would look safe
-    that clips them.
-    """
-    if len(rows) <= SEARCH_TOKENS:
-        return torch.arange(len(rows), device=rows.device)
-    extreme = torch.topk(rows.abs().amax(dim=1), SEARCH_TOKENS // 8).indices
-    spread = torch.linspace(0, len(rows) - 1, SEARCH_TOKENS - len(extreme)).long().to(rows.device)
-    return torch.unique(torch.cat([spread, extreme]))

@@ -20,6 +20,7 @@ from calibrate.errors import UserError
 from calibrate.influence import Influence, measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
+from calibrate.recombine import flat, recombine
 from calibrate.record import block_record, labels_of, with_partition
 from calibrate.residents import CPU, on, residents
 from calibrate.search import BlockSearch
@@ -36,9 +37,12 @@ def calibrate_searched(
     """
     shards = BlockWriter(job, writer, progress)
     influence: Influence = {}
+    prompts = recombine(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    texts, pictures_of = flat(prompts)
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         plan, half = job.plan_of(block), len(inputs) // 2
+        own = method if block in job.blocks.text_layers else method.for_vision()
         with resident(block) as module, torch.no_grad():
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
@@ -46,29 +50,32 @@ def calibrate_searched(
                 raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
             check_outputs(block, inputs)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            counts = {name: on(job.device, parts) for name, parts in _of_block(influence, block, batches).items()}
-            search = BlockSearch(module, plan, run, method, counts)
+            counted = {} if own.objective == "plain" else _of_block(influence, block, batches)
+            counts = {name: on(job.device, parts) for name, parts in counted.items()}
+            pictures = batches.merged(_pictures(block, job, pictures_of))
+            search = BlockSearch(module, plan, run, own, counts, pictures)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-            record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, job.samples))
+            record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, prompts))
         outputs = shards.keep(block, [*exact, *rounded])
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs
 
-    samples = [*job.samples, *job.samples]
     with steady_threads(job.blocks), residents(job.blocks, job.source, job.device) as resident:
-        influence |= measure_influence(job, method.objective, method.seed)
-        features = walk_vision(job.blocks, job.source, samples, shards.resumable(step))
-        walk_language(job.blocks, job.source, samples, features, shards.resumable(step))
+        influence |= measure_influence(job, prompts, method.objective, method.seed)
+        features = walk_vision(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
+        spread = [features[half + number] for half in (0, len(job.samples)) for number in pictures_of]
+        walk_language(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))
     shards.write_rest()
     marked, thresholds = with_partition(shards.records)
     return {
         "method": asdict(method),
         "samples": len(job.samples),
-        "tokens": sum(len(s.input_ids) for s in job.samples),
-        "block_forwards": sum(b["forwards"] for b in shards.records) + 2 * runs_of(job, method.objective),
-        "block_backwards": sum(b["backwards"] for b in shards.records) + runs_of(job, method.objective),
+        "prompts": len(texts),
+        "tokens": sum(len(s.input_ids) for s in texts),
+        "block_forwards": sum(b["forwards"] for b in shards.records) + 2 * runs_of(job, prompts, method.objective),
+        "block_backwards": sum(b["backwards"] for b in shards.records) + runs_of(job, prompts, method.objective),
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }
@@ -78,6 +85,14 @@ def _of_block(influence: Influence, block: Block, batches: Batches) -> dict[str,
     """What tokens count in one block, in its batches, by names inside it and under "" for its output."""
     inside = {n: weights for n, weights in influence.items() if f"{n}.".startswith(f"{block.prefix}.")}
     return {n.removeprefix(block.prefix).removeprefix("."): batches.merged(weights) for n, weights in inside.items()}
+
+
+def _pictures(block: Block, job: Calibration, pictures_of: Sequence[int]) -> list[torch.Tensor]:
+    """The number of the sample whose pictures an input is about, int64 [rows] for each input of the block."""
+    if block in job.blocks.text_layers:
+        return [torch.tensor([number]) for number in pictures_of]
+    shown = [(number, len(sample.pixel_values)) for number, sample in enumerate(job.samples) if len(sample.pixel_values)]
+    return [torch.full((count,), number) for number, count in shown]
 
 
 def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
     cost = calibration_cost(blocks, linears, samples, METHODS.get(options.effort)) if linears else Cost()
-    between = kept_bytes(blocks, samples, streams_of(options.effort)) if linears else 0
+    between = kept_bytes(blocks, samples, METHODS.get(options.effort)) if linears else 0
     builds = backend.module is not None
     disk = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=builds, kept_bytes=between)
     check_disk(disk, options.out, options.work_dir)
@@ -151,11 +151,6 @@ def estimate_export(plan: ExportPlan) -> Estimate:
     machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0], plan.device)
     builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
     return estimate(plan.cost, plan.linears, plan.sizes, largest, machine, builds=builds)
-
-
-def streams_of(effort: str) -> int:
-    """How many copies of the samples walk through the blocks: the float model's, and for searching the quantized one's."""
-    return 1 if effort == "rtn" else 2
 
 
 def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:

@@ -26,8 +26,8 @@ from engines.graph import FLOAT_TYPES, fill_weights, language_graph, vision_grap
 from engines.insert_qdq import insert_qdq, transpose_float_weights
 from engines.plan_check import LinearCheck, check_plan, require_integer
 from engines.write_graph import interface, write_graph
-from qvlm_export.export_plan import PARTS, ExportPlan, of_part, streams_of
-from qvlm_export.fingerprint import digest
+from qvlm_export.export_plan import PARTS, ExportPlan, of_part
+from qvlm_export.fingerprint import METHODS, digest
 from qvlm_export.progress import Reporter
 from qvlm_export.publish import file_names
 from qvlm_export.work import WorkFolder
@@ -61,7 +61,7 @@ def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibra
         )
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
-        narrow = is_narrow(plan.blocks, plan.samples, streams_of(options.effort))
+        narrow = is_narrow(plan.blocks, plan.samples, METHODS.get(options.effort))
         kept = Work(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
         job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept, torch.device(plan.device))
         if resumed := work.finished_blocks():

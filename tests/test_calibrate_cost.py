@@ -18,6 +18,9 @@ from calibrate.searched import calibrate_searched
     [
         FAST,
         Method(foldings=("expected",), objective="modality"),
+        Method(foldings=("none",), objective="logits", questions=3),
+        Method(foldings=("search", "none"), objective="logits", vision="own"),
+        Method(foldings=("search", "none"), objective="logits", vision="none"),
         Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant())),
     ],
 )
@@ -58,5 +61,5 @@ def test_the_largest_block_decides_the_memory():
 def test_few_samples_of_a_small_model_stay_in_32_bits(llava):
     checkpoint = open_small(llava())
     blocks, samples = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint)
-    assert not is_narrow(blocks, samples, 2)
-    assert is_narrow(blocks, samples * 1000, 2)
+    assert not is_narrow(blocks, samples, FAST)
+    assert is_narrow(blocks, samples * 1000, FAST)

@@ -13,10 +13,14 @@ from small_export import mixed_samples, open_small, plan_of
 from calibrate import influence
 from calibrate.blocks import linear_of, make_blocks, resident
 from calibrate.fold import groups_of
-from calibrate.influence import FLOOR, measure_influence
+from calibrate.group import Rows
+from calibrate.influence import FLOOR, Influence, measure_influence
 from calibrate.job import Calibration
+from calibrate.method import Objective
+from calibrate.recombine import flat, recombine
 from calibrate.record import labels_of
-from calibrate.search import Rows, relative_error
+from calibrate.samples import Sample
+from calibrate.search import relative_error
 from calibrate.statistics import token_labels
 from calibrate.walk import walk_language, walk_vision
 
@@ -26,6 +30,15 @@ def job(llava) -> Calibration:
     checkpoint = open_small(llava(dtype="float32"))
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
     return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, "int4"), samples)
+
+
+def alone(job: Calibration) -> list[list[Sample]]:
+    """Every sample with its own question only."""
+    return [[sample] for sample in job.samples]
+
+
+def measured(job: Calibration, objective: Objective, seed: int = 0) -> Influence:
+    return measure_influence(job, alone(job), objective, seed)
 
 
 def all_at_once(job: Calibration) -> dict[str, list[torch.Tensor]]:
@@ -76,7 +89,7 @@ def test_probes_estimate_the_gradients_of_all_logits(job: Calibration) -> None:
     sample = job.samples[0]
     job = replace(job, samples=[replace(sample, input_ids=sample.input_ids[: sample.answer_start + 1])])
     wanted = all_at_once(job)
-    probes = [measure_influence(job, "logits", seed) for seed in range(32)]
+    probes = [measured(job, "logits", seed) for seed in range(32)]
     for name, exact in wanted.items():
         mean = torch.stack([torch.cat([w.flatten() for w in probe[name]]) for probe in probes]).mean(0) * (1 + FLOOR) - FLOOR
         flat = torch.cat([w.flatten() for w in exact])
@@ -84,7 +97,7 @@ def test_probes_estimate_the_gradients_of_all_logits(job: Calibration) -> None:
 
 
 def test_the_last_block_only_counts_at_answers(job: Calibration) -> None:
-    found = measure_influence(job, "logits")
+    found = measured(job, "logits")
     last = job.blocks.text_layers[-1].prefix
     least = FLOOR / (1 + FLOOR)
     for weights, sample in zip(found[f"{last}.mlp.down_proj"], job.samples, strict=True):
@@ -98,16 +111,16 @@ def test_the_last_block_only_counts_at_answers(job: Calibration) -> None:
 
 @pytest.mark.parametrize("objective", ["logits", "kl", "modality"])
 def test_weights_have_mean_1_and_a_floor(job: Calibration, objective) -> None:
-    for name, weights in measure_influence(job, objective).items():
+    for name, weights in measured(job, objective).items():
         flat = torch.cat([w.flatten() for w in weights])
         assert float(flat.mean()) == pytest.approx(1.0, rel=1e-4), name
         assert float(flat.min()) >= FLOOR / (1 + FLOOR) * 0.999
 
 
 def test_modality_gives_tokens_of_a_kind_one_weight(job: Calibration) -> None:
-    found, plain = (measure_influence(job, objective) for objective in ("modality", "logits"))
+    found, plain = (measured(job, objective) for objective in ("modality", "logits"))
     block = job.blocks.text_layers[0]
-    name, labels = f"{block.prefix}.mlp.down_proj", labels_of(block, job.blocks, job.samples)
+    name, labels = f"{block.prefix}.mlp.down_proj", labels_of(block, job.blocks, alone(job))
     kinds = torch.cat([token_labels(s, job.blocks.image_token_id) for s in job.samples])
     assert torch.equal(kinds, torch.cat(labels))
     given, single = (torch.cat([w.flatten() for w in part[name]]) for part in (found, plain))
@@ -124,13 +137,29 @@ def test_samples_in_parts_give_weights_of_the_same_kind(job: Calibration, monkey
         return ones(shape)
 
     monkeypatch.setattr(influence.torch, "randint", no_signs)
-    whole = measure_influence(job, "logits")
+    whole = measured(job, "logits")
     monkeypatch.setattr(influence, "PART_VALUES", 1)
-    parts = measure_influence(job, "logits")
+    parts = measured(job, "logits")
     assert whole.keys() == parts.keys()
     for name, weights in whole.items():
         for one, other in zip(weights, parts[name], strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_picture_counts_for_all_questions_about_it(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the decoder as if every prompt were a sample; in the tower the gradients of a picture's prompts add up."""
+    monkeypatch.setattr(influence.torch, "randint", lambda _low, _high, shape, generator: torch.ones(shape))  # noqa: ARG005
+    job = replace(job, samples=[s for s in job.samples if len(s.pixel_values) == 1])
+    prompts = recombine(job.samples, 2, job.blocks.image_token_id)
+    texts = flat(prompts)[0]
+    assert len(texts) == 2 * len(job.samples)
+    together = measure_influence(job, prompts, "logits")
+    apart = measured(replace(job, samples=texts), "logits")
+    for name, weights in together.items():
+        assert len(weights) == (len(texts) if name.startswith("language_model") else len(job.samples)), name
+        if name.startswith("language_model"):
+            for one, other in zip(weights, apart[name], strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_that_count_nothing_change_nothing() -> None:
@@ -147,4 +176,4 @@ def test_rows_that_count_nothing_change_nothing() -> None:
 
 
 def test_plain_measures_nothing(job: Calibration) -> None:
-    assert measure_influence(job, "plain") == {}
+    assert measured(job, "plain") == {}

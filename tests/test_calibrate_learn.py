@@ -99,6 +99,18 @@ def test_what_is_kept_has_the_error_that_is_reported():
     assert error == pytest.approx(learned.error_after, rel=1e-3)
 
 
+def test_prompts_about_one_picture_teach_or_decide_together():
+    module, found = TwoLayers(), rounded(TwoLayers(), W4A4)
+    inputs = samples(3, 16)
+    wanted = [module(x) for x in inputs]
+    pictures = torch.arange(16) // 2 + 5  # 5, 5, 6, 6, 7, 7, ...
+    learned = learn_block(module, found, run, counted(inputs, wanted, groups=[pictures]), steps=40, seed=0)
+    held = torch.tensor([4, 5])
+    error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
+    assert error == pytest.approx(learned.error_after, rel=1e-3)
+    assert learned.backwards == 40 * 14
+
+
 def test_targets_that_cannot_be_learned_leave_the_start():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A16)
     inputs = samples(4, 16)

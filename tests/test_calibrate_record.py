@@ -94,13 +94,14 @@ def test_a_label_without_tokens_is_left_out() -> None:
 
 def test_labels_are_in_the_order_of_the_inputs(checkpoint: Checkpoint) -> None:
     blocks, samples = make_blocks(checkpoint.hf_config), answered(checkpoint)
-    decoder = labels_of(blocks.text_layers[1], blocks, samples)
+    prompts = [[sample] for sample in samples]
+    decoder = labels_of(blocks.text_layers[1], blocks, prompts)
     for sample, labels in zip(samples, decoder, strict=True):
         wanted = np.where(sample.input_ids == checkpoint.config.image_token_id, 0, 1)
         wanted[-3:] = 2
         assert labels.tolist() == wanted.tolist()
     for block in (blocks.vision_layers[0], blocks.projector):
-        assert [x.tolist() for x in labels_of(block, blocks, samples)] == [[TokenLabel.IMAGE]] * 2
+        assert [x.tolist() for x in labels_of(block, blocks, prompts)] == [[TokenLabel.IMAGE]] * 2
 
 
 def test_every_block_has_errors_of_its_modalities(int4: CalibratedCheckpoint) -> None:

@@ -19,10 +19,10 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
+from calibrate.group import Rows, quantize_group
 from calibrate.job import Calibration
 from calibrate.method import Method, Variant
 from calibrate.scheme import LinearScheme
-from calibrate.search import Rows, quantize_group
 from calibrate.searched import calibrate_searched
 
 Llava = Callable[..., Path]

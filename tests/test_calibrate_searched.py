@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,29 @@ def test_a_choice_never_ends_with_a_worse_block_than_one_of_its_parts(llava, tmp
 
 def test_the_block_decides_between_variants(llava, tmp_path):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    narrow = Variant(widen=0.05)  # clips nearly everything
-    method = Method(variants=(narrow, Variant()))
-    found = calibrated(checkpoint, "int8", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
-    for block in found.summary["blocks"]:
-        assert all(variant["widen"] == 1.0 for variant in block["variants"].values())
+    careless, careful = Variant(rounding="nearest", ridge=None), Variant()
+    method = Method(variants=(careless, careful))
+    found = calibrated(checkpoint, "int4", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
+    chosen = [variant["rounding"] for block in found.summary["blocks"] for variant in block["variants"].values()]
+    assert chosen.count("gptq") > 0.9 * len(chosen)
+
+
+def test_the_tower_is_optimised_for_the_language_model_for_itself_or_not_at_all(llava, tmp_path):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
+    codes = {}
+    for vision in ("language", "own", "none"):
+        method = Method(objective="logits", vision=vision)
+        searched = partial(calibrate_searched, method=method)
+        found = calibrated(checkpoint, "int8", tmp_path / vision, searched, samples)
+        codes[vision] = {name: found.linear(name).codes for name in found.schemes}
+    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_absmax, samples)
+    for name in nearest.schemes:
+        tower = not name.startswith("language_model")
+        assert np.array_equal(codes["none"][name], nearest.linear(name).codes) == tower, name
+        if tower:
+            assert not np.array_equal(codes["own"][name], codes["none"][name])
+            assert not np.array_equal(codes["own"][name], codes["language"][name])
 
 
 def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):

@@ -27,7 +27,7 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration, Progress
-from calibrate.method import FAST, FULL, NEAREST, Method, Variant
+from calibrate.method import FULL, NEAREST, REFINED, Method, Variant
 from calibrate.printed import calibrate_percentile, calibrate_printed
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme, fitted
@@ -68,10 +68,26 @@ ROWS = (
     OurRow("printed", "Q-VLM as printed", calibrate_printed),
     OurRow("fast", "ours, fast", calibrate_searched),
     OurRow("full", "ours, full", calibrate_full),
-    OurRow("full-no-learning", "ours, full, without learning", _searching(replace(FULL, learn_steps=0)), main=False),
-    OurRow("full-one-folding", "ours, full, one folding", _searching(replace(FULL, foldings=("search",))), main=False),
-    OurRow("full-no-folding", "ours, full, without folding", _searching(replace(FULL, foldings=("none",))), main=False),
-    OurRow("full-one-variant", "ours, full, one variant", _searching(replace(FULL, variants=FAST.variants)), main=False),
+    *(
+        OurRow(f"full: {name}", f"full, {name}", _searching(method), main=())
+        for name, method in {
+            "own questions only": replace(FULL, questions=1),
+            "no learning": replace(FULL, learn_steps=0),
+            "no sweeps": replace(FULL, variants=(replace(REFINED, sweeps=0),)),
+            "no aiming": replace(FULL, variants=(replace(REFINED, ridge=None),)),
+            "rounded to nearest": replace(FULL, variants=(replace(REFINED, rounding="nearest", sweeps=0),), learn_steps=0),
+            "largest values as ranges": replace(FULL, variants=(replace(REFINED, activation_ranges="absmax"),)),
+            "weights clipped": replace(FULL, variants=(replace(REFINED, weight_ranges="output"),)),
+            "no folding": replace(FULL, foldings=("none",)),
+            "folding by one exponent": replace(FULL, foldings=("search",)),
+            "three foldings": replace(FULL, foldings=("expected", "search", "smooth-0.5")),
+            "all tokens alike": replace(FULL, objective="plain"),
+            "tokens by modality": replace(FULL, objective="modality"),
+            "tokens by KL": replace(FULL, objective="kl"),
+            "tower for itself": replace(FULL, vision="own"),
+            "tower rounded to nearest": replace(FULL, vision="none"),
+        }.items()
+    ),
 )
 
 

@@ -1,0 +1,98 @@
+"""Quantizing the linears that share an input: its range, where their weights aim, scales and codes. torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from calibrate.calibrated import QuantizedLinear
+from calibrate.gptq import aim_at_float, gptq_round, make_rounder
+from calibrate.method import Variant
+from calibrate.noise import best_range, tail_of
+from calibrate.quantize import (
+    activation_scale,
+    activation_scale_nearest,
+    fake_quantize,
+    group_amax,
+    round_to_codes,
+    weight_scale,
+)
+from calibrate.ranges import search_activation_scale, search_weight_scale
+from calibrate.refine import Rounded, refine
+from calibrate.scheme import LinearScheme
+
+SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A group's input, float32 [tokens, in]. wanted: in the float model, seen: from the quantized prefix.
+
+    weights: what each row counts, float32 [tokens]; None for all alike.
+    """
+
+    wanted: torch.Tensor
+    seen: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    def grams(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """seen^T seen and wanted^T seen, float32 [in, in], for `seen` as it is rounded."""
+        counted = seen if self.weights is None else seen * self.weights[:, None]
+        return counted.T @ seen, self.wanted.T @ counted
+
+
+def quantize_group(
+    weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], variant: Variant, rows: Rows
+) -> dict[str, QuantizedLinear]:
+    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded."""
+    bits = {plan[name].activation_bits for name in weights} - {None}
+    input_scale: float | None = None
+    seen = rows.seen
+    if bits:
+        num_bits = int(bits.pop() or 8)
+        input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
+        seen = fake_quantize(seen, input_scale, num_bits)
+    gram, cross = rows.grams(seen)
+    if variant.ridge is not None:
+        aimed = aim_at_float(torch.cat(list(weights.values())), gram, cross, variant.ridge)
+        weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
+    del cross
+    rounder = make_rounder(gram) if variant.rounding == "gptq" else None
+    found = {}
+    for name, weight in weights.items():
+        scheme = plan[name]
+        if variant.weight_ranges == "absmax":
+            scale = weight_scale(group_amax(weight, scheme), scheme)
+        else:
+            scale = search_weight_scale(weight, gram, scheme)
+        codes = round_to_codes(weight, scale, scheme) if rounder is None else gptq_round(weight, rounder, scale, scheme)
+        if variant.sweeps:
+            moved = refine(weight, gram, Rounded(codes, scale, scheme), variant.sweeps)
+            codes, scale = moved.codes, moved.scale
+        own = input_scale if scheme.activation_bits is not None else None
+        found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
+    return found
+
+
+def _input_scale(variant: Variant, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:
+    if variant.activation_ranges == "absmax":
+        return activation_scale(float(seen.abs().max()), num_bits)
+    if variant.activation_ranges == "expected":
+        return best_range(tail_of(seen), weight, num_bits)
+    rows = chosen_rows(seen)
+    return activation_scale_nearest(search_activation_scale(seen[rows], wanted[rows], weight, num_bits))
+
+
+def chosen_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Indices of at most SEARCH_TOKENS rows: evenly spread over all samples, and those with the largest values.
+
+    A few tokens (the first of a sequence, mostly) have values far beyond all others; without them a range would look safe
+    that clips them.
+    """
+    if len(rows) <= SEARCH_TOKENS:
+        return torch.arange(len(rows), device=rows.device)
+    extreme = torch.topk(rows.abs().amax(dim=1), SEARCH_TOKENS // 8).indices
+    spread = torch.linspace(0, len(rows) - 1, SEARCH_TOKENS - len(extreme)).long().to(rows.device)
+    return torch.unique(torch.cat([spread, extreme]))
