@@ -21,7 +21,7 @@ from calibrate.scheme import LinearScheme
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
-SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 2
+SQUARES_FLOAT32, SQUARES_FLOAT64 = 2, 1
 # Factorizations by in^3: LU; Cholesky, inverse and Cholesky again, in float64 at half the speed.
 SOLVE_FLOPS, ROUNDER_FLOPS = 2 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3)
 

@@ -17,6 +17,7 @@ from calibrate.threads import one_thread
 
 BLOCK_COLUMNS = 128
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
+_FILLED = 256  # rows copied at a time
 
 
 def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -84,17 +85,21 @@ def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
 def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists.
 
-    In place, and the matrix made anew for more damping: its float64 copies are most of what a wide linear takes in memory.
+    In one float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
+    wants them, or every step would make a copy.
     """
     damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    wide = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
     while True:
-        wide = gram[order][:, order].double()
+        for start in range(0, len(gram), _FILLED):
+            rows = order[start : start + _FILLED]
+            wide.mT[start : start + _FILLED] = gram[rows][:, order]  # symmetric: its rows are its columns
         wide.diagonal().add_(damping)
         torch.linalg.cholesky_ex(wide, out=(wide, failed))
         if not int(failed):
             torch.cholesky_inverse(wide, out=wide)
-            torch.linalg.cholesky_ex(wide, upper=True, out=(wide, failed))
+            torch.linalg.cholesky_ex(wide, out=(wide, failed))
             if not int(failed):
-                return wide.float()
+                return wide.mT.float()  # of the lower factor L, H^-1 = L L^T
         damping *= 10
