@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_data import answer_spans, calibration_items, encode_items, load_samples, save_samples
 from bench_methods import Cell, Results, score
-from bench_tables import best_of, medians, write_tables
+from bench_tables import ablation_table, best_of, medians, write_tables
 from peers.common import SCHEMES, check_levels, equal_lengths, measured
 from peers.rows import ALL, ROWS
 from random_llava import write_random_llava
@@ -220,3 +220,25 @@ def test_a_row_of_torch_and_the_machine_it_was_measured_on():
     weights = found["weights_gb_per_s"] / found["decode_tokens_per_s"] * 1e9
     assert weights == pytest.approx(4 * (2_361_600 + 2 * 131_072), rel=0.01)  # its layers, table and head, in float32
     assert bench_runtime.machine()["processor"]
+
+
+def test_ablations_are_compared_on_the_seeds_that_both_have():
+    def record(row: str, column: str, seed: int, kl: float) -> dict[str, object]:
+        return {"model": "m", "row": row, "column": column, "seed": seed, "kl": kl, "sqnr_db": 30.0}
+
+    records = [
+        *(record("full", "W8A8", seed, kl) for seed, kl in ((0, 0.5), (1, 0.2), (2, 0.3))),
+        record("full: no folding", "W8A8", 1, 0.4),
+        record("full: no aiming", "W8A8", 1, 0.1),
+        record("full: no aiming", "W8A8", 2, 0.1),
+        record("fast", "W8A8", 0, 9.0),
+        record("full", "W4A4", 0, 1.0),
+    ]
+    assert ablation_table(records, "m") == [
+        "| | W8A8, seed 1 |",
+        "|---|---|",
+        "| full | 0.2 / 30.0 |",
+        "| no folding | 0.4 / 30.0 |",
+        "| no aiming | 0.1 / 30.0 |",
+    ]
+    assert ablation_table(records, "other") == []

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_data import answer_spans, calibration_file, evaluation_file, load_samples
-from peers.common import equal_lengths, measured
+from peers.common import Measured, equal_lengths, measured
 from peers.rows import ALL
 
 from calibrate.absmax import calibrate_absmax
@@ -123,15 +123,7 @@ def calibrated_logits(
     row = next(r for r in ROWS if r.name == method_name)
     checkpoint, blocks = opened(model_folder)
     job = Calibration(blocks, checkpoint.source, plan_of(checkpoint, blocks, column), calibration_samples)
-    with tempfile.TemporaryDirectory() as scratch:
-        writer = CalibratedWriter(Path(scratch))
-        with measured() as cost:
-            summary = row.calibrator(job, writer, lambda *_: None)
-            writer.finish(checkpoint.config_json, summary)
-        calibrated = CalibratedCheckpoint(Path(scratch))
-        source = DequantizedSource(calibrated)
-        step = simulated_step(calibrated, source)
-        logits = answer_logits(checkpoint, blocks, source, step, evaluation_samples)
+    logits, summary, cost = judged(job, checkpoint, row.calibrator, evaluation_samples)
     record = {
         "seconds": cost.seconds,
         "wall_seconds": cost.wall_seconds,
@@ -141,6 +133,20 @@ def calibrated_logits(
         "threads": torch.get_num_threads(),
     }
     return logits, record
+
+
+def judged(
+    job: Calibration, checkpoint: Checkpoint, calibrator: Calibrator, samples: Sequence[Sample]
+) -> tuple[np.ndarray, dict[str, Any], Measured]:
+    """Logits of the answers to `samples` by what the calibrator stored, its summary, and what it cost."""
+    with tempfile.TemporaryDirectory() as scratch:
+        writer = CalibratedWriter(Path(scratch))
+        with measured() as cost:
+            summary = calibrator(job, writer, lambda *_: None)
+            writer.finish(checkpoint.config_json, summary)
+        calibrated = CalibratedCheckpoint(Path(scratch))
+        source = DequantizedSource(calibrated)
+        return answer_logits(checkpoint, job.blocks, source, simulated_step(calibrated, source), samples), summary, cost
 
 
 def answer_logits(

@@ -11,6 +11,7 @@ from typing import Any
 
 from peers.rows import ALL
 
+WHOLE = "full"  # the row that ablations change one thing of
 METRICS = ("kl", "sqnr_db", "top1", "exact_match", "seconds", "peak_bytes")
 
 HEAD = """# Quantization methods compared
@@ -33,6 +34,8 @@ into the layer before (after GELU, across grouped heads); ours and llmcompressor
 `tiny` is the model that ships; its planted outliers are undone by folding. `tiny-hard` (`python
 tools/plant_hard_outliers.py`, then `--model-dir build/tiny-hard`) computes the same with outliers that folding cannot undo:
 after GELU, in the residual stream of a few tokens, and sheared value heads.
+
+What the tables show, and why: [study.md](study.md).
 """
 
 
@@ -89,6 +92,29 @@ def summary_table(cells: Sequence[Median], model: str, lines: Sequence[str], see
     return table
 
 
+def ablation_table(records: Sequence[Mapping[str, Any]], model: str) -> list[str]:
+    """KL / SQNR of `full` and of every row that is `full` with one thing changed, on the seeds that both were run on."""
+    cells: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for record in records:
+        if record["model"] == model and (record["row"] == WHOLE or record["row"].startswith(f"{WHOLE}: ")):
+            cells.setdefault(record["row"], {}).setdefault(record["column"], {})[record["seed"]] = record
+    changed = [row for row in cells if row != WHOLE]
+    columns = [column for column in ALL if any(column in cells[row] for row in changed)]
+    if not columns or WHOLE not in cells:
+        return []
+    seeds = {c: set.intersection(*(set(cells[row][c]) for row in (WHOLE, *changed) if c in cells[row])) for c in columns}
+    heads = [f"{column}, seed {' '.join(map(str, sorted(seeds[column])))}" for column in columns]
+    table = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    for row in (WHOLE, *changed):
+        entries = []
+        for column in columns:
+            found = [cells[row][column][seed] for seed in sorted(seeds[column])] if column in cells[row] else []
+            kl, db = (statistics.median(r[m] for r in found) if found else 0.0 for m in ("kl", "sqnr_db"))
+            entries.append(f"{number(kl)} / {db:.1f}" if found else "–")
+        table.append(f"| {row.removeprefix(f'{WHOLE}: ')} | {' | '.join(entries)} |")
+    return table
+
+
 def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
     """Every row of a column with everything that was measured, best first."""
     table = [
@@ -108,16 +134,19 @@ def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
 def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path) -> None:
     """Writes methods.md and bench_methods.json. lines: row -> the line of the first table it belongs to, in order."""
     cells = medians(records, lines)
+    whole = [c for c in cells if not c.row.startswith(f"{WHOLE}: ")]
     models = list(dict.fromkeys(c.model for c in cells))
     seeds = max((c.seeds for c in cells), default=0)
     text = HEAD.format(seeds=seeds).splitlines()
     for model in models:
         exact = next(r["exact_match"] for r in records if r["model"] == model and r["row"] == "float32")
         text += ["", f"## {model}", "", f"The float32 checkpoint answers {100 * exact:.1f} % of the questions exactly.", ""]
-        text += summary_table(cells, model, list(dict.fromkeys(lines.values())), seeds)
+        text += summary_table(whole, model, list(dict.fromkeys(lines.values())), seeds)
+        if ablation := ablation_table(records, model):
+            text += ["", f"### {model}, one part of `{WHOLE}` changed", "", *ablation]
         for column in ALL:
-            if any((c.model, c.column) == (model, column) for c in cells):
-                text += ["", f"### {model}, {column}", "", *detail_table(cells, model, column)]
+            if any((c.model, c.column) == (model, column) for c in whole):
+                text += ["", f"### {model}, {column}", "", *detail_table(whole, model, column)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "methods.md").write_text("\n".join(text) + "\n")
     versions = {p: v for r in records if r["row"] in lines for p, v in r["versions"].items()}
