@@ -41,6 +41,11 @@ class Calibration:
     work: Work | None = None
     device: torch.device = CPU
 
+    def shown(self, block: Block) -> list[int]:
+        """The number of the sample that each input of a block is of: tower and projector see only those with pictures."""
+        everyone = block in self.blocks.text_layers
+        return [number for number, sample in enumerate(self.samples) if everyone or len(sample.pixel_values)]
+
     def plan_of(self, block: Block) -> dict[str, LinearScheme]:
         """The planned linears of one block, by their names inside it."""
         start = f"{block.prefix}."
@@ -81,9 +86,14 @@ class BlockWriter:
 
         return resumed
 
-    def keep(self, block: Block, outputs: Iterable[torch.Tensor]) -> Activations | list[torch.Tensor]:
-        """The outputs of a block as they are to be gone on with. Raises UserError when one is not finite."""
-        checked = _checked(block, outputs)
+    def keep(
+        self, block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int] | None = None
+    ) -> Activations | list[torch.Tensor]:
+        """The outputs of a block as they are to be gone on with. Raises UserError when one is not finite.
+
+        samples: the number of the sample that each is of, once or twice over; None for those that the block is shown.
+        """
+        checked = _checked(block, outputs, self._job.shown(block) if samples is None else samples)
         return list(checked) if self._job.work is None else self._job.work.keep(checked)
 
     def write(
@@ -151,22 +161,23 @@ class BlockWriter:
         return self._writer.write_shard(block, linears, arrays)
 
 
-def _checked(block: Block, outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _checked(block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int]) -> Iterator[torch.Tensor]:
     for number, output in enumerate(outputs):
-        check_output(block, number, output)
+        _check_output(block, samples[number % len(samples)], output)
         yield output.cpu()
 
 
-def check_outputs(block: Block, outputs: Iterable[torch.Tensor]) -> None:
-    """Raises UserError naming block and batch when an activation is not finite."""
+def check_outputs(block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int]) -> None:
+    """Raises UserError naming block and sample when an activation is not finite. samples: as of `BlockWriter.keep`."""
     for number, output in enumerate(outputs):
-        check_output(block, number, output)
+        _check_output(block, samples[number % len(samples)], output)
 
 
-def check_output(block: Block, number: int, output: torch.Tensor) -> None:
-    """The same for one batch."""
+def _check_output(block: Block, sample: int, output: torch.Tensor) -> None:
     if output.numel() and not all(math.isfinite(bound) for bound in output.aminmax()):  # both NaN if any value is
-        raise UserError(f"{block.prefix}: activations of batch {number} are not finite; check the samples")
+        raise UserError(
+            f"{block.prefix}: activations of sample {sample + 1} are not finite; look at its picture, or leave it out"
+        )
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

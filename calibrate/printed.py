@@ -139,7 +139,7 @@ def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, m
             exact, rounded, searched = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
             pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
             linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
-        check_outputs(block, [*exact, *rounded])
+        check_outputs(block, [*exact, *rounded], job.shown(block))
         shards.write(block, linears)
         forwards += half + sum(r.layer_forwards for r in searched) * half / max(1, sum(len(b) for b in mine))
         found.extend(searched)
@@ -274,7 +274,7 @@ def measure_inputs(job: Calibration) -> tuple[list[LayerInput], int]:
             groups = [group for group in groups_of(module) if any(name in plan for name in group.linears)]
             with _gathered(block.prefix, module, groups) as gathered:
                 outputs = [run(module, x) for x in inputs]
-        check_outputs(block, outputs)
+        check_outputs(block, outputs, job.shown(block))
         forwards += len(inputs)
         layers.extend(_layer_input(block.prefix, group.linears, plan, gathered[group]) for group in groups)
         return outputs

@@ -48,17 +48,18 @@ def calibrate_searched(
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
             if not half and plan:
                 raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
-            check_outputs(block, inputs)  # of what came before, such as a NaN in a picture
+            numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
+            check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
             counted = {} if own.objective == "plain" else _of_block(influence, block, batches)
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
-            pictures = batches.merged(_pictures(block, job, pictures_of))
+            pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             search = BlockSearch(module, plan, run, own, counts, pictures)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
             record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, prompts))
-        outputs = shards.keep(block, [*exact, *rounded])
+        outputs = shards.keep(block, [*exact, *rounded], numbers)
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs
 
@@ -85,14 +86,6 @@ def _of_block(influence: Influence, block: Block, batches: Batches) -> dict[str,
     """What tokens count in one block, in its batches, by names inside it and under "" for its output."""
     inside = {n: weights for n, weights in influence.items() if f"{n}.".startswith(f"{block.prefix}.")}
     return {n.removeprefix(block.prefix).removeprefix("."): batches.merged(weights) for n, weights in inside.items()}
-
-
-def _pictures(block: Block, job: Calibration, pictures_of: Sequence[int]) -> list[torch.Tensor]:
-    """The number of the sample whose pictures an input is about, int64 [rows] for each input of the block."""
-    if block in job.blocks.text_layers:
-        return [torch.tensor([number]) for number in pictures_of]
-    shown = [(number, len(sample.pixel_values)) for number, sample in enumerate(job.samples) if len(sample.pixel_values)]
-    return [torch.full((count,), number) for number, count in shown]
 
 
 def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:

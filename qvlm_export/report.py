@@ -106,7 +106,7 @@ _SUMS = ("parameters", "float16_bytes", "stored_bytes")
 def header_facts(manifest: Manifest) -> dict[str, str]:
     """What the head of the page says, by name, in order; only what there is."""
     calibration, backend = manifest.calibration, manifest.backend
-    counts = [f"{calibration[key]:,} {key}" for key in ("samples", "tokens") if key in calibration]
+    counts = [f"{calibration[key]:,} {key}" for key in ("samples", "prompts", "tokens") if key in calibration]
     cost = [
         f"{calibration[key]:,} {key.replace('_', ' ')}"
         for key in ("block_forwards", "block_backwards")

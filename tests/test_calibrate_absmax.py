@@ -170,7 +170,7 @@ def test_activations_that_are_not_finite_are_named_by_block(llava, tmp_path):
     checkpoint = open_small(llava())
     good, bad = (make_sample(checkpoint, words=8, images=1, seed=seed) for seed in range(2))
     bad.pixel_values[0, 0, 0, 0] = np.inf
-    with pytest.raises(UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of batch 1 "):
+    with pytest.raises(UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of sample 2 "):
         calibrate(checkpoint, {FC1: W8A8}, tmp_path, [good, bad])
 
 

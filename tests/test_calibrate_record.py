@@ -219,6 +219,6 @@ def test_a_picture_with_nan_is_named_before_the_search(checkpoint: Checkpoint, t
     samples[2].pixel_values[1, 0, 0, 0] = np.nan
     job = job_of(checkpoint, "int4", samples)
     with pytest.raises(
-        UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of batch 1 are not finite"
+        UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of sample 3 are not finite"
     ):
         calibrate_searched(job, CalibratedWriter(tmp_path / "c"), lambda *_: None, SIMPLE)
