@@ -180,7 +180,7 @@ def test_sizes_are_those_of_inspect(fast: Manifest) -> None:
 def test_head(fast: Manifest) -> None:
     facts = header_facts(fast)
     assert (facts["scheme"], facts["effort"], facts["backend"]) == ("int4", "fast", "onnx")
-    assert facts["calibration"] == f"2 samples, {fast.calibration['tokens']} tokens of calibration.jsonl"
+    assert facts["calibration"] == f"2 samples, 2 prompts, {fast.calibration['tokens']} tokens of calibration.jsonl"
     cost = f"{fast.calibration['block_forwards']} block forwards, {fast.calibration['block_backwards']} block backwards"
     assert facts["search cost"] == cost
     assert f"torch {fast.versions['torch']}" in facts["versions"]
