@@ -22,8 +22,8 @@ FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
 SQUARES_FLOAT32, SQUARES_FLOAT64 = 2, 1
-# Factorizations by in^3: LU; Cholesky, inverse and Cholesky again, in float64 at half the speed.
-SOLVE_FLOPS, ROUNDER_FLOPS = 2 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3)
+# Factorizations by in^3: Cholesky; Cholesky, inverse and Cholesky again in float64 at half the speed; Cholesky in float64.
+SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3), 2 / 3
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,16 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         out, into = sum(shape[0] for shape in shapes), shapes[0][1]
         tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
-        flops += foldings * variants * (2 * 2.0 * tokens * into**2 + 2 * 2.0 * out * into**2)  # Gram matrices; aim and GPTQ
+        # The Gram matrix, what the float output pulls to, GPTQ.
+        pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
+        flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 2.0 * out * into**2)
         flops += foldings * sum(2.0 + 4.0 * v.sweeps for v in method.variants if v.sweeps) * out * into**2
         single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
         rounded += (tried + foldings * variants) * out * into
         if "expected" in method.foldings and group.producer is not None:
             rounded += STEPS * min(out, ROWS) * into
+            flops += 2.0 * min(tokens, SEARCH_TOKENS) * into**2
+            single += ENERGY_FLOPS * into**3
         squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)

@@ -20,18 +20,18 @@ DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 _FILLED = 256  # rows copied at a time
 
 
-def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor, ridge: float) -> torch.Tensor:
     """The weight that best turns quantized inputs into the float layer's output, held back towards `weight`.
 
-    Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in], cross: X Xq^T [in, in].
+    Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in]; pulled: W X Xq^T [out, in].
     """
-    held = ridge * float(gram.diagonal().mean())
-    system = gram.clone()
+    held = ridge * float(gram.diagonal().mean().clamp(min=1e-12))
+    system = gram.clone().mT  # symmetric, and its columns lie one behind another, so that LAPACK needs no copy
     system.diagonal().add_(held)
-    # V system = W cross + held W, solved from the right.
-    target = weight @ cross + held * weight
+    # V system = W X Xq^T + held W, solved from the right.
     with one_thread():
-        return torch.linalg.solve(system, target, left=False)
+        torch.linalg.cholesky(system, out=system)
+        return torch.cholesky_solve((pulled + held * weight).mT, system).mT.contiguous()
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,26 @@ def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return wide.repeat_interleave(columns // wide.shape[1], dim=1)
 
 
+def remaining_energy(gram: torch.Tensor) -> torch.Tensor:
+    """What rounding each column costs for each squared step once GPTQ has made up for it: 1 / U_jj^2, float32 [in].
+
+    With the columns turned around the damped H is R R^T, R upper, and U is the inverse of R: no inverse is needed.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    backwards = order.flip(0)
+    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    failed = torch.ones((), dtype=torch.int32, device=gram.device)
+    wide = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
+    with one_thread():
+        while int(failed):
+            _fill_(wide, gram, backwards, damping)
+            torch.linalg.cholesky_ex(wide, out=(wide, failed))
+            damping *= 10
+    left = torch.empty(len(gram), device=gram.device)
+    left[backwards] = wide.diagonal().square().float()
+    return left
+
+
 def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists.
 
@@ -92,10 +112,7 @@ def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     wide = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
     while True:
-        for start in range(0, len(gram), _FILLED):
-            rows = order[start : start + _FILLED]
-            wide.mT[start : start + _FILLED] = gram[rows][:, order]  # symmetric: its rows are its columns
-        wide.diagonal().add_(damping)
+        _fill_(wide, gram, order, damping)
         torch.linalg.cholesky_ex(wide, out=(wide, failed))
         if not int(failed):
             torch.cholesky_inverse(wide, out=wide)
@@ -103,3 +120,11 @@ def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             if not int(failed):
                 return wide.mT.float()  # of the lower factor L, H^-1 = L L^T
         damping *= 10
+
+
+def _fill_(wide: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, damping: float) -> None:
+    """The damped Gram matrix in another order, some rows at a time. wide: float64, column by column."""
+    for start in range(0, len(gram), _FILLED):
+        rows = order[start : start + _FILLED]
+        wide.mT[start : start + _FILLED] = gram[rows][:, order]  # symmetric: its rows are its columns
+    wide.diagonal().add_(damping)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calibrate.gptq import make_rounder
+from calibrate.gptq import remaining_energy
 from calibrate.quantize import activation_scale
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
@@ -72,10 +72,7 @@ def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 
     rows: float32 [tokens, in]; weights: what they count, None for all alike.
     """
-    rounder = make_rounder((rows if weights is None else rows * weights[:, None]).T @ rows)
-    left = torch.empty(rows.shape[1], device=rows.device)
-    left[rounder.order] = rounder.upper.diagonal().square().reciprocal() / len(rows)
-    return left
+    return remaining_energy((rows if weights is None else rows * weights[:, None]).T @ rows) / len(rows)
 
 
 @dataclass(frozen=True)

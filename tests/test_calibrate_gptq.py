@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate.gptq import DAMPING, aim_at_float, column_scales, gptq_round, make_rounder
+from calibrate.gptq import DAMPING, aim_at_float, column_scales, gptq_round, make_rounder, remaining_energy
 from calibrate.quantize import group_amax, round_to_codes, weight_scale
 from calibrate.scheme import W8A8, LinearScheme
 
@@ -77,7 +77,7 @@ def test_aimed_weight_minimises_its_objective():
     gram, cross, ridge = seen.T @ seen, inputs.T @ seen, 0.05
     held = ridge * float(gram.diagonal().mean())
     free = weight.clone().requires_grad_()
-    aimed = aim_at_float(weight, gram, cross, ridge)
+    aimed = aim_at_float(weight, gram, weight @ cross, ridge)
     free.data.copy_(aimed)
     objective = (weight @ inputs.T - free @ seen.T).square().sum() + held * (free - weight).square().sum()
     objective.backward()
@@ -88,4 +88,22 @@ def test_aimed_weight_minimises_its_objective():
 def test_a_strong_ridge_keeps_the_weight():
     weight, inputs = problem(4)
     gram = inputs.T @ inputs
-    torch.testing.assert_close(aim_at_float(weight, gram, 0.5 * gram, 1e6), weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(aim_at_float(weight, gram, 0.5 * weight @ gram, 1e6), weight, rtol=1e-3, atol=1e-5)
+
+
+def test_inputs_that_are_always_zero_leave_the_weight():
+    weight, _ = problem(5)
+    zeros = torch.zeros(128, 128)
+    torch.testing.assert_close(aim_at_float(weight, zeros, weight @ zeros, 1.0), weight)
+
+
+def test_the_remaining_energy_is_what_the_factor_says():
+    """And of the column rounded last, for which nothing can make up, its own."""
+    _, inputs = problem(6)
+    gram = inputs.T @ inputs
+    rounder = make_rounder(gram)
+    energy = remaining_energy(gram)
+    torch.testing.assert_close(energy[rounder.order], rounder.upper.diagonal().square().reciprocal(), rtol=1e-4, atol=0.0)
+    damped = gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    last = int(rounder.order[-1])
+    assert float(energy[last]) == pytest.approx(float(damped[last, last]), rel=1e-5)
