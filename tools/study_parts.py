@@ -23,7 +23,7 @@ from calibrate.job import Calibration
 from calibrate.searched import calibrate_searched
 from engines.metrics import kl_divergence, sqnr_db
 
-COLUMNS = ("W8A8", "W4A16", "W4A4")
+COLUMNS = ("W8A8", "W4A16")
 PARTS: Mapping[str, str] = {
     "everything": "",
     "vision tower": "^vision_tower",
