@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from calibrate.blocks import Block, ModelBlocks, linear_of
-from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of
+from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of, share_before
 from calibrate.group import SEARCH_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -21,9 +21,9 @@ from calibrate.scheme import LinearScheme
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
-SQUARES_FLOAT32, SQUARES_FLOAT64 = 2, 1
-# Factorizations by in^3: Cholesky; Cholesky, inverse and Cholesky again in float64 at half the speed; Cholesky in float64.
-SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 * (1 / 3 + 2 / 3 + 1 / 3), 2 / 3
+SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
+# Factorizations by in^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
+SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cost:
     flops: float = 0.0
     single_flops: float = 0.0
     rounded: float = 0.0
-    forwards: int = 0
+    forwards: float = 0
     memory_bytes: int = 0
     elements: float = 0.0
 
@@ -117,13 +117,13 @@ def _probed(block: Block, lengths: Sequence[int]) -> Cost:
 
 
 def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
-    """Counted from BlockSearch: float run, a run for each group and variant, a run at the end; for each folding."""
+    """Counted from BlockSearch: float run, up to each group, a run for each variant, a run at the end; for each folding."""
     groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
     if not groups:
         memory = FLOAT32_BYTES * _weights(block)
         return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), memory, 2 * _elements(block, lengths))
     foldings, variants = len(method.foldings), len(method.variants)
-    runs = foldings * (2 + len(groups) * (1 + (variants if variants > 1 else 0)))
+    runs = foldings * (2 + sum(share_before(block.module, g) + (variants if variants > 1 else 0) for g in groups))
     flops, single, rounded, memory = runs * _forward_flops(block, lengths), 0.0, 0.0, 0
     tokens = sum(lengths)
     for group in groups:
@@ -147,7 +147,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
     # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
-    copies = 1 + min(foldings, 2) + int(foldings > 1 and method.learn_steps > 0)
+    copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
     if method.learn_steps:
         flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)

@@ -105,6 +105,13 @@ def sharing_of(module: nn.Module, group: Group) -> Sharing:
     return Sharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
 
 
+def share_before(module: nn.Module, group: Group) -> float:
+    """Share of a block's linear weights that has been multiplied when a forward pass comes to the group."""
+    sizes = {other: sum(linear_of(module, name).weight.numel() for name in other.linears) for other in groups_of(module)}
+    before = list(sizes).index(group)
+    return sum(list(sizes.values())[:before]) / sum(sizes.values())
+
+
 def choose_factors(
     folding: Folding, producer: str, inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, *, sharing: Sharing
 ) -> torch.Tensor | None:

@@ -3,7 +3,11 @@
 GPTQ (Frantar et al. 2022, arXiv 2210.17323, section 3): columns are rounded one after another, and the error of each is
 made up for by the columns that are still free. The target is the *float* layer's output although the inputs are those
 of the quantized prefix, so the weight is first moved to where it reproduces that output best (ridge regression).
-Letters as in the paper: H is the Gram matrix of the inputs, U the upper Cholesky factor of its inverse.
+
+The paper takes the Cholesky factor U of the inverse of H, the inputs' Gram matrix. Here H = L L^T itself is factored, its
+columns in the reverse of the order of rounding; U is the inverse of L, read backwards. With e the error of all columns
+rounded so far, (e L)_j is what the next one, j, has to make up for, so it aims at w_j + (e L)_j / L_jj: the same codes
+(Babai's nearest plane, as Chen et al. 2025, arXiv 2507.18553, show) for a quarter of the factorization.
 """
 
 from __future__ import annotations
@@ -38,42 +42,57 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor,
 class Rounder:
     """What GPTQ needs of a Gram matrix, for all linears that share the input.
 
-    order: columns by decreasing input energy (act-order); upper: U float32 [in, in], in that order.
+    order: columns by increasing input energy; they are rounded from the last to the first (act-order). lower: L float64
+    [in, in] in that order; its columns lie one behind another.
     """
 
     order: torch.Tensor
-    upper: torch.Tensor
+    lower: torch.Tensor
 
 
 def make_rounder(gram: torch.Tensor) -> Rounder:
-    """gram: float32 [in, in]."""
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    """gram: float32 [in, in]; damped more until it can be factored.
+
+    One float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
+    wants them, or it would make a copy.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
+    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    failed = torch.ones((), dtype=torch.int32, device=gram.device)
+    lower = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
     with one_thread():
-        return Rounder(order, _inverse_factor(gram, order))
+        while int(failed):
+            _fill_(lower, gram, order, damping)
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+            damping *= 10
+    return Rounder(order, lower)
 
 
 def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
     """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; scale as stored.
 
-    Groups keep their scales whatever the order of the columns, so the layout is unchanged.
+    Groups keep their scales whatever the order of the columns, so the layout is unchanged. Inside, columns are rows, which
+    lie in memory one behind another.
     """
-    order, upper = rounder.order, rounder.upper
-    steps = column_scales(scale, weight.shape[1])[:, order]
-    left = weight[:, order].clone()
-    codes = torch.empty_like(left)
-    for start in range(0, left.shape[1], BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, left.shape[1])
-        errors = torch.zeros(left.shape[0], end - start, device=left.device)
-        for column in range(start, end):
-            step = steps[:, column]
-            codes[:, column] = (left[:, column] / step).round_().clamp_(scheme.qmin, scheme.qmax)
-            error = (left[:, column] - codes[:, column] * step) / upper[column, column]
-            left[:, column:end] -= error[:, None] * upper[column, column:end]
-            errors[:, column - start] = error
-        left[:, end:] -= errors @ upper[start:end, end:]
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return restored.to(torch.int8)
+    order, upper = rounder.order, rounder.lower.mT
+    steps = scale.float().reshape(len(weight), -1).T.contiguous()  # [groups, out]
+    groups = (order // (weight.shape[1] // len(steps))).tolist()
+    exact = weight.T[order]
+    errors = torch.empty_like(exact)
+    codes = torch.empty(exact.shape, dtype=torch.int8, device=weight.device)
+    for end in range(len(exact), 0, -BLOCK_COLUMNS):
+        start = max(0, end - BLOCK_COLUMNS)
+        near = upper[start:end, start:end].float().T.contiguous()
+        owed = upper[start:end, end:].float() @ errors[end:]  # (e L) of the block's columns, [block, out]
+        for column in range(end - 1, start - 1, -1):
+            at, step, error = column - start, steps[groups[column]], errors[column]
+            code = torch.addcdiv(exact[column], owed[at], near[at, at]).div_(step).round_().clamp_(scheme.qmin, scheme.qmax)
+            codes[column] = code
+            torch.addcmul(exact[column], code, step, value=-1, out=error)
+            owed[:at].addr_(near[at, :at], error)
+    restored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    restored[:, order] = codes.T
+    return restored
 
 
 def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
@@ -83,43 +102,11 @@ def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def remaining_energy(gram: torch.Tensor) -> torch.Tensor:
-    """What rounding each column costs for each squared step once GPTQ has made up for it: 1 / U_jj^2, float32 [in].
-
-    With the columns turned around the damped H is R R^T, R upper, and U is the inverse of R: no inverse is needed.
-    """
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    backwards = order.flip(0)
-    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
-    failed = torch.ones((), dtype=torch.int32, device=gram.device)
-    wide = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
-    with one_thread():
-        while int(failed):
-            _fill_(wide, gram, backwards, damping)
-            torch.linalg.cholesky_ex(wide, out=(wide, failed))
-            damping *= 10
+    """What rounding each column costs for each squared step once GPTQ has made up for it: L_jj^2, float32 [in]."""
+    rounder = make_rounder(gram)
     left = torch.empty(len(gram), device=gram.device)
-    left[backwards] = wide.diagonal().square().float()
+    left[rounder.order] = rounder.lower.diagonal().square().float()
     return left
-
-
-def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the damped Gram matrix's inverse, float32 [in, in]; damped more until it exists.
-
-    In one float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
-    wants them, or every step would make a copy.
-    """
-    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
-    failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    wide = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
-    while True:
-        _fill_(wide, gram, order, damping)
-        torch.linalg.cholesky_ex(wide, out=(wide, failed))
-        if not int(failed):
-            torch.cholesky_inverse(wide, out=wide)
-            torch.linalg.cholesky_ex(wide, out=(wide, failed))
-            if not int(failed):
-                return wide.mT.float()  # of the lower factor L, H^-1 = L L^T
-        damping *= 10
 
 
 def _fill_(wide: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, damping: float) -> None:

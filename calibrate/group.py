@@ -37,19 +37,15 @@ class Rows:
     seen: torch.Tensor
     weights: torch.Tensor | None = None
 
-    def gram(self, seen: torch.Tensor) -> torch.Tensor:
-        """seen^T seen, float32 [in, in], for `seen` as it is rounded."""
-        return self._counted(seen).T @ seen
+    def counted(self, seen: torch.Tensor) -> torch.Tensor:
+        """`seen` by what each row counts: with C for it, the Gram matrix is C^T seen."""
+        return seen if self.weights is None else seen * self.weights[:, None]
 
-    def pulled(self, seen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """W wanted^T seen, float32 [out, in]; by way of the smaller of W wanted^T and wanted^T seen. weight: W [out, in]."""
-        counted = self._counted(seen)
+    def pulled(self, counted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """W wanted^T C, float32 [out, in]; by way of the smaller of W wanted^T and wanted^T C. weight: W [out, in]."""
         if len(weight) < weight.shape[1]:
             return (self.wanted @ weight.T).T @ counted
         return weight @ (self.wanted.T @ counted)
-
-    def _counted(self, seen: torch.Tensor) -> torch.Tensor:
-        return seen if self.weights is None else seen * self.weights[:, None]
 
 
 def quantize_group(
@@ -63,11 +59,14 @@ def quantize_group(
         num_bits = int(bits.pop() or 8)
         input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
-    gram = rows.gram(seen)
+    counted = rows.counted(seen)
+    gram = counted.T @ seen
     if variant.ridge is not None:
-        whole = torch.cat(list(weights.values()))
-        aimed = aim_at_float(whole, gram, rows.pulled(seen, whole), variant.ridge)
+        whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
+        aimed = aim_at_float(whole, gram, rows.pulled(counted, whole), variant.ridge)
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
+        del whole, aimed
+    del seen, counted
     rounder = make_rounder(gram) if variant.rounding == "gptq" else None
     found = {}
     for name, weight in weights.items():

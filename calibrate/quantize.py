@@ -6,6 +6,8 @@ that the codes are right for the scale the engine multiplies with.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -72,6 +74,12 @@ def fake_quantize(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
 def squared_sum(x: torch.Tensor) -> float:
     """Sum of squares, the same to the last bit on any number of threads: rows in float32, their sum in float64 by numpy."""
     return float(x.square().sum(dim=-1).double().cpu().numpy().sum())
+
+
+def sqnr_db(exact: torch.Tensor, rounded: torch.Tensor) -> float | None:
+    """10 log10 of the energy over the error's; None when either is 0."""
+    energy, error = squared_sum(exact), squared_sum(exact - rounded)
+    return 10 * math.log10(energy / error) if energy > 0 and error > 0 else None
 
 
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:

@@ -7,14 +7,13 @@ are left out or None, never infinite, as JSON has no infinity.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from calibrate.blocks import Block, ModelBlocks, linear_of
+from calibrate.blocks import Block, ModelBlocks
 from calibrate.calibrated import QuantizedLinear
 from calibrate.entropy import histogram_entropy
 from calibrate.fold import groups_of
@@ -47,7 +46,7 @@ def block_record(
         "error": relative_error(outputs, wanted),
         "errors": errors_by_label(outputs, wanted, labels),
         "layers": layer_records(block, search),
-        "forwards": search.forwards,
+        "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }
 
@@ -98,20 +97,19 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
         widest = max(found, key=lambda name: bits[name])
         scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
         linears = {
-            f"{block.prefix}.{name}": linear_record(linear, linear_of(best.module, name).weight.detach(), inputs)
-            for name, linear in found.items()
+            f"{block.prefix}.{name}": linear_record(linear, best.sqnr_db[name], inputs) for name, linear in found.items()
         }
         entropy = histogram_entropy(inputs, scale, bits[widest])
         records.append({"linears": linears, "bits": bits[widest], "entropy": entropy})
     return records
 
 
-def linear_record(linear: QuantizedLinear, weight: torch.Tensor, inputs: Histogram) -> dict[str, Any]:
-    """One linear. weight: float32 [out, in], folded; inputs: what it read in the search.
+def linear_record(linear: QuantizedLinear, sqnr_db: float | None, inputs: Histogram) -> dict[str, Any]:
+    """One linear. sqnr_db: of its weight, as folded; inputs: what it read in the search.
 
     bits_per_weight: codes as the scheme has them, and scales. covered: the part of the input's largest magnitude that its
-    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. sqnr_db: of the weight;
-    weights that were moved to make up for other errors count as wrong here though they are not.
+    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. Weights that were moved to
+    make up for other errors count as wrong in sqnr_db though they are not.
     """
     scheme, scale = linear.scheme, linear.input_scale
     covered = None
@@ -120,16 +118,10 @@ def linear_record(linear: QuantizedLinear, weight: torch.Tensor, inputs: Histogr
     return {
         "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
         "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
-        "sqnr_db": sqnr_db(weight.cpu(), torch.from_numpy(linear.dequantized())),
+        "sqnr_db": sqnr_db,
         "input_scale": scale,
         "covered": covered,
     }
-
-
-def sqnr_db(exact: torch.Tensor, rounded: torch.Tensor) -> float | None:
-    """10 log10 of the energy over the error's; None when either is 0."""
-    energy, error = (float(x.double().square().sum()) for x in (exact, exact - rounded))
-    return 10 * math.log10(energy / error) if energy > 0 and error > 0 else None
 
 
 def with_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:

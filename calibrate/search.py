@@ -6,15 +6,15 @@ choice, it is the *block's* output that decides, with the groups still to come i
 are best depends on what the rest of the block makes of the error (Q-VLM, section 3.2).
 
 Cost in block forwards, a forward being one prompt or picture: for each folding 1 float run that keeps every group's input,
-1 quantized run for each group, 1 more for each of its variants if there is a choice, 1 to hand over; learning adds its
-own. All are counted at run time.
+for each group a quantized run that ends where the group begins, which costs the linears before it (`share_before`), 1 more
+for each of its variants if there is a choice, 1 to hand over; learning adds its own. All are counted at run time.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,11 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
-from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, sharing_of
+from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, share_before, sharing_of
 from calibrate.group import Rows, chosen_rows, quantize_group
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
-from calibrate.quantize import fake_quantize, squared_sum
+from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.walk import Run
@@ -39,25 +39,29 @@ _COUNTED = 2**22  # values counted at a time
 class Candidate:
     """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
 
+    Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
     By the first linear of each group: variants, what was chosen; inputs, what the group read from the quantized prefix.
-    error: of the block's output, relative to the float one's.
+    sqnr_db: of each weight. error: of the block's output, relative to the float one's. hooks: to be removed in the end.
     """
 
     folding: Folding
     module: nn.Module
     rounded: nn.Module
+    hooks: ExitStack
     found: dict[str, QuantizedLinear] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     inputs: dict[str, Histogram] = field(default_factory=dict)
+    sqnr_db: dict[str, float | None] = field(default_factory=dict)
     error: float = float("inf")
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
         """Makes `rounded` compute with these linears; the hooks on their inputs look into `found`."""
         for name, linear in linears.items():
-            layer = linear_of(self.rounded, name)
-            layer.weight.copy_(torch.from_numpy(linear.dequantized()))
+            layer, weight = linear_of(self.rounded, name), torch.from_numpy(linear.dequantized())
+            self.sqnr_db[name] = sqnr_db(linear_of(self.module, name).weight.detach().cpu(), weight)
+            layer.weight.copy_(weight)
             if name not in self.found:
-                layer.register_forward_pre_hook(self._rounding(name))
+                self.hooks.callback(layer.register_forward_pre_hook(self._rounding(name)).remove)
             self.found[name] = linear
 
     def _rounding(self, name: str) -> Callable[..., tuple[Any, ...]]:
@@ -84,7 +88,7 @@ class BlockSearch:
     method: Method
     influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     pictures: Sequence[torch.Tensor] | None = None
-    forwards: int = 0
+    forwards: float = 0
     backwards: int = 0
     best: Candidate | None = None
     learned: Learned | None = None
@@ -99,15 +103,20 @@ class BlockSearch:
         groups = [g for g in groups_of(self.module) if any(name in self.plan for name in g.linears)]
         if not groups:
             return self._outputs(self.module, float_inputs), self._outputs(self.module, inputs)
+        with ExitStack() as hooks:
+            return self._searched(groups, float_inputs, inputs, hooks)
+
+    def _searched(
+        self, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor], hooks: ExitStack
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for number, folding in enumerate(self.method.foldings, start=1):
             # The last one folds the block itself: a copy would take as much memory again.
             module = self.module if number == len(self.method.foldings) else copy.deepcopy(self.module)
             # The function of the folded module is the same, so its outputs are the float model's.
-            candidate, outputs = self._candidate(module, folding, groups, float_inputs, inputs)
+            candidate = Candidate(folding, module, module, hooks)
+            outputs = self._quantize(candidate, groups, float_inputs, inputs)
             quantized = self._outputs(candidate.rounded, inputs)
             candidate.error = relative_error(quantized, outputs, self.influence.get(""))
-            if not self.method.learn_steps:
-                candidate.rounded = candidate.module  # nobody runs it again, and it takes a block's memory
             if self.best is None or candidate.error < self.best.error:
                 self.best, wanted, final = candidate, outputs, quantized
         if self.method.learn_steps and self.best is not None:
@@ -125,23 +134,19 @@ class BlockSearch:
         folded = {n: p.detach() for n, p in module.named_parameters() if n.removesuffix(".weight") not in found}
         return folded if self.learned is None else {**folded, **self.learned.floats}
 
-    def _candidate(
-        self,
-        module: nn.Module,
-        folding: Folding,
-        groups: list[Group],
-        float_inputs: list[torch.Tensor],
-        inputs: list[torch.Tensor],
-    ) -> tuple[Candidate, list[torch.Tensor]]:
-        """The block with one folding, every group in its best variant; and the float outputs. module: folded in place."""
-        wanted, outputs = self._capture(module, groups, float_inputs)
+    def _quantize(
+        self, candidate: Candidate, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Folds the candidate and gives it every group in its best variant, in place; returns the float outputs."""
+        wanted, outputs = self._capture(candidate.module, groups, float_inputs)
         for group in groups:
-            wanted[group] = wanted[group] / self._fold(module, folding, group, wanted[group])
-        candidate = Candidate(folding, module, copy.deepcopy(module))
+            wanted[group] /= self._fold(candidate.module, candidate.folding, group, wanted[group])
+        if self.method.learn_steps or len(self.method.variants) > 1:
+            candidate.rounded = copy.deepcopy(candidate.module)
         for group in groups:
-            seen, _ = self._capture(candidate.rounded, [group], inputs)
-            self._choose_variant(candidate, group, wanted[group], seen[group], (inputs, outputs))
-        return candidate, outputs
+            seen = self._input_of(candidate.rounded, group, inputs)
+            self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
+        return outputs
 
     def _fold(self, module: nn.Module, folding: Folding, group: Group, inputs: torch.Tensor) -> torch.Tensor:
         """Applies the best factors to `module`; returns what the group's input channels were divided by."""
@@ -220,6 +225,16 @@ class BlockSearch:
             outputs = self._outputs(module, inputs)
         return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
 
+    def _input_of(self, module: nn.Module, group: Group, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """The group's input rows [tokens, in], without running what comes after."""
+        rows: dict[Group, list[torch.Tensor]] = {group: []}
+        with _watched({group: module.get_submodule(group.linears[0])}, rows, stop=True):
+            for x in inputs:
+                with suppress(_Reached):
+                    self.run(module, x)
+        self.forwards += share_before(module, group) * sum(len(x) for x in inputs)
+        return torch.cat(rows[group])
+
 
 def relative_error(
     outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
@@ -240,12 +255,21 @@ def _histogram(name: str, rows: torch.Tensor) -> Histogram:
     return statistics.histogram()
 
 
+class _Reached(Exception):  # noqa: N818 - no error
+    """A forward pass has come to the layer whose input is wanted."""
+
+
 @contextmanager
-def _watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Tensor]]) -> Iterator[None]:
-    """Keeps what each layer is given, before its own input is rounded."""
+def _watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
+    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by `_Reached`."""
 
     def keeper(group: Group) -> Callable[..., None]:
-        return lambda _, args: rows[group].append(args[0].flatten(0, -2))
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows[group].append(args[0].flatten(0, -2))
+            if stop:
+                raise _Reached
+
+        return hook
 
     handles = [layer.register_forward_pre_hook(keeper(group), prepend=True) for group, layer in layers.items()]
     try:

@@ -75,7 +75,7 @@ def calibrate_searched(
         "samples": len(job.samples),
         "prompts": len(texts),
         "tokens": sum(len(s.input_ids) for s in texts),
-        "block_forwards": sum(b["forwards"] for b in shards.records) + 2 * runs_of(job, prompts, method.objective),
+        "block_forwards": round(sum(b["forwards"] for b in shards.records)) + 2 * runs_of(job, prompts, method.objective),
         "block_backwards": sum(b["backwards"] for b in shards.records) + runs_of(job, prompts, method.objective),
         "entropy_thresholds": thresholds,
         "blocks": marked,

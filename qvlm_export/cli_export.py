@@ -141,7 +141,7 @@ def plan_summary(plan: Any, estimated: Any) -> dict[str, Any]:
         "build_memory_bytes": estimated.build_memory_bytes,
         "seconds": estimated.seconds,
         "estimate": estimated.in_words(),
-        "block_forwards": plan.cost.forwards,
+        "block_forwards": round(plan.cost.forwards),
     }
 
 

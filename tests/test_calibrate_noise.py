@@ -75,6 +75,18 @@ def test_only_factors_by_which_channels_differ_matter_where_activations_stay_flo
     assert float(noise.expected(8 * factors)) == pytest.approx(float(noise.expected(factors)), rel=1e-5)
 
 
+@pytest.mark.parametrize("scheme", [W4A16, W8A8, W4A4], ids=["W4A16", "W8A8", "W4A4"])
+def test_slopes_are_the_derivatives(scheme: LinearScheme) -> None:
+    x, weight = layer(4)
+    noise = noise_of(x, weight, scheme)
+    logs = (x.abs().amax(0) * (0.5 + torch.rand(128, generator=torch.Generator().manual_seed(0)))).log().requires_grad_()
+    expected = noise.expected(logs.exp())
+    expected.backward()
+    error, slopes = noise.slopes(logs.detach().exp())
+    assert error == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(slopes, logs.grad, rtol=1e-4, atol=1e-5 * error)
+
+
 def test_shared_factors_stay_shared() -> None:
     x, weight = layer(3)
     expand = torch.arange(64).repeat(2)

@@ -21,7 +21,8 @@ from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.method import NEAREST, Method, Variant
 from calibrate.printed import calibrate_printed
-from calibrate.record import errors_by_label, labels_of, linear_record, sqnr_db, with_partition
+from calibrate.quantize import sqnr_db
+from calibrate.record import errors_by_label, labels_of, linear_record, with_partition
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.search import BlockSearch
@@ -190,7 +191,7 @@ def test_sqnr_of_nothing_and_of_the_exact_weight() -> None:
 
 def test_inputs_that_are_all_zero() -> None:
     linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
-    record = linear_record(linear, torch.ones(2, 4), histogram_of(torch.zeros(3, 4)))
+    record = linear_record(linear, None, histogram_of(torch.zeros(3, 4)))
     assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
     json.dumps(record, allow_nan=False)
 

@@ -80,15 +80,15 @@ def calibration_file(folder: Path, seed: int) -> Path:
     return folder / f"calibration-{seed}.npz"
 
 
-def evaluation_file(folder: Path) -> Path:
-    return folder / "evaluation.npz"
+def evaluation_file(folder: Path, questions: int = QUESTIONS) -> Path:
+    return folder / f"evaluation-{questions}.npz"
 
 
 def make_data(model: Path, folder: Path, questions: int = QUESTIONS) -> None:
     """Writes the files that are not there yet. Both models of the benchmark have one processor, so they share them."""
     processor = None
     sets = {calibration_file(folder, seed): (lambda s=seed: calibration_items(s)) for seed in SEEDS}
-    for path, items in {**sets, evaluation_file(folder): lambda: unseen_items(questions)}.items():
+    for path, items in {**sets, evaluation_file(folder, questions): lambda: unseen_items(questions)}.items():
         if not path.exists():
             processor = processor or load_processor(model)
             unfinished = path.with_suffix(".part.npz")

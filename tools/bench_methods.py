@@ -4,6 +4,7 @@
     python tools/bench_methods.py                             # all that is missing, then docs/methods.md
     python tools/bench_methods.py --rows fast "modelopt*" --columns W8A8 --seeds 0
     python tools/bench_methods.py --model-dir build/tiny-hard # the same on another model; its tables are added
+    python tools/bench_methods.py --questions 10000 --rows fast full "llmcompressor: awq + gptq" --columns W3A16
 
 Every cell is one line of build/bench/results.jsonl, so a killed run goes on where it was; the last line of a cell counts.
 Each cell calibrates with one thread and says what it cost in processor seconds, which other work does not lengthen.
@@ -27,7 +28,7 @@ from typing import Any
 
 import bench_ours
 import numpy as np
-from bench_data import SEEDS, answer_spans, calibration_file, evaluation_file, load_samples, make_data
+from bench_data import QUESTIONS, SEEDS, answer_spans, calibration_file, evaluation_file, load_samples, make_data
 from bench_tables import write_tables
 from peers.rows import ALL, PeerRow
 from peers.rows import ROWS as PEER_ROWS
@@ -41,12 +42,13 @@ TINY = TOOLS.parent / "qvlm_export" / "tiny"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured once. model: name of its folder."""
+    """What is measured once. model: name of its folder. questions: that it is judged on."""
 
     model: str
     row: str
     column: str
     seed: int
+    questions: int = QUESTIONS
 
 
 class Results:
@@ -61,7 +63,7 @@ class Results:
                     self._keep(json.loads(line))
 
     def _keep(self, record: dict[str, Any]) -> None:
-        cell = Cell(*(record[key] for key in ("model", "row", "column", "seed")))
+        cell = Cell(*(record[key] for key in ("model", "row", "column", "seed")), record.get("questions", QUESTIONS))
         self._records.pop(cell, None)  # the newest comes last
         self._records[cell] = record
 
@@ -120,6 +122,10 @@ class Bench:
     def data(self) -> Path:
         return self.work / "data"
 
+    @property
+    def evaluation(self) -> Path:
+        return evaluation_file(self.data, len(self.samples))
+
     def keep(self, cell: Cell, npy: Path) -> None:
         """Scores a finished cell's files into the results."""
         cost = json.loads(npy.with_suffix(".json").read_text())
@@ -129,17 +135,17 @@ class Bench:
               f"{cost['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
-def open_bench(model: Path, work: Path, envs: Path) -> Bench:
+def open_bench(model: Path, work: Path, envs: Path, questions: int = QUESTIONS) -> Bench:
     """Makes data and reference logits where they are missing."""
     model_hash = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
-    make_data(model, work / "data")
-    samples = load_samples(evaluation_file(work / "data"))
-    stored = work / f"reference-{model_hash}.npy"
+    make_data(model, work / "data", questions)
+    samples = load_samples(evaluation_file(work / "data", questions))
+    stored = work / f"reference-{model_hash}-{questions}.npy"
     if not stored.exists():
         np.save(stored, bench_ours.reference_logits(model, samples))
     reference = np.load(stored)
     bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples)
-    float_cell = Cell(model.name, "float32", "float32", 0)
+    float_cell = Cell(model.name, "float32", "float32", 0, questions)
     if bench.results.get(float_cell, model_hash) is None:
         found = score(reference, reference, samples)
         bench.results.add(float_cell, {"model_hash": model_hash, "kl": 0.0, "exact_match": found["exact_match"]})
@@ -162,7 +168,7 @@ def run_peer(bench: Bench, row: PeerRow, cells: Sequence[Cell]) -> None:
             out = Path(scratch) / "cell.npy"
             given = {
                 "--model": bench.model, "--calibration": calibration_file(bench.data, cell.seed),
-                "--evaluation": evaluation_file(bench.data), "--column": cell.column, "--row": row.recipe, "--out": out,
+                "--evaluation": bench.evaluation, "--column": cell.column, "--row": row.recipe, "--out": out,
             }  # fmt: skip
             program = TOOLS / "peers" / f"peer_{row.peer}.py"
             command = [str(python), str(program), *(str(part) for pair in given.items() for part in pair)]
@@ -178,7 +184,8 @@ def run_ours(bench: Bench, row: bench_ours.OurRow, cells: Sequence[Cell]) -> Non
     with tempfile.TemporaryDirectory() as scratch:
         command = [
             sys.executable, str(TOOLS / "bench_ours.py"), "--row", row.name, "--model", str(bench.model),
-            "--data", str(bench.data), "--out", scratch, "--cells", *(f"{c.column}/{c.seed}" for c in cells),
+            "--data", str(bench.data), "--evaluation", str(bench.evaluation), "--out", scratch,
+            "--cells", *(f"{c.column}/{c.seed}" for c in cells),
         ]  # fmt: skip
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -195,7 +202,7 @@ def wanted(
     applies = row.columns if extra else row.main
     for column in columns:
         for seed in seeds:
-            cell = Cell(bench.model.name, row.name, column, seed)
+            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples))
             if column in applies and (redo or bench.results.get(cell, bench.model_hash) is None):
                 yield cell
 
@@ -205,7 +212,7 @@ def main() -> None:
     rows = [r for r in (*bench_ours.ROWS, *PEER_ROWS) if any(fnmatch.fnmatch(r.name, pattern) for pattern in args.rows)]
     if not rows:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
-    bench = open_bench(args.model_dir, args.work, args.envs)
+    bench = open_bench(args.model_dir, args.work, args.envs, args.questions)
     for row in rows:
         if cells := list(wanted(bench, row, args.columns, args.seeds, args.extra, args.redo)):
             print(f"{row.name}: {len(cells)} cells", flush=True)
@@ -222,6 +229,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--columns", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--extra", action="store_true", help="also ablations and the peers' weaker recipes")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="to judge on; tables of another number are added")
     parser.add_argument("--redo", action="store_true", help="run cells again that are there already")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--envs", type=Path, default=Path("build/peers"))

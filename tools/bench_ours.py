@@ -1,6 +1,7 @@
 """Our own rows of the benchmark: calibrate, simulate in torch, hand back logits. One process runs all cells of one row.
 
-    python tools/bench_ours.py --row rtn --cells W8A8/0 W4A16/0 --model qvlm_export/tiny --data build/bench/data --out DIR
+    python tools/bench_ours.py --row rtn --cells W8A8/0 W4A16/0 --model qvlm_export/tiny --data build/bench/data \\
+        --evaluation build/bench/data/evaluation-1000.npz --out DIR
 
 Writes COLUMN-SEED.npy and .json into DIR, as the peers' programs do for one cell, and prints each cell when it is written.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import answer_spans, calibration_file, evaluation_file, load_samples
+from bench_data import answer_spans, calibration_file, load_samples
 from peers.common import Measured, equal_lengths, measured
 from peers.rows import ALL
 
@@ -202,10 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=[r.name for r in ROWS], required=True)
     parser.add_argument("--cells", nargs="+", required=True, help="COLUMN/SEED")
-    for name in ("model", "data", "out"):
+    for name in ("model", "data", "evaluation", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
-    evaluation = load_samples(evaluation_file(args.data))
+    evaluation = load_samples(args.evaluation)
     opened(args.model)
     for cell in args.cells:
         column, seed = cell.split("/")
