@@ -13,7 +13,8 @@ samples go through in parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,15 +22,15 @@ import torch
 from torch import nn
 
 from calibrate.batches import Batches, batches_of
-from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite, resident
+from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
 from calibrate.fold import groups_of
 from calibrate.job import Calibration
 from calibrate.method import Objective
 from calibrate.recombine import Prompts, flat
 from calibrate.record import labels_of
+from calibrate.residents import Resident, residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
-from calibrate.tensors import TensorSource
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
 
 FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
@@ -50,15 +51,37 @@ class _Visit:
     leaves: list[torch.Tensor]
 
 
-def measure_influence(job: Calibration, prompts: Prompts, objective: Objective, seed: int = 0) -> Influence:
-    """Nothing for the objective `plain`. Reads the weights twice for every part of the samples."""
+def measure_influence(
+    job: Calibration,
+    prompts: Prompts,
+    objective: Objective,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Influence:
+    """Nothing for the objective `plain`. Reads the weights twice for every part of the samples.
+
+    Parts that an interrupted run measured are not measured again. progress: is told which share is done.
+    """
     if objective == "plain":
         return {}
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[torch.Tensor]] = {}
-    for part in _parts(prompts, job.blocks):
-        for name, weights in _part_influence(job, part, objective, generator).items():
+    parts = list(_parts(prompts, job.blocks))
+    for number, part in enumerate(parts):
+
+        def measured(number: int = number, part: Prompts = part) -> Influence:
+            visits = itertools.count(1)
+            return _part_influence(
+                job,
+                part,
+                objective,
+                torch.Generator().manual_seed(seed + number),
+                lambda: progress((number + next(visits) / (2 * job.blocks.count())) / len(parts)),
+            )
+
+        weights_of = measured() if job.work is None else job.work.remembered(f"influence-{number:04}", measured)
+        for name, weights in weights_of.items():
             found.setdefault(name, []).extend(weights)
+        progress((number + 1) / len(parts))
     if objective == "modality":
         found = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in found.items()}
     return {name: _normalised(weights) for name, weights in found.items()}
@@ -87,8 +110,9 @@ def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
 
 
 def _part_influence(
-    job: Calibration, prompts: Prompts, objective: Objective, generator: torch.Generator
-) -> dict[str, list[torch.Tensor]]:
+    job: Calibration, prompts: Prompts, objective: Objective, generator: torch.Generator, visited: Callable[[], None]
+) -> Influence:
+    """visited: is called twice for every block."""
     blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
     texts, pictures_of = flat(prompts)
     visits: list[_Visit] = []
@@ -96,20 +120,23 @@ def _part_influence(
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         batches = batches_of(inputs)
         merged = batches.merged([x.clone() if x.is_inference() else x for x in inputs])
-        with resident(block, source) as module, torch.no_grad():
-            leaves = [run(module, x.detach()) for x in merged]
+        with resident(block) as module, torch.no_grad():
+            leaves = [run(module, x.detach().to(job.device)).cpu() for x in merged]
         for leaf in leaves:
             leaf.requires_grad_()
         visits.append(_Visit(block, run, batches, merged, leaves))
+        visited()
         return batches.split(leaves)
 
-    with torch.enable_grad():
+    with torch.enable_grad(), residents(blocks, source, job.device) as resident:
         features = walk_vision(blocks, source, pictured, step)
         hidden = walk_language(blocks, source, texts, [features[number] for number in pictures_of], step)
         _probe(job, texts, hidden, objective, generator)
-        found: dict[str, list[torch.Tensor]] = {}
+    found: Influence = {}
+    with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
         while visits:
-            found |= _backward(visits.pop(), source)
+            found |= _backward(visits.pop(), resident, job.device)
+            visited()
     return found
 
 
@@ -135,20 +162,20 @@ def _probe(
         torch.autograd.backward(logits, signs, retain_graph=True)  # hidden states of one batch share their leaf
 
 
-def _backward(visit: _Visit, source: TensorSource) -> dict[str, list[torch.Tensor]]:
+def _backward(visit: _Visit, resident: Resident, device: torch.device) -> Influence:
     """Weights of one block, and its inputs' gradients handed back to whatever made them."""
     prefix, groups = visit.block.prefix, groups_of(visit.block.module)
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
     gradients = []
-    with resident(visit.block, source) as module:
+    with resident(visit.block) as module:
         for merged, leaf in zip(visit.inputs, visit.leaves, strict=True):
             given = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            x = merged.detach().requires_grad_()
+            x = merged.detach().to(device).requires_grad_()
             with _kept_outputs(module, [name for group in groups for name in group.linears]) as kept:
                 out = visit.run(module, x)
-            first, *made = torch.autograd.grad(out, [x, *kept.values()], given, materialize_grads=True)
-            gradients.append(first)
-            sizes = {name: gradient.square().sum(-1) for name, gradient in zip(kept, made, strict=True)}
+            first, *made = torch.autograd.grad(out, [x, *kept.values()], given.to(device), materialize_grads=True)
+            gradients.append(first.cpu())
+            sizes = {name: gradient.square().sum(-1).cpu() for name, gradient in zip(kept, made, strict=True)}
             weights[prefix].append(given.square().sum(-1))
             for group in groups:
                 weights[f"{prefix}.{group.linears[0]}"].append(torch.stack([sizes[name] for name in group.linears]).sum(0))

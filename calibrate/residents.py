@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 
@@ -23,8 +23,10 @@ def on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tens
 
 
 @contextmanager
-def residents(blocks: ModelBlocks, source: TensorSource, device: torch.device) -> Iterator[Resident]:
-    """Makes blocks resident in the order they run.
+def residents(
+    blocks: ModelBlocks, source: TensorSource, device: torch.device, backwards: bool = False
+) -> Iterator[Resident]:
+    """Makes blocks resident in the order they run, or the last first.
 
     On a CPU reading a block takes a hundredth of the time it computes, so nothing is read ahead and one block is in memory;
     on a GPU two are.
@@ -33,16 +35,16 @@ def residents(blocks: ModelBlocks, source: TensorSource, device: torch.device) -
         yield lambda block: resident(block, source)
         return
     with ThreadPoolExecutor(1) as uploader:
-        yield _Uploads(blocks, source, device, uploader).resident
+        order = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+        yield _Uploads(order[::-1] if backwards else order, source, device, uploader).resident
 
 
 class _Uploads:
     """The block being computed, and the one behind it on its way."""
 
     def __init__(
-        self, blocks: ModelBlocks, source: TensorSource, device: torch.device, uploader: ThreadPoolExecutor
+        self, order: Sequence[Block], source: TensorSource, device: torch.device, uploader: ThreadPoolExecutor
     ) -> None:
-        order = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
         self._behind = dict(zip((block.prefix for block in order), order[1:], strict=False))
         self._source, self._device, self._uploader = source, device, uploader
         self._coming: dict[str, Future[dict[str, torch.Tensor]]] = {}

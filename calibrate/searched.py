@@ -27,6 +27,9 @@ from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
 from calibrate.walk import Run, walk_language, walk_vision
 
+# How progress is counted: what tokens count costs about as much for a block as this, searching it as that.
+UNITS, SEARCH_UNITS = 10, 40
+
 
 def calibrate_searched(
     job: Calibration, writer: CalibratedWriter, progress: Progress, method: Method = FAST
@@ -35,7 +38,10 @@ def calibrate_searched(
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
-    shards = BlockWriter(job, writer, progress)
+    # Of the progress: what is measured before the first block, and all.
+    begun = 0 if method.objective == "plain" else UNITS * job.blocks.count()
+    whole = begun + SEARCH_UNITS * job.blocks.count()
+    shards = BlockWriter(job, writer, lambda done, _, name: progress(begun + SEARCH_UNITS * done, whole, name))
     influence: Influence = {}
     prompts = recombine(job.samples, method.questions, job.blocks.image_token_id, method.seed)
     texts, pictures_of = flat(prompts)
@@ -64,7 +70,9 @@ def calibrate_searched(
         return outputs
 
     with steady_threads(job.blocks), residents(job.blocks, job.source, job.device) as resident:
-        influence |= measure_influence(job, prompts, method.objective, method.seed)
+        influence |= measure_influence(
+            job, prompts, method.objective, method.seed, lambda share: progress(int(share * begun), whole, "influence")
+        )
         features = walk_vision(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
         spread = [features[half + number] for half in (0, len(job.samples)) for number in pictures_of]
         walk_language(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))

@@ -1,24 +1,29 @@
 """The work folder of a calibration: what a killed run goes on from. torch.
 
 For every finished block an entry: the shard with its tensors, its record, and its outputs, which are the inputs of the block
-behind it. The entry is written when all of that is on disk, so what has an entry is complete.
+behind it. The entry is written when all of that is on disk, so what has an entry is complete. What is measured before the
+first block is kept beside them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from calibrate.activations import Activations, shapes_only, store, stored
 from calibrate.calibrated import write_json
 from calibrate.errors import UserError
 
 MEMORY_BYTES = 2 * 2**30  # of activations, when nobody says
+MEASURED = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,29 @@ class Work:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.entries = _read_entries(self._folder)
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
+
+    def remembered(
+        self, name: str, compute: Callable[[], Mapping[str, Sequence[torch.Tensor]]]
+    ) -> dict[str, list[torch.Tensor]]:
+        """What `compute` returns, or returned when an earlier run called it for this `name`."""
+        path = self._folder / f"{name}{MEASURED}"
+        if path.exists():
+            try:
+                stored = load_file(path)
+            except SafetensorError as error:
+                raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
+            found: dict[str, list[torch.Tensor]] = {}
+            for key in sorted(stored):
+                found.setdefault(key.rpartition("/")[0], []).append(stored[key])
+            return found
+        computed = {key: list(tensors) for key, tensors in compute().items()}
+        temporary = path.with_name(path.name + ".tmp")
+        flat = {f"{key}/{n:08}": tensor for key, tensors in computed.items() for n, tensor in enumerate(tensors)}
+        save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return computed
 
     def outputs(self, name: str) -> Sequence[torch.Tensor] | None:
         """What the finished block `name` returned, None when it is not finished. Zeros where nobody needs them any more."""
@@ -73,6 +101,11 @@ class Work:
 def count_finished(folder: Path) -> int:
     """How many blocks of a work folder are finished."""
     return len(_read_entries(folder / "blocks"))
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a work folder holds anything that would have to be computed again."""
+    return count_finished(folder) > 0 or any((folder / "blocks").glob(f"*{MEASURED}"))
 
 
 def _read_entries(folder: Path) -> list[Entry]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from calibrate.calibrated import write_json
 from calibrate.errors import UnfinishedError, UserError
 from calibrate.safetensors_source import INDEX_FILE
-from calibrate.work import count_finished
+from calibrate.work import count_finished, holds_work
 from engines.manifest import Manifest, read_manifest
 from qvlm_export.preflight import calibrated_folder, scratch_folder
 from qvlm_export.publish import is_disk_full
@@ -57,7 +57,7 @@ class WorkFolder:
     def unfinished(self) -> bool:
         """Whether an earlier export left something that would have to be computed again."""
         begun = (self.state / BEGUN).exists()
-        return bool(self.stages()) or (begun and (self.finished_blocks() > 0 or (self.calibrated / INDEX_FILE).exists()))
+        return bool(self.stages()) or (begun and (holds_work(self.state) or (self.calibrated / INDEX_FILE).exists()))
 
     def stages(self) -> dict[str, Any]:
         """What is whole: by name {key: of everything it depends on, files: sizes by name, and what it said}."""

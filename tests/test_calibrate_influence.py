@@ -12,6 +12,7 @@ from small_export import mixed_samples, open_small, plan_of
 
 from calibrate import influence
 from calibrate.blocks import linear_of, make_blocks, resident
+from calibrate.errors import UserError
 from calibrate.fold import groups_of
 from calibrate.group import Rows
 from calibrate.influence import FLOOR, Influence, measure_influence
@@ -23,6 +24,7 @@ from calibrate.samples import Sample
 from calibrate.search import relative_error
 from calibrate.statistics import token_labels
 from calibrate.walk import walk_language, walk_vision
+from calibrate.work import Work, holds_work
 
 
 @pytest.fixture
@@ -175,6 +177,35 @@ def test_rows_that_count_nothing_change_nothing() -> None:
         torch.testing.assert_close(few.pulled(seen[:25], weight), weight @ wanted[:25].T @ seen[:25])
     error = relative_error([seen[None]], [wanted[None]], [weights[None]])
     assert error == pytest.approx(relative_error([seen[None, :25]], [wanted[None, :25]]), rel=1e-6)
+
+
+def test_a_killed_measurement_goes_on_behind_its_last_part(job: Calibration, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(influence, "PART_VALUES", 1)
+    prompts, whole = alone(job), measured(job, "modality")
+    kept, shares = replace(job, work=Work(tmp_path)), []
+
+    def killed(share: float) -> None:
+        shares.append(share)
+        if share > 1 / len(prompts):  # in the second part
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_influence(kept, prompts, "modality", progress=killed)
+    assert shares == sorted(shares)
+    assert holds_work(tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    again: list[float] = []
+    found = measure_influence(replace(job, work=Work(tmp_path)), prompts, "modality", progress=again.append)
+    assert again[0] == 1 / len(prompts)
+    assert again[-1] == 1.0
+    assert found.keys() == whole.keys()
+    for name, weights in whole.items():
+        assert all(torch.equal(*pair) for pair in zip(found[name], weights, strict=True)), name
+
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="is damaged"):
+        measure_influence(replace(job, work=Work(tmp_path)), prompts, "modality")
 
 
 def test_plain_measures_nothing(job: Calibration) -> None:

@@ -47,7 +47,7 @@ class SameThread:
 
 def searched_briefly(*arguments: Any) -> dict[str, Any]:
     """Without the loop over columns, which takes long where it is only pretended."""
-    return calibrate_searched(*arguments, Method(foldings=("search",), variants=(Variant(rounding="nearest"),)))
+    return calibrate_searched(*arguments, Method(("search",), (Variant(rounding="nearest"),)))
 
 
 def on_both(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any) -> list[CalibratedCheckpoint]:
@@ -84,6 +84,16 @@ def test_search_on_a_gpu_as_on_a_cpu(llava: Llava, tmp_path: Path, monkeypatch: 
     assert wanted.summary == found.summary
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false")
+def test_every_step_of_fast_on_a_real_gpu(llava: Llava, tmp_path: Path) -> None:
+    """What tokens count included, which the pretended GPU cannot go backwards through."""
+    model = llava(**SMALL)
+    wanted, found = (calibrated(model, tmp_path / name, torch.device(name), calibrate_searched) for name in ("cpu", "cuda"))
+    for name in wanted.schemes:
+        assert (wanted.linear(name).codes == found.linear(name).codes).mean() > 0.98, name
+
+
 def test_rounding_towards_the_output_on_a_gpu() -> None:
     """The rest of what a search computes."""
     generator = torch.Generator().manual_seed(0)
@@ -115,6 +125,23 @@ def test_the_next_block_is_on_its_way_before_this_one_computes(llava: Llava, mon
                 assert {n for b in order[: number + 2] for n in b.tensor_names()} == set(loaded)
             assert {p.device.type for p in module.parameters()} == {"meta"}
     assert len(loaded) == len(set(loaded))
+
+
+def test_backwards_the_block_before_is_on_its_way(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_small(llava(**SMALL))
+    blocks = make_blocks(checkpoint.hf_config)
+    last, before = blocks.text_layers[-1], blocks.projector
+    loaded: list[str] = []
+
+    class Watched:
+        def load(self, name: str) -> np.ndarray:
+            loaded.append(name)
+            return checkpoint.source.load(name)
+
+    monkeypatch.setattr(residents, "ThreadPoolExecutor", SameThread)
+    backwards = residents.residents(blocks, Watched(), GPU, backwards=True)  # type: ignore[arg-type]
+    with PretendGpu(), backwards as resident, resident(last):
+        assert set(loaded) == {*last.tensor_names(), *before.tensor_names()}
 
 
 def test_bad_weight_ahead_is_named_when_its_turn_comes(llava: Llava) -> None:

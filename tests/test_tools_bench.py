@@ -62,7 +62,8 @@ def test_cells_survive_a_killed_run(tmp_path):
 
 def test_only_missing_cells_are_run(tmp_path):
     results = Results(tmp_path / "results.jsonl")
-    results.add(Cell("m", "rtn", "W8A8", 0), {"model_hash": "a"})
+    results.add(Cell("m", "rtn", "W8A8", 0, 0), {"model_hash": "a"})
+    results.add(Cell("m", "rtn", "W8A8", 1, 10), {"model_hash": "a"})  # judged on other questions: another cell
     bench = bench_methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [])
     row = next(r for r in bench_ours.ROWS if r.name == "rtn")
     cells = list(bench_methods.wanted(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
@@ -138,8 +139,13 @@ def test_medians_and_the_best_of_a_line(tmp_path):
     cells = medians(records, lines)
     assert {c.row: c.values["kl"] for c in cells} == {"a": 2.0, "b": 1.5, "c": 0.1}
     assert best_of(cells, "m", "peer, best", "W8A8").row == "b"  # c was run on one seed only
+    more = {"model": "m", "row": "c", "column": "W4A4", "seed": 0, "questions": 5000, "kl": 0.7, **values}
+    records.append(more)
     write_tables([*records, {"model": "m", "row": "float32", "column": "float32", "exact_match": 0.9}], lines, tmp_path)
-    assert "| peer, best | 1.5 / 1 |" in (tmp_path / "methods.md").read_text()
+    text = (tmp_path / "methods.md").read_text()
+    assert "| peer, best | 1.5 / 1 | – |" in text
+    assert "### m, judged on 5,000 questions" in text
+    assert "| 0.7 / 1 (1) |" in text
     assert len(json.loads((tmp_path / "bench_methods.json").read_text())["medians"]) == 3
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_data import QUESTIONS
 from peers.rows import ALL
 
 WHOLE = "full"  # the row that ablations change one thing of
@@ -20,7 +21,8 @@ HEAD = """# Quantization methods compared
 build/peers` first makes the peers' environments). Every row calibrates on the same 64 questions and is judged on the answer
 tokens of 1,000 questions about scenes that neither training nor calibration saw, against the float32 checkpoint: KL in nats
 a token / SQNR of the logits in dB. Medians over {seeds} calibration seeds, or over the number in brackets. KL's standard
-error is 15 to 30 %, so differences below that are none.
+error is 15 to 30 %, so differences below that are none; a table of rows that are close to each other is judged on more
+questions (`--questions 10000`), calibrated as before.
 
 All linears but lm_head, symmetric; weights of 3 and 4 bits in groups of 64, of 6 and 8 bits a scale per output channel;
 activations one static scale per tensor. Everything is simulated in torch in float32. One thread; seconds are the
@@ -133,6 +135,8 @@ def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
 
 def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path) -> None:
     """Writes methods.md and bench_methods.json. lines: row -> the line of the first table it belongs to, in order."""
+    larger = [record for record in records if record.get("questions", QUESTIONS) != QUESTIONS]
+    records = [record for record in records if record not in larger]
     cells = medians(records, lines)
     whole = [c for c in cells if not c.row.startswith(f"{WHOLE}: ")]
     models = list(dict.fromkeys(c.model for c in cells))
@@ -142,6 +146,10 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
         exact = next(r["exact_match"] for r in records if r["model"] == model and r["row"] == "float32")
         text += ["", f"## {model}", "", f"The float32 checkpoint answers {100 * exact:.1f} % of the questions exactly.", ""]
         text += summary_table(whole, model, list(dict.fromkeys(lines.values())), seeds)
+        for questions in sorted({r["questions"] for r in larger if r["model"] == model}):
+            again = medians([r for r in larger if r["questions"] == questions], lines)
+            text += ["", f"### {model}, judged on {questions:,} questions", ""]
+            text += summary_table(again, model, list(dict.fromkeys(lines.values())), seeds)
         if ablation := ablation_table(records, model):
             text += ["", f"### {model}, one part of `{WHOLE}` changed", "", *ablation]
         for column in ALL:
