@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of, share_before
+from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -137,6 +138,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
         flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 2.0 * out * into**2)
         flops += foldings * sum(2.0 + 4.0 * v.sweeps for v in method.variants if v.sweeps) * out * into**2
+        more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
+        flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
         single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
         rounded += (tried + foldings * variants) * out * into
         if "expected" in method.foldings and group.producer is not None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from calibrate.calibrated import QuantizedLinear
-from calibrate.gptq import aim_at_float, gptq_round, make_rounder
+from calibrate.gptq import aim_at_float, gptq_round, gptq_round_in_range, make_rounder
 from calibrate.method import Variant
 from calibrate.noise import best_range, tail_of
 from calibrate.quantize import (
     activation_scale,
     activation_scale_nearest,
+    covering_scale,
     fake_quantize,
     group_amax,
     round_to_codes,
@@ -71,17 +72,27 @@ def quantize_group(
     found = {}
     for name, weight in weights.items():
         scheme = plan[name]
-        if variant.weight_ranges == "absmax":
-            scale = weight_scale(group_amax(weight, scheme), scheme)
+        scale = _weight_scale(variant, weight, gram, scheme)
+        if rounder is None:
+            codes = round_to_codes(weight, scale, scheme)
+        elif variant.weight_ranges == "rounded":
+            codes, scale = gptq_round_in_range(weight, gram, rounder, scale, scheme)
         else:
-            scale = search_weight_scale(weight, gram, scheme)
-        codes = round_to_codes(weight, scale, scheme) if rounder is None else gptq_round(weight, rounder, scale, scheme)
+            codes = gptq_round(weight, rounder, scale, scheme)
         if variant.sweeps:
             moved = refine(weight, gram, Rounded(codes, scale, scheme), variant.sweeps)
             codes, scale = moved.codes, moved.scale
         own = input_scale if scheme.activation_bits is not None else None
         found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
     return found
+
+
+def _weight_scale(variant: Variant, weight: torch.Tensor, gram: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+    if variant.weight_ranges == "output":
+        return search_weight_scale(weight, gram, scheme)
+    if variant.weight_ranges == "absmax":
+        return weight_scale(group_amax(weight, scheme), scheme)
+    return covering_scale(weight, scheme)
 
 
 def _input_scale(variant: Variant, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int) -> float:

@@ -9,8 +9,10 @@ from typing import Literal
 # mean magnitudes, the exponent by output error; search: from means and peaks, the exponent by output error; expected: a
 # factor for each channel, all with the least expected error (`noise.py`).
 Folding = Literal["none", "smoothquant", "smooth-0.5", "awq", "search", "expected"]
-# absmax: the whole range; output: the fraction of it with the least output error; expected: the least expected error.
-Ranges = Literal["absmax", "output"]
+# absmax: the whole range, to both sides of zero; covering: no more of it than there are values; rounded: that, or fractions
+# of it where they leave less output error once rounded by GPTQ; output: the fraction with the least output error when
+# rounded to nearest; expected: the least expected error.
+Ranges = Literal["absmax", "covering", "rounded", "output"]
 InputRanges = Literal["absmax", "output", "expected"]
 Rounding = Literal["nearest", "gptq"]
 # What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence; or by the
@@ -69,8 +71,8 @@ class Method:
 NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)
 # The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
 # activations: those samples hold no value beyond the largest ones seen.
-EXPECTED = Variant(activation_ranges="expected", weight_ranges="absmax")
+EXPECTED = Variant(activation_ranges="expected", weight_ranges="covering")
 FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
 # With eight times the prompts less has to be held back, and codes and scales can be moved on without fitting the samples.
-REFINED = replace(EXPECTED, ridge=0.3, sweeps=2)
+REFINED = replace(EXPECTED, weight_ranges="rounded", ridge=0.3, sweeps=2)
 FULL = Method(foldings=("expected",), variants=(REFINED,), objective="logits", learn_steps=100, questions=8)

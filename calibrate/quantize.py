@@ -40,6 +40,18 @@ def group_amax(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
     return weight.reshape(weight.shape[0], -1, scheme.group_size).abs().amax(dim=2)
 
 
+def covering_scale(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+    """The smallest scale, as stored, at which every weight has a code. weight: float32 [out, in].
+
+    Grouped codes reach one further below zero than above, so a group whose largest value is negative has smaller steps than
+    with its largest magnitude at qmax: 1.2 dB less noise at 4 bits, 2.5 dB at 3.
+    """
+    groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])
+    lowest, highest = groups.aminmax(dim=2)
+    scale = torch.maximum(highest / scheme.qmax, lowest / scheme.qmin)
+    return stored_weight_scale(scale if scheme.group_size is not None else scale[:, 0], scheme)
+
+
 def round_to_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
     """Round to nearest, ties to even. weight: float32 [out, in], scale as stored -> int8 [out, in]."""
     wide = scale.float()

@@ -125,7 +125,7 @@ class InputStatistics:
 
     def _cover(self, amax: float) -> None:
         """Doubles the range until it holds `amax`, merging bins."""
-        exponent = max(math.frexp(amax)[1], _LOWEST_EXPONENT)  # amax < 2 ** exponent
+        exponent = max(math.frexp(amax)[1], _LOWEST_EXPONENT) if amax else _LOWEST_EXPONENT  # amax < 2 ** exponent
         doublings = exponent - self._exponent
         if doublings > 0:
             merged = ((torch.arange(2 * BINS) - BINS) >> min(doublings, 62)) + BINS

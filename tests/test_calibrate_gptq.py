@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate.gptq import DAMPING, aim_at_float, column_scales, gptq_round, make_rounder, remaining_energy
-from calibrate.quantize import group_amax, round_to_codes, weight_scale
+from calibrate.gptq import (
+    DAMPING,
+    FRACTIONS,
+    aim_at_float,
+    column_scales,
+    gptq_round,
+    gptq_round_in_range,
+    make_rounder,
+    remaining_energy,
+)
+from calibrate.quantize import covering_scale, group_amax, round_to_codes, stored_weight_scale, weight_scale
 from calibrate.scheme import W8A8, LinearScheme
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -109,3 +118,32 @@ def test_the_remaining_energy_is_what_the_papers_factor_says():
     torch.testing.assert_close(energy[order], wanted, rtol=1e-4, atol=0.0)
     last = int(order[-1])
     assert float(energy[last]) == pytest.approx(float(damped[last, last]), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_ranges_are_chosen_for_each_output_by_what_rounding_leaves(bits):
+    weight, inputs = problem(7, rows=40)
+    scheme = LinearScheme(bits, None, 64)
+    gram = inputs.T @ inputs
+    rounder, whole = make_rounder(gram), covering_scale(weight, scheme)
+    codes, scale = gptq_round_in_range(weight, gram, rounder, whole, scheme)
+
+    def errors(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (((codes.float() * column_scales(scale, 128)) - weight) @ inputs.T).square().sum(1)
+
+    tried = [stored_weight_scale(whole.float() * fraction, scheme) for fraction in (1.0, *FRACTIONS)]
+    each = torch.stack([errors(gptq_round(weight, rounder, s, scheme), s) for s in tried])
+    torch.testing.assert_close(errors(codes, scale), each.amin(0), rtol=1e-3, atol=1e-6)
+    chosen = {int(n) for n in each.argmin(0)}
+    assert len(chosen) > 1  # not the same range for all
+    for row in range(40):
+        assert torch.equal(scale[row], tried[int(each[:, row].argmin())][row])
+
+
+def test_scales_of_whole_rows_stay():
+    weight, inputs = problem(8)
+    gram = inputs.T @ inputs
+    scale = covering_scale(weight, W8A8)
+    codes, same = gptq_round_in_range(weight, gram, make_rounder(gram), scale, W8A8)
+    assert torch.equal(same, scale)
+    assert torch.equal(codes, gptq_round(weight, make_rounder(gram), scale, W8A8))

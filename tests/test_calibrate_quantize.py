@@ -12,7 +12,16 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibrate.quantize import activation_scale, fake_quantize, quantize_linear
+from calibrate.gptq import column_scales
+from calibrate.quantize import (
+    activation_scale,
+    covering_scale,
+    fake_quantize,
+    group_amax,
+    quantize_linear,
+    round_to_codes,
+    weight_scale,
+)
 from calibrate.scheme import W8A8, LinearScheme
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -92,6 +101,19 @@ def test_scales_are_in_the_type_they_are_stored_in_and_never_zero(scheme, weight
     assert linear.scale.dtype == (np.float16 if scheme.group_size else np.float32)
     assert np.isfinite(linear.scale).all()
     assert (linear.scale >= (2**-14 if scheme.group_size else 2**-30)).all()
+
+
+@SCHEMES
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(weight=weights())
+def test_a_covering_scale_clips_nothing_and_is_never_wider(scheme, weight):
+    tensor = torch.from_numpy(weight)
+    scale = covering_scale(tensor, scheme)
+    assert scale.dtype == (torch.float32 if scheme.group_size is None else torch.float16)
+    assert (scale <= weight_scale(group_amax(tensor, scheme), scheme)).all()
+    steps = column_scales(scale, weight.shape[1])
+    codes = round_to_codes(tensor, scale, scheme).float()
+    assert ((tensor - codes * steps).abs() <= steps * (0.5 + 0.01)).all()  # float16 scales may be a little short
 
 
 @SCHEMES

@@ -132,3 +132,10 @@ def test_second_moments_can_be_left_out():
     statistics.update(torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="second moments were not gathered"):
         statistics.gram()
+
+
+def test_zeros_first_do_not_make_the_bins_wide():
+    statistics = InputStatistics("x", 1, with_gram=False)
+    for value in (0.0, 0.3):
+        statistics.update(torch.full((2, 1), value), torch.zeros(2, dtype=torch.int64))
+    assert statistics.histogram().width <= 2 * 0.3 / 2**14

@@ -93,7 +93,9 @@ ROWS = (
             "no learning, three foldings": replace(UNLEARNED, foldings=("expected", "search", "smooth-0.5")),
             "no learning, largest values as ranges": _changed(activation_ranges="absmax"),
             "no learning, weights clipped": _changed(weight_ranges="output"),
-            "no learning, rounded to nearest": _changed(rounding="nearest", sweeps=0),
+            "no learning, largest weights as ranges": _changed(weight_ranges="absmax"),
+            "no learning, covering ranges": _changed(weight_ranges="covering"),
+            "no learning, rounded to nearest": _changed(rounding="nearest", weight_ranges="covering", sweeps=0),
             "no learning, no sweeps": _changed(sweeps=0),
             "no learning, no aiming": _changed(ridge=None),
         }.items()
