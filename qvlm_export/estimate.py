@@ -74,6 +74,8 @@ def estimate(
     copies = 1 + int(bool(linears)) + int(builds)
     seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes / machine.share
     memory = memory_needed(cost, largest_bytes)
+    if builds:  # the check maps the plan that was built; the machine takes these pages back when it needs them
+        memory = max(memory, PROGRAM_BYTES + max(part.planned_bytes for part in parts.values()))
     build = build_memory(parts) if builds else 0
     return Estimate({name: round(value, 1) for name, value in seconds.items()}, memory, build)
 
