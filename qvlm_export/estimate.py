@@ -24,6 +24,7 @@ CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor 
 # TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (13B), and its memory in sizes of the plan,
 # beside PROGRAM_BYTES (2.4 at 13B, 2.6 at 1B).
 BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 17.5, 2.5
+CHECK_SECONDS_PER_GIB = 2.0  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
@@ -72,7 +73,8 @@ def estimate(
         building = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
         seconds["build"] = building / machine.share + sizes.planned_bytes / machine.written_bytes
     copies = 1 + int(bool(linears)) + int(builds)
-    seconds["check"] = copies * sizes.planned_bytes / machine.hashed_bytes / machine.share
+    reading = CHECK_SECONDS_PER_GIB * sizes.planned_bytes / 2**30 if builds else 0.0
+    seconds["check"] = (copies * sizes.planned_bytes / machine.hashed_bytes + reading) / machine.share
     memory = memory_needed(cost, largest_bytes)
     if builds:  # the check maps the plan that was built; the machine takes these pages back when it needs them
         memory = max(memory, PROGRAM_BYTES + max(part.planned_bytes for part in parts.values()))
