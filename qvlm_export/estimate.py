@@ -21,8 +21,8 @@ from qvlm_export.preflight import Sizes
 # Resident once torch, transformers and onnx are imported and the processor is loaded.
 PROGRAM_BYTES = 700 * 2**20
 CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor is made
-# TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (13B), and its memory in sizes of the plan,
-# beside PROGRAM_BYTES (2.4 at 13B, 2.6 at 1B).
+# TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (13B), and its memory in sizes of the
+# plan, beside PROGRAM_BYTES (2.4 at 13B, 2.6 at 1B).
 BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 17.5, 2.5
 CHECK_SECONDS_PER_GIB = 2.0  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
