@@ -7,7 +7,7 @@ the forwards with those counted at run time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of, share_before
@@ -18,11 +18,14 @@ from calibrate.noise import ROWS, STEPS
 from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
+from calibrate.two_sided import SKETCHED
+from calibrate.undecided import SHARES, pairs
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
 SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
+WALKED = 175  # times as long as to nearest takes a weight to be rounded by its anti-diagonal
 # Factorizations by in^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
 SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
 
@@ -79,7 +82,13 @@ def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method
     if method is None:
         return [len(sample.input_ids) for sample in samples]
     prompts = recombine(samples, method.questions, blocks.image_token_id, method.seed)
-    return [len(prompt.input_ids) for prompt in flat(prompts)[0]]
+    return [len(prompt.input_ids) for prompt in flat(prompts)[0]] + _mixed_lengths(blocks, samples, method)
+
+
+def _mixed_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method) -> list[int]:
+    """Tokens of each prompt about a mixture, of which those go on that leave the model undecided: here, all."""
+    found = pairs(samples, method.undecided, blocks.image_token_id, method.seed)
+    return [len(pair.text.input_ids) for pair in found]
 
 
 def calibration_cost(
@@ -92,9 +101,16 @@ def calibration_cost(
     vision = [(block, pictures) for block in (*blocks.vision_layers, blocks.projector)]
     parts = [*vision, *((block, texts) for block in blocks.text_layers)]
     if method is not None:
-        probed = Cost() if method.objective == "plain" else sum((_probed(b, lengths) for b, lengths in parts), Cost())
+        probed = (
+            Cost() if method.objective == "plain" else sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
+        )
+        if mixed := _mixed_lengths(blocks, samples, method):
+            tried = [(b, pictures) for b, _ in vision] + [(b, mixed * len(SHARES)) for b in blocks.text_layers]
+            probed += sum((Cost(_forward_flops(b, lengths), forwards=len(lengths)) for b, lengths in tried), Cost())
         own = [method if block in blocks.text_layers else method.for_vision() for block, _ in parts]
-        return sum((_searched(b, _of(plan, b), lengths, m) for (b, lengths), m in zip(parts, own, strict=True)), probed)
+        found = sum((_searched(b, _of(plan, b), lengths, m) for (b, lengths), m in zip(parts, own, strict=True)), probed)
+        metrics = sum(_metrics_bytes(b) for b, _ in parts) if method.two_sided() else 0
+        return replace(found, memory_bytes=found.memory_bytes + metrics)
     looks = [any(s.activation_bits is not None for s in _of(plan, block).values()) for block, _ in parts]
     walked = max((number + 1 for number, looked in enumerate(looks) if looked), default=0)
     return sum((_nearest(b, _of(plan, b), x if n < walked else []) for n, (b, x) in enumerate(parts)), Cost())
@@ -111,10 +127,24 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
     return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory, _elements(block, lengths))
 
 
-def _probed(block: Block, lengths: Sequence[int]) -> Cost:
-    """Twice forwards, once backwards, which costs as much."""
+def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
+    """Twice forwards, once backwards, which costs as much; and the metrics of outputs."""
     weights = FLOAT32_BYTES * _weights(block)
-    return Cost(4 * _forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=weights)
+    flops = 4 * _forward_flops(block, lengths)
+    if method.two_sided():
+        flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
+    return Cost(flops, forwards=2 * len(lengths), memory_bytes=weights)
+
+
+def _metrics_bytes(block: Block) -> int:
+    outputs = [*(out for out, _ in _shapes(block)), _width(block)]
+    return sum(out * (FLOAT32_BYTES * out if out <= SKETCHED else 2 * SKETCHED) for out in outputs)
+
+
+def _shapes(block: Block) -> list[tuple[int, int]]:
+    """[out, in] of each linear."""
+    linears = [linear_of(block.module, name.removeprefix(f"{block.prefix}.")) for name in block.linear_names()]
+    return [(linear.out_features, linear.in_features) for linear in linears]
 
 
 def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
@@ -137,14 +167,17 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         # The Gram matrix, what the float output pulls to, GPTQ.
         pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
         flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 2.0 * out * into**2)
-        flops += foldings * sum(2.0 + 4.0 * v.sweeps for v in method.variants if v.sweeps) * out * into**2
         more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
         single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
         rounded += (tried + foldings * variants) * out * into
+        if method.two_sided():
+            flops += foldings * sum(2.0 * shape[0] ** 2 * into for shape in shapes)
+            single += foldings * sum(ROUNDER_FLOPS * shape[0] ** 3 for shape in shapes)
+            rounded += foldings * WALKED * out * into
         if "expected" in method.foldings and group.producer is not None:
             rounded += STEPS * min(out, ROWS) * into
-            flops += 2.0 * min(tokens, SEARCH_TOKENS) * into**2
+            flops += 2.0 * tokens * into**2
             single += ENERGY_FLOPS * into**3
         squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
@@ -170,8 +203,7 @@ def _forward_flops(block: Block, lengths: Sequence[int]) -> float:
 
 
 def _elements(block: Block, lengths: Sequence[int]) -> float:
-    linears = [linear_of(block.module, name.removeprefix(f"{block.prefix}.")) for name in block.linear_names()]
-    return float(sum(lengths)) * sum(linear.in_features + linear.out_features for linear in linears)
+    return float(sum(lengths)) * sum(out + into for out, into in _shapes(block))
 
 
 def _weights(block: Block, names: Iterable[str] | None = None) -> int:

@@ -52,14 +52,14 @@ class Rounder:
     lower: torch.Tensor
 
 
-def make_rounder(gram: torch.Tensor) -> Rounder:
-    """gram: float32 [in, in]; damped more until it can be factored.
+def make_rounder(gram: torch.Tensor, damping: float = DAMPING) -> Rounder:
+    """gram: float32 [in, in]; damped by so much of its mean diagonal, and more until it can be factored.
 
     One float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
     wants them, or it would make a copy.
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
-    damping = DAMPING * float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    damping *= float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
     failed = torch.ones((), dtype=torch.int32, device=gram.device)
     lower = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
     with one_thread():

@@ -21,8 +21,8 @@ from calibrate.quantize import (
     weight_scale,
 )
 from calibrate.ranges import search_activation_scale, search_weight_scale
-from calibrate.refine import Rounded, refine
 from calibrate.scheme import LinearScheme
+from calibrate.two_sided import make_row_rounder, two_sided_round
 
 SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
 
@@ -50,9 +50,16 @@ class Rows:
 
 
 def quantize_group(
-    weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], variant: Variant, rows: Rows
+    weights: Mapping[str, torch.Tensor],
+    plan: Mapping[str, LinearScheme],
+    variant: Variant,
+    rows: Rows,
+    metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantizedLinear]:
-    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded."""
+    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded.
+
+    metrics: by linear, of its output, as `two_sided.py` keeps them; for two-sided rounding.
+    """
     bits = {plan[name].activation_bits for name in weights} - {None}
     input_scale: float | None = None
     seen = rows.seen
@@ -68,7 +75,7 @@ def quantize_group(
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
         del whole, aimed
     del seen, counted
-    rounder = make_rounder(gram) if variant.rounding == "gptq" else None
+    rounder = make_rounder(gram) if variant.rounding != "nearest" else None
     found = {}
     for name, weight in weights.items():
         scheme = plan[name]
@@ -79,9 +86,8 @@ def quantize_group(
             codes, scale = gptq_round_in_range(weight, gram, rounder, scale, scheme)
         else:
             codes = gptq_round(weight, rounder, scale, scheme)
-        if variant.sweeps:
-            moved = refine(weight, gram, Rounded(codes, scale, scheme), variant.sweeps)
-            codes, scale = moved.codes, moved.scale
+        if rounder is not None and variant.rounding == "two-sided":
+            codes = two_sided_round(weight, rounder, make_row_rounder((metrics or {})[name], weight.device), scale, scheme)
         own = input_scale if scheme.activation_bits is not None else None
         found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
     return found

@@ -1,11 +1,14 @@
-"""How much an error at each token matters for the answers: one backward pass through the float model. torch.
+"""How much an error matters for the answers, by token and by direction: one backward pass through the float model. torch.
 
 A block's error at a token that nothing later looks at costs nothing, such as the last layer's at the question; a few tokens
 decide an answer. So errors are weighted by the squared gradient of the answers' logits by the linear's output, token by
 token. Of all logits together that takes one backward pass: with random signs s, the gradient of s . logits has as its
 expected square the sum over the squared gradients of all of them (Hutchinson). For the KL divergence the signs are turned
 by the square root of its second derivative, diag(p) - p p^T. "modality" is the mean over all tokens of a kind, as MBQ
-(Li et al. 2024, section 3) weighs vision and language tokens.
+(Li et al. 2024, section 3) weighs vision and language tokens. "kl+logits" is the sum of both, the logits' weighted so that
+they have as much of it: a divergence that few tokens decide says little about most directions.
+
+Of the same gradients, for every linear: in which directions its output matters (`two_sided.py`).
 
 Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept, so
 samples go through in parts.
@@ -16,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -25,19 +28,30 @@ from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
 from calibrate.fold import groups_of
 from calibrate.job import Calibration
-from calibrate.method import Objective
-from calibrate.recombine import Prompts, flat
+from calibrate.method import Method, Objective
+from calibrate.recombine import Mixed, Prompts, flat, shown
 from calibrate.record import labels_of
 from calibrate.residents import Resident, residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
-from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
+from calibrate.two_sided import add_gradients, empty_metric
+from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, plain_step, walk_language, walk_vision
+from calibrate.work import Work
 
 FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
 PART_VALUES = 2**29  # float32 values kept between blocks at a time
 
-# By linear that a group begins with, or by block for its output: one tensor an input, float32 [n, tokens], mean 1 over all.
-Influence = dict[str, list[torch.Tensor]]
+Weights = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """tokens: by linear that a group begins with, or by block for its output: one tensor an input, float32 [n, tokens],
+    mean 1 over all. outputs: by linear, or by block, the metric of its output as `two_sided.py` keeps it; empty where
+    nobody asked."""
+
+    tokens: Weights = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,40 +65,73 @@ class _Visit:
     leaves: list[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One part's way through the model. metrics: of all parts so far, by linear; None where nobody asks. visited: is called
+    twice for every block."""
+
+    objective: Objective
+    generator: torch.Generator
+    visited: Callable[[], None]
+    metrics: dict[str, torch.Tensor] | None
+
+
 def measure_influence(
-    job: Calibration,
-    prompts: Prompts,
-    objective: Objective,
-    seed: int = 0,
-    progress: Callable[[float], None] = lambda _: None,
+    job: Calibration, prompts: Prompts, method: Method, progress: Callable[[float], None] = lambda _: None
 ) -> Influence:
     """Nothing for the objective `plain`. Reads the weights twice for every part of the samples.
 
     Parts that an interrupted run measured are not measured again. progress: is told which share is done.
     """
-    if objective == "plain":
-        return {}
-    found: dict[str, list[torch.Tensor]] = {}
+    if method.objective == "plain":
+        return Influence()
     parts = list(_parts(prompts, job.blocks))
-    for number, part in enumerate(parts):
+    first, found = _recalled(job.work, len(parts))
+    if first:
+        progress(first / len(parts))
+    metrics = found.outputs if method.two_sided() else None
+    for number in range(first, len(parts)):
+        visits = itertools.count(1)
 
-        def measured(number: int = number, part: Prompts = part) -> Influence:
-            visits = itertools.count(1)
-            return _part_influence(
-                job,
-                part,
-                objective,
-                torch.Generator().manual_seed(seed + number),
-                lambda: progress((number + next(visits) / (2 * job.blocks.count())) / len(parts)),
-            )
+        def visited(number: int = number, visits: Iterator[int] = visits) -> None:
+            progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
-        weights_of = measured() if job.work is None else job.work.remembered(f"influence-{number:04}", measured)
-        for name, weights in weights_of.items():
-            found.setdefault(name, []).extend(weights)
+        generator = torch.Generator().manual_seed(method.seed + number)
+        measured = _part_influence(job, parts[number], _Pass(method.objective, generator, visited, metrics))
+        for name, weights in measured.items():
+            found.tokens.setdefault(name, []).extend(weights)
+        _keep(job.work, number, found)
         progress((number + 1) / len(parts))
-    if objective == "modality":
-        found = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in found.items()}
-    return {name: _normalised(weights) for name, weights in found.items()}
+    tokens = found.tokens
+    if method.objective == "modality":
+        tokens = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in tokens.items()}
+    return Influence({name: _normalised(weights) for name, weights in tokens.items()}, found.outputs)
+
+
+def _recalled(work: Work | None, parts: int) -> tuple[int, Influence]:
+    """The first part that was not measured yet, and what those before it gave together."""
+    for number in reversed(range(parts)) if work is not None else ():
+        if work is not None and (kept := work.recalled(_part_name(number))) is not None:
+            by_kind: dict[str, Weights] = {"tokens": {}, "outputs": {}}
+            for key, tensors in kept.items():
+                kind, _, name = key.partition("/")
+                by_kind[kind][name] = tensors
+            return number + 1, Influence(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
+    return 0, Influence()
+
+
+def _keep(work: Work | None, number: int, found: Influence) -> None:
+    """What all parts up to this one gave together, instead of what those before it did: metrics are large."""
+    if work is None:
+        return
+    tokens = {f"tokens/{name}": weights for name, weights in found.tokens.items()}
+    work.remember(_part_name(number), tokens | {f"outputs/{name}": [metric] for name, metric in found.outputs.items()})
+    if number:
+        work.forget(_part_name(number - 1))
+
+
+def _part_name(number: int) -> str:
+    return f"influence-{number:04}"
 
 
 def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> int:
@@ -109,10 +156,7 @@ def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
     yield part
 
 
-def _part_influence(
-    job: Calibration, prompts: Prompts, objective: Objective, generator: torch.Generator, visited: Callable[[], None]
-) -> Influence:
-    """visited: is called twice for every block."""
+def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
     texts, pictures_of = flat(prompts)
     visits: list[_Visit] = []
@@ -125,44 +169,59 @@ def _part_influence(
         for leaf in leaves:
             leaf.requires_grad_()
         visits.append(_Visit(block, run, batches, merged, leaves))
-        visited()
+        own.visited()
         return batches.split(leaves)
 
     with torch.enable_grad(), residents(blocks, source, job.device) as resident:
         features = walk_vision(blocks, source, pictured, step)
-        hidden = walk_language(blocks, source, texts, [features[number] for number in pictures_of], step)
-        _probe(job, texts, hidden, objective, generator)
-    found: Influence = {}
+        seen = shown(texts, pictures_of, features, _other_features(job, texts))
+        hidden = walk_language(blocks, source, texts, seen, step)
+        _probe(job, texts, hidden, own)
+    found: Weights = {}
     with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
         while visits:
-            found |= _backward(visits.pop(), resident, job.device)
-            visited()
+            found |= _backward(visits.pop(), resident, job.device, own)
+            own.visited()
     return found
 
 
-def _probe(
-    job: Calibration,
-    texts: Sequence[Sample],
-    hidden: Sequence[torch.Tensor],
-    objective: Objective,
-    generator: torch.Generator,
-) -> None:
+def _other_features(job: Calibration, texts: Sequence[Sample]) -> dict[int, torch.Tensor]:
+    """Of the pictures that others are mixed with, by number of their sample; they may be of another part."""
+    numbers = sorted({text.other for text in texts if isinstance(text, Mixed)})
+    features = walk_vision(job.blocks, job.source, [job.samples[n] for n in numbers], plain_step(job.source))
+    return {n: made.clone() for n, made in zip(numbers, features, strict=True)}  # as autograd takes no inference tensors
+
+
+def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], own: _Pass) -> None:
     """Gradients of the answers' probed logits by the last block's outputs, left in its leaves."""
     gain = load_finite(job.source, FINAL_NORM)
     head = load_finite(job.source, HEAD if HEAD in job.source else TABLE)
-    for sample, states in zip(texts, hidden, strict=True):
+
+    def logits_of(sample: Sample, states: torch.Tensor) -> torch.Tensor:
         first = max(sample.answer_start - 1, 0)
-        last = max(first + 1, len(sample.input_ids) - 1)
-        logits = nn.functional.rms_norm(states[0, first:last], gain.shape, gain, job.blocks.final_epsilon) @ head.T
-        signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
-        if objective == "kl":
+        answer = states[0, first : max(first + 1, len(sample.input_ids) - 1)]
+        return nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon) @ head.T
+
+    share = 0.0 if own.objective == "kl" else 1.0
+    if own.objective == "kl+logits":
+        with torch.no_grad():
+            curves = [1 - logits_of(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
+        share = float(torch.cat(curves).double().mean()) / len(head)  # the mean trace of diag(p) - p p^T, of the identity's
+
+    def signs(like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 2, like.shape, generator=own.generator) * 2.0 - 1.0
+
+    for sample, states in zip(texts, hidden, strict=True):
+        logits = logits_of(sample, states)
+        probe = share**0.5 * signs(logits) if share else torch.zeros_like(logits)
+        if own.objective in {"kl", "kl+logits"}:
             likely = logits.detach().softmax(-1)
-            turned = likely.sqrt() * signs
-            signs = turned - likely * (likely.sqrt() * signs).sum(-1, keepdim=True)
-        torch.autograd.backward(logits, signs, retain_graph=True)  # hidden states of one batch share their leaf
+            turned = likely.sqrt() * signs(logits)
+            probe = probe + turned - likely * turned.sum(-1, keepdim=True)
+        torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
 
 
-def _backward(visit: _Visit, resident: Resident, device: torch.device) -> Influence:
+def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pass) -> Weights:
     """Weights of one block, and its inputs' gradients handed back to whatever made them."""
     prefix, groups = visit.block.prefix, groups_of(visit.block.module)
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
@@ -175,6 +234,10 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device) -> Influe
                 out = visit.run(module, x)
             first, *made = torch.autograd.grad(out, [x, *kept.values()], given.to(device), materialize_grads=True)
             gradients.append(first.cpu())
+            if own.metrics is not None:
+                _add(own.metrics, prefix, given.to(device).flatten(0, -2), own.generator)
+                for name, gradient in zip(kept, made, strict=True):
+                    _add(own.metrics, f"{prefix}.{name}", gradient.flatten(0, -2), own.generator)
             sizes = {name: gradient.square().sum(-1).cpu() for name, gradient in zip(kept, made, strict=True)}
             weights[prefix].append(given.square().sum(-1))
             for group in groups:
@@ -184,6 +247,11 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device) -> Influe
     if onwards:
         torch.autograd.backward([x for x, _ in onwards], [g for _, g in onwards])
     return {name: visit.batches.split(parts) for name, parts in weights.items()}
+
+
+def _add(metrics: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:
+    metric = metrics[name] if name in metrics else empty_metric(gradients.shape[1])
+    metrics[name] = add_gradients(metric, gradients, generator)
 
 
 @contextmanager

@@ -14,10 +14,11 @@ Folding = Literal["none", "smoothquant", "smooth-0.5", "awq", "search", "expecte
 # rounded to nearest; expected: the least expected error.
 Ranges = Literal["absmax", "covering", "rounded", "output"]
 InputRanges = Literal["absmax", "output", "expected"]
-Rounding = Literal["nearest", "gptq"]
-# What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence; or by the
-# mean of that over the tokens of its kind (`influence.py`).
-Objective = Literal["plain", "modality", "logits", "kl"]
+# nearest; gptq: by what an error does to the linear's output; two-sided: by what that does to the answers (`two_sided.py`).
+Rounding = Literal["nearest", "gptq", "two-sided"]
+# What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence, or both;
+# or by the mean of the logits' over the tokens of its kind (`influence.py`).
+Objective = Literal["plain", "modality", "logits", "kl", "kl+logits"]
 # What tower and projector are optimised for (Q-VLM, section 3.3): what an error means to the language model, by the same
 # objective as the decoder; their own output, all tokens alike; or nothing, rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
@@ -28,14 +29,12 @@ class Variant:
     """One way to quantize the linears that share an input.
 
     ridge: how strongly weights are held back when they are moved towards the float output; None leaves them where they are.
-    sweeps: over all codes and scales after GPTQ (`refine.py`).
     """
 
     activation_ranges: InputRanges = "output"
     weight_ranges: Ranges = "output"
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
-    sweeps: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Method:
     learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
     vision: what tower and projector are optimised for.
     questions: how many of the samples' texts are asked about each sample's pictures (`recombine.py`); 1 for its own only.
+    undecided: how many are also asked about mixtures of its pictures with others (`undecided.py`); 0 for none.
     seed: of everything drawn at random.
     """
 
@@ -57,14 +57,20 @@ class Method:
     learn_steps: int = 0
     vision: VisionTarget = "language"
     questions: int = 1
+    undecided: int = 0
     seed: int = 0
+
+    def two_sided(self) -> bool:
+        """Whether some variant needs to know in which directions outputs matter."""
+        return any(variant.rounding == "two-sided" for variant in self.variants)
 
     def for_vision(self) -> Method:
         """The same for a block of tower or projector."""
         if self.vision == "language":
             return self
         if self.vision == "own":
-            return replace(self, objective="plain")
+            own = tuple(replace(v, rounding="gptq") if v.rounding == "two-sided" else v for v in self.variants)
+            return replace(self, objective="plain", variants=own)
         return replace(self, foldings=("none",), variants=(NEAREST,), objective="plain", learn_steps=0)
 
 
@@ -73,6 +79,7 @@ NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="
 # activations: those samples hold no value beyond the largest ones seen.
 EXPECTED = Variant(activation_ranges="expected", weight_ranges="covering")
 FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
-# With eight times the prompts less has to be held back, and codes and scales can be moved on without fitting the samples.
-REFINED = replace(EXPECTED, weight_ranges="rounded", ridge=0.3, sweeps=2)
-FULL = Method(foldings=("expected",), variants=(REFINED,), objective="logits", learn_steps=100, questions=8)
+# With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
+# data for so many directions, the logits.
+TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)
+FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", questions=8, undecided=8)

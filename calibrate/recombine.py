@@ -3,20 +3,32 @@
 Ranges, Gram matrices and expected tails are estimated from few samples, and deployment combines pictures and questions as
 it likes. A sample is a picture and a text, so n of them hold n * n prompts. None of them needs an answer that is true:
 calibration compares the model with itself. Only the decoder runs more often; what tower and projector make of a picture is
-computed once.
+computed once. torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from calibrate.samples import Sample
 
 # prompts[i]: those about the pictures of sample i, sample i itself first.
 Prompts = Sequence[Sequence[Sample]]
+
+
+@dataclass(frozen=True)
+class Mixed(Sample):
+    """A prompt about pictures whose features are mixed with those of another sample's. share: of the other's features.
+
+    other: number of that sample, which has as many image tokens.
+    """
+
+    other: int = 0
+    share: float = 0.0
 
 
 def recombine(samples: Sequence[Sample], questions: int, image_token_id: int, seed: int = 0) -> list[list[Sample]]:
@@ -26,7 +38,7 @@ def recombine(samples: Sequence[Sample], questions: int, image_token_id: int, se
     without pictures, or with pictures unlike all others, stays alone. The same seed, the same prompts.
     """
     prompts = [[sample] for sample in samples]
-    for members in _interchangeable(samples, image_token_id):
+    for members in interchangeable(samples, image_token_id):
         order = np.random.default_rng(seed).permutation(members).tolist()
         for place, number in enumerate(order):
             texts = {samples[number].input_ids.tobytes()}
@@ -44,7 +56,22 @@ def flat(prompts: Prompts) -> tuple[list[Sample], list[int]]:
     return [p for about in prompts for p in about], [number for number, about in enumerate(prompts) for _ in about]
 
 
-def _interchangeable(samples: Sequence[Sample], image_token_id: int) -> list[list[int]]:
+def shown(
+    texts: Sequence[Sample],
+    pictures_of: Sequence[int],
+    features: Sequence[torch.Tensor],
+    others: Mapping[int, torch.Tensor] | Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """The image features [image tokens, hidden] of each text. features: by `pictures_of`; others: by number of the sample
+    that features are mixed with, None for the same."""
+    mixed = features if others is None else others
+    return [
+        torch.lerp(features[own], mixed[text.other], text.share) if isinstance(text, Mixed) else features[own]
+        for text, own in zip(texts, pictures_of, strict=True)
+    ]
+
+
+def interchangeable(samples: Sequence[Sample], image_token_id: int) -> list[list[int]]:
     """Numbers of the samples with pictures, together where pictures can change places."""
     kinds: dict[tuple[int, int], list[int]] = {}
     for number, sample in enumerate(samples):

@@ -30,6 +30,7 @@ from calibrate.method import Folding, Method, Variant
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
+from calibrate.two_sided import directions, scaled_metric
 from calibrate.walk import Run
 
 _COUNTED = 2**22  # values counted at a time
@@ -40,7 +41,8 @@ class Candidate:
     """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
 
     Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
-    By the first linear of each group: variants, what was chosen; inputs, what the group read from the quantized prefix.
+    metrics: of the linears' outputs, as folded. By the first linear of each group: variants, what was chosen; inputs, what
+    the group read from the quantized prefix.
     sqnr_db: of each weight. error: of the block's output, relative to the float one's. hooks: to be removed in the end.
     """
 
@@ -48,6 +50,7 @@ class Candidate:
     module: nn.Module
     rounded: nn.Module
     hooks: ExitStack
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     found: dict[str, QuantizedLinear] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     inputs: dict[str, Histogram] = field(default_factory=dict)
@@ -79,7 +82,8 @@ class BlockSearch:
 
     influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
     under "" for the block's output; empty where all count alike. pictures: int64 [B] of every batch, of the sample whose
-    pictures an input is about; None where every input has its own.
+    pictures an input is about; None where every input has its own. metrics: by linear, and
+    under "" for the block, of its output, for two-sided rounding.
     """
 
     module: nn.Module
@@ -88,6 +92,7 @@ class BlockSearch:
     method: Method
     influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     pictures: Sequence[torch.Tensor] | None = None
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     forwards: float = 0
     backwards: int = 0
     best: Candidate | None = None
@@ -113,7 +118,7 @@ class BlockSearch:
             # The last one folds the block itself: a copy would take as much memory again.
             module = self.module if number == len(self.method.foldings) else copy.deepcopy(self.module)
             # The function of the folded module is the same, so its outputs are the float model's.
-            candidate = Candidate(folding, module, module, hooks)
+            candidate = Candidate(folding, module, module, hooks, dict(self.metrics))
             outputs = self._quantize(candidate, groups, float_inputs, inputs)
             quantized = self._outputs(candidate.rounded, inputs)
             candidate.error = relative_error(quantized, outputs, self.influence.get(""))
@@ -140,7 +145,7 @@ class BlockSearch:
         """Folds the candidate and gives it every group in its best variant, in place; returns the float outputs."""
         wanted, outputs = self._capture(candidate.module, groups, float_inputs)
         for group in groups:
-            wanted[group] /= self._fold(candidate.module, candidate.folding, group, wanted[group])
+            wanted[group] /= self._fold(candidate, group, wanted[group])
         if self.method.learn_steps or len(self.method.variants) > 1:
             candidate.rounded = copy.deepcopy(candidate.module)
         for group in groups:
@@ -148,17 +153,20 @@ class BlockSearch:
             self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
         return outputs
 
-    def _fold(self, module: nn.Module, folding: Folding, group: Group, inputs: torch.Tensor) -> torch.Tensor:
-        """Applies the best factors to `module`; returns what the group's input channels were divided by."""
+    def _fold(self, candidate: Candidate, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+        """Applies the best factors to its module; returns what the group's input channels were divided by."""
+        module = candidate.module
         schemes = {self.plan.get(name) for name in group.linears}
         scheme = schemes.pop()
         if group.producer is None or schemes or scheme is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
         weight = torch.cat([linear_of(module, name).weight for name in group.linears])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
-        factors = choose_factors(folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
+        factors = choose_factors(candidate.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
         if factors is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
+        if group.producer in candidate.metrics:
+            candidate.metrics[group.producer] = scaled_metric(candidate.metrics[group.producer], factors)
         return apply_factors_(module, group, factors)
 
     def _choose_variant(
@@ -172,7 +180,7 @@ class BlockSearch:
         """Quantizes a group in the variant after which the block's output is closest to the float one. pair: in and out."""
         planned = {name: linear_of(candidate.module, name).weight for name in group.linears if name in self.plan}
         rows = Rows(wanted, seen, self._weights(group))
-        quantized = {v: quantize_group(planned, self.plan, v, rows) for v in self._distinct(planned)}
+        quantized = {v: quantize_group(planned, self.plan, v, rows, candidate.metrics) for v in self._distinct(planned)}
         errors = {}
         if len(quantized) > 1:
             for variant, linears in quantized.items():
@@ -197,11 +205,18 @@ class BlockSearch:
 
     def _learn(self, best: Candidate, inputs: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         """Learns the whole block's rounding and writes it into the candidate."""
-        method = self.method
+        method, run = self.method, self.run
+        if "" in self.metrics:
+            towards = directions(self.metrics[""], inputs[0].device)
+            wanted = [y @ towards for y in wanted]
+
+            def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+                return self.run(module, x) @ towards
+
         self.learned = learn_block(
             best.module,
             best.found,
-            self.run,
+            run,
             counted(inputs, wanted, self.influence.get(""), self.pictures),
             steps=method.learn_steps,
             seed=method.seed,

@@ -6,9 +6,9 @@ half the quantized model's so far.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,18 +17,21 @@ from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
-from calibrate.influence import Influence, measure_influence, runs_of
+from calibrate.influence import Influence, Weights, measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
-from calibrate.recombine import flat, recombine
+from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
 from calibrate.record import block_record, labels_of, with_partition
 from calibrate.residents import CPU, on, residents
 from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
+from calibrate.undecided import runs_of as undecided_runs
+from calibrate.undecided import with_undecided
 from calibrate.walk import Run, walk_language, walk_vision
 
-# How progress is counted: what tokens count costs about as much for a block as this, searching it as that.
-UNITS, SEARCH_UNITS = 10, 40
+# How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
+MEASURE_UNITS, SEARCH_UNITS = 10, 40
+_T = TypeVar("_T")
 
 
 def calibrate_searched(
@@ -38,12 +41,10 @@ def calibrate_searched(
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
-    # Of the progress: what is measured before the first block, and all.
-    begun = 0 if method.objective == "plain" else UNITS * job.blocks.count()
-    whole = begun + SEARCH_UNITS * job.blocks.count()
-    shards = BlockWriter(job, writer, lambda done, _, name: progress(begun + SEARCH_UNITS * done, whole, name))
-    influence: Influence = {}
-    prompts = recombine(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    begun, searched = _units(method, job), SEARCH_UNITS * job.blocks.count()
+    whole = sum(begun.values()) + searched
+    shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
+    prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
     texts, pictures_of = flat(prompts)
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -57,10 +58,11 @@ def calibrate_searched(
             numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
             check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            counted = {} if own.objective == "plain" else _of_block(influence, block, batches)
+            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches)
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
             pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
-            search = BlockSearch(module, plan, run, own, counts, pictures)
+            metrics = _inside(influence.outputs, block) if own.two_sided() else {}
+            search = BlockSearch(module, plan, run, own, counts, pictures, metrics)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
@@ -70,34 +72,71 @@ def calibrate_searched(
         return outputs
 
     with steady_threads(job.blocks), residents(job.blocks, job.source, job.device) as resident:
-        influence |= measure_influence(
-            job, prompts, method.objective, method.seed, lambda share: progress(int(share * begun), whole, "influence")
-        )
         features = walk_vision(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
-        spread = [features[half + number] for half in (0, len(job.samples)) for number in pictures_of]
+        halves = (features[: len(job.samples)], features[len(job.samples) :])
+        spread = [image for half in halves for image in shown(texts, pictures_of, half)]
         walk_language(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))
     shards.write_rest()
-    marked, thresholds = with_partition(shards.records)
     return {
         "method": asdict(method),
         "samples": len(job.samples),
         "prompts": len(texts),
+        "undecided": sum(isinstance(text, Mixed) for text in texts),
         "tokens": sum(len(s.input_ids) for s in texts),
-        "block_forwards": round(sum(b["forwards"] for b in shards.records)) + 2 * runs_of(job, prompts, method.objective),
-        "block_backwards": sum(b["backwards"] for b in shards.records) + runs_of(job, prompts, method.objective),
+        **_totals(job, method, prompts, shards.records),
+    }
+
+
+def _units(method: Method, job: Calibration) -> dict[str, int]:
+    """How progress counts what is measured before the first block."""
+    count = job.blocks.count()
+    return {
+        "undecided": MEASURE_UNITS * count if method.undecided else 0,
+        "influence": MEASURE_UNITS * count if method.objective != "plain" else 0,
+    }
+
+
+def _prepared(job: Calibration, method: Method, progress: Callable[[int, str], None]) -> tuple[Prompts, Influence]:
+    """What the blocks are searched on, and what errors there count. progress: (units done, what is measured)."""
+    units = _units(method, job)
+
+    def looked(share: float) -> None:
+        progress(int(share * units["undecided"]), "undecided")
+
+    def probed(share: float) -> None:
+        progress(units["undecided"] + int(share * units["influence"]), "influence")
+
+    asked = recombine(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    with steady_threads(job.blocks):
+        prompts = with_undecided(job, asked, method.undecided, method.seed, looked)
+        return prompts, measure_influence(job, prompts, method, probed)
+
+
+def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all blocks, for the record."""
+    marked, thresholds = with_partition(records)
+    looked, probed = undecided_runs(job, method.undecided, method.seed), runs_of(job, prompts, method.objective)
+    return {
+        "block_forwards": round(sum(b["forwards"] for b in records)) + looked + 2 * probed,
+        "block_backwards": sum(b["backwards"] for b in records) + probed,
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }
 
 
-def _of_block(influence: Influence, block: Block, batches: Batches) -> dict[str, list[torch.Tensor]]:
+def _of_block(tokens: Weights, block: Block, batches: Batches) -> dict[str, list[torch.Tensor]]:
     """What tokens count in one block, in its batches, by names inside it and under "" for its output."""
-    inside = {n: weights for n, weights in influence.items() if f"{n}.".startswith(f"{block.prefix}.")}
-    return {n.removeprefix(block.prefix).removeprefix("."): batches.merged(weights) for n, weights in inside.items()}
+    return {name: batches.merged(weights) for name, weights in _inside(tokens, block).items()}
+
+
+def _inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
+    """What belongs to one block, by names inside it."""
+    inside = {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
+    return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in inside.items()}
 
 
 def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """`calibrate_searched` with learned rounding."""
+    """`calibrate_searched` on more prompts, rounding towards the answers."""
     return calibrate_searched(job, writer, progress, FULL)
 
 

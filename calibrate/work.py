@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calibrate.errors import UserError
 
 MEMORY_BYTES = 2 * 2**30  # of activations, when nobody says
 MEASURED = ".safetensors"
+Named = dict[str, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,42 @@ class Work:
         self.entries = _read_entries(self._folder)
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
 
-    def remembered(
-        self, name: str, compute: Callable[[], Mapping[str, Sequence[torch.Tensor]]]
-    ) -> dict[str, list[torch.Tensor]]:
+    def remembered(self, name: str, compute: Callable[[], Named]) -> Named:
         """What `compute` returns, or returned when an earlier run called it for this `name`."""
-        path = self._folder / f"{name}{MEASURED}"
-        if path.exists():
-            try:
-                stored = load_file(path)
-            except SafetensorError as error:
-                raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
-            found: dict[str, list[torch.Tensor]] = {}
-            for key in sorted(stored):
-                found.setdefault(key.rpartition("/")[0], []).append(stored[key])
-            return found
-        computed = {key: list(tensors) for key, tensors in compute().items()}
+        recalled = self.recalled(name)
+        return self.remember(name, compute()) if recalled is None else recalled
+
+    def recalled(self, name: str) -> Named | None:
+        """What was remembered for this `name`, None when nothing was."""
+        path = self._measured(name)
+        if not path.exists():
+            return None
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
+        found: Named = {}
+        for key in sorted(stored):
+            found.setdefault(key.rpartition("/")[0], []).append(stored[key])
+        return found
+
+    def remember(self, name: str, measured: Named) -> Named:
+        """Keeps it on disk for a run to come; returns it."""
+        path = self._measured(name)
         temporary = path.with_name(path.name + ".tmp")
-        flat = {f"{key}/{n:08}": tensor for key, tensors in computed.items() for n, tensor in enumerate(tensors)}
+        flat = {f"{key}/{n:08}": tensor for key, tensors in measured.items() for n, tensor in enumerate(tensors)}
         save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        return computed
+        return measured
+
+    def forget(self, name: str) -> None:
+        """The opposite."""
+        self._measured(name).unlink(missing_ok=True)
+
+    def _measured(self, name: str) -> Path:
+        return self._folder / f"{name}{MEASURED}"
 
     def outputs(self, name: str) -> Sequence[torch.Tensor] | None:
         """What the finished block `name` returned, None when it is not finished. Zeros where nobody needs them any more."""

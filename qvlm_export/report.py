@@ -151,7 +151,6 @@ def _choice(layer: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]])
     variant, covered = found[0], layer["linears"][names[0]]["covered"]
     said = [variant["rounding"], f"weights {variant['weight_ranges']}"]
     said += [] if variant["ridge"] is None else [f"ridge {variant['ridge']:g}"]
-    said += [f"{variant['sweeps']} sweeps"] if variant["sweeps"] else []
     said += [] if covered is None else [f"inputs to {covered:.0%}"]
     return _short(names), ", ".join(said)
 

@@ -34,7 +34,7 @@ from qvlm_export.work import WorkFolder
 
 FLOAT_TYPE = "float16"
 # What calibration does with the samples: rtn takes absolute maxima and rounds to nearest; fast folds and rounds towards the
-# float model's output; full asks more questions, and then refines and learns the rounding.
+# float model's output; full asks more questions and rounds towards the answers.
 CALIBRATORS = {"rtn": calibrate_absmax, "fast": calibrate_searched, "full": calibrate_full}
 
 

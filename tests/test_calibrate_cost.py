@@ -9,7 +9,7 @@ from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedWriter
 from calibrate.cost import Cost, calibration_cost, is_narrow
 from calibrate.job import Calibration
-from calibrate.method import FAST, Method, Variant
+from calibrate.method import FAST, TWO_SIDED, Method, Variant
 from calibrate.searched import calibrate_searched
 
 
@@ -22,6 +22,7 @@ from calibrate.searched import calibrate_searched
         Method(foldings=("search", "none"), objective="logits", vision="own"),
         Method(foldings=("search", "none"), objective="logits", vision="none"),
         Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant())),
+        Method(("none",), (TWO_SIDED,), "kl+logits", questions=2, undecided=2),  # a random model is never decided
     ],
 )
 def test_forwards_are_those_of_the_search(llava, tmp_path, method):

@@ -15,9 +15,9 @@ from calibrate.blocks import linear_of, make_blocks, resident
 from calibrate.errors import UserError
 from calibrate.fold import groups_of
 from calibrate.group import Rows
-from calibrate.influence import FLOOR, Influence, measure_influence
+from calibrate.influence import FLOOR, Weights, measure_influence
 from calibrate.job import Calibration
-from calibrate.method import Objective
+from calibrate.method import TWO_SIDED, Method, Objective
 from calibrate.recombine import flat, recombine
 from calibrate.record import labels_of
 from calibrate.samples import Sample
@@ -39,8 +39,8 @@ def alone(job: Calibration) -> list[list[Sample]]:
     return [[sample] for sample in job.samples]
 
 
-def measured(job: Calibration, objective: Objective, seed: int = 0) -> Influence:
-    return measure_influence(job, alone(job), objective, seed)
+def measured(job: Calibration, objective: Objective, seed: int = 0) -> Weights:
+    return measure_influence(job, alone(job), Method(objective=objective, seed=seed)).tokens
 
 
 def all_at_once(job: Calibration) -> dict[str, list[torch.Tensor]]:
@@ -111,7 +111,7 @@ def test_the_last_block_only_counts_at_answers(job: Calibration) -> None:
     assert float(keys.max()) > 2 * least  # keys and values of the question are looked at
 
 
-@pytest.mark.parametrize("objective", ["logits", "kl", "modality"])
+@pytest.mark.parametrize("objective", ["logits", "kl", "kl+logits", "modality"])
 def test_weights_have_mean_1_and_a_floor(job: Calibration, objective) -> None:
     for name, weights in measured(job, objective).items():
         flat = torch.cat([w.flatten() for w in weights])
@@ -155,7 +155,7 @@ def test_a_picture_counts_for_all_questions_about_it(job: Calibration, monkeypat
     prompts = recombine(job.samples, 2, job.blocks.image_token_id)
     texts = flat(prompts)[0]
     assert len(texts) == 2 * len(job.samples)
-    together = measure_influence(job, prompts, "logits")
+    together = measure_influence(job, prompts, Method(objective="logits")).tokens
     apart = measured(replace(job, samples=texts), "logits")
     for name, weights in together.items():
         assert len(weights) == (len(texts) if name.startswith("language_model") else len(job.samples)), name
@@ -181,7 +181,8 @@ def test_rows_that_count_nothing_change_nothing() -> None:
 
 def test_a_killed_measurement_goes_on_behind_its_last_part(job: Calibration, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(influence, "PART_VALUES", 1)
-    prompts, whole = alone(job), measured(job, "modality")
+    method = Method(variants=(TWO_SIDED,), objective="modality")
+    prompts, whole = alone(job), measure_influence(job, alone(job), method)
     kept, shares = replace(job, work=Work(tmp_path)), []
 
     def killed(share: float) -> None:
@@ -190,22 +191,25 @@ def test_a_killed_measurement_goes_on_behind_its_last_part(job: Calibration, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_influence(kept, prompts, "modality", progress=killed)
+        measure_influence(kept, prompts, method, killed)
     assert shares == sorted(shares)
     assert holds_work(tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     again: list[float] = []
-    found = measure_influence(replace(job, work=Work(tmp_path)), prompts, "modality", progress=again.append)
+    found = measure_influence(replace(job, work=Work(tmp_path)), prompts, method, again.append)
     assert again[0] == 1 / len(prompts)
     assert again[-1] == 1.0
-    assert found.keys() == whole.keys()
-    for name, weights in whole.items():
-        assert all(torch.equal(*pair) for pair in zip(found[name], weights, strict=True)), name
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # the sums of all parts, in place of those before
+    assert found.tokens.keys() == whole.tokens.keys()
+    for name, weights in whole.tokens.items():
+        assert all(torch.equal(*pair) for pair in zip(found.tokens[name], weights, strict=True)), name
+    assert found.outputs.keys() == whole.outputs.keys()
+    assert all(torch.equal(found.outputs[name], metric) for name, metric in whole.outputs.items())
 
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
-        measure_influence(replace(job, work=Work(tmp_path)), prompts, "modality")
+        measure_influence(replace(job, work=Work(tmp_path)), prompts, method)
 
 
 def test_plain_measures_nothing(job: Calibration) -> None:

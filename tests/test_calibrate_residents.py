@@ -21,9 +21,10 @@ from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.group import Rows, quantize_group
 from calibrate.job import Calibration
-from calibrate.method import Method, Variant
+from calibrate.method import Method, Rounding, Variant
 from calibrate.scheme import LinearScheme
 from calibrate.searched import calibrate_searched
+from calibrate.two_sided import add_gradients, directions, empty_metric, scaled_metric
 
 Llava = Callable[..., Path]
 SMALL = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 3}}
@@ -94,14 +95,19 @@ def test_every_step_of_fast_on_a_real_gpu(llava: Llava, tmp_path: Path) -> None:
         assert (wanted.linear(name).codes == found.linear(name).codes).mean() > 0.98, name
 
 
-def test_rounding_towards_the_output_on_a_gpu() -> None:
-    """The rest of what a search computes."""
+@pytest.mark.parametrize("rounding", ["gptq", "two-sided"])
+def test_rounding_towards_the_output_on_a_gpu(rounding: Rounding) -> None:
+    """The rest of what a search computes. Metrics stay in the memory of the host."""
     generator = torch.Generator().manual_seed(0)
     weight, rows = torch.randn(8, 128, generator=generator), torch.randn(64, 128, generator=generator)
+    metric = scaled_metric(add_gradients(empty_metric(8), rows[:, :8], generator), torch.full((8,), 2.0))
     plan = {"a": LinearScheme(weight_bits=4, activation_bits=8, group_size=64)}
-    wanted = quantize_group({"a": weight}, plan, Variant(), Rows(rows, rows * 1.01))["a"]
+    given = plan, Variant(rounding=rounding)
+    wanted = quantize_group({"a": weight}, *given, Rows(rows, rows * 1.01), {"a": metric})["a"]
     with PretendGpu():
-        found = quantize_group({"a": weight.to(GPU)}, plan, Variant(), Rows(rows.to(GPU), rows.to(GPU) * 1.01))["a"]
+        there = Rows(rows.to(GPU), rows.to(GPU) * 1.01)
+        found = quantize_group({"a": weight.to(GPU)}, *given, there, {"a": metric})["a"]
+        directions(metric, GPU)
     assert np.array_equal(found.codes, wanted.codes)
     assert np.array_equal(found.scale, wanted.scale)
 

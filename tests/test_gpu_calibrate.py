@@ -30,7 +30,7 @@ def test_calibration_on_a_gpu_agrees_with_the_cpu(llava: Callable[..., Path], tm
         assert one.input_scale == pytest.approx(other.input_scale, rel=0.02)
 
 
-def test_learned_rounding_runs_on_a_gpu(llava: Callable[..., Path], tmp_path: Path) -> None:
+def test_rounding_for_the_answers_runs_on_a_gpu(llava: Callable[..., Path], tmp_path: Path) -> None:
     """No block ends further from the float model than on the CPU by more than a quarter."""
     errors = {}
     for device in ("cpu", "cuda"):

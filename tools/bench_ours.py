@@ -28,7 +28,7 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration, Progress
-from calibrate.method import FULL, NEAREST, REFINED, Method, Variant
+from calibrate.method import FULL, NEAREST, TWO_SIDED, Method, Variant
 from calibrate.printed import calibrate_percentile, calibrate_printed
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme, fitted
@@ -58,12 +58,9 @@ def _searching(method: Method) -> Calibrator:
     return functools.partial(calibrate_searched, method=method)
 
 
-UNLEARNED = replace(FULL, learn_steps=0)
-
-
 def _changed(**settings: Any) -> Method:
-    """`full` without learning, its variant changed."""
-    return replace(UNLEARNED, variants=(replace(REFINED, **settings),))
+    """`full`, its variant changed."""
+    return replace(FULL, variants=(replace(TWO_SIDED, **settings),))
 
 
 GPTQ = Variant(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
@@ -80,24 +77,24 @@ ROWS = (
     *(
         OurRow(f"full: {name}", f"full, {name}", _searching(method), main=())
         for name, method in {
-            "own questions only": replace(FULL, questions=1),
-            "no learning": UNLEARNED,
-            # Learning adds little and takes half of the time, so the other parts are compared without it.
-            "no learning, all tokens alike": replace(UNLEARNED, objective="plain"),
-            "no learning, tokens by modality": replace(UNLEARNED, objective="modality"),
-            "no learning, tokens by KL": replace(UNLEARNED, objective="kl"),
-            "no learning, tower for itself": replace(UNLEARNED, vision="own"),
-            "no learning, tower rounded to nearest": replace(UNLEARNED, vision="none"),
-            "no learning, no folding": replace(UNLEARNED, foldings=("none",)),
-            "no learning, folding by one exponent": replace(UNLEARNED, foldings=("search",)),
-            "no learning, three foldings": replace(UNLEARNED, foldings=("expected", "search", "smooth-0.5")),
-            "no learning, largest values as ranges": _changed(activation_ranges="absmax"),
-            "no learning, weights clipped": _changed(weight_ranges="output"),
-            "no learning, largest weights as ranges": _changed(weight_ranges="absmax"),
-            "no learning, covering ranges": _changed(weight_ranges="covering"),
-            "no learning, rounded to nearest": _changed(rounding="nearest", weight_ranges="covering", sweeps=0),
-            "no learning, no sweeps": _changed(sweeps=0),
-            "no learning, no aiming": _changed(ridge=None),
+            "rounded by GPTQ": _changed(rounding="gptq"),
+            "rounded to nearest": _changed(rounding="nearest"),
+            "no undecided prompts": replace(FULL, undecided=0),
+            "own questions only": replace(FULL, questions=1, undecided=0),
+            "all tokens and directions alike": replace(_changed(rounding="gptq"), objective="plain"),
+            "tokens by modality": replace(FULL, objective="modality"),
+            "by logits": replace(FULL, objective="logits"),
+            "by KL": replace(FULL, objective="kl"),
+            "tower for itself": replace(FULL, vision="own"),
+            "tower rounded to nearest": replace(FULL, vision="none"),
+            "no folding": replace(FULL, foldings=("none",)),
+            "folding by one exponent": replace(FULL, foldings=("search",)),
+            "largest values as ranges": _changed(activation_ranges="absmax"),
+            "weights clipped": _changed(weight_ranges="output"),
+            "largest weights as ranges": _changed(weight_ranges="absmax"),
+            "ranges as GPTQ rounds best": _changed(weight_ranges="rounded"),
+            "no aiming": _changed(ridge=None),
+            "learned rounding": replace(FULL, learn_steps=50),
         }.items()
     ),
 )
