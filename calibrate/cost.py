@@ -179,7 +179,11 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
             rounded += STEPS * min(out, ROWS) * into
             flops += 2.0 * tokens * into**2
             single += ENERGY_FLOPS * into**3
-        squares = (SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES) * into**2
+        square = SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES
+        squares = square * into**2
+        if method.two_sided():  # the outputs' metric and its factor; weight, steps, errors in the order of rounding
+            widest = max(shape[0] for shape in shapes)
+            squares += (square + FLOAT32_BYTES) * widest**2 + 5 * FLOAT32_BYTES * widest * into
         memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
     # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
