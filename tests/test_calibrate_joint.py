@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from calibrate.joint import FINE_CLIPS, PAPER_CLIPS, Clip, Layer, search_ahead, search_descent, search_tree
@@ -148,6 +148,7 @@ def test_joint_beats_layer_by_layer_where_errors_cancel():
 
 
 @settings(deadline=None, max_examples=40)
+@example(22559, 0.995, 1.0)  # the value lies at the lower edge of its bin
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.995, 0.98, 0.9, 0.5, 1.0]), st.sampled_from([1.0, 0.7]))
 def test_ranges_are_percentiles_among_the_values_that_share_them(seed, percentile, fraction):
     weight = np.random.default_rng(seed).standard_normal((4, 128)).astype(np.float32)
@@ -158,7 +159,8 @@ def test_ranges_are_percentiles_among_the_values_that_share_them(seed, percentil
         np.testing.assert_allclose(got, exact * np.float32(fraction), rtol=1e-6)
     exact = np.quantile(np.abs(weight), percentile, method="inverted_cdf") * fraction
     histogram = histogram_of(weight)
-    assert exact <= clip.activation_amax(histogram) * (1 + 1e-6) <= exact + histogram.width * 1.001
+    slack = 1e-6 * exact  # of float32
+    assert exact - slack <= clip.activation_amax(histogram) <= exact + histogram.width + slack
 
 
 def test_candidates_begin_with_the_whole_range_and_do_not_repeat():
