@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 BATCH_TOKENS = 4096  # of one call; a single longer input runs alone
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,17 @@ def batches_of(inputs: Sequence[torch.Tensor]) -> Batches:
             members.append(batch)
         batch.append(number)
     return Batches(tuple(tuple(batch) for batch in members), tuple(t.shape[0] for t in inputs))
+
+
+def parted(things: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[list[_T]]:
+    """As many things at a time, in order, as have no more than `most` together; a single larger one goes alone."""
+    part: list[_T] = []
+    total = 0
+    for thing, size in zip(things, sizes, strict=True):
+        if part and total + size > most:
+            yield part
+            part, total = [], 0
+        part.append(thing)
+        total += size
+    if part:
+        yield part

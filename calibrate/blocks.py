@@ -62,6 +62,10 @@ class ModelBlocks:
         blocks = (*self.vision_layers, self.projector, *self.text_layers)
         return [name for block in blocks for name in block.linear_names()]
 
+    def text_width(self) -> int:
+        """Of the decoder's hidden states."""
+        return self.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
+
     def count(self) -> int:
         """Blocks that a calibration pass visits."""
         return len(self.vision_layers) + 1 + len(self.text_layers)

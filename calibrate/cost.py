@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calibrate.blocks import Block, ModelBlocks, linear_of
-from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, groups_of, share_before
+from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS
 from calibrate.method import Method
@@ -19,7 +19,7 @@ from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.two_sided import SKETCHED
-from calibrate.undecided import SHARES, pairs
+from calibrate.undecided import SHARES, Pair, pairs
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
@@ -82,13 +82,14 @@ def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method
     if method is None:
         return [len(sample.input_ids) for sample in samples]
     prompts = recombine(samples, method.questions, blocks.image_token_id, method.seed)
-    return [len(prompt.input_ids) for prompt in flat(prompts)[0]] + _mixed_lengths(blocks, samples, method)
+    return [len(prompt.input_ids) for prompt in flat(prompts)[0]] + [
+        len(pair.text.input_ids) for pair in _mixed(blocks, samples, method)
+    ]
 
 
-def _mixed_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method) -> list[int]:
-    """Tokens of each prompt about a mixture, of which those go on that leave the model undecided: here, all."""
-    found = pairs(samples, method.undecided, blocks.image_token_id, method.seed)
-    return [len(pair.text.input_ids) for pair in found]
+def _mixed(blocks: ModelBlocks, samples: Sequence[Sample], method: Method) -> list[Pair]:
+    """Prompts about mixtures, of which those go on that leave the model undecided: here, all."""
+    return pairs(samples, method.undecided, blocks.image_token_id, method.seed)
 
 
 def calibration_cost(
@@ -98,22 +99,30 @@ def calibration_cost(
     texts = _text_lengths(blocks, samples, method)
     patches = _patches(blocks)
     pictures = [patches] * sum(len(sample.pixel_values) for sample in samples)
-    vision = [(block, pictures) for block in (*blocks.vision_layers, blocks.projector)]
-    parts = [*vision, *((block, texts) for block in blocks.text_layers)]
+    vision = (*blocks.vision_layers, blocks.projector)
+    parts = [*((block, pictures) for block in vision), *((block, texts) for block in blocks.text_layers)]
     if method is not None:
         probed = (
             Cost() if method.objective == "plain" else sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
         )
-        if mixed := _mixed_lengths(blocks, samples, method):
-            tried = [(b, pictures) for b, _ in vision] + [(b, mixed * len(SHARES)) for b in blocks.text_layers]
-            probed += sum((Cost(_forward_flops(b, lengths), forwards=len(lengths)) for b, lengths in tried), Cost())
+        if mixed := _mixed(blocks, samples, method):
+            tried = [len(pair.text.input_ids) for pair in mixed] * len(SHARES)
+            probed += _plain(vision, pictures) + _plain(blocks.text_layers, tried)
+            if method.objective != "plain":
+                others = sum(len(samples[n].pixel_values) for n in {pair.other for pair in mixed})
+                probed += _plain(vision, [patches] * others)
         own = [method if block in blocks.text_layers else method.for_vision() for block, _ in parts]
         found = sum((_searched(b, _of(plan, b), lengths, m) for (b, lengths), m in zip(parts, own, strict=True)), probed)
-        metrics = sum(_metrics_bytes(b) for b, _ in parts) if method.two_sided() else 0
+        metrics = sum(_metrics_bytes(b, method) for b, _ in parts) if method.two_sided() else 0
         return replace(found, memory_bytes=found.memory_bytes + metrics)
     looks = [any(s.activation_bits is not None for s in _of(plan, block).values()) for block, _ in parts]
     walked = max((number + 1 for number, looked in enumerate(looks) if looked), default=0)
     return sum((_nearest(b, _of(plan, b), x if n < walked else []) for n, (b, x) in enumerate(parts)), Cost())
+
+
+def _plain(blocks: Iterable[Block], lengths: Sequence[int]) -> Cost:
+    """Once forwards."""
+    return sum((Cost(_forward_flops(block, lengths), forwards=len(lengths)) for block in blocks), Cost())
 
 
 def _of(plan: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearScheme]:
@@ -136,8 +145,8 @@ def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
     return Cost(flops, forwards=2 * len(lengths), memory_bytes=weights)
 
 
-def _metrics_bytes(block: Block) -> int:
-    outputs = [*(out for out, _ in _shapes(block)), _width(block)]
+def _metrics_bytes(block: Block, method: Method) -> int:
+    outputs = [*(out for out, _ in _shapes(block)), *([_width(block)] if method.learn_steps else [])]
     return sum(out * (FLOAT32_BYTES * out if out <= SKETCHED else 2 * SKETCHED) for out in outputs)
 
 
@@ -148,14 +157,18 @@ def _shapes(block: Block) -> list[tuple[int, int]]:
 
 
 def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
-    """Counted from BlockSearch: float run, up to each group, a run for each variant, a run at the end; for each folding."""
+    """Counted from BlockSearch: for each folding a float run, and a quantized one from group to group."""
     groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
     if not groups:
         memory = FLOAT32_BYTES * _weights(block)
         return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), memory, 2 * _elements(block, lengths))
     foldings, variants = len(method.foldings), len(method.variants)
-    runs = foldings * (2 + sum(share_before(block.module, g) + (variants if variants > 1 else 0) for g in groups))
-    flops, single, rounded, memory = runs * _forward_flops(block, lengths), 0.0, 0.0, 0
+    runs, passes = (
+        foldings * (1 + _quantized_runs(block, groups, variants)),
+        foldings * (2 + len(groups) * max(1, variants - 1)),
+    )
+    flops, single, rounded, memory = runs * _linear_flops(block, lengths), 0.0, 0.0, 0
+    flops += passes * _attention_flops(block, lengths)
     tokens = sum(lengths)
     for group in groups:
         shapes = [
@@ -184,7 +197,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         if method.two_sided():  # the outputs' metric and its factor; weight, steps, errors in the order of rounding
             widest = max(shape[0] for shape in shapes)
             squares += (square + FLOAT32_BYTES) * widest**2 + 5 * FLOAT32_BYTES * widest * into
-        memory = max(memory, squares + 3 * FLOAT32_BYTES * (out + tokens) * into)
+        copies = 4 if len(group.linears) > 1 else 3  # weights of linears that share an input are rounded as one
+        memory = max(memory, squares + FLOAT32_BYTES * (copies * out + 3 * tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
     # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
     copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
@@ -192,7 +206,18 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     if method.learn_steps:
         flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)
         memory += 5 * FLOAT32_BYTES * _weights(block)  # offsets, their gradients, Adam's two moments, codes as floats
-    return Cost(flops, single, rounded, runs * len(lengths), memory, runs * _elements(block, lengths))
+    return Cost(flops, single, rounded, runs * len(lengths), memory, passes * _elements(block, lengths))
+
+
+def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:
+    """Forwards of one folding: up to each group, its linears in each variant, the rest; nothing twice that is known."""
+    module, found, known = block.module, 0.0, set[str]()
+    for group in groups:
+        found += share_of(module, set(before(module, group)) - known) + variants * share_of(module, group.linears)
+        known |= set(group.linears)
+        if variants > 1:
+            found += variants * (1 - share_of(module, known)) + share_of(module, group.linears)
+    return found + 1 - share_of(module, known)
 
 
 def _candidates(folding: str) -> int:
@@ -202,8 +227,15 @@ def _candidates(folding: str) -> int:
 
 
 def _forward_flops(block: Block, lengths: Sequence[int]) -> float:
-    attention = 4.0 * sum(length**2 for length in lengths) * _width(block) if "layers" in block.prefix else 0.0
-    return 2.0 * sum(lengths) * _weights(block) + attention
+    return _linear_flops(block, lengths) + _attention_flops(block, lengths)
+
+
+def _linear_flops(block: Block, lengths: Sequence[int]) -> float:
+    return 2.0 * sum(lengths) * _weights(block)
+
+
+def _attention_flops(block: Block, lengths: Sequence[int]) -> float:
+    return 4.0 * sum(length**2 for length in lengths) * _width(block) if "layers" in block.prefix else 0.0
 
 
 def _elements(block: Block, lengths: Sequence[int]) -> float:

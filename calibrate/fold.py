@@ -7,6 +7,7 @@ float model is unchanged while the quantizers see tamer values. Source: SmoothQu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -105,11 +106,16 @@ def sharing_of(module: nn.Module, group: Group) -> Sharing:
     return Sharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
 
 
-def share_before(module: nn.Module, group: Group) -> float:
-    """Share of a block's linear weights that has been multiplied when a forward pass comes to the group."""
-    sizes = {other: sum(linear_of(module, name).weight.numel() for name in other.linears) for other in groups_of(module)}
-    before = list(sizes).index(group)
-    return sum(list(sizes.values())[:before]) / sum(sizes.values())
+def before(module: nn.Module, group: Group) -> list[str]:
+    """The linears that have computed when a forward pass comes to the group."""
+    groups = groups_of(module)
+    return [name for other in groups[: groups.index(group)] for name in other.linears]
+
+
+def share_of(module: nn.Module, names: Collection[str]) -> float:
+    """The share that these linears have of all weights of a block's linears."""
+    sizes = {name: linear_of(module, name).weight.numel() for other in groups_of(module) for name in other.linears}
+    return sum(sizes[name] for name in names) / sum(sizes.values())
 
 
 def choose_factors(

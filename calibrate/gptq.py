@@ -97,26 +97,24 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     return restored
 
 
-def gptq_round_in_range(
+def search_rounded_scale(
     weight: torch.Tensor, gram: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [out, in] and scales as stored: for each output those of FRACTIONS that leave the least error e H e^T.
+) -> torch.Tensor:
+    """Scales as stored: for each output those of FRACTIONS of the range that leave the least error e H e^T.
 
     weight: float32 [out, in]; gram: H [in, in]; scale: of the whole range. What clipping costs depends on what the other
     columns can make up for, so every range is rounded in before they are compared. Scales of whole rows (6 and 8 bits) stay.
     """
-    codes, whole = gptq_round(weight, rounder, scale, scheme), scale.float()
     if scheme.group_size is None:
-        return codes, scale
-    least = _row_errors(weight, gram, codes, scale)
+        return scale
+    whole = scale.float()
+    least = _row_errors(weight, gram, gptq_round(weight, rounder, scale, scheme), scale)
     for fraction in FRACTIONS:
         smaller = stored_weight_scale(whole * fraction, scheme)
-        other = gptq_round(weight, rounder, smaller, scheme)
-        errors = _row_errors(weight, gram, other, smaller)
-        better = (errors < least)[:, None]
+        errors = _row_errors(weight, gram, gptq_round(weight, rounder, smaller, scheme), smaller)
+        scale = torch.where((errors < least)[:, None], smaller, scale)
         least = torch.minimum(errors, least)
-        codes, scale = torch.where(better, other, codes), torch.where(better, smaller, scale)
-    return codes, scale
+    return scale
 
 
 def _row_errors(weight: torch.Tensor, gram: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from calibrate.calibrated import QuantizedLinear
-from calibrate.gptq import aim_at_float, gptq_round, gptq_round_in_range, make_rounder
+from calibrate.gptq import Rounder, aim_at_float, gptq_round, make_rounder, search_rounded_scale
 from calibrate.method import Variant
 from calibrate.noise import best_range, tail_of
 from calibrate.quantize import (
@@ -77,20 +77,42 @@ def quantize_group(
     del seen, counted
     rounder = make_rounder(gram) if variant.rounding != "nearest" else None
     found = {}
-    for name, weight in weights.items():
-        scheme = plan[name]
-        scale = _weight_scale(variant, weight, gram, scheme)
-        if rounder is None:
-            codes = round_to_codes(weight, scale, scheme)
-        elif variant.weight_ranges == "rounded":
-            codes, scale = gptq_round_in_range(weight, gram, rounder, scale, scheme)
-        else:
-            codes = gptq_round(weight, rounder, scale, scheme)
-        if rounder is not None and variant.rounding == "two-sided":
-            codes = two_sided_round(weight, rounder, make_row_rounder((metrics or {})[name], weight.device), scale, scheme)
+    for names in _alike(weights, plan, apart=variant.rounding == "two-sided"):
+        scheme, sizes = plan[names[0]], [len(weights[name]) for name in names]
+        weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
+        metric = (metrics or {})[names[0]] if variant.rounding == "two-sided" else None
+        codes, scale = _rounded(weight, gram, rounder, metric, (variant, scheme))
         own = input_scale if scheme.activation_bits is not None else None
-        found[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
-    return found
+        for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
+            found[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), own)
+    return {name: found[name] for name in weights}
+
+
+def _alike(weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], *, apart: bool) -> list[list[str]]:
+    """Linears of one scheme together, whose outputs can be rounded as if of one linear; or each of them apart."""
+    together: dict[object, list[str]] = {}
+    for name in weights:
+        together.setdefault(name if apart else plan[name], []).append(name)
+    return list(together.values())
+
+
+def _rounded(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    rounder: Rounder | None,
+    metric: torch.Tensor | None,
+    how: tuple[Variant, LinearScheme],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [out, in] and scales as stored. rounder: None for rounding to nearest; metric: for two-sided rounding."""
+    variant, scheme = how
+    scale = _weight_scale(variant, weight, gram, scheme)
+    if rounder is None:
+        return round_to_codes(weight, scale, scheme), scale
+    if variant.weight_ranges == "rounded":
+        scale = search_rounded_scale(weight, gram, rounder, scale, scheme)
+    if metric is None:
+        return gptq_round(weight, rounder, scale, scheme), scale
+    return two_sided_round(weight, rounder, make_row_rounder(metric, weight.device), scale, scheme), scale
 
 
 def _weight_scale(variant: Variant, weight: torch.Tensor, gram: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:

@@ -17,14 +17,14 @@ samples go through in parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from calibrate.batches import Batches, batches_of
+from calibrate.batches import Batches, batches_of, parted
 from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
 from calibrate.fold import groups_of
 from calibrate.job import Calibration
@@ -35,7 +35,8 @@ from calibrate.residents import Resident, residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
 from calibrate.two_sided import add_gradients, empty_metric
-from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, plain_step, walk_language, walk_vision
+from calibrate.undecided import features_of
+from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
 from calibrate.work import Work
 
 FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
@@ -67,13 +68,14 @@ class _Visit:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One part's way through the model. metrics: of all parts so far, by linear; None where nobody asks. visited: is called
-    twice for every block."""
+    """One part's way through the model. metrics: of all parts so far, by linear, and by block where it learns; None where
+    nobody asks. others: features that prompts are mixed with. visited: is called twice for every block."""
 
-    objective: Objective
+    method: Method
     generator: torch.Generator
     visited: Callable[[], None]
     metrics: dict[str, torch.Tensor] | None
+    others: Mapping[int, torch.Tensor]
 
 
 def measure_influence(
@@ -90,6 +92,7 @@ def measure_influence(
     if first:
         progress(first / len(parts))
     metrics = found.outputs if method.two_sided() else None
+    others = _other_features(job, prompts) if first < len(parts) else {}
     for number in range(first, len(parts)):
         visits = itertools.count(1)
 
@@ -97,7 +100,7 @@ def measure_influence(
             progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
         generator = torch.Generator().manual_seed(method.seed + number)
-        measured = _part_influence(job, parts[number], _Pass(method.objective, generator, visited, metrics))
+        measured = _part_influence(job, parts[number], _Pass(method, generator, visited, metrics, others))
         for name, weights in measured.items():
             found.tokens.setdefault(name, []).extend(weights)
         _keep(job.work, number, found)
@@ -134,26 +137,22 @@ def _part_name(number: int) -> str:
     return f"influence-{number:04}"
 
 
-def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> int:
-    """How many prompts and pictures go through a block, each twice forwards and once backwards."""
-    pictures = sum(len(sample.pixel_values) for sample in job.samples)
-    runs = (len(job.blocks.vision_layers) + 1) * pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    return 0 if objective == "plain" else runs
+def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> tuple[int, int]:
+    """How many prompts and pictures go through a block, forwards and backwards."""
+    if objective == "plain":
+        return 0, 0
+    pictures, others = (
+        (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
+        for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
+    )
+    once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
+    return 2 * once + others, once
 
 
 def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
     """As many samples at a time, with all prompts about their pictures, as memory is meant for."""
-    width = blocks.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
-    part: list[Sequence[Sample]] = []
-    tokens = 0
-    for about in prompts:
-        more = sum(len(prompt.input_ids) for prompt in about)
-        if part and (tokens + more) * width * blocks.count() > PART_VALUES:
-            yield part
-            part, tokens = [], 0
-        part.append(about)
-        tokens += more
-    yield part
+    values = blocks.text_width() * blocks.count()
+    return parted(prompts, [values * sum(len(prompt.input_ids) for prompt in about) for about in prompts], PART_VALUES)
 
 
 def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
@@ -174,7 +173,7 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
 
     with torch.enable_grad(), residents(blocks, source, job.device) as resident:
         features = walk_vision(blocks, source, pictured, step)
-        seen = shown(texts, pictures_of, features, _other_features(job, texts))
+        seen = shown(texts, pictures_of, features, own.others)
         hidden = walk_language(blocks, source, texts, seen, step)
         _probe(job, texts, hidden, own)
     found: Weights = {}
@@ -185,11 +184,15 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     return found
 
 
-def _other_features(job: Calibration, texts: Sequence[Sample]) -> dict[int, torch.Tensor]:
-    """Of the pictures that others are mixed with, by number of their sample; they may be of another part."""
-    numbers = sorted({text.other for text in texts if isinstance(text, Mixed)})
-    features = walk_vision(job.blocks, job.source, [job.samples[n] for n in numbers], plain_step(job.source))
-    return {n: made.clone() for n, made in zip(numbers, features, strict=True)}  # as autograd takes no inference tensors
+def _others(prompts: Prompts) -> list[int]:
+    """Numbers of the samples whose pictures others are mixed with."""
+    return sorted({text.other for about in prompts for text in about if isinstance(text, Mixed)})
+
+
+def _other_features(job: Calibration, prompts: Prompts) -> dict[int, torch.Tensor]:
+    """By number of the sample."""
+    numbers = _others(prompts)
+    return dict(zip(numbers, features_of(job, [job.samples[n] for n in numbers]), strict=True)) if numbers else {}
 
 
 def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], own: _Pass) -> None:
@@ -202,8 +205,9 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
         answer = states[0, first : max(first + 1, len(sample.input_ids) - 1)]
         return nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon) @ head.T
 
-    share = 0.0 if own.objective == "kl" else 1.0
-    if own.objective == "kl+logits":
+    objective = own.method.objective
+    share = 0.0 if objective == "kl" else 1.0
+    if objective == "kl+logits":
         with torch.no_grad():
             curves = [1 - logits_of(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
         share = float(torch.cat(curves).double().mean()) / len(head)  # the mean trace of diag(p) - p p^T, of the identity's
@@ -214,7 +218,7 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
     for sample, states in zip(texts, hidden, strict=True):
         logits = logits_of(sample, states)
         probe = share**0.5 * signs(logits) if share else torch.zeros_like(logits)
-        if own.objective in {"kl", "kl+logits"}:
+        if objective in {"kl", "kl+logits"}:
             likely = logits.detach().softmax(-1)
             turned = likely.sqrt() * signs(logits)
             probe = probe + turned - likely * turned.sum(-1, keepdim=True)
@@ -235,7 +239,8 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pas
             first, *made = torch.autograd.grad(out, [x, *kept.values()], given.to(device), materialize_grads=True)
             gradients.append(first.cpu())
             if own.metrics is not None:
-                _add(own.metrics, prefix, given.to(device).flatten(0, -2), own.generator)
+                if own.method.learn_steps:
+                    _add(own.metrics, prefix, given.to(device).flatten(0, -2), own.generator)
                 for name, gradient in zip(kept, made, strict=True):
                     _add(own.metrics, f"{prefix}.{name}", gradient.flatten(0, -2), own.generator)
             sizes = {name: gradient.square().sum(-1).cpu() for name, gradient in zip(kept, made, strict=True)}

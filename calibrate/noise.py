@@ -19,6 +19,7 @@ token, so clipping counts CONCENTRATION times.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -32,7 +33,7 @@ STRETCHES = 64  # of tokens, whose largest values tell how long the tail is
 LARGEST = 8  # of those
 KEPT = 32  # largest values of each channel
 ROWS = 512  # of a weight; more say the same about its groups
-STEPS, RATE = 60, 0.1  # of Adam on the logarithms of the factors
+STEPS, RATE = 40, 0.1  # of Adam on the logarithms of the factors
 FADE_MEAN, FADE_SQUARE = 0.9, 0.999  # Adam's own
 RANGES = (0.1, 0.125, 0.15, 0.175, *(0.2 + 0.05 * i for i in range(17)), 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
@@ -48,18 +49,16 @@ class Tail:
     length: torch.Tensor
     tokens: int
 
-    def clipped(self, limit: torch.Tensor) -> torch.Tensor:
-        """Expected squared excess of a token's magnitude over `limit`, for each channel; limit: float32 [channels]."""
+    def clipped(self, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected squared excess of a token's magnitude over `limit`, and how fast it falls when the limit rises.
+
+        limit, both results: float32 [channels].
+        """
         over = self.top - limit
         inside = over.clamp(min=0)
-        beyond = 2 * self.length.square() * (-(-over).clamp(min=0) / self.length).exp()
-        return (inside.square() + 2 * inside * self.length + beyond).sum(0) / self.tokens
-
-    def falling(self, limit: torch.Tensor) -> torch.Tensor:
-        """How fast `clipped` falls when the limit rises: minus its derivative, float32 [channels]."""
-        over = self.top - limit
-        beyond = self.length * (-(-over).clamp(min=0) / self.length).exp()  # where it is inside the range, the length itself
-        return 2 * (over.clamp(min=0) + beyond).sum(0) / self.tokens
+        beyond = self.length * ((over - inside) / self.length).exp()  # where a value is inside the range, the length itself
+        excess = (inside.square() + 2 * self.length * (inside + beyond)).sum(0)
+        return excess / self.tokens, 2 * (inside + beyond).sum(0) / self.tokens
 
 
 def tail_of(rows: torch.Tensor) -> Tail:
@@ -91,6 +90,11 @@ class Noise:
     weight: torch.Tensor
     scheme: LinearScheme
 
+    @cached_property
+    def read(self) -> torch.Tensor:
+        """What an error of each input is multiplied by, squared: |W_j|^2, float32 [in]."""
+        return self.weight.square().sum(0)
+
     def expected(self, ranges: torch.Tensor) -> torch.Tensor:
         """Expected squared error of a token's output. ranges: float32 [in], what each input's range covers before folding.
 
@@ -103,9 +107,8 @@ class Noise:
         error = (steps.repeat_interleave(width) * self.energy / ranges.square()).sum() / 12
         if bits is None:
             return error
-        energy = self.weight.square().sum(0)
-        rounding = (energy * ranges.square()).sum() / (12 * (2 ** (bits - 1) - 1) ** 2)
-        return error + rounding + CONCENTRATION * (energy * self.tail.clipped(ranges)).sum()
+        rounding = (self.read * ranges.square()).sum() / (12 * (2 ** (bits - 1) - 1) ** 2)
+        return error + rounding + CONCENTRATION * (self.read * self.tail.clipped(ranges)[0]).sum()
 
     def slopes(self, ranges: torch.Tensor) -> tuple[float, torch.Tensor]:
         """`expected` and its derivatives by the logarithms of the ranges, float32 [in].
@@ -127,10 +130,9 @@ class Noise:
         error = float((steps * noise).sum())
         if bits is None:
             return error, slopes
-        energy = self.weight.square().sum(0)
-        rounding = energy * ranges.square() / (12 * (2 ** (bits - 1) - 1) ** 2)
-        clipped = CONCENTRATION * energy * self.tail.clipped(ranges)
-        slopes += 2 * rounding - CONCENTRATION * energy * ranges * self.tail.falling(ranges)
+        rounding = self.read * ranges.square() / (12 * (2 ** (bits - 1) - 1) ** 2)
+        clipped, falling = (CONCENTRATION * self.read * part for part in self.tail.clipped(ranges))
+        slopes += 2 * rounding - ranges * falling
         return error + float(rounding.sum() + clipped.sum()), slopes
 
 
@@ -172,7 +174,7 @@ def best_range(tail: Tail, weight: torch.Tensor, num_bits: int) -> float:
 
     def error(limit: float) -> float:
         rounding = limit**2 * float(energy.sum()) / (12 * qmax**2)
-        return rounding + CONCENTRATION * float((energy * tail.clipped(torch.full_like(energy, limit))).sum())
+        return rounding + CONCENTRATION * float((energy * tail.clipped(torch.full_like(energy, limit))[0]).sum())
 
     with one_thread():
         return activation_scale(min((error(peak * part), peak * part) for part in RANGES)[1], num_bits)

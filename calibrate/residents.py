@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from calibrate.batches import batches_of
 from calibrate.blocks import Block, ModelBlocks, filled, load_finite, resident
 from calibrate.tensors import TensorSource
+from calibrate.walk import Run, Step
 
 CPU = torch.device("cpu")
 # A block -> its module with weights on the device, for as long as the context is open.
@@ -37,6 +39,17 @@ def residents(
     with ThreadPoolExecutor(1) as uploader:
         order = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
         yield _Uploads(order[::-1] if backwards else order, source, device, uploader).resident
+
+
+def batched_step(resident: Resident, device: torch.device) -> Step:
+    """A step that only computes, inputs of equal length together."""
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
+        batches = batches_of(inputs)
+        with resident(block) as module:
+            return batches.split([run(module, x).cpu() for x in on(device, batches.merged(inputs))])
+
+    return step
 
 
 class _Uploads:

@@ -6,8 +6,8 @@ choice, it is the *block's* output that decides, with the groups still to come i
 are best depends on what the rest of the block makes of the error (Q-VLM, section 3.2).
 
 Cost in block forwards, a forward being one prompt or picture: for each folding 1 float run that keeps every group's input,
-for each group a quantized run that ends where the group begins, which costs the linears before it (`share_before`), 1 more
-for each of its variants if there is a choice, 1 to hand over; learning adds its own. All are counted at run time.
+and 1 quantized run from group to group, in which every linear computes once (`recall.py`); if there is a choice, each
+group's variants compute its linears and what comes after them. Learning adds its own. All are counted at run time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
-from calibrate.fold import Group, apply_factors_, choose_factors, groups_of, inputs_of, share_before, sharing_of
+from calibrate.fold import Group, apply_factors_, before, choose_factors, groups_of, inputs_of, share_of, sharing_of
 from calibrate.group import Rows, chosen_rows, quantize_group
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
+from calibrate.recall import Outputs, forget_behind, recalled
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.two_sided import directions, scaled_metric
@@ -42,7 +43,7 @@ class Candidate:
 
     Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
     metrics: of the linears' outputs, as folded. By the first linear of each group: variants, what was chosen; inputs, what
-    the group read from the quantized prefix.
+    the group read from the quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix.
     sqnr_db: of each weight. error: of the block's output, relative to the float one's. hooks: to be removed in the end.
     """
 
@@ -54,6 +55,7 @@ class Candidate:
     found: dict[str, QuantizedLinear] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     inputs: dict[str, Histogram] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=dict)
     sqnr_db: dict[str, float | None] = field(default_factory=dict)
     error: float = float("inf")
 
@@ -120,7 +122,8 @@ class BlockSearch:
             # The function of the folded module is the same, so its outputs are the float model's.
             candidate = Candidate(folding, module, module, hooks, dict(self.metrics))
             outputs = self._quantize(candidate, groups, float_inputs, inputs)
-            quantized = self._outputs(candidate.rounded, inputs)
+            quantized = self._resumed(candidate, inputs)
+            candidate.outputs.clear()
             candidate.error = relative_error(quantized, outputs, self.influence.get(""))
             if self.best is None or candidate.error < self.best.error:
                 self.best, wanted, final = candidate, outputs, quantized
@@ -148,8 +151,9 @@ class BlockSearch:
             wanted[group] /= self._fold(candidate, group, wanted[group])
         if self.method.learn_steps or len(self.method.variants) > 1:
             candidate.rounded = copy.deepcopy(candidate.module)
-        for group in groups:
-            seen = self._input_of(candidate.rounded, group, inputs)
+        for previous, group in zip([None, *groups], groups, strict=False):
+            seen = self._input_of(candidate, group, inputs)
+            forget_behind(candidate.outputs, group, previous)
             self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
         return outputs
 
@@ -185,9 +189,11 @@ class BlockSearch:
         if len(quantized) > 1:
             for variant, linears in quantized.items():
                 candidate.set_(linears)
-                errors[variant] = relative_error(self._outputs(candidate.rounded, pair[0]), pair[1], self.influence.get(""))
+                self._compute(candidate, group, seen, pair[0])
+                errors[variant] = relative_error(self._resumed(candidate, pair[0]), pair[1], self.influence.get(""))
         best = min(errors, key=lambda v: errors[v]) if errors else next(iter(quantized))
         candidate.set_(quantized[best])
+        self._compute(candidate, group, seen, pair[0])
         candidate.variants[group.linears[0]] = best
         candidate.inputs[group.linears[0]] = _histogram(group.linears[0], seen)
 
@@ -240,15 +246,31 @@ class BlockSearch:
             outputs = self._outputs(module, inputs)
         return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
 
-    def _input_of(self, module: nn.Module, group: Group, inputs: list[torch.Tensor]) -> torch.Tensor:
+    def _input_of(self, candidate: Candidate, group: Group, inputs: list[torch.Tensor]) -> torch.Tensor:
         """The group's input rows [tokens, in], without running what comes after."""
-        rows: dict[Group, list[torch.Tensor]] = {group: []}
-        with _watched({group: module.get_submodule(group.linears[0])}, rows, stop=True):
+        module, rows = candidate.rounded, {group: list[torch.Tensor]()}
+        with _watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, candidate.outputs):
             for x in inputs:
                 with suppress(_Reached):
                     self.run(module, x)
-        self.forwards += share_before(module, group) * sum(len(x) for x in inputs)
+        computed = set(before(module, group)) - set(candidate.outputs)
+        self.forwards += share_of(module, computed) * sum(len(x) for x in inputs)
         return torch.cat(rows[group])
+
+    def _compute(self, candidate: Candidate, group: Group, seen: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+        """The outputs of a group's linears, whose input rows are `seen`; for `_input_of` and `_resumed`."""
+        shapes = [x.shape[:-1] for x in inputs]
+        for name in group.linears:
+            rows = linear_of(candidate.rounded, name)(seen).split([shape.numel() for shape in shapes])
+            candidate.outputs[name] = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
+        self.forwards += share_of(candidate.rounded, group.linears) * sum(len(x) for x in inputs)
+
+    def _resumed(self, candidate: Candidate, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The block's outputs."""
+        with recalled(candidate.rounded, candidate.outputs):
+            outputs = [self.run(candidate.rounded, x) for x in inputs]
+        self.forwards += (1 - share_of(candidate.rounded, candidate.outputs)) * sum(len(x) for x in inputs)
+        return outputs
 
 
 def relative_error(

@@ -115,10 +115,11 @@ def _prepared(job: Calibration, method: Method, progress: Callable[[int, str], N
 def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Of all blocks, for the record."""
     marked, thresholds = with_partition(records)
-    looked, probed = undecided_runs(job, method.undecided, method.seed), runs_of(job, prompts, method.objective)
+    looked = undecided_runs(job, method.undecided, method.seed)
+    forwards, backwards = runs_of(job, prompts, method.objective)
     return {
-        "block_forwards": round(sum(b["forwards"] for b in records)) + looked + 2 * probed,
-        "block_backwards": sum(b["backwards"] for b in records) + probed,
+        "block_forwards": round(sum(b["forwards"] for b in records)) + looked + forwards,
+        "block_backwards": sum(b["backwards"] for b in records) + backwards,
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }

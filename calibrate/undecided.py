@@ -9,19 +9,18 @@ the model with itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from calibrate.batches import batches_of
-from calibrate.blocks import Block
+from calibrate.batches import parted
 from calibrate.job import Calibration
 from calibrate.recombine import Mixed, Prompts, interchangeable, recombine
-from calibrate.residents import Resident, on, residents
+from calibrate.residents import batched_step, residents
 from calibrate.samples import Sample
-from calibrate.walk import Run, Step, final_logits, walk_language, walk_vision
+from calibrate.walk import final_logits, walk_language, walk_vision
 
 SHARES = tuple(n / 9 for n in range(1, 9))  # of the other picture's features, each tried
 UNDECIDED = 0.3  # of 1 - sum p^2 at some answer token; two answers alike have 0.5
@@ -79,45 +78,27 @@ def with_undecided(
     return [[*about, *more.get(number, ())] for number, about in enumerate(prompts)]
 
 
+def features_of(job: Calibration, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """What the float model's tower and projector make of the pictures of each sample, float32 [image tokens, hidden]."""
+    with torch.inference_mode(), residents(job.blocks, job.source, job.device) as resident:
+        features = walk_vision(job.blocks, job.source, samples, batched_step(resident, job.device))
+    return [one.clone() for one in features]  # as autograd takes no inference tensors
+
+
 def _doubts(job: Calibration, found: Sequence[Pair], progress: Callable[[float], None]) -> torch.Tensor:
     """The largest 1 - sum p^2 of an answer token of each pair, float32 [pairs, SHARES]."""
-    with torch.inference_mode(), residents(job.blocks, job.source, job.device) as resident:
-        features = walk_vision(job.blocks, job.source, job.samples, _step(job, resident))
+    features = features_of(job, job.samples)
+    width = job.blocks.text_width()
+    sizes = [len(pair.text.input_ids) * len(SHARES) * width for pair in found]
     parts: list[torch.Tensor] = []
-    for part in _parts(job, found):
+    for part in parted(found, sizes, MIXED_VALUES):
         texts = [pair.text for pair in part for _ in SHARES]
         mixed = [torch.lerp(features[pair.own], features[pair.other], share) for pair in part for share in SHARES]
         with torch.inference_mode(), residents(job.blocks, job.source, job.device) as resident:
-            hidden = walk_language(job.blocks, job.source, texts, mixed, _step(job, resident))
+            hidden = walk_language(job.blocks, job.source, texts, mixed, batched_step(resident, job.device))
         parts += [_doubt(job, texts, hidden).reshape(len(part), len(SHARES))]
         progress(sum(map(len, parts)) / len(found))
     return torch.cat(parts)
-
-
-def _step(job: Calibration, resident: Resident) -> Step:
-    """Only computes, inputs of equal length together."""
-
-    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches = batches_of(inputs)
-        with resident(block) as module:
-            return batches.split([run(module, x).cpu() for x in on(job.device, batches.merged(inputs))])
-
-    return step
-
-
-def _parts(job: Calibration, found: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """As many pairs at a time as memory is meant for."""
-    width = job.blocks.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
-    part: list[Pair] = []
-    values = 0
-    for pair in found:
-        more = len(pair.text.input_ids) * len(SHARES) * width
-        if part and values + more > MIXED_VALUES:
-            yield part
-            part, values = [], 0
-        part.append(pair)
-        values += more
-    yield part
 
 
 def _doubt(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Tensor]) -> torch.Tensor:

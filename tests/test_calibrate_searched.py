@@ -106,23 +106,9 @@ def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    # 1 float run, 1 at the end, before each group one of the linears before it; 4 prompts, 4 pictures. What tokens count: 2.
-    text, vision = checkpoint.config.text, checkpoint.config.vision
-    read, written = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    decoder = (
-        text.hidden_size * (read + 2 * written),
-        text.hidden_size * read,
-        2 * text.hidden_size * text.intermediate_size,
-    )
-    mlp = vision.hidden_size * vision.intermediate_size
-    parts = {
-        2: (*decoder, text.hidden_size * text.intermediate_size),
-        3: (3 * vision.hidden_size**2, vision.hidden_size**2, mlp, mlp),
-        1: (vision.hidden_size * text.hidden_size, text.hidden_size**2),
-    }
-    before = sum(layers * sum(sum(sizes[:n]) / sum(sizes) for n in range(len(sizes))) for layers, sizes in parts.items())
+    # 1 float run, 1 quantized one; 4 prompts, 4 pictures. What tokens count: 2.
     runs = 2 * 4 + 4 * 4
-    assert one.summary["block_forwards"] == pytest.approx(4 * (2 * (2 + 3 + 1) + before) + 2 * runs, abs=1)
+    assert one.summary["block_forwards"] == 2 * runs + 2 * runs
     assert one.summary["block_backwards"] == runs
 
 

@@ -1,0 +1,93 @@
+"""Going on with a block where it was: the same outputs as running it whole, each linear computing once."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from calibrate.fold import GROUPS, groups_of
+from calibrate.method import Method, Variant
+from calibrate.recall import forget_behind, recalled
+from calibrate.scheme import W8A8, LinearScheme
+from calibrate.search import BlockSearch, Candidate, relative_error
+
+INT4 = LinearScheme(4, None, 32)
+TEXT = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+VISION = CLIPVisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4)
+
+
+def block(kind: str) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    if kind == "tower":
+        return CLIPEncoderLayer(VISION).eval().requires_grad_(False), lambda module, x: module(x, attention_mask=None)
+    rotary = LlamaRotaryEmbedding(TEXT)
+
+    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1])[None]
+        return module(x, attention_mask=None, position_ids=positions, position_embeddings=rotary(x, positions))
+
+    return LlamaDecoderLayer(TEXT, 0).eval().requires_grad_(False), run
+
+
+@pytest.mark.parametrize("kind", ["tower", "decoder"])
+@pytest.mark.parametrize("scheme", [W8A8, INT4])
+@pytest.mark.parametrize("left_out", ["", "o_proj", "fc1", "up_proj"])
+@pytest.mark.parametrize("variants", [(Variant(),), (Variant(rounding="nearest"), Variant())])
+def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out, variants):
+    """Whatever is not planned, too; while the hooks that round inputs are there."""
+    module, run = block(kind)
+    inputs = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)]
+    plan = {n: scheme for n, m in module.named_modules() if isinstance(m, nn.Linear) and not (left_out and left_out in n)}
+    search = BlockSearch(module, plan, run, Method(("expected",), variants))
+    groups = [g for g in groups_of(module) if any(name in plan for name in g.linears)]
+    with ExitStack() as hooks:
+        candidate = Candidate("expected", module, module, hooks)
+        search._quantize(candidate, groups, inputs, inputs)  # hooks are gone when `search` returns
+        resumed = search._resumed(candidate, inputs)
+        whole = [run(candidate.rounded, x) for x in inputs]
+    assert relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
+
+
+@pytest.mark.parametrize("kind", ["tower", "decoder"])
+def test_every_linear_computes_once(kind):
+    module, run = block(kind)
+    inputs, calls = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], {}
+    plan = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    search = BlockSearch(module, plan, run, Method(("none",)))
+    for name in plan:
+        linear = module.get_submodule(name)
+        linear.register_forward_hook(lambda _m, x, _y, name=name: calls.update({name: calls.get(name, 0) + x[0].numel()}))
+    search.search(inputs, inputs)
+    for name in plan:
+        assert calls[name] == 2 * (18 + 15) * module.get_submodule(name).in_features  # in the float model, and here
+    assert search.forwards == pytest.approx(2 * 5)
+
+
+def test_linears_are_back_in_their_places_after_an_error():
+    module, run = block("decoder")
+    linear = module.self_attn.o_proj
+    with suppress(StopIteration), recalled(module, {"self_attn.o_proj": [torch.zeros(1, 4, 64)]}):
+        run(module, torch.zeros(1, 4, 64))
+        assert module.self_attn.o_proj is not linear
+        run(module, torch.zeros(1, 4, 64))
+        raise AssertionError("more outputs than there are")
+    assert module.self_attn.o_proj is linear
+
+
+def test_only_what_leads_to_a_known_input_alone_is_forgotten():
+    by_name = {group.linears[0]: group for group in GROUPS}
+    forget = partial(forget_behind, previous=by_name["self_attn.q_proj"])
+    known = {name: [torch.ones(2, 3)] for name in by_name["self_attn.q_proj"].linears}
+    forget_behind(known, by_name["self_attn.o_proj"], None)
+    forget(known, by_name["mlp.gate_proj"])
+    assert all(float(outputs[0].sum()) == 6 for outputs in known.values())
+    forget(known, by_name["self_attn.o_proj"])
+    assert all(float(outputs[0].sum()) == 0 and outputs[0].shape == (2, 3) for outputs in known.values())
+    assert all(outputs[0].untyped_storage().nbytes() == 4 for outputs in known.values())
