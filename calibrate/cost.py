@@ -13,6 +13,7 @@ from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS
+from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
 from calibrate.recombine import flat, recombine
@@ -25,6 +26,9 @@ FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
 SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
+# Of a block's weights while it learns: codes, offsets, gradients, Adam's two moments, what rounding keeps for the
+# gradients, the copy that is looked at.
+LEARNING_COPIES = 12
 WALKED = 175  # times as long as to nearest takes a weight to be rounded by its anti-diagonal
 # Factorizations by in^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
 SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
@@ -203,10 +207,21 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
     copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
-    if method.learn_steps:
-        flops += method.learn_steps * 3 * 2.0 * 768 * _weights(block)
-        memory += 5 * FLOAT32_BYTES * _weights(block)  # offsets, their gradients, Adam's two moments, codes as floats
-    return Cost(flops, single, rounded, runs * len(lengths), memory, passes * _elements(block, lengths))
+    learned = _learned(block, lengths, method)
+    whole = Cost(flops, single, rounded, runs * len(lengths), memory, passes * _elements(block, lengths)) + learned
+    return replace(whole, memory_bytes=memory + learned.memory_bytes)
+
+
+def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
+    """Steps on part of the prompts, each a forward and a backward that costs two; looks at those held back."""
+    if not method.learn_steps:
+        return Cost()
+    looks, tokens = (1 + CHECKS) / HELD_BACK, sum(lengths)
+    taught = method.learn_steps * STEP_TOKENS
+    flops = 2.0 * _weights(block) * (3 * taught + looks * tokens)
+    forwards = taught * len(lengths) / max(tokens, 1) + looks * len(lengths)
+    memory, rounded = LEARNING_COPIES * FLOAT32_BYTES * _weights(block), 3.0 * method.learn_steps * _weights(block)
+    return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
 
 
 def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:

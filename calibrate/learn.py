@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from calibrate.walk import Run
 
 HELD_BACK = 8  # every eighth picture decides, with all prompts about it; the others teach
 STEP_TOKENS = 768
-CHECKS = 8  # times that the held-back samples are looked at
+CHECKS = 4  # times that the held-back samples are looked at
 RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
 
 
@@ -53,7 +53,7 @@ class Learned:
     """What learning found. errors: relative squared error on the held-back samples, at the start and of what was kept."""
 
     linears: Mapping[str, QuantizedLinear]
-    floats: Mapping[str, torch.Tensor]  # gains and biases by name inside the block, values that float16 can hold
+    floats: Mapping[str, torch.Tensor]  # by name inside the block; what was learned, gains and biases, float16 can hold
     error_before: float
     error_after: float
     forwards: int  # samples that ran through the block
@@ -153,7 +153,7 @@ def learn_block(
     teach, decide = _parted(batches)
     generator = torch.Generator().manual_seed(seed)
     best = before = _error(student, run, decide)
-    kept = copy.deepcopy(student.state_dict())
+    kept = _stored(student)
     deciding = sum(len(batch.x) for batch in decide)
     forwards, backwards = deciding, 0
     for step in range(steps):
@@ -173,13 +173,16 @@ def learn_block(
             error = _error(settled, run, decide)
             forwards += deciding
             if error < best:
-                best, kept = error, copy.deepcopy(settled.state_dict())
-    student.load_state_dict(kept)
-    inside = {f"{name}.{part}" for name in linears for part in ("offset", "log_scale", "log_input", "bias")}
-    floats = {n: p.detach().half().float() for n, p in student.named_parameters() if n not in inside}
-    floats |= {f"{n}.bias": linear.bias.detach() for n, linear in linears.items() if linear.bias is not None}
-    quantized = {name: replace(linear.quantized(), scheme=found[name].scheme) for name, linear in linears.items()}
-    return Learned(quantized, floats, before, best, forwards, backwards)
+                best, kept = error, _stored(settled)
+    return Learned(*kept, before, best, forwards, backwards)
+
+
+def _stored(student: nn.Module) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+    """Its linears, and copies of its other tensors, by name inside the block."""
+    linears = {name: part for name, part in student.named_modules() if isinstance(part, LearnedLinear)}
+    inside = {f"{name}.{part}" for name in linears for part in ("offset", "log_scale", "log_input")}
+    floats = {n: p.detach().clone() for n, p in student.named_parameters() if n not in inside}
+    return {name: linear.quantized() for name, linear in linears.items()}, floats
 
 
 def _parameters(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> list[dict[str, object]]:

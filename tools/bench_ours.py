@@ -94,7 +94,7 @@ ROWS = (
             "largest weights as ranges": _changed(weight_ranges="absmax"),
             "ranges as GPTQ rounds best": _changed(weight_ranges="rounded"),
             "no aiming": _changed(ridge=None),
-            "learned rounding": replace(FULL, learn_steps=50),
+            "no learning": replace(FULL, learn_steps=0),
         }.items()
     ),
 )
