@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrate.batches import BATCH_TOKENS, batches_of
+from calibrate.batches import BATCH_TOKENS, batches_of, parted
 
 SHAPES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from((1, 5, 700, 3000))), min_size=1, max_size=9)
 
@@ -25,3 +25,13 @@ def test_every_input_comes_back_in_its_place(shapes):
 def test_equal_lengths_share_a_batch_and_others_do_not():
     inputs = [torch.zeros(1, tokens, 4) for tokens in (10, 20, 10, 20, 30)]
     assert batches_of(inputs).members == ((0, 2), (1, 3), (4,))
+
+
+@given(st.lists(st.integers(1, 20)), st.integers(1, 30))
+def test_parts_hold_everything_in_order_and_no_more_than_asked(sizes, most):
+    parts = list(parted(range(len(sizes)), sizes, most))
+    assert [number for part in parts for number in part] == list(range(len(sizes)))
+    totals = [sum(sizes[number] for number in part) for part in parts]
+    assert all(total <= most or len(part) == 1 for total, part in zip(totals, parts, strict=True))
+    # None could have been filled with the next one.
+    assert all(total + sizes[after[0]] > most for total, after in zip(totals, parts[1:], strict=False))

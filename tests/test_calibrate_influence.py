@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -210,6 +211,29 @@ def test_a_killed_measurement_goes_on_behind_its_last_part(job: Calibration, tmp
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
         measure_influence(replace(job, work=Work(tmp_path)), prompts, method)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """There and back; the pictures of others are not computed where nothing is mixed."""
+
+    class Counted:
+        def __init__(self) -> None:
+            self.loads: Counter[str] = Counter()
+
+        def __contains__(self, name: object) -> bool:
+            return name in job.source
+
+        def load(self, name: str) -> np.ndarray:
+            self.loads[name] += 1
+            return job.source.load(name)
+
+    source = Counted()
+    if parts > 1:
+        monkeypatch.setattr(influence, "PART_VALUES", 1)
+    samples = job.samples[:parts]
+    measured(replace(job, source=source, samples=samples), "logits")  # type: ignore[arg-type]
+    assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {2 * parts}
 
 
 def test_plain_measures_nothing(job: Calibration) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrate import residents
 from calibrate.absmax import calibrate_absmax
-from calibrate.blocks import make_blocks
+from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.group import Rows, quantize_group
@@ -24,6 +25,7 @@ from calibrate.job import Calibration
 from calibrate.method import Method, Rounding, Variant
 from calibrate.scheme import LinearScheme
 from calibrate.searched import calibrate_searched
+from calibrate.tensors import TensorSource
 from calibrate.two_sided import add_gradients, directions, empty_metric, scaled_metric
 
 Llava = Callable[..., Path]
@@ -112,42 +114,44 @@ def test_rounding_towards_the_output_on_a_gpu(rounding: Rounding) -> None:
     assert np.array_equal(found.scale, wanted.scale)
 
 
-def test_the_next_block_is_on_its_way_before_this_one_computes(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_small(llava(**SMALL))
-    blocks = make_blocks(checkpoint.hf_config)
-    order = [*blocks.vision_layers, blocks.projector, *blocks.text_layers]
-    loaded: list[str] = []
+@dataclass(frozen=True)
+class Watched:
+    """A source that notes which tensors were read."""
 
-    class Watched:
-        def load(self, name: str) -> np.ndarray:
-            loaded.append(name)
-            return checkpoint.source.load(name)
+    source: TensorSource
+    loaded: list[str]
 
+    def load(self, name: str) -> np.ndarray:
+        self.loaded.append(name)
+        return self.source.load(name)
+
+
+@pytest.fixture
+def watched(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelBlocks, Watched]:
+    """Blocks and source of a small model; uploads are done when they are asked for."""
     monkeypatch.setattr(residents, "ThreadPoolExecutor", SameThread)
-    with PretendGpu(), residents.residents(blocks, Watched(), GPU) as resident:  # type: ignore[arg-type]
+    checkpoint = open_small(llava(**SMALL))
+    return make_blocks(checkpoint.hf_config), Watched(checkpoint.source, [])
+
+
+def test_the_next_block_is_on_its_way_before_this_one_computes(watched: tuple[ModelBlocks, Watched]) -> None:
+    blocks, source = watched
+    order = [*blocks.vision_layers, blocks.projector, *blocks.text_layers]
+    with PretendGpu(), residents.residents(blocks, source, GPU) as resident:  # type: ignore[arg-type]
         for number, block in enumerate(order):
             with resident(block) as module:
                 assert all(p.device == GPU for p in module.parameters())
-                assert {n for b in order[: number + 2] for n in b.tensor_names()} == set(loaded)
+                assert {n for b in order[: number + 2] for n in b.tensor_names()} == set(source.loaded)
             assert {p.device.type for p in module.parameters()} == {"meta"}
-    assert len(loaded) == len(set(loaded))
+    assert len(source.loaded) == len(set(source.loaded))
 
 
-def test_backwards_the_block_before_is_on_its_way(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_small(llava(**SMALL))
-    blocks = make_blocks(checkpoint.hf_config)
+def test_backwards_the_block_before_is_on_its_way(watched: tuple[ModelBlocks, Watched]) -> None:
+    blocks, source = watched
     last, before = blocks.text_layers[-1], blocks.projector
-    loaded: list[str] = []
-
-    class Watched:
-        def load(self, name: str) -> np.ndarray:
-            loaded.append(name)
-            return checkpoint.source.load(name)
-
-    monkeypatch.setattr(residents, "ThreadPoolExecutor", SameThread)
-    backwards = residents.residents(blocks, Watched(), GPU, backwards=True)  # type: ignore[arg-type]
+    backwards = residents.residents(blocks, source, GPU, backwards=True)  # type: ignore[arg-type]
     with PretendGpu(), backwards as resident, resident(last):
-        assert set(loaded) == {*last.tensor_names(), *before.tensor_names()}
+        assert set(source.loaded) == {*last.tensor_names(), *before.tensor_names()}
 
 
 def test_bad_weight_ahead_is_named_when_its_turn_comes(llava: Llava) -> None:
