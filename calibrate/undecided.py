@@ -1,7 +1,7 @@
 """Prompts between two answers, made of the samples: a mixture of two pictures at which the model does not know. torch.
 
 Nearly all of a quantized model's KL divergence is at the few tokens that the float model is undecided about, where a little
-noise turns the odds; of 64 samples hardly one has such a token. But between a picture with one answer and a picture
+noise turns the odds, and few samples have such a token. But between a picture with one answer and a picture
 with another lies one with both. So every question is also asked of mixtures of its picture's features with another one's,
 and the mixture that the model is least sure about becomes a prompt. Nothing need be true about it: calibration compares
 the model with itself.
