@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from calibrate.calibrated import write_json
@@ -16,6 +19,7 @@ from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, Til
 FORMAT, VERSION = "qvlm-export", 2
 READABLE = (1, 2)  # 1 knew neither tiles nor several feature layers
 VERIFY_AT_OPEN_BYTES = 256 * 2**20
+_PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -128,17 +132,41 @@ def _model_config(content: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Name, size and sha256 of a file, read once in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+def describe_file(path: Path, stop: Event | None = None) -> dict[str, Any]:
+    """Name, size and sha256 of a file, read once in pieces. stop: set by another thread, ends it with CancelledError."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            digest.update(piece[:count])
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def describe_folder(path: Path) -> dict[str, Any]:
+def describe_folder(path: Path, stop: Event | None = None) -> dict[str, Any]:
     """Name of a folder, and size and sha256 of every file in it, by its path inside with slashes."""
-    described = {name: describe_file(path / name) for name in _names_inside(path)}
+    described = {name: describe_file(path / name, stop) for name in _names_inside(path)}
     return {"name": path.name, "files": {name: {k: d[k] for k in ("bytes", "sha256")} for name, d in described.items()}}
+
+
+def describe(path: Path, stop: Event | None = None) -> dict[str, Any]:
+    """Either of the two."""
+    return describe_folder(path, stop) if path.is_dir() else describe_file(path, stop)
+
+
+@contextmanager
+def described_meanwhile(paths: Mapping[str, Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+    """Describes finished files on a thread of its own; what is yielded waits for that and gives it by the same names.
+
+    Hashing gigabytes takes a core that a build, which has its own process, does not use. Leaving ends it.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: {name: describe(path, stop) for name, path in paths.items()})
+        try:
+            yield found.result
+        finally:
+            stop.set()
 
 
 def _names_inside(folder: Path) -> list[str]:

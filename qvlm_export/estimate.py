@@ -72,7 +72,7 @@ def estimate(
         gib = sizes.planned_bytes / 2**30
         building = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
         seconds["build"] = building / machine.share + sizes.planned_bytes / machine.written_bytes
-    copies = 1 + int(bool(linears)) + int(builds)
+    copies = 1 if builds else 1 + int(bool(linears))  # graphs and calibrated checkpoint are hashed while engines are built
     reading = CHECK_SECONDS_PER_GIB * sizes.planned_bytes / 2**30 if builds else 0.0
     seconds["check"] = (copies * sizes.planned_bytes / machine.hashed_bytes + reading) / machine.share
     memory = memory_needed(cost, largest_bytes)

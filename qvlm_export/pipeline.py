@@ -19,7 +19,7 @@ from typing import Any
 
 from calibrate.calibrated import CalibratedCheckpoint
 from engines.build import BuildReport
-from engines.manifest import Manifest, describe_file, describe_folder, write_manifest
+from engines.manifest import Manifest, describe, describe_file, described_meanwhile, write_manifest
 from engines.plan_check import LinearCheck
 from qvlm_export.estimate import total_sizes
 from qvlm_export.export_plan import PARTS, ExportOptions, ExportPlan, estimate_export, plan_export
@@ -70,12 +70,15 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
 def _run(plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter) -> ExportResult:
     calibrated = calibrate(plan, work, reporter)
     interfaces = write_graphs(plan, calibrated, work, fingerprint, reporter)
-    reports, checks = build(plan, work, fingerprint, reporter)
+    with described_meanwhile(_finished(plan, work, calibrated)) as described:
+        reports, checks = build(plan, work, fingerprint, reporter)
+        known = described()
     if calibrated is not None and plan.options.work_dir is None:
         calibrated.folder.rename(work.stage / f"{plan.options.out.stem}.calibrated")
     plan.processor.save_pretrained(work.stage / f"{plan.options.out.stem}.processor")
     with reporter.stage("check"):
-        manifest = _with_report(plan, work.stage, _manifest(plan, work.stage, calibrated, interfaces, checks))
+        manifest = _manifest(plan, work.stage, calibrated, interfaces, checks)
+        manifest = _with_report(plan, work.stage, replace(manifest, files=_described(plan.options.out, work.stage, known)))
         write_manifest(manifest)
     key = stage_key(plan, fingerprint, PARTS[-1], "build")
     work.note_stage(FINISHED, key, [manifest.path], reports=[asdict(r) for r in reports], checks=[asdict(c) for c in checks])
@@ -114,19 +117,29 @@ def _manifest(
         plan_check=tuple(asdict(check) for check in checks),
         interface=interfaces,
         versions=_versions(),
-        files=_described(plan.options.out, folder),
+        files={},
     )
 
 
-def _described(out: Path, folder: Path) -> dict[str, Any]:
-    """The files of the manifest with their hashes, several at a time."""
+def _finished(plan: ExportPlan, work: WorkFolder, calibrated: CalibratedCheckpoint | None) -> dict[str, Path]:
+    """What is written before engines are built, by role."""
+    if plan.backend.module is None:  # nothing is built
+        return {}
+    names = file_names(plan.options.out)
+    paths = {f"{part}_{kind}": work.stage / names[f"{part}_{kind}"] for part in PARTS for kind in ("onnx", "data")}
+    return paths if calibrated is None or plan.options.work_dir is not None else {**paths, "calibrated": calibrated.folder}
+
+
+def _described(out: Path, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The files of the manifest with their hashes, several at a time. known: of some of them, wherever they were then."""
     # A killed run may have left its report; this one's is described when it is written.
     paths = {role: folder / name for role, name in file_names(out).items() if role != "report"}
     paths |= {role: folder / f"{out.stem}.{role}" for role in FOLDER_ROLES}
     there = {role: path for role, path in paths.items() if path.exists()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda path: describe_folder(path) if path.is_dir() else describe_file(path), there.values())
-        return dict(zip(there, found, strict=True))
+        described = {role: pool.submit(describe, path) for role, path in there.items() if role not in known}
+        found = known | {role: task.result() for role, task in described.items()}
+    return {role: {**found[role], "name": path.name} for role, path in there.items()}
 
 
 def _with_report(plan: ExportPlan, folder: Path, manifest: Manifest) -> Manifest:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -17,6 +20,7 @@ from engines.manifest import (
     Manifest,
     describe_file,
     describe_folder,
+    described_meanwhile,
     read_manifest,
     sealed,
     verified_file,
@@ -314,3 +318,35 @@ def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, 
     verified_file(processor, "processor")
     with pytest.raises(UserError, match=r"tokenizer\.json: its sha256 is"):
         verify_files(processor)
+
+
+@pytest.mark.usefixtures("processor")
+def test_files_are_described_while_something_else_is_done(tmp_path):
+    path, folder = tmp_path / "some.data", tmp_path / "engine.processor"
+    path.write_bytes(bytes(3 * 2**20))
+    with described_meanwhile({"a": path, "b": folder}) as described:
+        assert described() == {"a": describe_file(path), "b": describe_folder(folder)}
+
+
+def test_an_error_ends_the_hashing_of_a_large_file(tmp_path):
+    path, read = tmp_path / "endless", threading.Event()
+    os.mkfifo(path)
+
+    def fill() -> None:
+        with path.open("wb", buffering=0) as file, contextlib.suppress(BrokenPipeError):
+            while True:
+                file.write(bytes(2**20))
+                read.set()
+
+    writer = threading.Thread(target=fill)
+    writer.start()
+    with contextlib.suppress(UserError), described_meanwhile({"a": path}):
+        assert read.wait(60)
+        raise UserError("nothing built")
+    writer.join(60)
+    assert not writer.is_alive()
+
+
+def test_an_error_of_hashing_is_raised_where_it_is_waited_for(tmp_path):
+    with described_meanwhile({"a": tmp_path / "gone"}) as described, pytest.raises(FileNotFoundError):
+        described()
