@@ -213,10 +213,10 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
 
 
 def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
-    """Steps on part of the prompts, each a forward and a backward that costs two; looks at those held back."""
+    """Steps on part of the prompts, each a forward and a backward that costs two; looks at those held back; once all."""
     if not method.learn_steps:
         return Cost()
-    looks, tokens = (1 + CHECKS) / HELD_BACK, sum(lengths)
+    looks, tokens = 1 + (1 + CHECKS) / HELD_BACK, sum(lengths)
     taught = method.learn_steps * STEP_TOKENS
     flops = 2.0 * _weights(block) * (3 * taught + looks * tokens)
     forwards = taught * len(lengths) / max(tokens, 1) + looks * len(lengths)

@@ -1,9 +1,10 @@
-"""Going on with a block where it was: linears whose outputs are known are not computed again. torch."""
+"""Running a block in parts: up to a layer whose input is wanted, and on from outputs that are known. torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,3 +48,27 @@ class _Recalled(nn.Module):
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         return next(self._outputs).contiguous()
+
+
+class Reached(Exception):  # noqa: N818 - no error
+    """A forward pass has come to the layer whose input is wanted."""
+
+
+@contextmanager
+def watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
+    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by `Reached`."""
+
+    def keeper(group: Group) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows[group].append(args[0].flatten(0, -2))
+            if stop:
+                raise Reached
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keeper(group), prepend=True) for group, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -13,8 +13,8 @@ group's variants compute its linears and what comes after them. Learning adds it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from calibrate.group import Rows, chosen_rows, quantize_group
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
-from calibrate.recall import Outputs, forget_behind, recalled
+from calibrate.recall import Outputs, Reached, forget_behind, recalled, watched
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.two_sided import directions, scaled_metric
@@ -242,16 +242,16 @@ class BlockSearch:
     ) -> tuple[dict[Group, torch.Tensor], list[torch.Tensor]]:
         """Runs `module` on all inputs; returns each group's input rows [tokens, in] and the outputs."""
         rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
-        with _watched({group: module.get_submodule(group.linears[0]) for group in groups}, rows):
+        with watched({group: module.get_submodule(group.linears[0]) for group in groups}, rows):
             outputs = self._outputs(module, inputs)
         return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
 
     def _input_of(self, candidate: Candidate, group: Group, inputs: list[torch.Tensor]) -> torch.Tensor:
         """The group's input rows [tokens, in], without running what comes after."""
         module, rows = candidate.rounded, {group: list[torch.Tensor]()}
-        with _watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, candidate.outputs):
+        with watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, candidate.outputs):
             for x in inputs:
-                with suppress(_Reached):
+                with suppress(Reached):
                     self.run(module, x)
         computed = set(before(module, group)) - set(candidate.outputs)
         self.forwards += share_of(module, computed) * sum(len(x) for x in inputs)
@@ -290,27 +290,3 @@ def _histogram(name: str, rows: torch.Tensor) -> Histogram:
     for part in rows.flatten().split(_COUNTED):
         statistics.update(part[:, None].cpu(), torch.zeros(len(part), dtype=torch.int64))
     return statistics.histogram()
-
-
-class _Reached(Exception):  # noqa: N818 - no error
-    """A forward pass has come to the layer whose input is wanted."""
-
-
-@contextmanager
-def _watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
-    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by `_Reached`."""
-
-    def keeper(group: Group) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows[group].append(args[0].flatten(0, -2))
-            if stop:
-                raise _Reached
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keeper(group), prepend=True) for group, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

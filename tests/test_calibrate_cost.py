@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from small_export import mixed_samples, open_small, plan_of
 
@@ -9,7 +11,7 @@ from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedWriter
 from calibrate.cost import Cost, calibration_cost, is_narrow
 from calibrate.job import Calibration
-from calibrate.method import FAST, TWO_SIDED, Method, Variant
+from calibrate.method import FAST, NEAREST, TWO_SIDED, Method, Variant
 from calibrate.searched import calibrate_searched
 
 
@@ -31,6 +33,23 @@ def test_forwards_are_those_of_the_search(llava, tmp_path, method):
     job = Calibration(blocks, checkpoint.source, plan, samples)
     found = calibrate_searched(job, CalibratedWriter(tmp_path), lambda *_: None, method)
     assert calibration_cost(blocks, plan, samples, method).forwards == pytest.approx(found["block_forwards"], abs=1)
+
+
+def test_forwards_of_learning(llava, tmp_path):
+    """A step takes as many prompts as its tokens hold."""
+    checkpoint = open_small(llava())
+    blocks, plan, samples = (
+        make_blocks(checkpoint.hf_config),
+        plan_of(checkpoint, "int8"),
+        mixed_samples(checkpoint)[:1] * 64,
+    )
+    job, method = Calibration(blocks, checkpoint.source, plan, samples), Method(("none",), (NEAREST,), learn_steps=8)
+    found = calibrate_searched(job, CalibratedWriter(tmp_path), lambda *_: None, method)
+    counted = calibration_cost(blocks, plan, samples, method)
+    assert counted.forwards == pytest.approx(found["block_forwards"], rel=0.05)
+    without = calibration_cost(blocks, plan, samples, replace(method, learn_steps=0))
+    assert counted.flops > without.flops
+    assert counted.memory_bytes > without.memory_bytes
 
 
 def test_round_to_nearest_counts_products_by_hand(llava):
