@@ -141,12 +141,12 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
 
 
 def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
-    """Twice forwards, once backwards, which costs as much; and the metrics of outputs."""
+    """Twice forwards, once backwards to the inputs: for linears as much again, for attention twice; the outputs' metrics."""
     weights = FLOAT32_BYTES * _weights(block)
-    flops = 4 * _forward_flops(block, lengths)
+    flops = 3 * _linear_flops(block, lengths) + 4 * _attention_flops(block, lengths)
     if method.two_sided():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
-    return Cost(flops, forwards=2 * len(lengths), memory_bytes=weights)
+    return Cost(flops, forwards=2 * len(lengths), memory_bytes=weights, elements=3 * _elements(block, lengths))
 
 
 def _metrics_bytes(block: Block, method: Method) -> int:

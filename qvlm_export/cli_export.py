@@ -60,7 +60,7 @@ def main(
     calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
     effort: Annotated[
-        str, typer.Option(help="rtn (round to nearest), fast (fold, GPTQ) or full (more prompts, two-sided rounding)")
+        str, typer.Option(help="rtn (round to nearest), fast (fold, GPTQ) or full (more prompts, two-sided, learned)")
     ] = "rtn",
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
     target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
