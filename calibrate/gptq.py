@@ -18,9 +18,10 @@ import torch
 
 from calibrate.quantize import stored_weight_scale
 from calibrate.scheme import LinearScheme
-from calibrate.threads import one_thread
+from calibrate.threads import each_on_one_thread, one_thread
 
 BLOCK_COLUMNS = 128
+SOLVED = 1024  # outputs whose weights are aimed at a time, by a thread of their own
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 FRACTIONS = (0.93, 0.86, 0.8)  # of the whole range of a group
 _FILLED = 256  # rows copied at a time
@@ -37,7 +38,8 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor,
     # V system = W X Xq^T + held W, solved from the right.
     with one_thread():
         torch.linalg.cholesky(system, out=system)
-        return torch.cholesky_solve((pulled + held * weight).mT, system).mT.contiguous()
+    wanted = (pulled + held * weight).split(SOLVED)
+    return torch.cat(each_on_one_thread(lambda rows: torch.cholesky_solve(rows.mT, system).mT, wanted))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +23,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def each_on_one_thread(compute: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`compute` of every part, by as many threads as torch has, none of which divides a part."""
+    threads = torch.get_num_threads()
+    with one_thread():
+        if threads == 1 or len(parts) == 1:
+            return [compute(part) for part in parts]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(compute, parts))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from calibrate.gptq import (
     DAMPING,
     FRACTIONS,
+    SOLVED,
     aim_at_float,
     column_scales,
     gptq_round,
@@ -146,3 +147,22 @@ def test_scales_of_whole_rows_stay():
     gram = inputs.T @ inputs
     scale = covering_scale(weight, W8A8)
     assert torch.equal(search_rounded_scale(weight, gram, make_rounder(gram), scale, W8A8), scale)
+
+
+def test_many_outputs_are_aimed_by_several_threads_to_the_same_bits():
+    torch.manual_seed(9)
+    inputs, weight = torch.randn(300, 48), torch.randn(2 * SOLVED + 5, 48)
+    gram, pulled = inputs.T @ inputs, weight @ (inputs.T @ inputs) + torch.randn(2 * SOLVED + 5, 48)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(aim_at_float(weight, gram, pulled, 0.5))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    held = 0.5 * gram.diagonal().mean() * torch.eye(48)
+    wanted = torch.linalg.solve((gram + held).double(), (pulled + weight @ held).double().T).T
+    torch.testing.assert_close(found[0], wanted.float(), rtol=1e-4, atol=1e-4)
