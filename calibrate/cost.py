@@ -181,12 +181,12 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         out, into = sum(shape[0] for shape in shapes), shapes[0][1]
         tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
-        # The Gram matrix, what the float output pulls to, GPTQ.
+        # The Gram matrix, what the float output pulls to, aiming, GPTQ.
         pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
-        flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 2.0 * out * into**2)
+        flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 4.0 * out * into**2)
         more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
-        single += foldings * variants * (SOLVE_FLOPS * into**3 + 2.0 * out * into**2 + ROUNDER_FLOPS * into**3)
+        single += foldings * variants * (SOLVE_FLOPS + ROUNDER_FLOPS) * into**3
         rounded += (tried + foldings * variants) * out * into
         if method.two_sided():
             flops += foldings * sum(2.0 * shape[0] ** 2 * into for shape in shapes)
