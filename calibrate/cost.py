@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, share_of
 from calibrate.gptq import FRACTIONS
-from calibrate.group import SEARCH_TOKENS
+from calibrate.group import SEARCH_TOKENS, WIDE
 from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -181,9 +181,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         out, into = sum(shape[0] for shape in shapes), shapes[0][1]
         tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
-        # The Gram matrix, what the float output pulls to, aiming, GPTQ.
-        pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
-        flops += foldings * variants * (2.0 * tokens * into**2 + pulled + 4.0 * out * into**2)
+        # The Gram matrix, GPTQ; what the float output pulls to, and aiming at it.
+        flops += foldings * variants * (2.0 * tokens * into**2 + 2.0 * out * into**2 + _aiming_flops(tokens, into, out))
         more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
         single += foldings * variants * (SOLVE_FLOPS + ROUNDER_FLOPS) * into**3
@@ -222,6 +221,14 @@ def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
     forwards = taught * len(lengths) / max(tokens, 1) + looks * len(lengths)
     memory, rounded = LEARNING_COPIES * FLOAT32_BYTES * _weights(block), 3.0 * method.learn_steps * _weights(block)
     return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
+
+
+def _aiming_flops(tokens: int, into: int, out: int) -> float:
+    """As `Rows.aimed`."""
+    if WIDE <= into < out:
+        return 2.0 * (tokens * into**2 + into**3 + out * into**2)
+    pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
+    return pulled + 2.0 * out * into**2
 
 
 def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:

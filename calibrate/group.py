@@ -24,6 +24,7 @@ from calibrate.ranges import search_activation_scale, search_weight_scale
 from calibrate.scheme import LinearScheme
 from calibrate.two_sided import make_row_rounder, two_sided_round
 
+WIDE = 1024  # inputs from which on solving for as many columns as there are outputs takes longer than a product
 SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
 
 
@@ -48,6 +49,13 @@ class Rows:
             return (self.wanted @ weight.T).T @ counted
         return weight @ (self.wanted.T @ counted)
 
+    def aimed(self, weight: torch.Tensor, gram: torch.Tensor, counted: torch.Tensor, ridge: float) -> torch.Tensor:
+        """`aim_at_float` of W [out, in]. It is linear, so for many outputs the identity is aimed, and multiplied by W."""
+        into = weight.shape[1]
+        if WIDE <= into < len(weight):
+            return weight @ aim_at_float(torch.eye(into, device=weight.device), gram, self.wanted.T @ counted, ridge)
+        return aim_at_float(weight, gram, self.pulled(counted, weight), ridge)
+
 
 def quantize_group(
     weights: Mapping[str, torch.Tensor],
@@ -71,7 +79,7 @@ def quantize_group(
     gram = counted.T @ seen
     if variant.ridge is not None:
         whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
-        aimed = aim_at_float(whole, gram, rows.pulled(counted, whole), variant.ridge)
+        aimed = rows.aimed(whole, gram, counted, variant.ridge)
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
         del whole, aimed
     del seen, counted

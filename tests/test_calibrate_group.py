@@ -1,0 +1,74 @@
+"""Linears that share an input: what aiming and rounding them together changes, which is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate import group
+from calibrate.group import Rows, quantize_group
+from calibrate.method import EXPECTED, TWO_SIDED, Variant
+from calibrate.scheme import W8A8, LinearScheme
+from calibrate.two_sided import add_gradients, empty_metric
+
+INT4 = LinearScheme(4, None, 32)
+LINEARS = {"q": 40, "k": 24, "v": 24}
+
+
+@pytest.fixture
+def rows() -> Rows:
+    torch.manual_seed(0)
+    wanted = torch.randn(300, 64) @ torch.randn(64, 64)
+    return Rows(wanted, wanted + 0.05 * torch.randn(300, 64), torch.rand(300) + 0.5)
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.randn(out, 64) / 8 for name, out in LINEARS.items()}
+
+
+@pytest.mark.parametrize("out", [30, 64, 200])
+def test_aiming_the_identity_aims_the_weight(rows: Rows, monkeypatch: pytest.MonkeyPatch, out: int) -> None:
+    weight, counted = torch.randn(out, 64), rows.counted(rows.seen)
+    given = weight, counted.T @ rows.seen, counted, 0.5
+    wanted = rows.aimed(*given)
+    solved = []
+    monkeypatch.setattr(group, "aim_at_float", lambda w, *rest: solved.append(len(w)) or torch.zeros_like(w))
+    rows.aimed(*given)
+    monkeypatch.undo()
+    monkeypatch.setattr(group, "WIDE", 1)
+    found = rows.aimed(*given)
+    assert torch.norm(found - wanted) < 1e-4 * torch.norm(wanted)
+    monkeypatch.setattr(group, "aim_at_float", lambda w, *rest: solved.append(len(w)) or torch.zeros_like(w))
+    rows.aimed(*given)
+    assert solved == [out, min(out, 64)]
+
+
+@pytest.mark.parametrize(
+    "variant", [EXPECTED, TWO_SIDED, Variant("absmax", "rounded"), Variant("absmax", "absmax", "nearest")]
+)
+def test_linears_of_one_input_are_rounded_as_if_alone(
+    rows: Rows, weights: dict[str, torch.Tensor], variant: Variant
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    metrics = {
+        name: add_gradients(empty_metric(out), torch.randn(50, out, generator=generator), generator)
+        for name, out in LINEARS.items()
+    }
+    together = quantize_group(weights, dict.fromkeys(weights, INT4), variant, rows, metrics)
+    assert list(together) == list(weights)
+    for name, weight in weights.items():
+        alone = quantize_group({name: weight}, {name: INT4}, variant, rows, metrics)[name]
+        # Aimed together, a value between two codes may fall to either.
+        assert (together[name].codes != alone.codes).mean() < 0.01
+        np.testing.assert_allclose(together[name].scale, alone.scale, rtol=2e-3)
+
+
+def test_each_linear_keeps_its_own_scheme(rows: Rows, weights: dict[str, torch.Tensor]) -> None:
+    plan = {"q": INT4, "k": W8A8, "v": INT4}
+    found = quantize_group(weights, plan, EXPECTED, rows)
+    assert {name: linear.scheme for name, linear in found.items()} == plan
+    assert [found[name].input_scale is None for name in found] == [True, False, True]
+    assert {name: linear.codes.shape for name, linear in found.items()} == {name: (out, 64) for name, out in LINEARS.items()}
