@@ -107,12 +107,13 @@ class InputStatistics:
 
         Raises UserError naming layer and batch when a value is not finite; nothing of that batch is added.
         """
-        if not torch.isfinite(rows).all():
+        amax = max(abs(float(bound)) for bound in rows.aminmax()) if rows.numel() else 0.0  # NaN if any value is
+        if not math.isfinite(amax):
             raise UserError(f"{self._name}: activations of batch {self._batches} are not finite; check the samples")
         self._batches += 1
         if not rows.numel():
             return
-        self._cover(float(rows.abs().max()))
+        self._cover(amax)
         for label, count in enumerate(torch.bincount(labels, minlength=len(TokenLabel)).tolist()):
             if not count:
                 continue
