@@ -6,16 +6,19 @@ the forwards with those counted at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from calibrate.blocks import Block, ModelBlocks, linear_of
-from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, share_of
+from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, linears_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS, WIDE
 from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
+from calibrate.recall import is_known
 from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
@@ -167,12 +170,10 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         memory = FLOAT32_BYTES * _weights(block)
         return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), memory, 2 * _elements(block, lengths))
     foldings, variants = len(method.foldings), len(method.variants)
-    runs, passes = (
-        foldings * (1 + _quantized_runs(block, groups, variants)),
-        foldings * (2 + len(groups) * max(1, variants - 1)),
-    )
-    flops, single, rounded, memory = runs * _linear_flops(block, lengths), 0.0, 0.0, 0
-    flops += passes * _attention_flops(block, lengths)
+    runs = foldings * (1 + _quantized_runs(block, groups, variants))
+    attended = foldings * (2 + (variants if variants > 1 else 0))  # as if o were planned, whose output is known then
+    flops = runs * _linear_flops(block, lengths) + attended * _attention_flops(block, lengths)
+    single, rounded, memory = 0.0, 0.0, 0
     tokens = sum(lengths)
     for group in groups:
         shapes = [
@@ -207,7 +208,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
     learned = _learned(block, lengths, method)
-    whole = Cost(flops, single, rounded, runs * len(lengths), memory, passes * _elements(block, lengths)) + learned
+    whole = Cost(flops, single, rounded, runs * len(lengths), memory, runs * _elements(block, lengths)) + learned
     return replace(whole, memory_bytes=memory + learned.memory_bytes)
 
 
@@ -233,13 +234,18 @@ def _aiming_flops(tokens: int, into: int, out: int) -> float:
 
 def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:
     """Forwards of one folding: up to each group, its linears in each variant, the rest; nothing twice that is known."""
-    module, found, known = block.module, 0.0, set[str]()
+    module, found, known = block.module, 0.0, list[str]()
     for group in groups:
-        found += share_of(module, set(before(module, group)) - known) + variants * share_of(module, group.linears)
-        known |= set(group.linears)
+        found += share_of(module, [name for name in before(module, group) if not is_known(name, known)])
+        found += variants * share_of(module, group.linears)
+        known += [group.ends] if group.ends else group.linears
         if variants > 1:
-            found += variants * (1 - share_of(module, known)) + share_of(module, group.linears)
-    return found + 1 - share_of(module, known)
+            found += variants * (1 - _known_share(module, known)) + share_of(module, group.linears)
+    return found + 1 - _known_share(module, known)
+
+
+def _known_share(module: nn.Module, known: Collection[str]) -> float:
+    return share_of(module, [name for name in linears_of(module) if is_known(name, known)])
 
 
 def _candidates(folding: str) -> int:

@@ -30,24 +30,26 @@ SMOOTH_EXPONENTS: dict[str, float] = {"smoothquant": 0.5, "smooth-0.5": 0.5}
 class Group:
     """Linears that read one input, in the order blocks compute them. producer: the norm or linear that makes it, or None.
 
-    heads: the producer is v_proj, whose rows are shared by the query heads of a group.
+    heads: the producer is v_proj, whose rows are shared by the query heads of a group. ends: the module that returns what
+    the group's only linear does, and whose other linears lead to this group alone.
     """
 
     linears: tuple[str, ...]
     producer: str | None = None
     heads: bool = False
+    ends: str | None = None
 
 
 # All blocks of all families: a block has the groups whose linears it holds.
 GROUPS = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1"),
-    Group(("self_attn.o_proj",), "self_attn.v_proj", heads=True),
-    Group(("self_attn.out_proj",), "self_attn.v_proj", heads=True),
+    Group(("self_attn.o_proj",), "self_attn.v_proj", heads=True, ends="self_attn"),
+    Group(("self_attn.out_proj",), "self_attn.v_proj", heads=True, ends="self_attn"),
     Group(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     Group(("mlp.fc1",), "layer_norm2"),
-    Group(("mlp.down_proj",), "mlp.up_proj"),
-    Group(("mlp.fc2",)),
+    Group(("mlp.down_proj",), "mlp.up_proj", ends="mlp"),
+    Group(("mlp.fc2",), ends="mlp"),
     Group(("linear_1",)),
     Group(("linear_2",)),
 )
@@ -106,15 +108,20 @@ def sharing_of(module: nn.Module, group: Group) -> Sharing:
     return Sharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
 
 
+def linears_of(module: nn.Module) -> list[str]:
+    """The linears of all groups, in the order they compute."""
+    return [name for group in groups_of(module) for name in group.linears]
+
+
 def before(module: nn.Module, group: Group) -> list[str]:
     """The linears that have computed when a forward pass comes to the group."""
-    groups = groups_of(module)
-    return [name for other in groups[: groups.index(group)] for name in other.linears]
+    names = linears_of(module)
+    return names[: names.index(group.linears[0])]
 
 
 def share_of(module: nn.Module, names: Collection[str]) -> float:
     """The share that these linears have of all weights of a block's linears."""
-    sizes = {name: linear_of(module, name).weight.numel() for other in groups_of(module) for name in other.linears}
+    sizes = {name: linear_of(module, name).weight.numel() for name in linears_of(module)}
     return sum(sizes[name] for name in names) / sum(sizes.values())
 
 

@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibrate.blocks import linear_of
 from calibrate.fold import Group
 
-# By the name of a linear inside the block, its output for every batch.
+PAIRS = ("self_attn",)  # attention returns its weights, too
+# By the name of a linear, or of a module that returns what its last linear does: its output for every batch.
 Outputs = dict[str, Sequence[torch.Tensor]]
 
 
 @contextmanager
 def recalled(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
-    """Inside, linears in `known` hand out these outputs, the next one at each call, whatever they are given."""
-    linears = {name: linear_of(module, name) for name in known}
+    """Inside, modules in `known` hand out these outputs, the next one at each call, whatever they are given."""
+    replaced = {name: module.get_submodule(name) for name in known}
     for name, outputs in known.items():
-        module.set_submodule(name, _Recalled(outputs))
+        module.set_submodule(name, _Recalled(outputs, pair=name in PAIRS))
     try:
         yield
     finally:
-        for name, linear in linears.items():
-            module.set_submodule(name, linear)
+        for name, layer in replaced.items():
+            module.set_submodule(name, layer)
 
 
-def forget_behind(known: Outputs, group: Group, previous: Group | None) -> None:
-    """Makes outputs that only lead to this group's input, which is known, zeros that take no memory.
-
-    That is so where the group's inputs can be folded into a linear of the group before: factors of what anything else
-    reads could not be undone.
-    """
-    for name in previous.linears if previous is not None and group.producer in previous.linears else ():
-        known[name] = [torch.zeros((), device=output.device).expand(output.shape) for output in known[name]]
+def is_known(name: str, known: Collection[str]) -> bool:
+    """Whether a linear need not compute: its output is known, or that of the module it is in."""
+    return name in known or name.partition(".")[0] in known
 
 
 class _Recalled(nn.Module):
-    """Stands in for a linear. Zeros that share their memory get some of their own, as modules reshape their inputs."""
+    """Stands in for a module. pair: which returns something else beside, that nobody reads."""
 
-    def __init__(self, outputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, outputs: Sequence[torch.Tensor], *, pair: bool) -> None:
         super().__init__()
-        self._outputs = iter(outputs)
+        self._outputs, self._pair = iter(outputs), pair
 
-    def forward(self, _: torch.Tensor) -> torch.Tensor:
-        return next(self._outputs).contiguous()
+    def forward(self, *_args: object, **_named: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+        output = next(self._outputs)
+        return (output, None) if self._pair else output
 
 
 class Reached(Exception):  # noqa: N818 - no error

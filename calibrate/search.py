@@ -23,12 +23,22 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
-from calibrate.fold import Group, apply_factors_, before, choose_factors, groups_of, inputs_of, share_of, sharing_of
+from calibrate.fold import (
+    Group,
+    apply_factors_,
+    before,
+    choose_factors,
+    groups_of,
+    inputs_of,
+    linears_of,
+    share_of,
+    sharing_of,
+)
 from calibrate.group import Rows, chosen_rows, quantize_group
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
-from calibrate.recall import Outputs, Reached, forget_behind, recalled, watched
+from calibrate.recall import Outputs, Reached, is_known, recalled, watched
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.two_sided import directions, scaled_metric
@@ -151,9 +161,8 @@ class BlockSearch:
             wanted[group] /= self._fold(candidate, group, wanted[group])
         if self.method.learn_steps or len(self.method.variants) > 1:
             candidate.rounded = copy.deepcopy(candidate.module)
-        for previous, group in zip([None, *groups], groups, strict=False):
+        for group in groups:
             seen = self._input_of(candidate, group, inputs)
-            forget_behind(candidate.outputs, group, previous)
             self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
         return outputs
 
@@ -253,8 +262,11 @@ class BlockSearch:
             for x in inputs:
                 with suppress(Reached):
                     self.run(module, x)
-        computed = set(before(module, group)) - set(candidate.outputs)
+        known = candidate.outputs
+        computed = [name for name in before(module, group) if not is_known(name, known)]
         self.forwards += share_of(module, computed) * sum(len(x) for x in inputs)
+        if group.ends is not None:  # what led here is not needed any more
+            candidate.outputs = {name: outputs for name, outputs in known.items() if name.partition(".")[0] != group.ends}
         return torch.cat(rows[group])
 
     def _compute(self, candidate: Candidate, group: Group, seen: torch.Tensor, inputs: list[torch.Tensor]) -> None:
@@ -262,14 +274,16 @@ class BlockSearch:
         shapes = [x.shape[:-1] for x in inputs]
         for name in group.linears:
             rows = linear_of(candidate.rounded, name)(seen).split([shape.numel() for shape in shapes])
-            candidate.outputs[name] = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
+            outputs = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
+            candidate.outputs[group.ends or name] = outputs
         self.forwards += share_of(candidate.rounded, group.linears) * sum(len(x) for x in inputs)
 
     def _resumed(self, candidate: Candidate, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """The block's outputs."""
         with recalled(candidate.rounded, candidate.outputs):
             outputs = [self.run(candidate.rounded, x) for x in inputs]
-        self.forwards += (1 - share_of(candidate.rounded, candidate.outputs)) * sum(len(x) for x in inputs)
+        computed = [name for name in linears_of(candidate.rounded) if not is_known(name, candidate.outputs)]
+        self.forwards += share_of(candidate.rounded, computed) * sum(len(x) for x in inputs)
         return outputs
 
 
