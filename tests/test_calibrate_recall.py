@@ -7,35 +7,48 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from calibrate.fold import groups_of
 from calibrate.method import Method, Variant
 from calibrate.recall import recalled
 from calibrate.scheme import W8A8, LinearScheme
 from calibrate.search import BlockSearch, Candidate, relative_error
+from calibrate.walk import Run
 
 INT4 = LinearScheme(4, None, 32)
-TEXT = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-VISION = CLIPVisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4)
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+TOWERS = {"clip": (CLIPEncoderLayer, CLIPVisionConfig), "siglip": (SiglipEncoderLayer, SiglipVisionConfig)}
+DECODERS = {
+    "llama": (LlamaDecoderLayer, LlamaConfig),
+    "mistral": (MistralDecoderLayer, MistralConfig),
+    "qwen2": (Qwen2DecoderLayer, Qwen2Config),
+}
+KINDS = (*TOWERS, *DECODERS)
 
 
-def block(kind: str) -> tuple[nn.Module, object]:
+def block(kind: str) -> tuple[nn.Module, Run]:
     torch.manual_seed(0)
-    if kind == "tower":
-        return CLIPEncoderLayer(VISION).eval().requires_grad_(False), lambda module, x: module(x, attention_mask=None)
-    rotary = LlamaRotaryEmbedding(TEXT)
+    if kind in TOWERS:
+        layer, config = TOWERS[kind]
+        return layer(config(**VISION)).eval().requires_grad_(False), lambda module, x: module(x, attention_mask=None)
+    layer, config = DECODERS[kind]
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**TEXT))
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
         return module(x, attention_mask=None, position_ids=positions, position_embeddings=rotary(x, positions))
 
-    return LlamaDecoderLayer(TEXT, 0).eval().requires_grad_(False), run
+    return layer(config(**TEXT), 0).eval().requires_grad_(False), run
 
 
-@pytest.mark.parametrize("kind", ["tower", "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", [W8A8, INT4])
 @pytest.mark.parametrize("left_out", ["", "o_proj", "fc1", "up_proj"])
 @pytest.mark.parametrize("variants", [(Variant(),), (Variant(rounding="nearest"), Variant())])
@@ -54,7 +67,7 @@ def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out, 
     assert relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
 
 
-@pytest.mark.parametrize("kind", ["tower", "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_computes_once(kind):
     module, run = block(kind)
     inputs, calls = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], {}
@@ -72,7 +85,7 @@ def test_every_linear_computes_once(kind):
 
 
 def test_linears_are_back_in_their_places_after_an_error():
-    module, run = block("decoder")
+    module, run = block("llama")
     linear = module.self_attn.o_proj
     with suppress(StopIteration), recalled(module, {"self_attn.o_proj": [torch.zeros(1, 4, 64)]}):
         run(module, torch.zeros(1, 4, 64))
