@@ -28,8 +28,8 @@ CHECK_SECONDS_PER_GIB = 2.0  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
-# (a CLIP tower of width 1024 takes twice its products' time, a decoder of width 4096 a quarter more).
-ELEMENT_FLOPS = 1400.0
+# (`fast` takes two fifths more than its products at width 768, a quarter more at 2048).
+ELEMENT_FLOPS = 900.0
 
 
 @dataclass(frozen=True)

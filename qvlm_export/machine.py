@@ -22,7 +22,7 @@ from qvlm_export.preflight import nearest_folder
 
 TOKENS, WIDTH, OUT = 512, 4096, 2048
 DISK_BYTES = 128 * 2**20
-REPEATS, SHARE_SECONDS = 2, 0.5
+REPEATS, KEPT_UP_SECONDS = 2, 0.5
 GPU_WIDTH = 8192
 _W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
@@ -61,10 +61,10 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
         pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
 
     threads = torch.get_num_threads()
-    share = _share(product, threads)
-    all_threads = flops / _seconds(product, threads)
+    taken, share = _kept_up(product, threads)
+    all_threads = flops / taken
     with one_thread():
-        single = flops / _seconds(product)
+        single = flops / _kept_up(product)[0]
         half = weight.half()
         rounded = half.numel() / _seconds(rounding)
     stored = np.zeros((OUT, WIDTH // 2), np.uint8)
@@ -76,23 +76,27 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
     return Machine(all_threads, single, rounded, packed, hashed, read, written, threads, share)
 
 
-def _seconds(work: Callable[[], object], threads: int = 1) -> float:
-    """Of processor time on each thread, in the fastest of a few calls, the first not counted."""
+def _seconds(work: Callable[[], object]) -> float:
+    """Of processor time, in the fastest of a few calls, the first not counted."""
     work()
     taken = []
     for _ in range(REPEATS):
         began = time.process_time()
         work()
         taken.append(time.process_time() - began)
-    return min(taken) / threads
+    return min(taken)
 
 
-def _share(work: Callable[[], object], threads: int) -> float:
-    """Processor time over the time that passes, while `work` keeps all threads busy."""
-    wall, processor = time.perf_counter(), time.process_time()
-    while time.perf_counter() - wall < SHARE_SECONDS:
+def _kept_up(work: Callable[[], object], threads: int = 1) -> tuple[float, float]:
+    """Processor seconds of a call on each thread, the mean of half a second's: a processor is faster for a moment than for
+    hours. And processor time over the time that passed."""
+    work()
+    wall, processor, calls = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - wall < KEPT_UP_SECONDS:
         work()
-    return min(1.0, (time.process_time() - processor) / (threads * (time.perf_counter() - wall)))
+        calls += 1
+    busy = (time.process_time() - processor) / threads
+    return busy / calls, min(1.0, busy / (time.perf_counter() - wall))
 
 
 def _gpu_flops() -> float:
