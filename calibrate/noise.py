@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from calibrate.gptq import remaining_energy
@@ -32,6 +33,7 @@ CONCENTRATION = 10.0
 STRETCHES = 64  # of tokens, whose largest values tell how long the tail is
 LARGEST = 8  # of those
 KEPT = 32  # largest values of each channel
+_SORTED = 512  # channels at a time
 ROWS = 512  # of a weight; more say the same about its groups
 STEPS, RATE = 40, 0.1  # of Adam on the logarithms of the factors
 FADE_MEAN, FADE_SQUARE = 0.9, 0.999  # Adam's own
@@ -68,9 +70,24 @@ def tail_of(rows: torch.Tensor) -> Tail:
     stretches = torch.stack([part.amax(0) for part in size.tensor_split(count)])
     largest = stretches.topk(min(LARGEST + 1, count), dim=0).values
     length = (largest[:-1] - largest[-1:]).mean(0) if len(largest) > 1 else largest[0]
-    top = size.topk(min(KEPT, len(size)), dim=0).values
+    top = _largest(size, min(KEPT, len(size)))
     # A channel that hardly varies may do so tomorrow; one that is always 0 has a length above 0 all the same.
     return Tail(top, torch.maximum(length, 0.05 * top[0]).clamp(min=1e-8), len(size))
+
+
+def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
+    """Of each channel, largest first: float32 [count, channels]. size: float32 [tokens, channels].
+
+    On a CPU by numpy, channel by channel: its partition takes less than half the time of topk.
+    """
+    if size.device.type != "cpu":
+        return size.topk(count, dim=0).values
+    found = []
+    for part in size.split(_SORTED, dim=1):
+        channels = part.T.contiguous().numpy()
+        channels.partition(len(size) - count, axis=1)
+        found.append(np.sort(channels[:, len(size) - count :], axis=1)[:, ::-1].T)
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(found, axis=1)))
 
 
 def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -117,7 +134,7 @@ class Noise:
         """
         qmax, bits, width = self.scheme.qmax, self.scheme.activation_bits, self.scheme.group_size or self.weight.shape[1]
         sizes = (self.weight * ranges).abs_().reshape(len(self.weight), -1, width)
-        largest, places = sizes.max(-1)
+        largest, places = sizes.amax(-1), _places(sizes)
         squares = (largest / qmax).square_()
         steps = squares.sum(0)  # [groups]
         shares = (self.energy / ranges.square()).reshape(-1, width) / 12
@@ -134,6 +151,11 @@ class Noise:
         clipped, falling = (CONCENTRATION * self.read * part for part in self.tail.clipped(ranges))
         slopes += 2 * rounding - ranges * falling
         return error + float(rounding.sum() + clipped.sum()), slopes
+
+
+def _places(sizes: torch.Tensor) -> torch.Tensor:
+    """Where the largest value of each row is, int64; by numpy on a CPU, where torch looks at one value after another."""
+    return torch.from_numpy(sizes.numpy().argmax(-1)) if sizes.device.type == "cpu" else sizes.argmax(-1)
 
 
 def thinned(weight: torch.Tensor) -> torch.Tensor:

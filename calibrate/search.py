@@ -44,7 +44,7 @@ from calibrate.statistics import Histogram, InputStatistics
 from calibrate.two_sided import directions, scaled_metric
 from calibrate.walk import Run
 
-_COUNTED = 2**22  # values counted at a time
+_COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
 
 
 @dataclass
@@ -81,11 +81,17 @@ class Candidate:
 
     def _rounding(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            linear = self.found[name]
-            scale, bits = linear.input_scale, linear.scheme.activation_bits
-            return args if scale is None or bits is None else (fake_quantize(args[0], scale, bits), *args[1:])
+            how = self.input_of(name)
+            return args if how is None else (fake_quantize(args[0], *how), *args[1:])
 
         return hook
+
+    def input_of(self, name: str) -> tuple[float, int] | None:
+        """Scale and bits that a linear's input is rounded with; None where it stays float."""
+        linear = self.found.get(name)
+        if linear is None or linear.input_scale is None or linear.scheme.activation_bits is None:
+            return None
+        return linear.input_scale, linear.scheme.activation_bits
 
 
 @dataclass
@@ -272,8 +278,12 @@ class BlockSearch:
     def _compute(self, candidate: Candidate, group: Group, seen: torch.Tensor, inputs: list[torch.Tensor]) -> None:
         """The outputs of a group's linears, whose input rows are `seen`; for `_input_of` and `_resumed`."""
         shapes = [x.shape[:-1] for x in inputs]
+        rounded: dict[tuple[float, int] | None, torch.Tensor] = {None: seen}  # once for all linears that read it alike
         for name in group.linears:
-            rows = linear_of(candidate.rounded, name)(seen).split([shape.numel() for shape in shapes])
+            layer, how = linear_of(candidate.rounded, name), candidate.input_of(name)
+            if how is not None and how not in rounded:
+                rounded[how] = fake_quantize(seen, *how)
+            rows = nn.functional.linear(rounded[how], layer.weight, layer.bias).split([shape.numel() for shape in shapes])
             outputs = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
             candidate.outputs[group.ends or name] = outputs
         self.forwards += share_of(candidate.rounded, group.linears) * sum(len(x) for x in inputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from calibrate.gptq import column_scales
-from calibrate.noise import KEPT, Noise, Tail, best_factors, best_range, energies, tail_of, thinned
+from calibrate.noise import KEPT, Noise, Tail, _largest, best_factors, best_range, energies, tail_of, thinned
 from calibrate.quantize import fake_quantize, group_amax, round_to_codes, weight_scale
 from calibrate.scheme import LinearScheme
 
@@ -105,6 +107,20 @@ def test_clipping_is_at_least_what_was_seen_and_less_with_more_room(seed: int, p
     assert (tail.clipped(small)[0] >= (seen - small).clamp(min=0).square().sum(0) / 200 * 0.999).all()
     assert (tail.clipped(large)[0] <= tail.clipped(small)[0] * 1.001).all()
     assert (tail.clipped(torch.full((3,), 100.0))[0] < 1e-6).all()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(0, 4, width=32)),
+    st.integers(1, 40),
+)
+def test_the_largest_values_are_those_of_topk(size: np.ndarray, count: int) -> None:
+    """Equal values, too, and more channels than are sorted at a time."""
+    wide = torch.from_numpy(size).repeat(1, 1 + 600 // size.shape[1])
+    count = min(count, len(size))
+    found = _largest(wide, count)
+    assert found.is_contiguous()  # sums over it depend on that in their last bits
+    torch.testing.assert_close(found, wide.topk(count, dim=0).values, rtol=0, atol=0)
 
 
 def test_longer_tails_ask_for_more_room() -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -16,6 +17,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from calibrate.fold import groups_of
 from calibrate.method import Method, Variant
+from calibrate.quantize import fake_quantize
 from calibrate.recall import recalled
 from calibrate.scheme import W8A8, LinearScheme
 from calibrate.search import BlockSearch, Candidate, relative_error
@@ -67,21 +69,45 @@ def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out, 
     assert relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
 
 
+class Products(TorchFunctionMode):
+    """Inside, what linears are given is counted. values: by the number of their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[int, int] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            self.values[id(args[1])] = self.values.get(id(args[1]), 0) + args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_computes_once(kind):
     module, run = block(kind)
-    inputs, calls = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], {}
+    inputs, attended = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], []
     plan = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     search = BlockSearch(module, plan, run, Method(("none",)))
+    module.self_attn.register_forward_hook(lambda *_: attended.append(1))
+    with Products() as products:
+        search.search(inputs, inputs)
+    assert len(attended) == len(inputs)  # to its end, in the float model; when o's output is known, not at all
     for name in plan:
         linear = module.get_submodule(name)
-        linear.register_forward_hook(lambda _m, x, _y, name=name: calls.update({name: calls.get(name, 0) + x[0].numel()}))
-    module.self_attn.register_forward_hook(lambda *_: calls.update(attention=calls.get("attention", 0) + 1))
-    search.search(inputs, inputs)
-    assert calls["attention"] == len(inputs)  # to its end, in the float model; when o's output is known, not at all
-    for name in plan:
-        assert calls[name] == 2 * (18 + 15) * module.get_submodule(name).in_features  # in the float model, and here
+        assert products.values[id(linear.weight)] == 2 * (18 + 15) * linear.in_features  # in the float model, and here
     assert search.forwards == pytest.approx(2 * 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_is_rounded_once_for_all_linears_that_read_it(kind, monkeypatch):
+    """Once to search the codes by, once to compute with them."""
+    module, run = block(kind)
+    inputs, rounded = [torch.randn(2, 9, 64)], []
+    plan = {n: W8A8 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    for place in ("group", "search"):
+        monkeypatch.setattr(f"calibrate.{place}.fake_quantize", lambda x, *how: rounded.append(x) or fake_quantize(x, *how))
+    BlockSearch(module, plan, run, Method(("none",))).search(inputs, inputs)
+    assert len(rounded) == 2 * len(groups_of(module))
 
 
 def test_linears_are_back_in_their_places_after_an_error():
