@@ -21,10 +21,11 @@ from qvlm_export.preflight import Sizes
 # Resident once torch, transformers and onnx are imported and the processor is loaded.
 PROGRAM_BYTES = 700 * 2**20
 CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor is made
-# TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (13B), and its memory in sizes of the
-# plan, beside PROGRAM_BYTES (2.4 at 13B, 2.6 at 1B).
-BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 4.0, 17.5, 2.5
-CHECK_SECONDS_PER_GIB = 2.0  # of a plan that is read back, beside its hash
+# TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (tiny, 1B, 7B, 13B; writing overlaps).
+# Its memory in sizes of the plan, beside PROGRAM_BYTES (2.4 to 2.9: mapped weights count until somebody needs their pages).
+BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 1.5, 18.0, 2.5
+GRAPH_SECONDS_PER_GIB = 1.0  # of tensors that are read back from the calibrated checkpoint, beside packing and writing
+CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
@@ -66,14 +67,13 @@ def estimate(
         rounding = cost.rounded / (machine.rounded * machine.threads)
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving
-    packing = _grouped_weights(linears, sizes) / (machine.packed * machine.threads)
+    gib = sizes.planned_bytes / 2**30
+    packing = _grouped_weights(linears, sizes) / (machine.packed * machine.threads) + GRAPH_SECONDS_PER_GIB * gib
     seconds["graph"] = packing / machine.share + sizes.planned_bytes / machine.written_bytes
     if builds:
-        gib = sizes.planned_bytes / 2**30
-        building = 2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib
-        seconds["build"] = building / machine.share + sizes.planned_bytes / machine.written_bytes
+        seconds["build"] = (2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib) / machine.share
     copies = 1 if builds else 1 + int(bool(linears))  # graphs and calibrated checkpoint are hashed while engines are built
-    reading = CHECK_SECONDS_PER_GIB * sizes.planned_bytes / 2**30 if builds else 0.0
+    reading = CHECK_SECONDS_PER_GIB * gib if builds else 0.0
     seconds["check"] = (copies * sizes.planned_bytes / machine.hashed_bytes + reading) / machine.share
     memory = memory_needed(cost, largest_bytes)
     if builds:  # the check maps the plan that was built; the machine takes these pages back when it needs them
