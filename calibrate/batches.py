@@ -21,7 +21,11 @@ class Batches:
 
     def merged(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs [n_i, tokens, width] -> batches [sum of n_i, tokens, width]."""
-        return [torch.cat([inputs[i] for i in batch]) for batch in self.members]
+        return list(self.merging(inputs))
+
+    def merging(self, inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `merged`, one at a time."""
+        return (torch.cat([inputs[i] for i in batch]) for batch in self.members)
 
     def split(self, merged: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Batches -> outputs in the order of the inputs."""

@@ -27,6 +27,7 @@ from torch import nn
 from calibrate.batches import Batches, batches_of, parted
 from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
 from calibrate.fold import groups_of
+from calibrate.heap import trim_heap
 from calibrate.job import Calibration
 from calibrate.method import Method, Objective
 from calibrate.recombine import Mixed, Prompts, flat, shown
@@ -57,7 +58,8 @@ class Influence:
 
 @dataclass(frozen=True)
 class _Visit:
-    """A block that ran: batches of inputs as the walk made them, and the leaves that its outputs became."""
+    """A block that ran: its inputs, parts of the leaves before it, which lie in memory once, and the leaves that its outputs
+    became, one a batch."""
 
     block: Block
     run: Run
@@ -99,6 +101,7 @@ def measure_influence(
         def visited(number: int = number, visits: Iterator[int] = visits) -> None:
             progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
+        trim_heap()
         generator = torch.Generator().manual_seed(method.seed + number)
         measured = _part_influence(job, parts[number], _Pass(method, generator, visited, metrics, others))
         for name, weights in measured.items():
@@ -161,13 +164,12 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     visits: list[_Visit] = []
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches = batches_of(inputs)
-        merged = batches.merged([x.clone() if x.is_inference() else x for x in inputs])
+        batches, given = batches_of(inputs), [x.clone() if x.is_inference() else x for x in inputs]
         with resident(block) as module, torch.no_grad():
-            leaves = [run(module, x.detach().to(job.device)).cpu() for x in merged]
+            leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
         for leaf in leaves:
             leaf.requires_grad_()
-        visits.append(_Visit(block, run, batches, merged, leaves))
+        visits.append(_Visit(block, run, batches, given, leaves))
         own.visited()
         return batches.split(leaves)
 
@@ -231,7 +233,7 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pas
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
     gradients = []
     with resident(visit.block) as module:
-        for merged, leaf in zip(visit.inputs, visit.leaves, strict=True):
+        for merged, leaf in zip(visit.batches.merging(visit.inputs), visit.leaves, strict=True):
             given = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             x = merged.detach().to(device).requires_grad_()
             with _kept_outputs(module, [name for group in groups for name in group.linears]) as kept:
@@ -248,7 +250,7 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pas
             for group in groups:
                 weights[f"{prefix}.{group.linears[0]}"].append(torch.stack([sizes[name] for name in group.linears]).sum(0))
             leaf.grad = None
-    onwards = [(x, g) for x, g in zip(visit.inputs, gradients, strict=True) if x.requires_grad]
+    onwards = [(x, g) for x, g in zip(visit.inputs, visit.batches.split(gradients), strict=True) if x.requires_grad]
     if onwards:
         torch.autograd.backward([x for x, _ in onwards], [g for _, g in onwards])
     return {name: visit.batches.split(parts) for name, parts in weights.items()}

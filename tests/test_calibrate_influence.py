@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -234,6 +235,18 @@ def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: py
     samples = job.samples[:parts]
     measured(replace(job, source=source, samples=samples), "logits")  # type: ignore[arg-type]
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {2 * parts}
+
+
+def test_what_flows_between_blocks_lies_in_memory_once(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's inputs are the outputs of the one before it, not copies: they are most of what a large model takes here."""
+    visits, backward = [], influence._backward
+    monkeypatch.setattr(influence, "_backward", lambda visit, *rest: visits.append(visit) or backward(visit, *rest))
+    measure_influence(job, alone(job), Method(objective="logits"))
+    decoder = [visit for visit in visits if visit.block in job.blocks.text_layers]
+    assert len(decoder) == len(job.blocks.text_layers)
+    for visit, before in pairwise(decoder):  # the last block comes first
+        made = {leaf.untyped_storage().data_ptr() for leaf in before.leaves}
+        assert {x.untyped_storage().data_ptr() for x in visit.inputs} == made
 
 
 def test_plain_measures_nothing(job: Calibration) -> None:
