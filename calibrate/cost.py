@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from calibrate.batches import BATCH_TOKENS
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, linears_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS, WIDE
+from calibrate.influence import PART_VALUES
 from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -110,9 +112,11 @@ def calibration_cost(
     vision = (*blocks.vision_layers, blocks.projector)
     parts = [*((block, pictures) for block in vision), *((block, texts) for block in blocks.text_layers)]
     if method is not None:
-        probed = (
-            Cost() if method.objective == "plain" else sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
-        )
+        probed = Cost()
+        if method.objective != "plain":
+            probed = sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
+            values = blocks.text_width() * blocks.count() * sum(texts)  # what flows between all blocks is kept
+            probed = replace(probed, memory_bytes=probed.memory_bytes + FLOAT32_BYTES * min(PART_VALUES, values))
         if mixed := _mixed(blocks, samples, method):
             tried = [len(pair.text.input_ids) for pair in mixed] * len(SHARES)
             probed += _plain(vision, pictures) + _plain(blocks.text_layers, tried)
@@ -146,11 +150,12 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
 
 def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
     """Twice forwards, once backwards to the inputs: for linears as much again, for attention twice; the outputs' metrics."""
-    weights = FLOAT32_BYTES * _weights(block)
+    together = max((min(lengths.count(n) * n, max(n, BATCH_TOKENS)) for n in set(lengths)), default=0)  # one call's tokens
+    memory = FLOAT32_BYTES * int(_weights(block) + _elements(block, [together]))
     flops = 3 * _linear_flops(block, lengths) + 4 * _attention_flops(block, lengths)
     if method.two_sided():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
-    return Cost(flops, forwards=2 * len(lengths), memory_bytes=weights, elements=3 * _elements(block, lengths))
+    return Cost(flops, forwards=2 * len(lengths), memory_bytes=memory, elements=3 * _elements(block, lengths))
 
 
 def _metrics_bytes(block: Block, method: Method) -> int:
