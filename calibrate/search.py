@@ -34,7 +34,8 @@ from calibrate.fold import (
     share_of,
     sharing_of,
 )
-from calibrate.group import Rows, chosen_rows, quantize_group
+from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
+from calibrate.heap import trim_heap
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
@@ -169,6 +170,8 @@ class BlockSearch:
             candidate.rounded = copy.deepcopy(candidate.module)
         for group in groups:
             seen = self._input_of(candidate, group, inputs)
+            if seen.shape[1] >= WIDE:  # its matrices take more than all that led there
+                trim_heap()
             self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
         return outputs
 

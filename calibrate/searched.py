@@ -17,7 +17,6 @@ from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
-from calibrate.heap import trim_heap
 from calibrate.influence import Influence, Weights, measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
@@ -49,7 +48,6 @@ def calibrate_searched(
     texts, pictures_of = flat(prompts)
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        trim_heap()
         plan, half = job.plan_of(block), len(inputs) // 2
         own = method if block in job.blocks.text_layers else method.for_vision()
         with resident(block) as module, torch.no_grad():
