@@ -43,8 +43,8 @@ SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
 class Cost:
     """flops: of matrix products on all threads; single_flops: of factorizations, which use one. rounded: weights, each time.
 
-    elements: activations into and out of linears, which norms, activation functions and hooks pass over; half of them
-    where nothing is searched, as hooks only look for the largest.
+    elements: activations into and out of linears, which norms, activation functions and hooks pass over; a
+    quarter of them where nothing is searched, as hooks only look for the largest.
     forwards: prompts and pictures through a block. memory_bytes: of the largest block's work, beside the activations.
     """
 
@@ -145,7 +145,7 @@ def _of(plan: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearSchem
 def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int]) -> Cost:
     weights, planned = _weights(block, block.linear_names()), _weights(block, [f"{block.prefix}.{name}" for name in plan])
     memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * planned
-    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory, _elements(block, lengths) / 2)
+    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory, _elements(block, lengths) / 4)
 
 
 def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:

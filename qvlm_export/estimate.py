@@ -29,8 +29,8 @@ CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
-# (`fast` takes two fifths more than its products at width 768, a quarter more at 2048).
-ELEMENT_FLOPS = 900.0
+# (of what `fast` takes a third at width 768, a sixth to a fifth at 2048 and 4096).
+ELEMENT_FLOPS = 1300.0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ SIZES = {"vision": Sizes(10**9, 5 * 10**8), "language": Sizes(25 * 10**9, 65 * 1
 def test_seconds_are_counts_by_rates():
     cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10, elements=1e9)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
-    assert found.seconds["calibrate"] == pytest.approx(100 + 9 + 20 + 20 + 26 + 14)
+    assert found.seconds["calibrate"] == pytest.approx(100 + 13 + 20 + 20 + 26 + 14)
     gib = 7e9 / 2**30
     assert found.seconds["graph"] == pytest.approx(14 + gib + 14, rel=0.01)
     assert found.seconds["check"] == pytest.approx(7 + 0.85 * gib, rel=0.01)
