@@ -43,8 +43,8 @@ SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
 class Cost:
     """flops: of matrix products on all threads; single_flops: of factorizations, which use one. rounded: weights, each time.
 
-    elements: activations into and out of linears, which norms, activation functions and hooks pass over; a
-    quarter of them where nothing is searched, as hooks only look for the largest.
+    elements: activations into and out of linears, which norms, activation functions and hooks pass over; a quarter of
+    them where nothing is searched, which fits what was measured.
     forwards: prompts and pictures through a block. memory_bytes: of the largest block's work, beside the activations.
     """
 

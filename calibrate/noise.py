@@ -84,7 +84,7 @@ def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
         return size.topk(count, dim=0).values
     found = []
     for part in size.split(_SORTED, dim=1):
-        channels = part.T.contiguous().numpy()
+        channels = part.T.clone(memory_format=torch.contiguous_format).numpy()  # sorted in place
         channels.partition(len(size) - count, axis=1)
         found.append(np.sort(channels[:, len(size) - count :], axis=1)[:, ::-1].T)
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(found, axis=1)))

@@ -24,12 +24,12 @@ CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor 
 # TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (tiny, 1B, 7B, 13B; writing overlaps).
 # Its memory in sizes of the plan, beside PROGRAM_BYTES (2.4 to 2.9: mapped weights count until somebody needs their pages).
 BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 1.5, 18.0, 2.5
-GRAPH_SECONDS_PER_GIB = 1.0  # of tensors that are read back from the calibrated checkpoint, beside packing and writing
+GRAPH_SECONDS_PER_GIB = 1.0  # beside packing and writing, by the same four sizes
 CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
-# (of what `fast` takes a third at width 768, a sixth to a fifth at 2048 and 4096).
+# (fitted: what exports of 768, 2048 and 4096 wide models took with `fast` beyond what is counted otherwise).
 ELEMENT_FLOPS = 1300.0
 
 

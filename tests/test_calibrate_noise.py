@@ -123,6 +123,15 @@ def test_the_largest_values_are_those_of_topk(size: np.ndarray, count: int) -> N
     torch.testing.assert_close(found, wide.topk(count, dim=0).values, rtol=0, atol=0)
 
 
+def test_looking_for_the_largest_values_moves_none() -> None:
+    """One channel, or one token, lies in memory transposed as it does straight."""
+    for shape in ((50, 1), (1, 50), (50, 3)):
+        size = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        before = size.clone()
+        _largest(size, 1)
+        assert torch.equal(size, before)
+
+
 def test_longer_tails_ask_for_more_room() -> None:
     generator = torch.Generator().manual_seed(0)
     even = torch.rand(4096, 1, generator=generator)
