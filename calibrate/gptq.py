@@ -81,21 +81,23 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     order, upper = rounder.order, rounder.lower.mT
     steps = scale.float().reshape(len(weight), -1).T.contiguous()  # [groups, out]
     groups = (order // (weight.shape[1] // len(steps))).tolist()
-    exact = weight.T[order]
-    errors = torch.empty_like(exact)
-    codes = torch.empty(exact.shape, dtype=torch.int8, device=weight.device)
-    for end in range(len(exact), 0, -BLOCK_COLUMNS):
+    codes = weight.T[order]  # a column is its weight until it is rounded
+    errors = torch.empty_like(codes)
+    code = torch.empty_like(codes[0])
+    for end in range(len(codes), 0, -BLOCK_COLUMNS):
         start = max(0, end - BLOCK_COLUMNS)
         near = upper[start:end, start:end].float().T.contiguous()
         owed = upper[start:end, end:].float() @ errors[end:]  # (e L) of the block's columns, [block, out]
-        for column in range(end - 1, start - 1, -1):
-            at, step, error = column - start, steps[groups[column]], errors[column]
-            code = torch.addcdiv(exact[column], owed[at], near[at, at]).div_(step).round_().clamp_(scheme.qmin, scheme.qmax)
-            codes[column] = code
-            torch.addcmul(exact[column], code, step, value=-1, out=error)
-            owed[:at].addr_(near[at, :at], error)
+        # Rows are taken out once: finding one takes as long as an operation on a short one.
+        block = [tensor.unbind() for tensor in (codes[start:end], errors[start:end], owed, near, near.diagonal())]
+        for at, (exact, error, owes, row, pivot) in reversed(list(enumerate(zip(*block, strict=True)))):
+            step = steps[groups[start + at]]
+            torch.addcdiv(exact, owes, pivot, out=code).div_(step).round_().clamp_(scheme.qmin, scheme.qmax)
+            torch.addcmul(exact, code, step, value=-1, out=error)
+            exact.copy_(code)
+            owed[:at].addr_(row[:at], error)
     restored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    restored[:, order] = codes.T
+    restored[:, order] = codes.T.to(torch.int8)
     return restored
 
 

@@ -313,7 +313,8 @@ def relative_error(
 
 def _histogram(name: str, rows: torch.Tensor) -> Histogram:
     """Of all values together, for the record; a few at a time, as counting takes many times their memory."""
-    statistics = InputStatistics(name, 1, with_gram=False)
-    for part in rows.flatten().split(_COUNTED):
-        statistics.update(part[:, None].cpu(), torch.zeros(len(part), dtype=torch.int64))
+    channels = rows.shape[1]
+    statistics = InputStatistics(name, channels, with_gram=False)
+    for part in rows.split(max(1, _COUNTED // channels)):
+        statistics.update(part.cpu(), torch.zeros(len(part), dtype=torch.int64))
     return statistics.histogram()
