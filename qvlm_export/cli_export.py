@@ -140,6 +140,7 @@ def plan_summary(plan: Any, estimated: Any) -> dict[str, Any]:
         "memory_bytes": estimated.memory_bytes,
         "build_memory_bytes": estimated.build_memory_bytes,
         "seconds": estimated.seconds,
+        "calibration_floor_seconds": estimated.floor_seconds,
         "estimate": estimated.in_words(),
         "block_forwards": round(plan.cost.forwards),
     }

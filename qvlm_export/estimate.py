@@ -35,9 +35,13 @@ ELEMENT_FLOPS = 1300.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: by stage. memory_bytes: the most resident, of the export itself and of the build process."""
+    """seconds: by stage. memory_bytes: the most resident, of the export itself and of the build process.
+
+    floor_seconds: that calibration takes at least, for its products and factorizations alone, if nothing else runs here.
+    """
 
     seconds: dict[str, float]
+    floor_seconds: float
     memory_bytes: int
     build_memory_bytes: int
 
@@ -62,8 +66,9 @@ def estimate(
     """cost: of calibration; parts: of the weights; largest_bytes: of the largest tensor, in float16."""
     sizes = total_sizes(parts)
     seconds: dict[str, float] = {}
+    floor = cost.flops / machine.flops + cost.single_flops / machine.single_flops
     if linears:
-        forwards = (cost.flops + ELEMENT_FLOPS * cost.elements) / machine.flops + cost.single_flops / machine.single_flops
+        forwards = floor + ELEMENT_FLOPS * cost.elements / machine.flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving
@@ -79,7 +84,7 @@ def estimate(
     if builds:  # the check maps the plan that was built; the machine takes these pages back when it needs them
         memory = max(memory, PROGRAM_BYTES + max(part.planned_bytes for part in parts.values()))
     build = build_memory(parts) if builds else 0
-    return Estimate({name: round(value, 1) for name, value in seconds.items()}, memory, build)
+    return Estimate({name: round(value, 1) for name, value in seconds.items()}, round(floor, 1), memory, build)
 
 
 def build_memory(parts: Mapping[str, Sizes]) -> int:

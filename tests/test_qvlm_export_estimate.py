@@ -28,6 +28,7 @@ def test_seconds_are_counts_by_rates():
     cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10, elements=1e9)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
     assert found.seconds["calibrate"] == pytest.approx(100 + 13 + 20 + 20 + 26 + 14)
+    assert found.floor_seconds == pytest.approx(100 + 20)
     gib = 7e9 / 2**30
     assert found.seconds["graph"] == pytest.approx(14 + gib + 14, rel=0.01)
     assert found.seconds["check"] == pytest.approx(7 + 0.85 * gib, rel=0.01)
@@ -42,6 +43,7 @@ def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
     busy = replace(MACHINE, share=0.5)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, busy, builds=False)
     assert found.seconds["calibrate"] == pytest.approx(2 * (100 + 20 + 20) + 26 + 14)
+    assert found.floor_seconds == pytest.approx(100 + 20)
     assert found.seconds["graph"] == pytest.approx(2 * (14 + 7e9 / 2**30) + 14, rel=0.01)
     assert found.seconds["check"] == pytest.approx(2 * 14)
 

@@ -31,6 +31,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 TINY = "tiny"
+ESTIMATED = ("seconds", "calibration_floor_seconds", "memory_bytes", "build_memory_bytes", "disk_bytes")
 
 
 def measured(command: list[str]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
         "float16_bytes": sizes["float16_bytes"],
         "data_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_data")),
         "plan_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_plan")),
-        "estimated": {name: estimated[name] for name in ("seconds", "memory_bytes", "build_memory_bytes", "disk_bytes")},
+        "estimated": {name: estimated[name] for name in ESTIMATED},
         "load_before": args.load,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
