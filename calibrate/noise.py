@@ -58,7 +58,7 @@ class Tail:
         """
         over = self.top - limit
         inside = over.clamp(min=0)
-        # The exponential is 1 for a value above the limit. In place only where autograd, by which tests derive it, can follow.
+        # exp() is 1 for a value above the limit. In place only where autograd, by which tests derive it, can follow.
         beyond = ((over - inside).div_(self.length).exp_() * self.length).add_(inside)
         excess = inside.square().add_(2 * self.length * beyond).sum(0)
         return excess / self.tokens, 2 * beyond.sum(0) / self.tokens
