@@ -13,6 +13,7 @@ from torch import nn
 
 from calibrate.batches import BATCH_TOKENS
 from calibrate.blocks import Block, ModelBlocks, linear_of
+from calibrate.factor import LARGE
 from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, linears_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS, WIDE
@@ -35,14 +36,16 @@ SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
 # gradients, the copy that is looked at.
 LEARNING_COPIES = 12
 WALKED = 175  # times as long as to nearest takes a weight to be rounded by its anti-diagonal
-# Factorizations by in^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
+# Factorizations by rows^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
 SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: of matrix products on all threads; single_flops: of factorizations, which use one. rounded: weights, each time.
+    """flops: of matrix products on all threads. rounded: weights, each time.
 
+    single_flops: of factorizations, which use one thread; shared_flops: of large ones and of solving by them, in pieces
+    that all threads share out, each computed by one.
     elements: activations into and out of linears, which norms, activation functions and hooks pass over; a quarter of
     them where nothing is searched, which fits what was measured.
     forwards: prompts and pictures through a block. memory_bytes: of the largest block's work, beside the activations.
@@ -50,6 +53,7 @@ class Cost:
 
     flops: float = 0.0
     single_flops: float = 0.0
+    shared_flops: float = 0.0
     rounded: float = 0.0
     forwards: float = 0
     memory_bytes: int = 0
@@ -60,11 +64,16 @@ class Cost:
         return Cost(
             self.flops + other.flops,
             self.single_flops + other.single_flops,
+            self.shared_flops + other.shared_flops,
             self.rounded + other.rounded,
             self.forwards + other.forwards,
             max(self.memory_bytes, other.memory_bytes),
             self.elements + other.elements,
         )
+
+    def times(self, count: int) -> Cost:
+        """The same `count` times over."""
+        return sum([self] * count, Cost())
 
 
 def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> bool:
@@ -145,7 +154,10 @@ def _of(plan: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearSchem
 def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int]) -> Cost:
     weights, planned = _weights(block, block.linear_names()), _weights(block, [f"{block.prefix}.{name}" for name in plan])
     memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * planned
-    return Cost(_forward_flops(block, lengths), 0.0, planned, len(lengths), memory, _elements(block, lengths) / 4)
+    elements = _elements(block, lengths) / 4
+    return Cost(
+        _forward_flops(block, lengths), rounded=planned, forwards=len(lengths), memory_bytes=memory, elements=elements
+    )
 
 
 def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
@@ -173,13 +185,13 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     """Counted from BlockSearch: for each folding a float run, and a quantized one from group to group."""
     groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
     if not groups:
-        memory = FLOAT32_BYTES * _weights(block)
-        return Cost(2 * _forward_flops(block, lengths), 0.0, 0.0, 2 * len(lengths), memory, 2 * _elements(block, lengths))
+        memory, elements = FLOAT32_BYTES * _weights(block), 2 * _elements(block, lengths)
+        return Cost(2 * _forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
     foldings, variants = len(method.foldings), len(method.variants)
     runs = foldings * (1 + _quantized_runs(block, groups, variants))
     attended = foldings * (2 + (variants if variants > 1 else 0))  # as if o were planned, whose output is known then
     flops = runs * _linear_flops(block, lengths) + attended * _attention_flops(block, lengths)
-    single, rounded, memory = 0.0, 0.0, 0
+    factors, rounded, memory = Cost(), 0.0, 0
     tokens = sum(lengths)
     for group in groups:
         shapes = [
@@ -192,16 +204,17 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         flops += foldings * variants * (2.0 * tokens * into**2 + 2.0 * out * into**2 + _aiming_flops(tokens, into, out))
         more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
-        single += foldings * variants * (SOLVE_FLOPS + ROUNDER_FLOPS) * into**3
+        each = _factor((SOLVE_FLOPS + ROUNDER_FLOPS) * into**3, into) + _solving(into, out)
+        factors += each.times(foldings * variants)
         rounded += (tried + foldings * variants) * out * into
         if method.two_sided():
             flops += foldings * sum(2.0 * shape[0] ** 2 * into for shape in shapes)
-            single += foldings * sum(ROUNDER_FLOPS * shape[0] ** 3 for shape in shapes)
+            factors += sum((_factor(foldings * ROUNDER_FLOPS * shape[0] ** 3, shape[0]) for shape in shapes), Cost())
             rounded += foldings * WALKED * out * into
         if "expected" in method.foldings and group.producer is not None:
             rounded += STEPS * min(out, ROWS) * into
             flops += 2.0 * tokens * into**2
-            single += ENERGY_FLOPS * into**3
+            factors += _factor(ENERGY_FLOPS * into**3, into)
         square = SQUARES_FLOAT32 * FLOAT32_BYTES + SQUARES_FLOAT64 * FLOAT64_BYTES
         squares = square * into**2
         if method.two_sided():  # the outputs' metric and its factor; weight, steps, errors in the order of rounding
@@ -214,8 +227,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
     learned = _learned(block, lengths, method)
-    whole = Cost(flops, single, rounded, runs * len(lengths), memory, runs * _elements(block, lengths)) + learned
-    return replace(whole, memory_bytes=memory + learned.memory_bytes)
+    done = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * _elements(block, lengths))
+    return replace(done + factors + learned, memory_bytes=memory + learned.memory_bytes)
 
 
 def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
@@ -231,11 +244,20 @@ def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
 
 
 def _aiming_flops(tokens: int, into: int, out: int) -> float:
-    """As `Rows.aimed`."""
+    """As `Rows.aimed`, but for solving."""
     if WIDE <= into < out:
-        return 2.0 * (tokens * into**2 + into**3 + out * into**2)
-    pulled = 4.0 * tokens * into * out if out < into else 2.0 * tokens * into**2 + 2.0 * out * into**2
-    return pulled + 2.0 * out * into**2
+        return 2.0 * (tokens + out) * into**2
+    return 4.0 * tokens * into * out if out < into else 2.0 * (tokens + out) * into**2
+
+
+def _solving(into: int, out: int) -> Cost:
+    """By the factor of a system, for every output, or for the identity."""
+    return Cost(shared_flops=2.0 * (into if WIDE <= into < out else out) * into**2)
+
+
+def _factor(flops: float, rows: int) -> Cost:
+    """As `cholesky_`."""
+    return Cost(shared_flops=flops) if rows >= LARGE else Cost(single_flops=flops)
 
 
 def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from calibrate.factor import cholesky_
 from calibrate.quantize import stored_weight_scale
 from calibrate.scheme import LinearScheme
-from calibrate.threads import each_on_one_thread, one_thread
+from calibrate.threads import each_on_one_thread
 
 BLOCK_COLUMNS = 128
 SOLVED = 1024  # outputs whose weights are aimed at a time, by a thread of their own
@@ -36,8 +37,8 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor,
     system = gram.clone().mT  # symmetric, and its columns lie one behind another, so that LAPACK needs no copy
     system.diagonal().add_(held)
     # V system = W X Xq^T + held W, solved from the right.
-    with one_thread():
-        torch.linalg.cholesky(system, out=system)
+    if not cholesky_(system):
+        raise RuntimeError("the damped Gram matrix is not positive definite")
     wanted = (pulled + held * weight).split(SOLVED)
     return torch.cat(each_on_one_thread(lambda rows: torch.cholesky_solve(rows.mT, system).mT, wanted))
 
@@ -62,13 +63,11 @@ def make_rounder(gram: torch.Tensor, damping: float = DAMPING) -> Rounder:
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
     damping *= float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
-    failed = torch.ones((), dtype=torch.int32, device=gram.device)
     lower = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
-    with one_thread():
-        while int(failed):
-            _fill_(lower, gram, order, damping)
-            torch.linalg.cholesky_ex(lower, out=(lower, failed))
-            damping *= 10
+    _fill_(lower, gram, order, damping)
+    while not cholesky_(lower):
+        damping *= 10
+        _fill_(lower, gram, order, damping)
     return Rounder(order, lower)
 
 

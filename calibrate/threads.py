@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from calibrate.blocks import ModelBlocks
+from calibrate.products import quick_products
 
 # Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
 SMALL_BLOCK = 2**22
+_Part = TypeVar("_Part")
+_Found = TypeVar("_Found")
 
 
 @contextmanager
@@ -25,11 +29,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def each_on_one_thread(compute: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def each_on_one_thread(compute: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_Found]:
     """`compute` of every part, by as many threads as torch has, none of which divides a part."""
     threads = torch.get_num_threads()
     with one_thread():
-        if threads == 1 or len(parts) == 1:
+        if threads == 1 or len(parts) <= 1:
             return [compute(part) for part in parts]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(compute, parts))
@@ -37,10 +41,7 @@ def each_on_one_thread(compute: Callable[[torch.Tensor], torch.Tensor], parts: S
 
 @contextmanager
 def steady_threads(blocks: ModelBlocks) -> Iterator[None]:
-    """One thread inside for a model of small blocks, else as many as torch has."""
+    """One thread inside for a model of small blocks, else as many as torch has, and large products by `products.py`."""
     largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
-    if largest >= SMALL_BLOCK:
-        yield
-        return
-    with one_thread():
+    with quick_products() if largest >= SMALL_BLOCK else one_thread():
         yield

@@ -28,7 +28,7 @@ GRAPH_SECONDS_PER_GIB = 1.0  # beside packing and writing, by the same four size
 CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
-# Norms, activation functions, softmax, hooks and copies beside the products of a block: products in the time of one element
+# Norms, activation functions, softmax, hooks and copies beside the products of a block: BLAS's operations in the time of one
 # (fitted: what exports of 768, 2048 and 4096 wide models took with `fast` beyond what is counted otherwise).
 ELEMENT_FLOPS = 1300.0
 
@@ -66,9 +66,10 @@ def estimate(
     """cost: of calibration; parts: of the weights; largest_bytes: of the largest tensor, in float16."""
     sizes = total_sizes(parts)
     seconds: dict[str, float] = {}
-    floor = cost.flops / machine.flops + cost.single_flops / machine.single_flops
+    factoring = cost.single_flops / machine.single_flops + cost.shared_flops / machine.shared_flops
+    floor = cost.flops / machine.flops + factoring
     if linears:
-        forwards = floor + ELEMENT_FLOPS * cost.elements / machine.flops
+        forwards = floor + ELEMENT_FLOPS * cost.elements / machine.shared_flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving

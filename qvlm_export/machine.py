@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from calibrate.packing import pack_codes
+from calibrate.products import quick_products
 from calibrate.quantize import quantize_linear
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
@@ -29,13 +30,14 @@ _W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates a second of processor time. flops: float32 products on all threads, single_flops: on one, or all on a GPU.
-
+    """Rates a second of processor time. flops: float32 products on all threads, as calibration computes them. single_flops:
+    by BLAS on one thread, which factorizations go by, shared_flops: on each of all; on a GPU these three are the same.
     rounded, packed: weights, on one. share: of the processor that this process gets, less than 1 beside others' work.
     """
 
     flops: float
     single_flops: float
+    shared_flops: float
     rounded: float
     packed: float
     hashed_bytes: float
@@ -61,10 +63,12 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
         pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
 
     threads = torch.get_num_threads()
-    taken, share = _kept_up(product, threads)
+    with quick_products():
+        taken, share = _kept_up(product, threads)
     all_threads = flops / taken
     with one_thread():
         single = flops / _kept_up(product)[0]
+        shared = threads * single
         half = weight.half()
         rounded = half.numel() / _seconds(rounding)
     stored = np.zeros((OUT, WIDTH // 2), np.uint8)
@@ -72,8 +76,8 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
     hashed = stored.nbytes / _seconds(lambda: hashlib.sha256(stored.tobytes()).digest())
     read, written = _read_rate(weights), _write_rate(nearest_folder(folder))
     if device == "cuda":
-        all_threads = single = _gpu_flops()
-    return Machine(all_threads, single, rounded, packed, hashed, read, written, threads, share)
+        all_threads = single = shared = _gpu_flops()
+    return Machine(all_threads, single, shared, rounded, packed, hashed, read, written, threads, share)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from small_export import mixed_samples, open_small, plan_of
 
+from calibrate import cost
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedWriter
 from calibrate.cost import Cost, calibration_cost, is_narrow
@@ -76,6 +77,18 @@ def test_round_to_nearest_counts_products_by_hand(llava):
 
 def test_the_largest_block_decides_the_memory():
     assert Cost(1.0, memory_bytes=5) + Cost(2.0, memory_bytes=3) == Cost(3.0, memory_bytes=5)
+
+
+def test_large_factorizations_are_shared_by_threads_and_small_ones_are_not(llava, monkeypatch):
+    checkpoint = open_small(llava())
+    blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4"), mixed_samples(checkpoint)
+    small = calibration_cost(blocks, plan, samples, FAST)
+    monkeypatch.setattr(cost, "LARGE", 1)
+    large = calibration_cost(blocks, plan, samples, FAST)
+    assert small.single_flops > 0 == large.single_flops
+    assert large.shared_flops == pytest.approx(small.shared_flops + small.single_flops)
+    assert small.shared_flops > 0  # solving
+    assert large.flops == small.flops
 
 
 def test_few_samples_of_a_small_model_stay_in_32_bits(llava):

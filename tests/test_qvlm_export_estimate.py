@@ -20,15 +20,15 @@ from qvlm_export.preflight import Sizes
 
 Llava = Callable[..., Path]
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
-MACHINE = Machine(1e11, 5e10, 3e8, 5e8, 1e9, 1e9, 5e8, 2)
+MACHINE = Machine(2e11, 5e10, 1e11, 3e8, 5e8, 1e9, 1e9, 5e8, 2)
 SIZES = {"vision": Sizes(10**9, 5 * 10**8), "language": Sizes(25 * 10**9, 65 * 10**8)}
 
 
 def test_seconds_are_counts_by_rates():
-    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10, elements=1e9)
+    cost = Cost(flops=2e13, single_flops=1e12, shared_flops=3e12, rounded=1.2e10, elements=1e9)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
-    assert found.seconds["calibrate"] == pytest.approx(100 + 13 + 20 + 20 + 26 + 14)
-    assert found.floor_seconds == pytest.approx(100 + 20)
+    assert found.seconds["calibrate"] == pytest.approx(100 + 20 + 30 + 13 + 20 + 26 + 14)
+    assert found.floor_seconds == pytest.approx(100 + 20 + 30)
     gib = 7e9 / 2**30
     assert found.seconds["graph"] == pytest.approx(14 + gib + 14, rel=0.01)
     assert found.seconds["check"] == pytest.approx(7 + 0.85 * gib, rel=0.01)
@@ -39,7 +39,7 @@ def test_seconds_are_counts_by_rates():
 
 
 def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
-    cost = Cost(flops=1e13, single_flops=1e12, rounded=1.2e10)
+    cost = Cost(flops=2e13, single_flops=1e12, rounded=1.2e10)
     busy = replace(MACHINE, share=0.5)
     found = estimate(cost, {"a": W4A16}, SIZES, 10**9, busy, builds=False)
     assert found.seconds["calibrate"] == pytest.approx(2 * (100 + 20 + 20) + 26 + 14)

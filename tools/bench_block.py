@@ -29,6 +29,7 @@ from calibrate.calibrated import CalibratedWriter, write_json
 from calibrate.cost import calibration_cost
 from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
+from calibrate.products import quick_products
 from calibrate.samples import Sample
 from calibrate.searched import calibrate_searched
 from calibrate.threads import one_thread
@@ -66,6 +67,14 @@ class RandomTensors:
         return random_tensor(name, self._shapes[name], generator).numpy()
 
 
+def product_rates(threads: int) -> tuple[float, float]:
+    """Of products as calibration computes them, on all threads, and by BLAS on one, which factorizations go by."""
+    with quick_products():
+        together = product_rate(threads)
+    with one_thread():
+        return together, product_rate(1)
+
+
 def product_rate(threads: int) -> float:
     """Float32 operations of a matrix product in a second of processor time on each of `threads`."""
     x = torch.randn(WIDTH, WIDTH)
@@ -93,20 +102,16 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
     nothing = np.zeros((0, 3, 1, 1), np.float32)
     prompts = [Sample(rng.integers(5, 30000, tokens), nothing, tokens) for _ in range(samples)]
     cost, threads = calibration_cost(blocks, plan, prompts, METHODS[effort]), torch.get_num_threads()
-    rates = [product_rate(threads)]
-    with one_thread():
-        singles = [product_rate(1)]
+    first = product_rates(threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, processor = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         job = Calibration(blocks, source, plan, prompts)
         found = calibrate_searched(job, CalibratedWriter(Path(folder)), lambda *_: None, METHODS[effort])
     wall, processor = time.monotonic() - wall, time.process_time() - processor
-    rates.append(product_rate(threads))
-    with one_thread():
-        singles.append(product_rate(1))
-    # Processor time: a factorization keeps one thread busy, a product all of them.
-    floor = threads * cost.flops / np.mean(rates) + cost.single_flops / np.mean(singles)
+    rates, singles = zip(first, product_rates(threads), strict=True)
+    # Processor time: a product keeps all threads busy, a factorization one, or each of its pieces.
+    floor = threads * cost.flops / np.mean(rates) + (cost.single_flops + cost.shared_flops) / np.mean(singles)
     return {
         "like": like,
         "effort": effort,
@@ -116,6 +121,7 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
         "error": found["blocks"][-1]["error"],
         "flops": cost.flops,
         "single_flops": cost.single_flops,
+        "shared_flops": cost.shared_flops,
         "gflops": [round(rate / 1e9, 1) for rate in rates],
         "single_gflops": [round(rate / 1e9, 1) for rate in singles],
         "cpu_seconds": round(processor, 1),

@@ -1,0 +1,133 @@
+"""Large products by oneDNN: the same as by BLAS, gradients included, and the same bits on any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from calibrate import products
+from calibrate.products import LEAST, quick_products
+
+SIZE = LEAST + 9
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN computes on every processor; only whether it is quicker is asked of this one."""
+    monkeypatch.setattr(products, "is_quicker", lambda: True)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the products that were taken over."""
+    found: list[tuple[int, ...]] = []
+    compute = products._linear
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        found.append((*x.shape, len(weight)))
+        return compute(x, weight, bias)
+
+    monkeypatch.setattr(products, "_linear", noted)
+    return found
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-6 * float(wanted.detach().abs().max()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (2, LEAST, SIZE)])
+def test_a_linear_layer(shape: tuple[int, ...], bias: bool, taken: list[tuple[int, ...]]) -> None:
+    layer, x = nn.Linear(SIZE, LEAST, bias=bias), drawn(*shape).requires_grad_()
+    exact = nn.Linear(SIZE, LEAST, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    towards = drawn(*shape[:-1], LEAST)
+    with quick_products():
+        y = layer(x)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], towards)
+    given = x.detach().double().requires_grad_()
+    wanted = exact(given)
+    assert taken == [(*shape, LEAST)]
+    close(y, wanted)
+    for mine, true in zip(found, torch.autograd.grad(wanted, [given, *exact.parameters()], towards.double()), strict=True):
+        close(mine, true)
+
+
+def test_matmul_of_any_strides(taken: list[tuple[int, ...]]) -> None:
+    a, b = drawn(SIZE, LEAST), drawn(SIZE, LEAST + 50)
+    with quick_products():
+        by_sign, by_name, by_method = a.T @ b, torch.matmul(a.T, b), b.T.matmul(a)
+    wanted = a.double().T @ b.double()
+    assert len(taken) == 3
+    for found in (by_sign, by_name, by_method.T):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (drawn(LEAST - 1, SIZE), drawn(SIZE, SIZE)),
+        (drawn(SIZE, LEAST - 1), drawn(LEAST - 1, SIZE)),
+        (drawn(SIZE, SIZE), drawn(SIZE, LEAST - 1)),
+        (drawn(SIZE, SIZE).double(), drawn(SIZE, SIZE).double()),
+        (drawn(2, SIZE, SIZE), drawn(2, SIZE, SIZE)),
+        (drawn(SIZE), drawn(SIZE, SIZE)),
+        (drawn(SIZE, SIZE), drawn(SIZE)),
+    ],
+    ids=["rows", "summands", "columns", "float64", "batches", "a row", "a column"],
+)
+def test_the_rest_stays_with_blas(left: torch.Tensor, right: torch.Tensor, taken: list[tuple[int, ...]]) -> None:
+    wanted = left @ right
+    with quick_products():
+        found = left @ right
+    assert torch.equal(found, wanted)
+    assert not taken
+
+
+def test_the_same_bits_on_one_thread_and_on_two(threads: None) -> None:
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for rows, into, out in ((600, 1024, 2816), (LEAST, 4096, LEAST), (2048, LEAST, 2048)):
+            x = drawn(rows, into).requires_grad_()
+            with quick_products():
+                y = nn.functional.linear(x, drawn(out, into))
+            found += [y.detach(), *torch.autograd.grad(y, x, drawn(rows, out))]
+    half = len(found) // 2
+    assert all(torch.equal(one, two) for one, two in zip(found[:half], found[half:], strict=True))
+
+
+def test_outside_nothing_is_taken(taken: list[tuple[int, ...]]) -> None:
+    with quick_products():
+        pass
+    assert torch.equal(drawn(SIZE, SIZE) @ drawn(SIZE, SIZE), torch.mm(drawn(SIZE, SIZE), drawn(SIZE, SIZE)))
+    assert not taken
+
+
+def test_where_it_is_not_quicker_nothing_is_taken(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    with quick_products():
+        found = drawn(SIZE, SIZE) @ drawn(SIZE, SIZE)
+    assert torch.equal(found, torch.mm(drawn(SIZE, SIZE), drawn(SIZE, SIZE)))
+    assert not taken
+
+
+def test_only_avx512_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for capability, wanted in (("AVX512", torch.backends.mkldnn.is_available()), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert products.is_quicker() == wanted
