@@ -200,11 +200,10 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         out, into = sum(shape[0] for shape in shapes), shapes[0][1]
         tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
-        # The Gram matrix, GPTQ; what the float output pulls to, and aiming at it.
-        flops += foldings * variants * (2.0 * tokens * into**2 + 2.0 * out * into**2 + _aiming_flops(tokens, into, out))
+        flops += foldings * variants * (2.0 * tokens * into**2 + 2.0 * out * into**2)  # the Gram matrix, GPTQ
         more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
-        each = _factor((SOLVE_FLOPS + ROUNDER_FLOPS) * into**3, into) + _solving(into, out)
+        each = _factor(ROUNDER_FLOPS * into**3, into) + _aiming(tokens, into, out)
         factors += each.times(foldings * variants)
         rounded += (tried + foldings * variants) * out * into
         if method.two_sided():
@@ -243,16 +242,20 @@ def _learned(block: Block, lengths: Sequence[int], method: Method) -> Cost:
     return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
 
 
-def _aiming_flops(tokens: int, into: int, out: int) -> float:
-    """As `Rows.aimed`, but for solving."""
-    if WIDE <= into < out:
-        return 2.0 * (tokens + out) * into**2
-    return 4.0 * tokens * into * out if out < into else 2.0 * (tokens + out) * into**2
-
-
-def _solving(into: int, out: int) -> Cost:
-    """By the factor of a system, for every output, or for the identity."""
-    return Cost(shared_flops=2.0 * (into if WIDE <= into < out else out) * into**2)
+def _aiming(tokens: int, into: int, out: int) -> Cost:
+    """As `Rows.aimed`: products; a factorization, and solving by it."""
+    if tokens < into:
+        solved = min(out, into)  # for many outputs the identity is aimed, and multiplied
+        products, rows = (
+            2.0 * tokens * into * (tokens + solved) + 2.0 * out * into * (into if out > into else tokens),
+            tokens,
+        )
+    elif WIDE <= into < out:
+        products, rows, solved = 2.0 * (tokens + out) * into**2, into, into
+    else:
+        products = 4.0 * tokens * into * out if out < into else 2.0 * (tokens + out) * into**2
+        rows, solved = into, out
+    return Cost(products, shared_flops=2.0 * solved * rows**2) + _factor(SOLVE_FLOPS * rows**3, rows)
 
 
 def _factor(flops: float, rows: int) -> Cost:

@@ -12,7 +12,8 @@ import torch
 from calibrate.threads import each_on_one_thread, one_thread
 
 LARGE = 2048  # rows from which on pieces are worth it
-BLOCK, PIECE = 512, 1024  # columns at a time; rows that one thread computes
+BLOCK = 768  # columns at a time
+PIECE, NARROW = 384, 192  # rows that one thread computes: of what is below the diagonal, of a square on it
 
 
 def cholesky_(lower: torch.Tensor) -> bool:
@@ -41,8 +42,11 @@ def _next_rows_(upper: torch.Tensor, start: int, end: int) -> bool:
     def less_known(columns: slice) -> torch.Tensor:
         return torch.addmm(upper[start:end, columns], above, upper[:start, columns], alpha=-1)
 
+    square = torch.cat(
+        each_on_one_thread(less_known, [slice(n, min(n + NARROW, end)) for n in range(start, end, NARROW)]), 1
+    )
     with one_thread():
-        factor, failed = torch.linalg.cholesky_ex(less_known(slice(start, end)).mT)
+        factor, failed = torch.linalg.cholesky_ex(square.mT)
     if int(failed):
         return False
     own.copy_(factor.mT)

@@ -33,14 +33,36 @@ def aim_at_float(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor,
 
     Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in]; pulled: W X Xq^T [out, in].
     """
-    held = ridge * float(gram.diagonal().mean().clamp(min=1e-12))
-    system = gram.clone().mT  # symmetric, and its columns lie one behind another, so that LAPACK needs no copy
-    system.diagonal().add_(held)
-    # V system = W X Xq^T + held W, solved from the right.
-    if not cholesky_(system):
-        raise RuntimeError("the damped Gram matrix is not positive definite")
-    wanted = (pulled + held * weight).split(SOLVED)
-    return torch.cat(each_on_one_thread(lambda rows: torch.cholesky_solve(rows.mT, system).mT, wanted))
+    held = ridge * _mean_energy(gram)
+    # V (H + held) = W X Xq^T + held W, solved from the right.
+    return _solved(gram.clone(), held, pulled + held * weight)
+
+
+def aim_by_tokens(
+    weight: torch.Tensor, wanted: torch.Tensor, seen: torch.Tensor, gram: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """The same as `aim_at_float`, from a system with a row for each token, where they are fewer than inputs.
+
+    V = W + W (X - Xq)^T (Xq Xq^T + held)^-1 Xq, by the push-through identity. wanted: X, seen: Xq, float32 [tokens, in],
+    rows times the root of what each counts; gram: Xq^T Xq [in, in].
+    """
+    apart, system, held = (wanted - seen).T, seen @ seen.T, ridge * _mean_energy(gram)
+    if len(weight) > weight.shape[1]:  # fewer rows to solve for
+        return weight + weight @ (_solved(system, held, apart) @ seen)
+    return weight + _solved(system, held, weight @ apart) @ seen
+
+
+def _mean_energy(gram: torch.Tensor) -> float:
+    return float(gram.diagonal().mean().clamp(min=1e-12))
+
+
+def _solved(system: torch.Tensor, held: float, rows: torch.Tensor) -> torch.Tensor:
+    """rows (system + held)^-1, some rows a thread. system: symmetric, overwritten."""
+    factor = system.mT  # its columns lie one behind another, so that LAPACK needs no copy
+    factor.diagonal().add_(held)
+    if not cholesky_(factor):
+        raise RuntimeError("a damped Gram matrix is not positive definite")
+    return torch.cat(each_on_one_thread(lambda part: torch.cholesky_solve(part.mT, factor).mT, rows.split(SOLVED)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from calibrate.calibrated import QuantizedLinear
-from calibrate.gptq import Rounder, aim_at_float, gptq_round, make_rounder, search_rounded_scale
+from calibrate.gptq import Rounder, aim_at_float, aim_by_tokens, gptq_round, make_rounder, search_rounded_scale
 from calibrate.method import Variant
 from calibrate.noise import best_range, tail_of
 from calibrate.quantize import (
@@ -39,6 +39,10 @@ class Rows:
     seen: torch.Tensor
     weights: torch.Tensor | None = None
 
+    def rooted(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` by the root of what each counts."""
+        return rows if self.weights is None else rows * self.weights.sqrt()[:, None]
+
     def counted(self, seen: torch.Tensor) -> torch.Tensor:
         """`seen` by what each row counts: with C for it, the Gram matrix is C^T seen."""
         return seen if self.weights is None else seen * self.weights[:, None]
@@ -49,9 +53,15 @@ class Rows:
             return (self.wanted @ weight.T).T @ counted
         return weight @ (self.wanted.T @ counted)
 
-    def aimed(self, weight: torch.Tensor, gram: torch.Tensor, counted: torch.Tensor, ridge: float) -> torch.Tensor:
-        """`aim_at_float` of W [out, in]. It is linear, so for many outputs the identity is aimed, and multiplied by W."""
+    def aimed(self, weight: torch.Tensor, seen: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+        """`aim_at_float` of W [out, in]. It is linear, so for many outputs the identity is aimed, and multiplied by W.
+
+        seen: as quantized; gram: of it.
+        """
         into = weight.shape[1]
+        if len(seen) < into:
+            return aim_by_tokens(weight, self.rooted(self.wanted), self.rooted(seen), gram, ridge)
+        counted = self.counted(seen)
         if WIDE <= into < len(weight):
             return weight @ aim_at_float(torch.eye(into, device=weight.device), gram, self.wanted.T @ counted, ridge)
         return aim_at_float(weight, gram, self.pulled(counted, weight), ridge)
@@ -75,14 +85,13 @@ def quantize_group(
         num_bits = int(bits.pop() or 8)
         input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
-    counted = rows.counted(seen)
-    gram = counted.T @ seen
+    gram = rows.counted(seen).T @ seen
     if variant.ridge is not None:
         whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
-        aimed = rows.aimed(whole, gram, counted, variant.ridge)
+        aimed = rows.aimed(whole, seen, gram, variant.ridge)
         weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
         del whole, aimed
-    del seen, counted
+    del seen
     rounder = make_rounder(gram) if variant.rounding != "nearest" else None
     found = {}
     for names in _alike(weights, plan, apart=variant.rounding == "two-sided"):

@@ -15,7 +15,7 @@ SIZES = [5, LARGE - 1, LARGE, LARGE + BLOCK + 77]
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -40,7 +40,8 @@ def test_it_is_lapacks_factor(size: int, dtype: torch.dtype, rtol: float) -> Non
     assert not found.triu(1).any()
 
 
-def test_the_same_bits_on_one_thread_and_on_two(threads: None) -> None:
+@pytest.mark.usefixtures("_threads")
+def test_the_same_bits_on_one_thread_and_on_two() -> None:
     matrix, found = gram(LARGE + 3 * BLOCK + 5), []
     for count in (1, 2):
         torch.set_num_threads(count)

@@ -11,6 +11,7 @@ from calibrate.gptq import (
     FRACTIONS,
     SOLVED,
     aim_at_float,
+    aim_by_tokens,
     column_scales,
     gptq_round,
     make_rounder,
@@ -93,6 +94,19 @@ def test_aimed_weight_minimises_its_objective():
     objective.backward()
     assert float(free.grad.abs().max()) < 1e-3 * objective.item()
     assert objective.item() < float((weight @ inputs.T - weight @ seen.T).square().sum())
+
+
+@pytest.mark.parametrize("outputs", [6, 200])  # fewer than inputs, and more
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_aiming_by_tokens_is_aiming_by_inputs(outputs, tokens):
+    weight, inputs = problem(10, rows=outputs)
+    seen = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
+    counts = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) + 0.1
+    wanted, seen = (rows[:tokens].double() * counts.sqrt()[:, None] for rows in (inputs, seen))
+    weight, gram = weight.double(), seen.T @ seen
+    found = aim_by_tokens(weight, wanted, seen, gram, 0.05)
+    torch.testing.assert_close(found, aim_at_float(weight, gram, weight @ (wanted.T @ seen), 0.05), rtol=1e-7, atol=1e-9)
+    assert float((found - weight).norm()) > 1e-3 * float(weight.norm())
 
 
 def test_a_strong_ridge_keeps_the_weight():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from calibrate import group
+from calibrate.gptq import aim_at_float
 from calibrate.group import Rows, quantize_group
 from calibrate.method import EXPECTED, TWO_SIDED, Variant
 from calibrate.scheme import W8A8, LinearScheme
@@ -31,13 +32,23 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("out", [30, 64, 200])
 def test_aiming_the_identity_aims_the_weight(rows: Rows, monkeypatch: pytest.MonkeyPatch, out: int) -> None:
-    weight, counted = torch.randn(out, 64), rows.counted(rows.seen)
-    given = weight, counted.T @ rows.seen, counted, 0.5
+    weight = torch.randn(out, 64)
+    given = weight, rows.seen, rows.counted(rows.seen).T @ rows.seen, 0.5
     wanted = rows.aimed(*given)
     monkeypatch.setattr(group, "WIDE", 1)
     found = rows.aimed(*given)
     assert torch.norm(found - wanted) < 1e-4 * torch.norm(wanted)
     assert torch.equal(found, wanted) == (out <= 64)  # only then it takes the other way
+
+
+@pytest.mark.parametrize("out", [30, 200])
+def test_fewer_tokens_than_inputs_are_aimed_by_tokens(rows: Rows, monkeypatch: pytest.MonkeyPatch, out: int) -> None:
+    assert rows.weights is not None
+    few, weight = Rows(rows.wanted[:40], rows.seen[:40], rows.weights[:40]), torch.randn(out, 64)
+    gram = few.counted(few.seen).T @ few.seen
+    wanted = aim_at_float(weight, gram, few.pulled(few.counted(few.seen), weight), 0.5)
+    monkeypatch.setattr(group, "aim_at_float", None)
+    assert torch.norm(few.aimed(weight, few.seen, gram, 0.5) - wanted) < 1e-4 * torch.norm(wanted)
 
 
 @pytest.mark.parametrize(

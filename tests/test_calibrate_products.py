@@ -21,7 +21,7 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -98,7 +98,8 @@ def test_the_rest_stays_with_blas(left: torch.Tensor, right: torch.Tensor, taken
     assert not taken
 
 
-def test_the_same_bits_on_one_thread_and_on_two(threads: None) -> None:
+@pytest.mark.usefixtures("_threads")
+def test_the_same_bits_on_one_thread_and_on_two() -> None:
     found = []
     for count in (1, 2):
         torch.set_num_threads(count)
