@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 
 from calibrate.calibrated import write_json
 
@@ -106,7 +107,7 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
         "plan_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_plan")),
         "estimated": {name: estimated[name] for name in ESTIMATED},
         "load_before": args.load,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
     if not args.keep:
         shutil.rmtree(out)
