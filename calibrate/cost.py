@@ -91,6 +91,19 @@ def kept_bytes(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | 
     return item * _streams(method) * max(vision + patches * _width(blocks.text_layers[0]), text)
 
 
+def measured_bytes(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> int:
+    """Most that lies on disk before a block is searched: what flows between all of them, for some samples at a time.
+
+    And of two-sided rounding the outputs' metrics, twice for a moment.
+    """
+    if method is None or method.objective == "plain":
+        return 0
+    values = blocks.text_width() * blocks.count() * sum(_text_lengths(blocks, samples, method))
+    searched = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    metrics = sum(_metrics_bytes(block, method) for block in searched) if method.two_sided() else 0
+    return FLOAT32_BYTES * min(PART_VALUES, values) + 2 * metrics
+
+
 def _streams(method: Method | None) -> int:
     """How many copies of the samples walk through the blocks: the float model's, and for searching the quantized one's."""
     return 1 if method is None else 2
@@ -124,8 +137,9 @@ def calibration_cost(
         probed = Cost()
         if method.objective != "plain":
             probed = sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
-            values = blocks.text_width() * blocks.count() * sum(texts)  # what flows between all blocks is kept
-            probed = replace(probed, memory_bytes=probed.memory_bytes + FLOAT32_BYTES * min(PART_VALUES, values))
+            # Of what flows between the blocks, a block's inputs and outputs, and the gradients of both.
+            flowing = 4 * FLOAT32_BYTES * min(PART_VALUES // blocks.count(), blocks.text_width() * sum(texts))
+            probed = replace(probed, memory_bytes=probed.memory_bytes + flowing)
         if mixed := _mixed(blocks, samples, method):
             tried = [len(pair.text.input_ids) for pair in mixed] * len(SHARES)
             probed += _plain(vision, pictures) + _plain(blocks.text_layers, tried)

@@ -10,8 +10,8 @@ they have as much of it: a divergence that few tokens decide says little about m
 
 Of the same gradients, for every linear: in which directions its output matters (`two_sided.py`).
 
-Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept, so
-samples go through in parts.
+Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept
+(`trail.py`), so many samples go through in parts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from calibrate.batches import Batches, batches_of, parted
+from calibrate.batches import batches_of, parted
 from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
 from calibrate.fold import groups_of
 from calibrate.heap import trim_heap
@@ -35,15 +36,18 @@ from calibrate.record import labels_of
 from calibrate.residents import Resident, residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
+from calibrate.trail import Trail, Visit, forget_trail
 from calibrate.two_sided import add_gradients, empty_metric
 from calibrate.undecided import features_of
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
-from calibrate.work import Work
+from calibrate.work import Named, Work
 
 FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
-PART_VALUES = 2**29  # float32 values kept between blocks at a time
+PART_VALUES = 2**31  # float32 values kept between blocks at a time
+_SEEDS = 2**20  # of a part, one for each of its blocks
 
 Weights = dict[str, list[torch.Tensor]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,27 +61,20 @@ class Influence:
 
 
 @dataclass(frozen=True)
-class _Visit:
-    """A block that ran: its inputs, parts of the leaves before it, which lie in memory once, and the leaves that its outputs
-    became, one a batch."""
-
-    block: Block
-    run: Run
-    batches: Batches
-    inputs: list[torch.Tensor]
-    leaves: list[torch.Tensor]
-
-
-@dataclass(frozen=True)
 class _Pass:
     """One part's way through the model. metrics: of all parts so far, by linear, and by block where it learns; None where
     nobody asks. others: features that prompts are mixed with. visited: is called twice for every block."""
 
+    number: int
     method: Method
-    generator: torch.Generator
     visited: Callable[[], None]
     metrics: dict[str, torch.Tensor] | None
     others: Mapping[int, torch.Tensor]
+
+    def drawn(self, block: int | None = None) -> torch.Generator:
+        """What signs are drawn from: for the probe, or in a block, so that a resumed run draws the same."""
+        seed = self.method.seed + self.number
+        return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS + block)
 
 
 def measure_influence(
@@ -85,13 +82,14 @@ def measure_influence(
 ) -> Influence:
     """Nothing for the objective `plain`. Reads the weights twice for every part of the samples.
 
-    Parts that an interrupted run measured are not measured again. progress: is told which share is done.
+    What an interrupted run measured is not measured again. progress: is told which share is done.
     """
     if method.objective == "plain":
         return Influence()
     parts = list(_parts(prompts, job.blocks))
     first, found = _recalled(job.work, len(parts))
     if first:
+        forget_trail(job.work, _part_name(first - 1))
         progress(first / len(parts))
     metrics = found.outputs if method.two_sided() else None
     others = _other_features(job, prompts) if first < len(parts) else {}
@@ -102,8 +100,7 @@ def measure_influence(
             progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
         trim_heap()
-        generator = torch.Generator().manual_seed(method.seed + number)
-        measured = _part_influence(job, parts[number], _Pass(method, generator, visited, metrics, others))
+        measured = _part_influence(job, parts[number], _Pass(number, method, visited, metrics, others))
         for name, weights in measured.items():
             found.tokens.setdefault(name, []).extend(weights)
         _keep(job.work, number, found)
@@ -118,11 +115,7 @@ def _recalled(work: Work | None, parts: int) -> tuple[int, Influence]:
     """The first part that was not measured yet, and what those before it gave together."""
     for number in reversed(range(parts)) if work is not None else ():
         if work is not None and (kept := work.recalled(_part_name(number))) is not None:
-            by_kind: dict[str, Weights] = {"tokens": {}, "outputs": {}}
-            for key, tensors in kept.items():
-                kind, _, name = key.partition("/")
-                by_kind[kind][name] = tensors
-            return number + 1, Influence(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
+            return number + 1, _unnamed(kept)
     return 0, Influence()
 
 
@@ -130,10 +123,24 @@ def _keep(work: Work | None, number: int, found: Influence) -> None:
     """What all parts up to this one gave together, instead of what those before it did: metrics are large."""
     if work is None:
         return
-    tokens = {f"tokens/{name}": weights for name, weights in found.tokens.items()}
-    work.remember(_part_name(number), tokens | {f"outputs/{name}": [metric] for name, metric in found.outputs.items()})
+    work.remember(_part_name(number), _named(found))
+    forget_trail(work, _part_name(number))
     if number:
         work.forget(_part_name(number - 1))
+
+
+def _named(found: Influence) -> Named:
+    """As the work folder keeps it."""
+    tokens = {f"tokens/{name}": weights for name, weights in found.tokens.items()}
+    return tokens | {f"outputs/{name}": [metric] for name, metric in found.outputs.items()}
+
+
+def _unnamed(kept: Named) -> Influence:
+    by_kind: dict[str, Weights] = {"tokens": {}, "outputs": {}}
+    for key, tensors in kept.items():
+        kind, _, name = key.partition("/")
+        by_kind[kind][name] = tensors
+    return Influence(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
 
 
 def _part_name(number: int) -> str:
@@ -161,15 +168,17 @@ def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
 def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
     texts, pictures_of = flat(prompts)
-    visits: list[_Visit] = []
+    trail = Trail(blocks, job.work, _part_name(own.number))
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         batches, given = batches_of(inputs), [x.clone() if x.is_inference() else x for x in inputs]
-        with resident(block) as module, torch.no_grad():
-            leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
+        leaves = known = trail.known()
+        if leaves is None:
+            with resident(block) as module, torch.no_grad():
+                leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
         for leaf in leaves:
             leaf.requires_grad_()
-        visits.append(_Visit(block, run, batches, given, leaves))
+        trail.add(Visit(block, run, batches, given, leaves), known=known is not None)
         own.visited()
         return batches.split(leaves)
 
@@ -177,11 +186,20 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
         features = walk_vision(blocks, source, pictured, step)
         seen = shown(texts, pictures_of, features, own.others)
         hidden = walk_language(blocks, source, texts, seen, step)
-        _probe(job, texts, hidden, own)
+        if not trail.turned():
+            _probe(job, texts, hidden, own)
     found: Weights = {}
     with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
-        while visits:
-            found |= _backward(visits.pop(), resident, job.device, own)
+        while trail.visits:
+            if (kept := trail.found()) is None:
+                passed = _backward(trail.last(), resident, job.device, own, len(trail.visits))
+                trail.leave(_named(passed))
+            else:
+                passed = _unnamed(kept)
+                trail.leave()
+            found |= passed.tokens
+            if own.metrics is not None:
+                own.metrics.update(passed.outputs)
             own.visited()
     return found
 
@@ -207,7 +225,7 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
         answer = states[0, first : max(first + 1, len(sample.input_ids) - 1)]
         return nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon) @ head.T
 
-    objective = own.method.objective
+    objective, generator = own.method.objective, own.drawn()
     share = 0.0 if objective == "kl" else 1.0
     if objective == "kl+logits":
         with torch.no_grad():
@@ -215,7 +233,7 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
         share = float(torch.cat(curves).double().mean()) / len(head)  # the mean trace of diag(p) - p p^T, of the identity's
 
     def signs(like: torch.Tensor) -> torch.Tensor:
-        return torch.randint(0, 2, like.shape, generator=own.generator) * 2.0 - 1.0
+        return torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1.0
 
     for sample, states in zip(texts, hidden, strict=True):
         logits = logits_of(sample, states)
@@ -227,11 +245,11 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
         torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
 
 
-def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pass) -> Weights:
-    """Weights of one block, and its inputs' gradients handed back to whatever made them."""
-    prefix, groups = visit.block.prefix, groups_of(visit.block.module)
+def _backward(visit: Visit, resident: Resident, device: torch.device, own: _Pass, number: int) -> Influence:
+    """Weights and metrics of one block, and its inputs' gradients handed back to whatever made them. number: of visits."""
+    prefix, groups, generator = visit.block.prefix, groups_of(visit.block.module), own.drawn(number)
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
-    gradients = []
+    gradients, metrics = [], {} if own.metrics is None else within(own.metrics, visit.block)
     with resident(visit.block) as module:
         for merged, leaf in zip(visit.batches.merging(visit.inputs), visit.leaves, strict=True):
             given = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -242,9 +260,9 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pas
             gradients.append(first.cpu())
             if own.metrics is not None:
                 if own.method.learn_steps:
-                    _add(own.metrics, prefix, given.to(device).flatten(0, -2), own.generator)
+                    _add(metrics, prefix, given.to(device).flatten(0, -2), generator)
                 for name, gradient in zip(kept, made, strict=True):
-                    _add(own.metrics, f"{prefix}.{name}", gradient.flatten(0, -2), own.generator)
+                    _add(metrics, f"{prefix}.{name}", gradient.flatten(0, -2), generator)
             sizes = {name: gradient.square().sum(-1).cpu() for name, gradient in zip(kept, made, strict=True)}
             weights[prefix].append(given.square().sum(-1))
             for group in groups:
@@ -253,7 +271,12 @@ def _backward(visit: _Visit, resident: Resident, device: torch.device, own: _Pas
     onwards = [(x, g) for x, g in zip(visit.inputs, visit.batches.split(gradients), strict=True) if x.requires_grad]
     if onwards:
         torch.autograd.backward([x for x, _ in onwards], [g for _, g in onwards])
-    return {name: visit.batches.split(parts) for name, parts in weights.items()}
+    return Influence({name: visit.batches.split(parts) for name, parts in weights.items()}, metrics)
+
+
+def within(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
+    """What belongs to one block, by the same names."""
+    return {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
 
 
 def _add(metrics: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:

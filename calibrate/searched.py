@@ -17,7 +17,7 @@ from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
-from calibrate.influence import Influence, Weights, measure_influence, runs_of
+from calibrate.influence import Influence, Weights, measure_influence, runs_of, within
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
 from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
@@ -132,8 +132,7 @@ def _of_block(tokens: Weights, block: Block, batches: Batches) -> dict[str, list
 
 def _inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
     """What belongs to one block, by names inside it."""
-    inside = {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
-    return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in inside.items()}
+    return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in within(named, block).items()}
 
 
 def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class Work:
         """The opposite."""
         self._measured(name).unlink(missing_ok=True)
 
+    def forget_all(self, start: str) -> None:
+        """The opposite, of all names that start so."""
+        for path in self._folder.glob(f"{start}*{MEASURED}"):
+            path.unlink()
+
     def _measured(self, name: str) -> Path:
         return self._folder / f"{name}{MEASURED}"
 

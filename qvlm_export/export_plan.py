@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.blocks import ModelBlocks, make_blocks
-from calibrate.cost import Cost, calibration_cost, kept_bytes
+from calibrate.cost import Cost, calibration_cost, kept_bytes, measured_bytes
 from calibrate.errors import UserError
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
@@ -106,10 +106,15 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
-    cost = calibration_cost(blocks, linears, samples, METHODS.get(options.effort)) if linears else Cost()
-    between = kept_bytes(blocks, samples, METHODS.get(options.effort)) if linears else 0
-    builds = backend.module is not None
-    disk = disk_needed(total_sizes(sizes), calibrates=bool(linears), builds=builds, kept_bytes=between)
+    method, builds = METHODS.get(options.effort), backend.module is not None
+    cost = calibration_cost(blocks, linears, samples, method) if linears else Cost()
+    disk = disk_needed(
+        total_sizes(sizes),
+        calibrates=bool(linears),
+        builds=builds,
+        kept_bytes=kept_bytes(blocks, samples, method),
+        measured_bytes=measured_bytes(blocks, samples, method),
+    )
     check_disk(disk, options.out, options.work_dir)
     on_host = cost if device == "cpu" else Cost()
     largest = largest_bytes(checkpoint.config)

@@ -60,10 +60,10 @@ class Disk:
         return self.out_bytes + self.work_bytes
 
 
-def disk_needed(sizes: Sizes, *, calibrates: bool, builds: bool, kept_bytes: int = 0) -> Disk:
-    """kept_bytes: of what lies between the blocks of a calibration."""
+def disk_needed(sizes: Sizes, *, calibrates: bool, builds: bool, kept_bytes: int = 0, measured_bytes: int = 0) -> Disk:
+    """kept_bytes: of what lies between the blocks of a calibration. measured_bytes: before there is anything else."""
     plans = sizes.planned_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
-    return Disk(sizes.planned_bytes + plans, sizes.planned_bytes + kept_bytes if calibrates else 0)
+    return Disk(sizes.planned_bytes + plans, max(sizes.planned_bytes + kept_bytes, measured_bytes) if calibrates else 0)
 
 
 def check_out(out: Path) -> None:

@@ -6,18 +6,21 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from small_export import mixed_samples, open_small, plan_of
 
-from calibrate import influence
+from calibrate import influence, two_sided
 from calibrate.blocks import linear_of, make_blocks, resident
+from calibrate.cost import measured_bytes
 from calibrate.errors import UserError
 from calibrate.fold import groups_of
 from calibrate.group import Rows
-from calibrate.influence import FLOOR, Weights, measure_influence
+from calibrate.influence import FLOOR, Influence, Weights, measure_influence
 from calibrate.job import Calibration
 from calibrate.method import TWO_SIDED, Method, Objective
 from calibrate.recombine import flat, recombine
@@ -25,6 +28,7 @@ from calibrate.record import labels_of
 from calibrate.samples import Sample
 from calibrate.search import relative_error
 from calibrate.statistics import token_labels
+from calibrate.trail import Trail, Visit
 from calibrate.walk import walk_language, walk_vision
 from calibrate.work import Work, holds_work
 
@@ -181,55 +185,109 @@ def test_rows_that_count_nothing_change_nothing() -> None:
     assert error == pytest.approx(relative_error([seen[None, :25]], [wanted[None, :25]]), rel=1e-6)
 
 
-def test_a_killed_measurement_goes_on_behind_its_last_part(job: Calibration, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(influence, "PART_VALUES", 1)
-    method = Method(variants=(TWO_SIDED,), objective="modality")
-    prompts, whole = alone(job), measure_influence(job, alone(job), method)
-    kept, shares = replace(job, work=Work(tmp_path)), []
+class Counted:
+    """A source that counts how often each tensor is read."""
 
-    def killed(share: float) -> None:
-        shares.append(share)
-        if share > 1 / len(prompts):  # in the second part
-            raise KeyboardInterrupt
+    def __init__(self, job: Calibration) -> None:
+        self._source, self.loads = job.source, Counter[str]()
 
-    with pytest.raises(KeyboardInterrupt):
-        measure_influence(kept, prompts, method, killed)
-    assert shares == sorted(shares)
-    assert holds_work(tmp_path)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    again: list[float] = []
-    found = measure_influence(replace(job, work=Work(tmp_path)), prompts, method, again.append)
-    assert again[0] == 1 / len(prompts)
-    assert again[-1] == 1.0
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # the sums of all parts, in place of those before
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def load(self, name: str) -> np.ndarray:
+        self.loads[name] += 1
+        return self._source.load(name)
+
+    def blocks(self, job: Calibration) -> int:
+        """How often a block was read, of all blocks together."""
+        blocks = (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)
+        return sum(self.loads[block.tensor_names()[0]] for block in blocks)
+
+
+def kept_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.safetensors"))
+
+
+def assert_same(found: Influence, whole: Influence) -> None:
     assert found.tokens.keys() == whole.tokens.keys()
     for name, weights in whole.tokens.items():
         assert all(torch.equal(*pair) for pair in zip(found.tokens[name], weights, strict=True)), name
     assert found.outputs.keys() == whole.outputs.keys()
     assert all(torch.equal(found.outputs[name], metric) for name, metric in whole.outputs.items())
 
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_killed_measurement_goes_on_behind_its_last_block(
+    job: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """Killed behind every block, there and back: nothing is computed again, and the same bits are found."""
+    monkeypatch.setattr(two_sided, "SKETCHED", 16)  # signs are drawn on the way back, too
+    if parts > 1:
+        monkeypatch.setattr(influence, "PART_VALUES", 1)
+    job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:parts])
+    method = Method(variants=(TWO_SIDED,), objective="modality", learn_steps=1)
+    shares: list[float] = []
+    whole = measure_influence(job, alone(job), method, shares.append)
+    assert shares == sorted(shares)
+    visits = 2 * parts * job.blocks.count()
+    assert len(shares) == visits + parts
+    for stop in range(0, len(shares), 1 if parts == 1 else 3):
+        folder = tmp_path / str(stop)
+        told: list[float] = []
+
+        def killed(share: float, told: list[float] = told, stop: int = stop) -> None:
+            told.append(share)
+            if len(told) > stop:
+                raise KeyboardInterrupt
+
+        first, second = Counted(job), Counted(job)
+        with pytest.raises(KeyboardInterrupt):
+            measure_influence(replace(job, source=first, work=Work(folder)), alone(job), method, killed)  # type: ignore[arg-type]
+        assert holds_work(folder)
+        found = measure_influence(replace(job, source=second, work=Work(folder)), alone(job), method)  # type: ignore[arg-type]
+        assert first.blocks(job) + second.blocks(job) == visits
+        assert_same(found, whole)
+        assert kept_in(folder) == [f"influence-{parts - 1:04}.safetensors"]  # the sums of all parts, and no trail
+
+
+def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
+    job: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    lying: list[int] = []
+    backward = influence._backward
+
+    def watched(visit: Visit, *rest: Any) -> Influence:
+        lying.append(sum(path.stat().st_size for path in tmp_path.rglob("*-there-*")))
+        held.append(sum(leaf.untyped_storage().nbytes() > 0 for other in passed for leaf in other.leaves))
+        return backward(visit, *rest)
+
+    passed: list[Visit] = []
+    add = Trail.add
+    monkeypatch.setattr(Trail, "add", lambda self, visit, known: (passed.append(visit), add(self, visit, known=known)))
+    monkeypatch.setattr(influence, "_backward", watched)
+    job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:1])
+    method = Method(objective="logits")
+    measure_influence(replace(job, work=Work(tmp_path)), alone(job), method)
+    assert 0 < max(lying) <= measured_bytes(job.blocks, job.samples, method)  # which the preflight asks the disk for
+    # Of the last block, which the head read; of the last layer of the tower, which is cut; of the projector; and the inputs.
+    assert held[0] == 4
+    assert len(held) == job.blocks.count()
+
+
+def test_damaged_and_shortened_files_are_told(job: Calibration, tmp_path: Path) -> None:
+    method, kept = Method(objective="logits"), replace(job, work=Work(tmp_path))
+    measure_influence(kept, alone(job), method)
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
-        measure_influence(replace(job, work=Work(tmp_path)), prompts, method)
+        measure_influence(replace(job, work=Work(tmp_path)), alone(job), method)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """There and back; the pictures of others are not computed where nothing is mixed."""
-
-    class Counted:
-        def __init__(self) -> None:
-            self.loads: Counter[str] = Counter()
-
-        def __contains__(self, name: object) -> bool:
-            return name in job.source
-
-        def load(self, name: str) -> np.ndarray:
-            self.loads[name] += 1
-            return job.source.load(name)
-
-    source = Counted()
+    source = Counted(job)
     if parts > 1:
         monkeypatch.setattr(influence, "PART_VALUES", 1)
     samples = job.samples[:parts]

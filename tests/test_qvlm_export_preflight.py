@@ -17,6 +17,8 @@ def test_disk_holds_every_copy() -> None:
     sizes = Sizes(1000, 400)
     assert disk_needed(sizes, calibrates=False, builds=False) == Disk(400, 0)
     assert disk_needed(sizes, calibrates=True, builds=False, kept_bytes=7) == Disk(400, 407)
+    assert disk_needed(sizes, calibrates=True, builds=False, kept_bytes=7, measured_bytes=500) == Disk(400, 500)
+    assert disk_needed(sizes, calibrates=False, builds=False, measured_bytes=500) == Disk(400, 0)
     assert disk_needed(sizes, calibrates=True, builds=True).bytes == 1200 + 2 * PLAN_OVERHEAD_BYTES
 
 
