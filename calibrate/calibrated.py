@@ -44,10 +44,10 @@ class QuantizedLinear:
 
     def dequantized(self) -> np.ndarray:
         """float32 [out, in]."""
-        scale = self.scale.astype(np.float32)
-        if self.scheme.group_size is None:
-            return self.codes.astype(np.float32) * scale[:, None]
-        return self.codes.astype(np.float32) * np.repeat(scale, self.scheme.group_size, axis=1)
+        weight = self.codes.astype(np.float32)
+        groups = weight.reshape(len(weight), -1, self.scheme.group_size or weight.shape[1])
+        groups *= self.scale.astype(np.float32).reshape(len(weight), -1, 1)
+        return weight
 
 
 class CalibratedCheckpoint:

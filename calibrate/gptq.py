@@ -22,6 +22,7 @@ from calibrate.scheme import LinearScheme
 from calibrate.threads import each_on_one_thread
 
 BLOCK_COLUMNS = 128
+FAR_COLUMNS = 8 * BLOCK_COLUMNS  # whose debt to the columns beyond them is one product, large enough for `products.py`
 SOLVED = 1024  # outputs whose weights are aimed at a time, by a thread of their own
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 FRACTIONS = (0.93, 0.86, 0.8)  # of the whole range of a group
@@ -105,18 +106,22 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     codes = weight.T[order]  # a column is its weight until it is rounded
     errors = torch.empty_like(codes)
     code = torch.empty_like(codes[0])
-    for end in range(len(codes), 0, -BLOCK_COLUMNS):
-        start = max(0, end - BLOCK_COLUMNS)
-        near = upper[start:end, start:end].float().T.contiguous()
-        owed = upper[start:end, end:].float() @ errors[end:]  # (e L) of the block's columns, [block, out]
-        # Rows are taken out once: finding one takes as long as an operation on a short one.
-        block = [tensor.unbind() for tensor in (codes[start:end], errors[start:end], owed, near, near.diagonal())]
-        for at, (exact, error, owes, row, pivot) in reversed(list(enumerate(zip(*block, strict=True)))):
-            step = steps[groups[start + at]]
-            torch.addcdiv(exact, owes, pivot, out=code).div_(step).round_().clamp_(scheme.qmin, scheme.qmax)
-            torch.addcmul(exact, code, step, value=-1, out=error)
-            exact.copy_(code)
-            owed[:at].addr_(row[:at], error)
+    for late in range(len(codes), 0, -FAR_COLUMNS):
+        early = max(0, late - FAR_COLUMNS)
+        owed = upper[early:late, late:].float() @ errors[late:]  # (e L) of these columns, [columns, out]
+        for end in range(late, early, -BLOCK_COLUMNS):
+            start = max(early, end - BLOCK_COLUMNS)
+            own = owed[start - early : end - early]
+            own += upper[start:end, end:late].float() @ errors[end:late]
+            near = upper[start:end, start:end].float().T.contiguous()
+            # Rows are taken out once: finding one takes as long as an operation on a short one.
+            block = [tensor.unbind() for tensor in (codes[start:end], errors[start:end], own, near, near.diagonal())]
+            for at, (exact, error, owes, row, pivot) in reversed(list(enumerate(zip(*block, strict=True)))):
+                step = steps[groups[start + at]]
+                torch.addcdiv(exact, owes, pivot, out=code).div_(step).round_().clamp_(scheme.qmin, scheme.qmax)
+                torch.addcmul(exact, code, step, value=-1, out=error)
+                exact.copy_(code)
+                own[:at].addr_(row[:at], error)
     restored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     restored[:, order] = codes.T.to(torch.int8)
     return restored

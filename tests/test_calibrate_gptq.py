@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibrate import gptq
 from calibrate.gptq import (
     DAMPING,
     FRACTIONS,
@@ -58,6 +59,16 @@ def test_codes_equal_the_slow_reference(scheme):
     # float32 against float64: a value that lies on a rounding edge may fall the other way
     assert (got.numpy() != wanted).mean() < 0.01
     assert np.abs(got.numpy().astype(int) - wanted).max() <= 1
+
+
+def test_blocks_of_columns_do_not_show_in_the_codes(monkeypatch):
+    weight, inputs = problem(11, rows=40)
+    rounder, scale = make_rounder(inputs.T @ inputs), weight_scale(group_amax(weight, INT4), INT4)
+    whole = gptq_round(weight, rounder, scale, INT4)
+    for block, far in ((128, 128), (16, 48), (5, 35), (1, 1)):
+        monkeypatch.setattr(gptq, "BLOCK_COLUMNS", block)
+        monkeypatch.setattr(gptq, "FAR_COLUMNS", far)
+        assert (gptq_round(weight, rounder, scale, INT4) != whole).float().mean() < 0.005  # on the edge between two codes
 
 
 @pytest.mark.parametrize("seed", range(5))
