@@ -15,13 +15,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-LEAST = 512  # rows, columns and summands below which copying takes what the product gains
+LEAST = 512  # rows, columns and summands below which a call takes what the product gains
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
 def is_quicker() -> bool:
     """Whether this processor gains by it: asked of the processor, not measured, so that every run decides alike."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and is_there()
+
+
+def is_there() -> bool:
+    """Whether this torch has oneDNN's linear layer for dense tensors, which is what its own compiler calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @contextmanager
@@ -56,5 +61,34 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).to_mkldnn()
-    return nn.functional.linear(rows, weight, bias).to_dense().reshape(*x.shape[:-1], len(weight))
+    rows = x.reshape(-1, x.shape[-1])
+    found: torch.Tensor = _Linear.apply(rows, weight, bias)
+    return found.reshape(*x.shape[:-1], len(weight))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias. x: [rows, in]; weight: [out, in]."""
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """The same with gradients; what they do not need is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `_product`."""
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of x, weight and bias, by that of the output [rows, out]."""
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        return (
+            None if weight is None else _product(gradient, weight.T),
+            None if x is None else _product(gradient.T, x.T),
+            gradient.sum(0) if ctx.needs_input_grad[2] else None,
+        )

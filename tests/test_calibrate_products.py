@@ -17,7 +17,7 @@ SIZE = LEAST + 9
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN computes on every processor; only whether it is quicker is asked of this one."""
-    monkeypatch.setattr(products, "is_quicker", lambda: True)
+    monkeypatch.setattr(products, "is_quicker", products.is_there)
 
 
 @pytest.fixture
@@ -65,6 +65,19 @@ def test_a_linear_layer(shape: tuple[int, ...], bias: bool, taken: list[tuple[in
     close(y, wanted)
     for mine, true in zip(found, torch.autograd.grad(wanted, [given, *exact.parameters()], towards.double()), strict=True):
         close(mine, true)
+
+
+def test_what_gradients_do_not_need_is_not_kept() -> None:
+    """Weights of a model that is only measured have no gradients, so that no layer's input need stay for them."""
+    kept: list[int] = []
+    x, weight = drawn(SIZE, SIZE).requires_grad_(), drawn(LEAST, SIZE)
+    with quick_products(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        nn.functional.linear(x, weight)
+    assert kept == [weight.data_ptr()]
+
+
+def test_it_is_there_in_the_torch_that_is_pinned() -> None:
+    assert products.is_there() == torch.backends.mkldnn.is_available()
 
 
 def test_matmul_of_any_strides(taken: list[tuple[int, ...]]) -> None:
@@ -129,6 +142,6 @@ def test_where_it_is_not_quicker_nothing_is_taken(taken: list[tuple[int, ...]], 
 
 def test_only_avx512_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for capability, wanted in (("AVX512", torch.backends.mkldnn.is_available()), ("AVX2", False), ("DEFAULT", False)):
+    for capability, wanted in (("AVX512", products.is_there()), ("AVX2", False), ("DEFAULT", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert products.is_quicker() == wanted
