@@ -116,15 +116,18 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Processor seconds and peak memory against parameters, for each effort."""
+    """Processor seconds and peak memory against parameters, for each effort and kind of processor."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for effort in sorted({row["effort"] for row in rows}):
-        mine = sorted((row for row in rows if row["effort"] == effort), key=lambda row: row["parameters"])
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["parameters"]):
+        vectors = row["machine"].split(", ")[2:]  # older rows do not say
+        lines.setdefault(", ".join([row["effort"], *vectors]), []).append(row)
+    for label, mine in sorted(lines.items()):
         billions = [row["parameters"] / 1e9 for row in mine]
-        axes[0].plot(billions, [row["cpu_seconds"] for row in mine], "o-", label=effort)
-        axes[1].plot(billions, [row["peak_bytes"] / 2**30 for row in mine], "o-", label=effort)
-    for axis, label in zip(axes, ("processor seconds, all stages", "GiB resident, without the engine build"), strict=True):
-        axis.set(xlabel="billion parameters", ylabel=label, xscale="log", yscale="log")
+        axes[0].plot(billions, [row["cpu_seconds"] for row in mine], "o-", label=label)
+        axes[1].plot(billions, [row["peak_bytes"] / 2**30 for row in mine], "o-", label=label)
+    for axis, ylabel in zip(axes, ("processor seconds, all stages", "GiB resident, without the engine build"), strict=True):
+        axis.set(xlabel="billion parameters", ylabel=ylabel, xscale="log", yscale="log")
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
