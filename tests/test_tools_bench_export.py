@@ -7,6 +7,7 @@ import sys
 import bench_block
 import bench_export
 import pytest
+from matplotlib.axes import Axes
 
 SCRIPT = """
 import json, os
@@ -34,9 +35,14 @@ def test_a_command_that_fails_ends_the_benchmark():
         bench_export.measured([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_the_plot_is_drawn_from_the_rows(tmp_path):
+def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
+    """A line for each kind of processor, from the smallest model to the largest."""
     rows = [{"effort": "rtn", "parameters": n * 10**9, "cpu_seconds": 30.0 * n, "peak_bytes": n * 2**30} for n in (13, 1, 7)]
-    bench_export.plot(rows, tmp_path / "plot.png")
+    machines = ["2 cores, x86_64", "2 cores, x86_64", "2 cores, x86_64, AVX512"]
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1])) or plot(*args, label=label))
+    bench_export.plot([row | {"machine": m} for row, m in zip(rows, machines, strict=True)], tmp_path / "plot.png")
+    assert drawn[::2] == [("rtn", [1, 13]), ("rtn, AVX512", [7])]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
