@@ -27,6 +27,8 @@ questions (`--questions 10000`), calibrated as before.
 All linears but lm_head, symmetric; weights of 3 and 4 bits in groups of 64, of 6 and 8 bits a scale per output channel;
 activations one static scale per tensor. Everything is simulated in torch in float32. One thread; seconds are the
 processor's and leave out loading; memory is the peak of the process while it calibrates, torch and the model included.
+Seconds of one day can be compared with each other; on another day it may have been another processor. Last bits that differ
+between processors move the KL of one seed by up to a factor of two, as a code on the edge falls to the other side.
 
 Peers run as released, each in its own environment with the same torch: a line shows the recipe that did best in that
 column. modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be folded
@@ -51,6 +53,7 @@ class Median:
     column: str
     seeds: int
     values: Mapping[str, float]
+    measured: str  # the day, of the newest seed
 
 
 def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[Median]:
@@ -60,7 +63,15 @@ def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> l
         if record["row"] in lines:
             cells.setdefault((record["model"], record["row"], record["column"]), []).append(record)
     return [
-        Median(model, row, lines[row], column, len(found), {m: statistics.median(r[m] for r in found) for m in METRICS})
+        Median(
+            model,
+            row,
+            lines[row],
+            column,
+            len(found),
+            {m: statistics.median(r[m] for r in found) for m in METRICS},
+            max(r["measured"] for r in found),
+        )
         for (model, row, column), found in cells.items()
     ]
 
@@ -120,15 +131,15 @@ def ablation_table(records: Sequence[Mapping[str, Any]], model: str) -> list[str
 def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
     """Every row of a column with everything that was measured, best first."""
     table = [
-        "| row | seeds | KL, nats | SQNR, dB | top-1, % | exact match, % | seconds | peak, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | seeds | KL, nats | SQNR, dB | top-1, % | exact match, % | seconds | peak, MiB | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     fitting = [c for c in cells if (c.model, c.column) == (model, column)]
     for cell in sorted(fitting, key=lambda c: c.values["kl"]):
         v = cell.values
         table.append(
             f"| {cell.row} | {cell.seeds} | {number(v['kl'])} | {v['sqnr_db']:.1f} | {100 * v['top1']:.2f} | "
-            f"{100 * v['exact_match']:.1f} | {v['seconds']:.0f} | {v['peak_bytes'] / 2**20:.0f} |"
+            f"{100 * v['exact_match']:.1f} | {v['seconds']:.0f} | {v['peak_bytes'] / 2**20:.0f} | {cell.measured} |"
         )
     return table
 
