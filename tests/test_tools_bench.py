@@ -129,9 +129,10 @@ def test_medians_and_the_best_of_a_line(tmp_path):
         "peak_bytes": 1,
         "settings": {},
         "versions": {},
+        "measured": "2026-11-20",
     }
     records = [
-        {"model": "m", "row": row, "column": "W8A8", "seed": seed, "kl": kl, **values}
+        {"model": "m", "row": row, "column": "W8A8", "seed": seed, "kl": kl, **values, "measured": f"2026-11-{21 + seed}"}
         for row, kls in {"a": (3.0, 1.0, 2.0), "b": (1.5, 9.0, 1.0), "c": (0.1,)}.items()
         for seed, kl in enumerate(kls)
     ]
@@ -144,6 +145,7 @@ def test_medians_and_the_best_of_a_line(tmp_path):
     write_tables([*records, {"model": "m", "row": "float32", "column": "float32", "exact_match": 0.9}], lines, tmp_path)
     text = (tmp_path / "methods.md").read_text()
     assert "| peer, best | 1.5 / 1 | – |" in text
+    assert "| a | 3 | 2 | 1.0 | 100.00 | 50.0 | 1 | 0 | 2026-11-23 |" in text  # the day of the newest seed
     assert "### m, judged on 5,000 questions" in text
     assert "| 0.7 / 1 (1) |" in text
     assert len(json.loads((tmp_path / "bench_methods.json").read_text())["medians"]) == 3
