@@ -66,6 +66,10 @@ class ModelBlocks:
         """Of the decoder's hidden states."""
         return self.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
 
+    def patches(self) -> int:
+        """Tokens of a picture in the tower."""
+        return int(self.entries[0].module.get_parameter("position_embedding.weight").shape[0])
+
     def count(self) -> int:
         """Blocks that a calibration pass visits."""
         return len(self.vision_layers) + 1 + len(self.text_layers)

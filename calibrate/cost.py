@@ -25,6 +25,7 @@ from calibrate.recall import is_known
 from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
+from calibrate.trail import WHOLE_BYTES, is_kept
 from calibrate.two_sided import SKETCHED
 from calibrate.undecided import SHARES, Pair, pairs
 
@@ -85,7 +86,7 @@ def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | N
 def kept_bytes(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> int:
     """Most that lies on disk between blocks: inputs and outputs of one, and the tower's layers that the projector reads."""
     item = FLOAT32_BYTES // 2 if is_narrow(blocks, samples, method) else FLOAT32_BYTES
-    patches = _patches(blocks) * sum(len(sample.pixel_values) for sample in samples)
+    patches = blocks.patches() * sum(len(sample.pixel_values) for sample in samples)
     vision = (1 + len(blocks.features)) * patches * _width(blocks.vision_layers[0])
     text = 2 * sum(_text_lengths(blocks, samples, method)) * _width(blocks.text_layers[0])
     return item * _streams(method) * max(vision + patches * _width(blocks.text_layers[0]), text)
@@ -129,14 +130,15 @@ def calibration_cost(
 ) -> Cost:
     """method: of the searching calibrator, None for round-to-nearest."""
     texts = _text_lengths(blocks, samples, method)
-    patches = _patches(blocks)
+    patches = blocks.patches()
     pictures = [patches] * sum(len(sample.pixel_values) for sample in samples)
     vision = (*blocks.vision_layers, blocks.projector)
     parts = [*((block, pictures) for block in vision), *((block, texts) for block in blocks.text_layers)]
     if method is not None:
         probed = Cost()
         if method.objective != "plain":
-            probed = sum((_probed(b, lengths, method) for b, lengths in parts), Cost())
+            kept = is_kept(blocks, len(pictures), sum(texts))
+            probed = sum((_probed(b, lengths, method, kept=kept) for b, lengths in parts), Cost())
             # Of what flows between the blocks, a block's inputs and outputs, and the gradients of both.
             flowing = 4 * FLOAT32_BYTES * min(PART_VALUES // blocks.count(), blocks.text_width() * sum(texts))
             probed = replace(probed, memory_bytes=probed.memory_bytes + flowing)
@@ -174,14 +176,17 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
     )
 
 
-def _probed(block: Block, lengths: Sequence[int], method: Method) -> Cost:
-    """Twice forwards, once backwards to the inputs: for linears as much again, for attention twice; the outputs' metrics."""
+def _probed(block: Block, lengths: Sequence[int], method: Method, *, kept: bool) -> Cost:
+    """Forwards and, unless all of that is kept, again; once backwards to the inputs: for linears as much as forwards, for
+    attention twice; the outputs' metrics."""
     together = max((min(lengths.count(n) * n, max(n, BATCH_TOKENS)) for n in set(lengths)), default=0)  # one call's tokens
-    memory = FLOAT32_BYTES * int(_weights(block) + _elements(block, [together]))
-    flops = 3 * _linear_flops(block, lengths) + 4 * _attention_flops(block, lengths)
+    memory = WHOLE_BYTES if kept else FLOAT32_BYTES * int(_weights(block) + _elements(block, [together]))
+    runs = 1 if kept else 2
+    flops = (runs + 1) * _linear_flops(block, lengths) + (runs + 2) * _attention_flops(block, lengths)
     if method.two_sided():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
-    return Cost(flops, forwards=2 * len(lengths), memory_bytes=memory, elements=3 * _elements(block, lengths))
+    elements = (runs + 1) * _elements(block, lengths)
+    return Cost(flops, forwards=runs * len(lengths), memory_bytes=memory, elements=elements)
 
 
 def _metrics_bytes(block: Block, method: Method) -> int:
@@ -322,7 +327,3 @@ def _weights(block: Block, names: Iterable[str] | None = None) -> int:
 
 def _width(block: Block) -> int:
     return linear_of(block.module, block.linear_names()[0].removeprefix(f"{block.prefix}.")).in_features
-
-
-def _patches(blocks: ModelBlocks) -> int:
-    return int(blocks.entries[0].module.get_parameter("position_embedding.weight").shape[0])

@@ -11,14 +11,14 @@ they have as much of it: a divergence that few tokens decide says little about m
 Of the same gradients, for every linear: in which directions its output matters (`two_sided.py`).
 
 Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept
-(`trail.py`), so many samples go through in parts.
+(`trail.py`), so many samples go through in parts. Of a small model everything is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from calibrate.batches import batches_of, parted
-from calibrate.blocks import Block, ModelBlocks, linear_of, load_finite
-from calibrate.fold import groups_of
+from calibrate.blocks import Block, ModelBlocks, load_finite
+from calibrate.fold import groups_of, linears_of
 from calibrate.heap import trim_heap
 from calibrate.job import Calibration
 from calibrate.method import Method, Objective
@@ -36,7 +36,7 @@ from calibrate.record import labels_of
 from calibrate.residents import Resident, residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
-from calibrate.trail import Trail, Visit, forget_trail
+from calibrate.trail import Passed, Trail, Visit, forget_trail, is_kept, passed
 from calibrate.two_sided import add_gradients, empty_metric
 from calibrate.undecided import features_of
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
@@ -63,13 +63,15 @@ class Influence:
 @dataclass(frozen=True)
 class _Pass:
     """One part's way through the model. metrics: of all parts so far, by linear, and by block where it learns; None where
-    nobody asks. others: features that prompts are mixed with. visited: is called twice for every block."""
+    nobody asks. others: features that prompts are mixed with. visited: is called twice for every block. keeps:
+    whether what is computed on the way there is kept for the way back."""
 
     number: int
     method: Method
     visited: Callable[[], None]
     metrics: dict[str, torch.Tensor] | None
     others: Mapping[int, torch.Tensor]
+    keeps: bool
 
     def drawn(self, block: int | None = None) -> torch.Generator:
         """What signs are drawn from: for the probe, or in a block, so that a resumed run draws the same."""
@@ -80,7 +82,8 @@ class _Pass:
 def measure_influence(
     job: Calibration, prompts: Prompts, method: Method, progress: Callable[[float], None] = lambda _: None
 ) -> Influence:
-    """Nothing for the objective `plain`. Reads the weights twice for every part of the samples.
+    """Nothing for the objective `plain`. Reads the weights twice for every part of the samples, once where
+    all that is computed is kept (`trail.is_kept`).
 
     What an interrupted run measured is not measured again. progress: is told which share is done.
     """
@@ -93,6 +96,7 @@ def measure_influence(
         progress(first / len(parts))
     metrics = found.outputs if method.two_sided() else None
     others = _other_features(job, prompts) if first < len(parts) else {}
+    keeps = _keeps(job, prompts)
     for number in range(first, len(parts)):
         visits = itertools.count(1)
 
@@ -100,7 +104,7 @@ def measure_influence(
             progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
         trim_heap()
-        measured = _part_influence(job, parts[number], _Pass(number, method, visited, metrics, others))
+        measured = _part_influence(job, parts[number], _Pass(number, method, visited, metrics, others, keeps))
         for name, weights in measured.items():
             found.tokens.setdefault(name, []).extend(weights)
         _keep(job.work, number, found)
@@ -156,7 +160,12 @@ def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> tuple[i
         for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
     )
     once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    return 2 * once + others, once
+    return (1 if _keeps(job, prompts) else 2) * once + others, once
+
+
+def _keeps(job: Calibration, prompts: Prompts) -> bool:
+    pictures = sum(len(sample.pixel_values) for sample in job.samples)
+    return is_kept(job.blocks, pictures, sum(len(text.input_ids) for text in flat(prompts)[0]))
 
 
 def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
@@ -173,12 +182,17 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         batches, given = batches_of(inputs), [x.clone() if x.is_inference() else x for x in inputs]
         leaves = known = trail.known()
+        kept: list[Passed] = []
         if leaves is None:
-            with resident(block) as module, torch.no_grad():
-                leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
+            with resident(block) as module, torch.set_grad_enabled(own.keeps):
+                if own.keeps:
+                    kept = [passed(module, run, x.to(job.device), linears_of(module)) for x in batches.merging(given)]
+                    leaves = [one.out.detach().cpu().clone() for one in kept]
+                else:
+                    leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
         for leaf in leaves:
             leaf.requires_grad_()
-        trail.add(Visit(block, run, batches, given, leaves), known=known is not None)
+        trail.add(Visit(block, run, batches, given, leaves, kept), known=known is not None)
         own.visited()
         return batches.split(leaves)
 
@@ -192,14 +206,14 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
         while trail.visits:
             if (kept := trail.found()) is None:
-                passed = _backward(trail.last(), resident, job.device, own, len(trail.visits))
-                trail.leave(_named(passed))
+                back = _backward(trail.last(), resident, job.device, own, len(trail.visits))
+                trail.leave(_named(back))
             else:
-                passed = _unnamed(kept)
+                back = _unnamed(kept)
                 trail.leave()
-            found |= passed.tokens
+            found |= back.tokens
             if own.metrics is not None:
-                own.metrics.update(passed.outputs)
+                own.metrics.update(back.outputs)
             own.visited()
     return found
 
@@ -250,13 +264,11 @@ def _backward(visit: Visit, resident: Resident, device: torch.device, own: _Pass
     prefix, groups, generator = visit.block.prefix, groups_of(visit.block.module), own.drawn(number)
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
     gradients, metrics = [], {} if own.metrics is None else within(own.metrics, visit.block)
-    with resident(visit.block) as module:
-        for merged, leaf in zip(visit.batches.merging(visit.inputs), visit.leaves, strict=True):
+    with nullcontext(visit.block.module) if visit.passed else resident(visit.block) as module:
+        for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
             given = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            x = merged.detach().to(device).requires_grad_()
-            with _kept_outputs(module, [name for group in groups for name in group.linears]) as kept:
-                out = visit.run(module, x)
-            first, *made = torch.autograd.grad(out, [x, *kept.values()], given.to(device), materialize_grads=True)
+            kept = one.linears
+            first, *made = torch.autograd.grad(one.out, [one.x, *kept.values()], given.to(device), materialize_grads=True)
             gradients.append(first.cpu())
             if own.metrics is not None:
                 if own.method.learn_steps:
@@ -274,6 +286,14 @@ def _backward(visit: Visit, resident: Resident, device: torch.device, own: _Pass
     return Influence({name: visit.batches.split(parts) for name, parts in weights.items()}, metrics)
 
 
+def _again(visit: Visit, module: nn.Module, device: torch.device) -> Iterator[Passed]:
+    """Every batch through the block, computed again where that was not kept."""
+    if visit.passed:
+        return iter(visit.passed)
+    names = linears_of(module)
+    return (passed(module, visit.run, x.to(device), names) for x in visit.batches.merging(visit.inputs))
+
+
 def within(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
     """What belongs to one block, by the same names."""
     return {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
@@ -282,21 +302,6 @@ def within(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
 def _add(metrics: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:
     metric = metrics[name] if name in metrics else empty_metric(gradients.shape[1])
     metrics[name] = add_gradients(metric, gradients, generator)
-
-
-@contextmanager
-def _kept_outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """The outputs of linears, of the forward pass inside."""
-    kept: dict[str, torch.Tensor] = {}
-    handles = [
-        linear_of(module, name).register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-        for name in names
-    ]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]:

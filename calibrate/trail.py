@@ -6,26 +6,76 @@ that was killed goes on behind the last block it had passed, on either way, to t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from calibrate.batches import Batches
-from calibrate.blocks import Block, ModelBlocks
+from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.walk import Run
 from calibrate.work import Named, Work
+
+WHOLE_BYTES = 2**29  # of all that a forward pass computes, up to which it is kept for the way back
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One batch through a block, for its gradients: what went in, what each linear gave, by name inside the block, and what
+    came out."""
+
+    x: torch.Tensor
+    linears: dict[str, torch.Tensor]
+    out: torch.Tensor
+
+
+def passed(module: nn.Module, run: Run, x: torch.Tensor, names: Sequence[str]) -> Passed:
+    """x: float32 [B, tokens, width]. names: of the linears whose outputs are asked for."""
+    given, kept = x.detach().requires_grad_(), dict[str, torch.Tensor]()
+    with _kept_outputs(module, names, kept):
+        return Passed(given, kept, run(module, given))
+
+
+@contextmanager
+def _kept_outputs(module: nn.Module, names: Sequence[str], kept: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Puts the outputs of linears into `kept`, of the forward pass inside."""
+    handles = [
+        linear_of(module, name).register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_kept(blocks: ModelBlocks, pictures: int, tokens: int) -> bool:
+    """Whether the model and its inputs are so small that nothing has to be computed again on the way back.
+
+    By what linears read and make, and their weights. tokens: of all prompts in the decoder.
+    """
+    values = 0
+    for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
+        linears = [layer for layer in block.module.modules() if isinstance(layer, nn.Linear)]
+        seen = tokens if block in blocks.text_layers else pictures * blocks.patches()
+        values += sum(x.weight.numel() + seen * (x.in_features + x.out_features) for x in linears)
+    return 4 * values <= WHOLE_BYTES
 
 
 @dataclass(frozen=True)
 class Visit:
     """A block that ran: its inputs, parts of the leaves before it, which lie in memory once, and the leaves that its outputs
-    became, one a batch."""
+    became, one a batch. passed: every batch, or none where it has to be computed again."""
 
     block: Block
     run: Run
     batches: Batches
     inputs: list[torch.Tensor]
     leaves: list[torch.Tensor]
+    passed: list[Passed]
 
 
 class Trail:

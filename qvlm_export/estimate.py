@@ -11,19 +11,24 @@ import torch
 
 from calibrate.cost import Cost
 from calibrate.errors import UserError
-from calibrate.scheme import GROUPED_BITS, LinearScheme
+from calibrate.scheme import LinearScheme
 from calibrate.work import MEMORY_BYTES
+from engines.backend import Backend
+from engines.build_rate import build_rate
 from engines.config import ModelConfig
 from engines.graph import expected_shapes
-from qvlm_export.machine import Machine
+from qvlm_export.machine import BUILT_BYTES, Machine
 from qvlm_export.preflight import Sizes
 
 # Resident once torch, transformers and onnx are imported and the processor is loaded.
 PROGRAM_BYTES = 700 * 2**20
 CUDA_BYTES = 700 * 2**20  # of CUDA and its libraries on a GPU, before a tensor is made
-# TensorRT-RTX 1.7 on one core: seconds for a plan's fixed part and for each GiB of it (tiny, 1B, 7B, 13B; writing overlaps).
+# TensorRT-RTX 1.7 on one core: seconds for the start and for each planned linear, beside what a byte of INT4 takes by a rate
+# that is measured; what is not INT4 takes this share of that. Fitted to tiny, 1B, 7B and 13B on two processors.
+BUILD_SECONDS, BUILD_SECONDS_PER_LINEAR, BUILD_OTHER = 0.5, 0.02, 0.4
+BUILD_MEASURED_BYTES = 2**28  # of a plan whose building takes so long that measuring pays
 # Its memory in sizes of the plan, beside PROGRAM_BYTES (2.4 to 2.9: mapped weights count until somebody needs their pages).
-BUILD_SECONDS, BUILD_SECONDS_PER_GIB, BUILD_COPIES = 1.5, 18.0, 2.5
+BUILD_COPIES = 2.5
 GRAPH_SECONDS_PER_GIB = 1.0  # beside packing and writing, by the same four sizes
 CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
@@ -74,10 +79,12 @@ def estimate(
         moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving
     gib = sizes.planned_bytes / 2**30
-    packing = _grouped_weights(linears, sizes) / (machine.packed * machine.threads) + GRAPH_SECONDS_PER_GIB * gib
+    packing = 2 * sizes.int4_bytes / (machine.packed * machine.threads) + GRAPH_SECONDS_PER_GIB * gib
     seconds["graph"] = packing / machine.share + sizes.planned_bytes / machine.written_bytes
     if builds:
-        seconds["build"] = (2 * BUILD_SECONDS + BUILD_SECONDS_PER_GIB * gib) / machine.share
+        laid_out = sizes.int4_bytes + BUILD_OTHER * (sizes.planned_bytes - sizes.int4_bytes)
+        fixed = BUILD_SECONDS + BUILD_SECONDS_PER_LINEAR * len(linears)
+        seconds["build"] = (fixed + laid_out / machine.built_bytes) / machine.share
     copies = 1 if builds else 1 + int(bool(linears))  # graphs and calibrated checkpoint are hashed while engines are built
     reading = CHECK_SECONDS_PER_GIB * gib if builds else 0.0
     seconds["check"] = (copies * sizes.planned_bytes / machine.hashed_bytes + reading) / machine.share
@@ -86,6 +93,14 @@ def estimate(
         memory = max(memory, PROGRAM_BYTES + max(part.planned_bytes for part in parts.values()))
     build = build_memory(parts) if builds else 0
     return Estimate({name: round(value, 1) for name, value in seconds.items()}, round(floor, 1), memory, build)
+
+
+def build_bytes(backend: Backend, parts: Mapping[str, Sizes]) -> float:
+    """Bytes of INT4 weights that the backend builds in a second; measured where more than a second hangs on it."""
+    sizes = total_sizes(parts)
+    if backend.module is None or sizes.planned_bytes < BUILD_MEASURED_BYTES:
+        return BUILT_BYTES
+    return build_rate(backend, int4=True) if sizes.int4_bytes else BUILD_OTHER * build_rate(backend, int4=False)
 
 
 def build_memory(parts: Mapping[str, Sizes]) -> int:
@@ -109,7 +124,7 @@ def check_memory(calibrating_bytes: int, building_bytes: int) -> None:
 
 def total_sizes(sizes: Mapping[str, Sizes]) -> Sizes:
     """Of all parts together."""
-    return Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes")))
+    return Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes", "int4_bytes")))
 
 
 def largest_bytes(config: ModelConfig) -> int:
@@ -146,13 +161,6 @@ def check_gpu_memory(needed_bytes: int) -> None:
             f"--device cuda: about {needed / 2**30:.1f} GiB of GPU memory are needed and {free / 2**30:.1f} GiB are free; "
             "give fewer --samples, --effort rtn, or --device cpu"
         )
-
-
-def _grouped_weights(linears: Mapping[str, LinearScheme], sizes: Sizes) -> float:
-    """Weights of INT4 linears: all but the float ones, at half a byte."""
-    if not any(scheme.weight_bits <= GROUPED_BITS for scheme in linears.values()):
-        return 0.0
-    return 2.0 * sizes.planned_bytes
 
 
 def duration(seconds: float) -> str:

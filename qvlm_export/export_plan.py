@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qvlm_export.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.estimate import (
     Estimate,
     activations_bytes,
+    build_bytes,
     build_memory,
     check_gpu_memory,
     check_memory,
@@ -154,6 +155,7 @@ def _check_options(options: ExportOptions) -> None:
 def estimate_export(plan: ExportPlan) -> Estimate:
     """Seconds and memory, from what is to be done and a short measurement of this machine."""
     machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0], plan.device)
+    machine = replace(machine, built_bytes=build_bytes(plan.backend, plan.sizes))
     builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
     return estimate(plan.cost, plan.linears, plan.sizes, largest, machine, builds=builds)
 

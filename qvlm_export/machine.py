@@ -25,6 +25,7 @@ TOKENS, WIDTH, OUT = 512, 4096, 2048
 DISK_BYTES = 128 * 2**20
 REPEATS, KEPT_UP_SECONDS = 2, 0.5
 GPU_WIDTH = 8192
+BUILT_BYTES = 2**30 / 12  # where nobody measures it: between what two processors did
 _W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
 
@@ -33,6 +34,7 @@ class Machine:
     """Rates a second of processor time. flops: float32 products on all threads, as calibration computes them. single_flops:
     by BLAS on one thread, which factorizations go by, shared_flops: on each of all; on a GPU these three are the same.
     rounded, packed: weights, on one. share: of the processor that this process gets, less than 1 beside others' work.
+    built_bytes: of INT4 weights that TensorRT lays out in a plan.
     """
 
     flops: float
@@ -45,6 +47,7 @@ class Machine:
     written_bytes: float
     threads: int
     share: float = 1.0
+    built_bytes: float = BUILT_BYTES
 
 
 def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine:

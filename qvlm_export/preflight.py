@@ -13,7 +13,7 @@ from pathlib import Path
 
 from calibrate.calibrated import RECORD_FILE
 from calibrate.errors import UserError
-from calibrate.scheme import LinearScheme
+from calibrate.scheme import GROUPED_BITS, LinearScheme
 from engines.manifest import FORMAT
 
 PLAN_OVERHEAD_BYTES = 8 * 2**20  # kernels and program text of a TensorRT-RTX plan, whatever the model's size
@@ -22,10 +22,11 @@ MAX_NAME_BYTES = 230  # of 255, for what is appended to the name: .vision.onnx.d
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights: as float16, and as planned."""
+    """Bytes of weights: as float16, and as planned; int4_bytes: those of it that are INT4 codes."""
 
     float16_bytes: int
     planned_bytes: int
+    int4_bytes: int = 0
 
     @property
     def compression(self) -> float:
@@ -34,7 +35,7 @@ class Sizes:
 
 def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, LinearScheme]) -> Sizes:
     """Sizes of the tensors `shapes` (name -> shape) when the linears of `plan` are quantized."""
-    float16 = planned = 0
+    float16 = planned = int4 = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
         float16 += 2 * count
@@ -44,7 +45,8 @@ def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Lin
         else:
             scales = math.prod(scheme.scale_shape((shape[0], shape[1])))
             planned += count * scheme.stored_bits // 8 + scheme.scale_bytes * scales
-    return Sizes(float16, planned)
+            int4 += count // 2 if scheme.stored_bits == GROUPED_BITS else 0
+    return Sizes(float16, planned, int4)
 
 
 @dataclass(frozen=True)

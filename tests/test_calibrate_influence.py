@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_export import mixed_samples, open_small, plan_of
 
-from calibrate import influence, two_sided
+from calibrate import influence, trail, two_sided
 from calibrate.blocks import linear_of, make_blocks, resident
 from calibrate.cost import measured_bytes
 from calibrate.errors import UserError
@@ -38,6 +38,12 @@ def job(llava) -> Calibration:
     checkpoint = open_small(llava(dtype="float32"))
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
     return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, "int4"), samples)
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a large model: what a block computed on the way there is computed again on the way back."""
+    monkeypatch.setattr(trail, "WHOLE_BYTES", 0)
 
 
 def alone(job: Calibration) -> list[list[Sample]]:
@@ -216,6 +222,7 @@ def assert_same(found: Influence, whole: Influence) -> None:
     assert all(torch.equal(found.outputs[name], metric) for name, metric in whole.outputs.items())
 
 
+@pytest.mark.usefixtures("again")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_killed_measurement_goes_on_behind_its_last_block(
     job: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
@@ -250,6 +257,7 @@ def test_a_killed_measurement_goes_on_behind_its_last_block(
         assert kept_in(folder) == [f"influence-{parts - 1:04}.safetensors"]  # the sums of all parts, and no trail
 
 
+@pytest.mark.usefixtures("again")
 def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
     job: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +283,26 @@ def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
     assert len(held) == job.blocks.count()
 
 
+def test_a_small_model_runs_forwards_once(job: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same bits as by computing again, weights read once; a killed run computes again what lay in memory."""
+    method = Method(variants=(TWO_SIDED,), objective="logits")
+    source = Counted(job)
+    found = measure_influence(replace(job, source=source), alone(job), method)  # type: ignore[arg-type]
+    assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {1}
+    assert influence.runs_of(job, alone(job), "logits")[0] == influence.runs_of(job, alone(job), "logits")[1]
+
+    def killed(share: float) -> None:
+        if share > 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_influence(replace(job, work=Work(tmp_path)), alone(job), method, killed)
+    assert_same(measure_influence(replace(job, work=Work(tmp_path)), alone(job), method), found)
+    monkeypatch.setattr(trail, "WHOLE_BYTES", 0)
+    assert_same(measure_influence(job, alone(job), method), found)
+    assert influence.runs_of(job, alone(job), "logits")[0] == 2 * influence.runs_of(job, alone(job), "logits")[1]
+
+
 def test_damaged_and_shortened_files_are_told(job: Calibration, tmp_path: Path) -> None:
     method, kept = Method(objective="logits"), replace(job, work=Work(tmp_path))
     measure_influence(kept, alone(job), method)
@@ -284,6 +312,7 @@ def test_damaged_and_shortened_files_are_told(job: Calibration, tmp_path: Path) 
         measure_influence(replace(job, work=Work(tmp_path)), alone(job), method)
 
 
+@pytest.mark.usefixtures("again")
 @pytest.mark.parametrize("parts", [1, 3])
 def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """There and back; the pictures of others are not computed where nothing is mixed."""
@@ -295,6 +324,7 @@ def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: py
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {2 * parts}
 
 
+@pytest.mark.usefixtures("again")
 def test_what_flows_between_blocks_lies_in_memory_once(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's inputs are the outputs of the one before it, not copies: they are most of what a large model takes here."""
     visits, backward = [], influence._backward

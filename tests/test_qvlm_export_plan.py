@@ -180,6 +180,7 @@ def test_sizes_by_hand() -> None:
     sizes = estimate_sizes(shapes, {Q_PROJ: int4(128), FC1: W8A8})
     assert sizes.float16_bytes == 2 * (256 * 256 + 300 * 100 + 300)
     assert sizes.planned_bytes == (256 * 256 // 2 + 2 * 256 * 2) + (300 * 100 + 4 * 300) + 2 * 300
+    assert sizes.int4_bytes == 256 * 256 // 2
     assert estimate_sizes(shapes, {}) == Sizes(sizes.float16_bytes, sizes.float16_bytes)
     assert Sizes(300, 100).compression == 3.0
 
