@@ -21,7 +21,6 @@ from calibrate.blocks import Block, ModelBlocks, as_tensor, check_finite, linear
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
 from calibrate.job import BlockWriter, Calibration, Progress, check_weight
-from calibrate.products import quick_products
 from calibrate.quantize import quantize_linear
 from calibrate.residents import residents
 from calibrate.scheme import LinearScheme
@@ -49,7 +48,7 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     walked, rest = _parted(job)
     resumable = shards.resumable(step)
-    with quick_products(), residents(walked, job.source, job.device) as resident:
+    with residents(walked, job.source, job.device) as resident:
         if walked.text_layers:
             features = walk_vision(walked, job.source, job.samples, resumable)
             walk_language(walked, job.source, job.samples, features, resumable)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from calibrate.errors import UserError
+from calibrate.products import with_quick_linears
 from calibrate.tensors import TensorSource
 
 
@@ -79,6 +80,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     """Splits a model of this configuration into blocks, without weights. Vision layers after the features are left out."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    with_quick_linears(model)
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
     entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints

@@ -17,6 +17,7 @@ from calibrate.blocks import linear_of
 from calibrate.gptq import column_scales
 from calibrate.method import Folding
 from calibrate.noise import Noise, best_factors, energies, tail_of, thinned
+from calibrate.products import product
 from calibrate.quantize import activation_scale, fake_quantize, group_amax, round_to_codes, squared_sum, weight_scale
 from calibrate.scheme import LinearScheme
 
@@ -168,7 +169,7 @@ def _best(
     candidates: list[torch.Tensor], inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing
 ) -> torch.Tensor:
     """The candidate factors with the least output error."""
-    wanted = inputs.rows @ weight.T
+    wanted = product(inputs.rows, weight.T)
     errors = [_output_error(inputs, weight, sharing.expanded(c), scheme, wanted) for c in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
@@ -188,7 +189,7 @@ def _output_error(
     x = inputs.rows / factors
     if scheme.activation_bits is not None:
         x = fake_quantize(x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits)
-    return squared_sum(x @ rounded.T - wanted)
+    return squared_sum(product(x, rounded.T) - wanted)
 
 
 def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from calibrate.factor import cholesky_
+from calibrate.products import product
 from calibrate.quantize import stored_weight_scale
 from calibrate.scheme import LinearScheme
 from calibrate.threads import each_on_one_thread
@@ -47,10 +48,10 @@ def aim_by_tokens(
     V = W + W (X - Xq)^T (Xq Xq^T + held)^-1 Xq, by the push-through identity. wanted: X, seen: Xq, float32 [tokens, in],
     rows times the root of what each counts; gram: Xq^T Xq [in, in].
     """
-    apart, system, held = (wanted - seen).T, seen @ seen.T, ridge * _mean_energy(gram)
+    apart, system, held = (wanted - seen).T, product(seen, seen.T), ridge * _mean_energy(gram)
     if len(weight) > weight.shape[1]:  # fewer rows to solve for
-        return weight + weight @ (_solved(system, held, apart) @ seen)
-    return weight + _solved(system, held, weight @ apart) @ seen
+        return weight + product(weight, product(_solved(system, held, apart), seen))
+    return weight + product(_solved(system, held, product(weight, apart)), seen)
 
 
 def _mean_energy(gram: torch.Tensor) -> float:
@@ -108,11 +109,11 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     code = torch.empty_like(codes[0])
     for late in range(len(codes), 0, -FAR_COLUMNS):
         early = max(0, late - FAR_COLUMNS)
-        owed = upper[early:late, late:].float() @ errors[late:]  # (e L) of these columns, [columns, out]
+        owed = product(upper[early:late, late:].float(), errors[late:])  # (e L) of these columns, [columns, out]
         for end in range(late, early, -BLOCK_COLUMNS):
             start = max(early, end - BLOCK_COLUMNS)
             own = owed[start - early : end - early]
-            own += upper[start:end, end:late].float() @ errors[end:late]
+            own += product(upper[start:end, end:late].float(), errors[end:late])
             near = upper[start:end, start:end].float().T.contiguous()
             # Rows are taken out once: finding one takes as long as an operation on a short one.
             block = [tensor.unbind() for tensor in (codes[start:end], errors[start:end], own, near, near.diagonal())]
@@ -149,7 +150,7 @@ def search_rounded_scale(
 
 def _row_errors(weight: torch.Tensor, gram: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     error = weight - codes.float() * column_scales(scale, weight.shape[1])
-    return ((error @ gram) * error).sum(1)
+    return (product(error, gram) * error).sum(1)
 
 
 def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:

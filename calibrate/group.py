@@ -11,6 +11,7 @@ from calibrate.calibrated import QuantizedLinear
 from calibrate.gptq import Rounder, aim_at_float, aim_by_tokens, gptq_round, make_rounder, search_rounded_scale
 from calibrate.method import Variant
 from calibrate.noise import best_range, tail_of
+from calibrate.products import product
 from calibrate.quantize import (
     activation_scale,
     activation_scale_nearest,
@@ -50,8 +51,8 @@ class Rows:
     def pulled(self, counted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """W wanted^T C, float32 [out, in]; by way of the smaller of W wanted^T and wanted^T C. weight: W [out, in]."""
         if len(weight) < weight.shape[1]:
-            return (self.wanted @ weight.T).T @ counted
-        return weight @ (self.wanted.T @ counted)
+            return product(product(self.wanted, weight.T).T, counted)
+        return product(weight, product(self.wanted.T, counted))
 
     def aimed(self, weight: torch.Tensor, seen: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
         """`aim_at_float` of W [out, in]. It is linear, so for many outputs the identity is aimed, and multiplied by W.
@@ -63,7 +64,8 @@ class Rows:
             return aim_by_tokens(weight, self.rooted(self.wanted), self.rooted(seen), gram, ridge)
         counted = self.counted(seen)
         if WIDE <= into < len(weight):
-            return weight @ aim_at_float(torch.eye(into, device=weight.device), gram, self.wanted.T @ counted, ridge)
+            pulled = product(self.wanted.T, counted)
+            return product(weight, aim_at_float(torch.eye(into, device=weight.device), gram, pulled, ridge))
         return aim_at_float(weight, gram, self.pulled(counted, weight), ridge)
 
 
@@ -85,7 +87,7 @@ def quantize_group(
         num_bits = int(bits.pop() or 8)
         input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
-    gram = rows.counted(seen).T @ seen
+    gram = product(rows.counted(seen).T, seen)
     if variant.ridge is not None:
         whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
         aimed = rows.aimed(whole, seen, gram, variant.ridge)

@@ -31,6 +31,7 @@ from calibrate.fold import groups_of, linears_of
 from calibrate.heap import trim_heap
 from calibrate.job import Calibration
 from calibrate.method import Method, Objective
+from calibrate.products import product
 from calibrate.recombine import Mixed, Prompts, flat, shown
 from calibrate.record import labels_of
 from calibrate.residents import Resident, residents
@@ -237,7 +238,7 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
     def logits_of(sample: Sample, states: torch.Tensor) -> torch.Tensor:
         first = max(sample.answer_start - 1, 0)
         answer = states[0, first : max(first + 1, len(sample.input_ids) - 1)]
-        return nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon) @ head.T
+        return product(nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon), head.T)
 
     objective, generator = own.method.objective, own.drawn()
     share = 0.0 if objective == "kl" else 1.0

@@ -20,6 +20,7 @@ from torch import nn
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
 from calibrate.gptq import column_scales
+from calibrate.products import linear_output
 from calibrate.quantize import activation_scale_nearest, squared_sum, stored_weight_scale
 from calibrate.scheme import LinearScheme
 from calibrate.walk import Run
@@ -105,7 +106,7 @@ class LearnedLinear(nn.Module):
         if self.log_input is not None and bits is not None:
             step = self.log_input.exp()
             x = _rounded(x / step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
-        return nn.functional.linear(x, weight, self.bias)
+        return linear_output(x, weight, self.bias)
 
     def quantized(self) -> QuantizedLinear:
         """What has been learned, as it will be stored."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from calibrate.gptq import remaining_energy
+from calibrate.products import product
 from calibrate.quantize import activation_scale
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
@@ -96,7 +97,7 @@ def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 
     rows: float32 [tokens, in]; weights: what they count, None for all alike.
     """
-    return remaining_energy((rows if weights is None else rows * weights[:, None]).T @ rows) / len(rows)
+    return remaining_energy(product((rows if weights is None else rows * weights[:, None]).T, rows)) / len(rows)
 
 
 @dataclass(frozen=True)

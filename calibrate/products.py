@@ -1,4 +1,4 @@
-"""Large float32 products by oneDNN, on processors where that is quicker than torch's BLAS. torch.
+"""Float32 products by oneDNN, on processors where that is quicker than torch's BLAS. torch.
 
 torch hands float32 products to MKL, which uses no more than AVX2 on processors that are not Intel's. oneDNN, which torch
 holds, too, uses AVX-512 on all of them: on an AMD EPYC with AVX-512 twice as many operations a second, in the same 32 bits.
@@ -7,16 +7,12 @@ On an Intel processor both do the same, and where there is no AVX-512 everything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-LEAST = 512  # rows, columns and summands below which a call takes what the product gains
-_MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+LEAST = 64  # rows, columns and summands below which a call takes what the product gains
 
 
 def is_quicker() -> bool:
@@ -29,40 +25,48 @@ def is_there() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@contextmanager
-def quick_products() -> Iterator[None]:
-    """Inside, `@` and linear layers of large float32 matrices on the CPU are computed by oneDNN, gradients included."""
-    if not is_quicker():
-        yield
-        return
-    with _Products():
-        yield
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b`, of a [..., in] and b [in, out]."""
+    return _taken(a, b.mT, None) if b.dim() == 2 and _is_taken(a, b.mT) else a @ b
 
 
-class _Products(TorchFunctionMode):
-    """Sees every call of torch in this thread and takes over the products."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if not kwargs:
-            if func is nn.functional.linear and _is_large(args[0], args[1]):
-                return _linear(*args)
-            if func in _MATMULS and args[1].dim() == 2 and _is_large(args[0], args[1].mT):
-                return _linear(args[0], args[1].mT)
-        return func(*args, **(kwargs or {}))
+def linear_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear` of x [..., in], weight [out, in] and bias [out], gradients included."""
+    return _taken(x, weight, bias) if _is_taken(x, weight) else nn.functional.linear(x, weight, bias)
 
 
-def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+class QuickLinear(nn.Linear):
+    """A linear layer that computes by `linear_output`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        return linear_output(x, self.weight, self.bias)
+
+
+def with_quick_linears(model: nn.Module) -> None:
+    """Puts a QuickLinear in the place of each linear layer of a model that lies on meta, and has no tensors yet."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            quick = QuickLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
+            )
+            quick.train(layer.training).requires_grad_(layer.weight.requires_grad)
+            model.set_submodule(name, quick)
+
+
+def _is_taken(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """x: [..., in]; weight: [out, in]."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    return min(weight.shape) >= LEAST and x.numel() >= LEAST * weight.shape[1]
+    return min(weight.shape) >= LEAST and x.numel() >= LEAST * weight.shape[1] and is_quicker()
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _taken(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    found: torch.Tensor = _Linear.apply(rows, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        found: torch.Tensor = _Linear.apply(rows, weight, bias)
+    else:
+        found = _product(rows, weight, bias)
     return found.reshape(*x.shape[:-1], len(weight))
 
 

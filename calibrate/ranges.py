@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from calibrate.gptq import column_scales
+from calibrate.products import product
 from calibrate.quantize import activation_scale, fake_quantize, group_amax, round_to_codes, squared_sum, weight_scale
 from calibrate.scheme import LinearScheme
 
@@ -55,5 +56,5 @@ def search_activation_scale(inputs: torch.Tensor, wanted: torch.Tensor, weight: 
     for fraction in ACTIVATION_FRACTIONS:
         scale = activation_scale(amax * fraction, num_bits)
         moved = fake_quantize(inputs, scale, num_bits) - wanted
-        best = min(best, (squared_sum(moved @ weight.T), scale))
+        best = min(best, (squared_sum(product(moved, weight.T)), scale))
     return best[1]

@@ -38,6 +38,7 @@ from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
+from calibrate.products import linear_output, product
 from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
 from calibrate.recall import Outputs, Reached, is_known, recalled, watched
 from calibrate.scheme import LinearScheme
@@ -232,10 +233,10 @@ class BlockSearch:
         method, run = self.method, self.run
         if "" in self.metrics:
             towards = directions(self.metrics[""], inputs[0].device)
-            wanted = [y @ towards for y in wanted]
+            wanted = [product(y, towards) for y in wanted]
 
             def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-                return self.run(module, x) @ towards
+                return product(self.run(module, x), towards)
 
         self.learned = learn_block(
             best.module,
@@ -286,7 +287,7 @@ class BlockSearch:
             layer, how = linear_of(candidate.rounded, name), candidate.input_of(name)
             if how is not None and how not in rounded:
                 rounded[how] = fake_quantize(seen, *how)
-            rows = nn.functional.linear(rounded[how], layer.weight, layer.bias).split([shape.numel() for shape in shapes])
+            rows = linear_output(rounded[how], layer.weight, layer.bias).split([shape.numel() for shape in shapes])
             outputs = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
             candidate.outputs[group.ends or name] = outputs
         self.forwards += share_of(candidate.rounded, group.linears) * sum(len(x) for x in inputs)

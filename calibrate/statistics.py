@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from calibrate.errors import UserError
+from calibrate.products import product
 from calibrate.samples import Sample
 
 BINS = 2**14  # on each side of zero
@@ -122,7 +123,7 @@ class InputStatistics:
             self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
             self._counts[label] += torch.bincount(self._bins_of(part), minlength=2 * BINS)
             if self._gram is not None:
-                self._gram[label] += part.T @ part
+                self._gram[label] += product(part.T, part)
 
     def _cover(self, amax: float) -> None:
         """Doubles the range until it holds `amax`, merging bins."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 
 from calibrate.blocks import ModelBlocks
-from calibrate.products import quick_products
 
 # Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
 SMALL_BLOCK = 2**22
@@ -41,7 +40,7 @@ def each_on_one_thread(compute: Callable[[_Part], _Found], parts: Sequence[_Part
 
 @contextmanager
 def steady_threads(blocks: ModelBlocks) -> Iterator[None]:
-    """One thread inside for a model of small blocks, else as many as torch has, and large products by `products.py`."""
+    """One thread inside for a model of small blocks, else as many as torch has."""
     largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
-    with quick_products() if largest >= SMALL_BLOCK else one_thread():
+    with nullcontext() if largest >= SMALL_BLOCK else one_thread():
         yield

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from calibrate.gptq import Rounder, column_scales, make_rounder
+from calibrate.products import product
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
 
@@ -40,9 +41,9 @@ def add_gradients(metric: torch.Tensor, gradients: torch.Tensor, generator: torc
     A sketch holds random sums of the gradients (Achlioptas 2003, theorem 1.1), whose products are G's on average.
     """
     if len(metric) == metric.shape[1]:
-        return metric + (gradients.T @ gradients).cpu()
+        return metric + product(gradients.T, gradients).cpu()
     signs = torch.randint(0, 2, (len(metric), len(gradients)), generator=generator) * 2.0 - 1.0
-    more = (signs.to(gradients.device) @ gradients).cpu() / len(metric) ** 0.5
+    more = product(signs.to(gradients.device), gradients).cpu() / len(metric) ** 0.5
     return (metric.float() + more).bfloat16()
 
 
@@ -68,7 +69,7 @@ def directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:
 def make_row_rounder(metric: torch.Tensor, device: torch.device) -> Rounder:
     """Order of the outputs and M, from the metric as it is kept."""
     kept = metric.to(device).float()
-    gram = kept if len(kept) == kept.shape[1] else kept.T @ kept
+    gram = kept if len(kept) == kept.shape[1] else product(kept.T, kept)
     size = gram.diagonal().mean().clamp(min=1e-30)
     return make_rounder(gram / size, DAMPING)
 
@@ -92,7 +93,7 @@ def two_sided_round(
         places = range(max(0, diagonal - wide // size + 1), min(diagonal, high // size - 1) + 1)
         parts = [(slice(n * size, (n + 1) * size), slice((diagonal - n) * size, (diagonal - n + 1) * size)) for n in places]
         for own, part in parts:
-            owed[own, part] = errors[own, part.stop :] @ across.below(part)
+            owed[own, part] = product(errors[own, part.stop :], across.below(part))
         blocks = _Blocks(
             torch.stack([exact[at] for at in parts]),
             torch.stack([steps[at] for at in parts]),
@@ -100,7 +101,7 @@ def two_sided_round(
             torch.stack([down.square(own) for own, _ in parts]),
             scheme,
         )
-        pulled = torch.stack([down.below(own).T @ owed[own.stop :, part] for own, part in parts])
+        pulled = torch.stack([product(down.below(own).T, owed[own.stop :, part]) for own, part in parts])
         found = blocks.rounded(torch.stack([owed[at] for at in parts]), pulled)
         for at, error, whole in zip(parts, *found, strict=True):
             errors[at], owed[at] = error, whole

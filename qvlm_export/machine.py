@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibrate.packing import pack_codes
-from calibrate.products import quick_products
+from calibrate.products import product
 from calibrate.quantize import quantize_linear
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
@@ -59,18 +59,20 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
     x, weight = (torch.randn(n, WIDTH, generator=generator) for n in (TOKENS, OUT))
     flops = 2.0 * TOKENS * OUT * WIDTH
 
-    def product() -> None:
+    def computed() -> None:
+        product(x, weight.T)
+
+    def by_blas() -> None:
         x @ weight.T
 
     def rounding() -> None:
         pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
 
     threads = torch.get_num_threads()
-    with quick_products():
-        taken, share = _kept_up(product, threads)
+    taken, share = _kept_up(computed, threads)
     all_threads = flops / taken
     with one_thread():
-        single = flops / _kept_up(product)[0]
+        single = flops / _kept_up(by_blas)[0]
         shared = threads * single
         half = weight.half()
         rounded = half.numel() / _seconds(rounding)

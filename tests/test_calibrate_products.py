@@ -1,4 +1,4 @@
-"""Large products by oneDNN: the same as by BLAS, gradients included, and the same bits on any number of threads."""
+"""Products by oneDNN: the same as by BLAS, gradients included, and the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from small_export import open_small
 from torch import nn
 
 from calibrate import products
-from calibrate.products import LEAST, quick_products
+from calibrate.blocks import make_blocks
+from calibrate.products import LEAST, QuickLinear, linear_output, product, with_quick_linears
 
 SIZE = LEAST + 9
+# Rows, in, out.
+SHAPES = ((600, 1024, 2816), (LEAST, 4096, LEAST), (2048, LEAST, 2048), (75, 256, 512), (256, 4800, 256))
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +35,13 @@ def _threads() -> Iterator[None]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the products that were taken over."""
     found: list[tuple[int, ...]] = []
-    compute = products._linear
+    compute = products._taken
 
     def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         found.append((*x.shape, len(weight)))
         return compute(x, weight, bias)
 
-    monkeypatch.setattr(products, "_linear", noted)
+    monkeypatch.setattr(products, "_taken", noted)
     return found
 
 
@@ -52,12 +56,11 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(SIZE, SIZE), (2, LEAST, SIZE)])
 def test_a_linear_layer(shape: tuple[int, ...], bias: bool, taken: list[tuple[int, ...]]) -> None:
-    layer, x = nn.Linear(SIZE, LEAST, bias=bias), drawn(*shape).requires_grad_()
+    layer, x = QuickLinear(SIZE, LEAST, bias=bias), drawn(*shape).requires_grad_()
     exact = nn.Linear(SIZE, LEAST, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
     towards = drawn(*shape[:-1], LEAST)
-    with quick_products():
-        y = layer(x)
+    y = layer(x)
     found = torch.autograd.grad(y, [x, *layer.parameters()], towards)
     given = x.detach().double().requires_grad_()
     wanted = exact(given)
@@ -71,8 +74,8 @@ def test_what_gradients_do_not_need_is_not_kept() -> None:
     """Weights of a model that is only measured have no gradients, so that no layer's input need stay for them."""
     kept: list[int] = []
     x, weight = drawn(SIZE, SIZE).requires_grad_(), drawn(LEAST, SIZE)
-    with quick_products(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        nn.functional.linear(x, weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        linear_output(x, weight)
     assert kept == [weight.data_ptr()]
 
 
@@ -80,13 +83,12 @@ def test_it_is_there_in_the_torch_that_is_pinned() -> None:
     assert products.is_there() == torch.backends.mkldnn.is_available()
 
 
-def test_matmul_of_any_strides(taken: list[tuple[int, ...]]) -> None:
+def test_a_product_of_any_strides(taken: list[tuple[int, ...]]) -> None:
     a, b = drawn(SIZE, LEAST), drawn(SIZE, LEAST + 50)
-    with quick_products():
-        by_sign, by_name, by_method = a.T @ b, torch.matmul(a.T, b), b.T.matmul(a)
+    one_way, other_way = product(a.T, b), product(b.T, a).T
     wanted = a.double().T @ b.double()
-    assert len(taken) == 3
-    for found in (by_sign, by_name, by_method.T):
+    assert len(taken) == 2
+    for found in (one_way, other_way, product(a.T.contiguous(), b.T.contiguous().T)):
         close(found, wanted)
 
 
@@ -104,10 +106,7 @@ def test_matmul_of_any_strides(taken: list[tuple[int, ...]]) -> None:
     ids=["rows", "summands", "columns", "float64", "batches", "a row", "a column"],
 )
 def test_the_rest_stays_with_blas(left: torch.Tensor, right: torch.Tensor, taken: list[tuple[int, ...]]) -> None:
-    wanted = left @ right
-    with quick_products():
-        found = left @ right
-    assert torch.equal(found, wanted)
+    assert torch.equal(product(left, right), left @ right)
     assert not taken
 
 
@@ -116,26 +115,49 @@ def test_the_same_bits_on_one_thread_and_on_two() -> None:
     found = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        for rows, into, out in ((600, 1024, 2816), (LEAST, 4096, LEAST), (2048, LEAST, 2048)):
+        for rows, into, out in (
+            (600, 1024, 2816),
+            (LEAST, 4096, LEAST),
+            (2048, LEAST, 2048),
+            (75, 256, 512),
+            (256, 4800, 256),
+        ):
             x = drawn(rows, into).requires_grad_()
-            with quick_products():
-                y = nn.functional.linear(x, drawn(out, into))
+            y = linear_output(x, drawn(out, into))
             found += [y.detach(), *torch.autograd.grad(y, x, drawn(rows, out))]
     half = len(found) // 2
     assert all(torch.equal(one, two) for one, two in zip(found[:half], found[half:], strict=True))
 
 
-def test_outside_nothing_is_taken(taken: list[tuple[int, ...]]) -> None:
-    with quick_products():
-        pass
-    assert torch.equal(drawn(SIZE, SIZE) @ drawn(SIZE, SIZE), torch.mm(drawn(SIZE, SIZE), drawn(SIZE, SIZE)))
-    assert not taken
+def test_where_no_gradient_is_asked_for_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products._Linear, "apply", lambda *_: pytest.fail("goes by autograd"))
+    weight = drawn(SIZE, SIZE).requires_grad_()
+    with torch.no_grad():
+        close(linear_output(drawn(SIZE, SIZE), weight), (drawn(SIZE, SIZE) @ weight.T).double())
+    linear_output(drawn(SIZE, SIZE), drawn(SIZE, SIZE))
+
+
+def test_every_linear_of_every_block_computes_so(llava) -> None:
+    blocks = make_blocks(open_small(llava()).hf_config)
+    searched = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    linears = [m for block in searched for m in block.module.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == len(blocks.quantizable())
+    assert {type(layer) for layer in linears} == {QuickLinear}
+    assert not any(p.requires_grad or not p.is_meta for layer in linears for p in layer.parameters())
+
+
+def test_a_model_with_other_linears_keeps_them() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Bilinear(2, 2, 2), nn.Linear(5, 2))
+    with_quick_linears(model)
+    assert [type(layer) for layer in model] == [QuickLinear, nn.Bilinear, QuickLinear]
+    assert model[0].bias is None
+    assert model[2].weight.shape == (2, 5)
 
 
 def test_where_it_is_not_quicker_nothing_is_taken(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "is_quicker", lambda: False)
-    with quick_products():
-        found = drawn(SIZE, SIZE) @ drawn(SIZE, SIZE)
+    found = product(drawn(SIZE, SIZE), drawn(SIZE, SIZE))
     assert torch.equal(found, torch.mm(drawn(SIZE, SIZE), drawn(SIZE, SIZE)))
     assert not taken
 

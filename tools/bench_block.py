@@ -15,7 +15,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from calibrate.calibrated import CalibratedWriter, write_json
 from calibrate.cost import calibration_cost
 from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
-from calibrate.products import quick_products
+from calibrate.products import product
 from calibrate.samples import Sample
 from calibrate.searched import calibrate_searched
 from calibrate.threads import one_thread
@@ -69,19 +69,18 @@ class RandomTensors:
 
 def product_rates(threads: int) -> tuple[float, float]:
     """Of products as calibration computes them, on all threads, and by BLAS on one, which factorizations go by."""
-    with quick_products():
-        together = product_rate(threads)
+    together = product_rate(threads, product)
     with one_thread():
-        return together, product_rate(1)
+        return together, product_rate(1, torch.matmul)
 
 
-def product_rate(threads: int) -> float:
+def product_rate(threads: int, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
     """Float32 operations of a matrix product in a second of processor time on each of `threads`."""
     x = torch.randn(WIDTH, WIDTH)
-    x @ x
+    multiply(x, x)
     began = time.process_time()
     for _ in range(REPEATS):
-        x @ x
+        multiply(x, x)
     return REPEATS * 2.0 * WIDTH**3 * threads / (time.process_time() - began)
 
 
