@@ -18,6 +18,8 @@ values          Inside each key-value head one value channel is added, many time
                 large, and its small part is what counts. One head is read by several query heads.
 keys            Rows of k_proj are scaled up and those of q_proj down, by one factor for both channels of a rotary pair
                 (exact). Keys are read by no linear, so nothing here quantizes them; a KV cache would.
+
+Everything is computed in float64 and stored in float16, so that every processor plants the same bytes.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ def scale_through_activation_(
     with kept(second, "output") as wanted:
         model(**given)
     chosen = torch.from_numpy(rng.choice(first.out_features, len(FACTORS), replace=False))
-    factors = torch.ones(first.out_features)
-    factors[chosen] = torch.tensor(FACTORS)
+    factors = torch.ones(first.out_features, dtype=first.weight.dtype)
+    factors[chosen] = torch.tensor(FACTORS, dtype=factors.dtype)
     first.weight.mul_(factors[:, None])
     first.bias.mul_(factors)
     second.weight.div_(factors)
@@ -88,7 +90,7 @@ def refit_(linear: nn.Linear, inputs: torch.Tensor, wanted: torch.Tensor, factor
     inputs: [tokens, in], of one size in all channels, so that the ridge holds all weights back alike; wanted: [tokens, out].
     """
     missing = wanted.double() - linear(inputs * factors).double()
-    features = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
+    features = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).double()
     gram = features.T @ features
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     change = torch.linalg.solve(gram, features.T @ missing).T
@@ -191,8 +193,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = load_torch(args.model)
+    given = training_samples(processor)
     with torch.inference_mode():
-        plant_hard_(model, training_samples(processor), args.seed)
+        plant_hard_(model.double(), {**given, "pixel_values": given["pixel_values"].double()}, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     for path in args.model.iterdir():
