@@ -39,6 +39,7 @@ LEARNING_COPIES = 12
 WALKED = 175  # times as long as to nearest takes a weight to be rounded by its anti-diagonal
 # Factorizations by rows^3: Cholesky to aim; Cholesky in float64, at half the speed, to round and for the energies.
 SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
+INVERSE_FLOPS = 2.0  # by rows^3, of a factor's inverse in float64
 
 
 @dataclass(frozen=True)
@@ -177,16 +178,23 @@ def _nearest(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[i
 
 
 def _probed(block: Block, lengths: Sequence[int], method: Method, *, kept: bool) -> Cost:
-    """Forwards and, unless all of that is kept, again; once backwards to the inputs: for linears as much as forwards, for
-    attention twice; the outputs' metrics."""
+    """Forwards; backwards to the inputs, for linears as much as forwards, for attention twice, and before that again
+    forwards, unless that was kept. For the outputs' metrics twice backwards, and leverages: two Gram matrices of each
+    group's inputs, a factor's inverse, and a product with it."""
     together = max((min(lengths.count(n) * n, max(n, BATCH_TOKENS)) for n in set(lengths)), default=0)  # one call's tokens
     memory = WHOLE_BYTES if kept else FLOAT32_BYTES * int(_weights(block) + _elements(block, [together]))
-    runs = 1 if kept else 2
-    flops = (runs + 1) * _linear_flops(block, lengths) + (runs + 2) * _attention_flops(block, lengths)
+    back = 2 if method.two_sided() else 1
+    runs = 1 if kept else 1 + back
+    flops = (runs + back) * _linear_flops(block, lengths) + (runs + 2 * back) * _attention_flops(block, lengths)
+    factors = Cost()
     if method.two_sided():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
-    elements = (runs + 1) * _elements(block, lengths)
-    return Cost(flops, forwards=runs * len(lengths), memory_bytes=memory, elements=elements)
+        inputs = [linear_of(block.module, group.linears[0]).in_features for group in groups_of(block.module)]
+        flops += sum(6.0 * sum(lengths) * into**2 for into in inputs)
+        factors = Cost(single_flops=sum((ROUNDER_FLOPS + INVERSE_FLOPS) * into**3 for into in inputs))
+        memory += sum(2 * FLOAT32_BYTES * into**2 for into in inputs) + 3 * FLOAT64_BYTES * max(inputs) ** 2
+    elements = (runs + back) * _elements(block, lengths)
+    return Cost(flops, forwards=runs * len(lengths), memory_bytes=memory, elements=elements) + factors
 
 
 def _metrics_bytes(block: Block, method: Method) -> int:

@@ -8,7 +8,8 @@ by the square root of its second derivative, diag(p) - p p^T. "modality" is the 
 (Li et al. 2024, section 3) weighs vision and language tokens. "kl+logits" is the sum of both, the logits' weighted so that
 they have as much of it: a divergence that few tokens decide says little about most directions.
 
-Of the same gradients, for every linear: in which directions its output matters (`two_sided.py`).
+Of the same gradients, for every linear: in which directions its output matters (`two_sided.py`). What is gathered on the way
+back through a block: `way_back.py`.
 
 Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept
 (`trail.py`), so many samples go through in parts. Of a small model everything is kept.
@@ -18,47 +19,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from calibrate.batches import batches_of, parted
 from calibrate.blocks import Block, ModelBlocks, load_finite
-from calibrate.fold import groups_of, linears_of
+from calibrate.fold import linears_of
 from calibrate.heap import trim_heap
 from calibrate.job import Calibration
-from calibrate.method import Method, Objective
+from calibrate.method import Method
 from calibrate.products import product
 from calibrate.recombine import Mixed, Prompts, flat, shown
 from calibrate.record import labels_of
-from calibrate.residents import Resident, residents
+from calibrate.residents import residents
 from calibrate.samples import Sample
 from calibrate.statistics import TokenLabel
 from calibrate.trail import Passed, Trail, Visit, forget_trail, is_kept, passed
-from calibrate.two_sided import add_gradients, empty_metric
 from calibrate.undecided import features_of
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
+from calibrate.way_back import FLOOR, Asked, Influence, Weights, take_back
 from calibrate.work import Named, Work
 
-FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
 PART_VALUES = 2**31  # float32 values kept between blocks at a time
 _SEEDS = 2**20  # of a part, one for each of its blocks
-
-Weights = dict[str, list[torch.Tensor]]
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Influence:
-    """tokens: by linear that a group begins with, or by block for its output: one tensor an input, float32 [n, tokens],
-    mean 1 over all. outputs: by linear, or by block, the metric of its output as `two_sided.py` keeps it; empty where
-    nobody asked."""
-
-    tokens: Weights = field(default_factory=dict)
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +63,10 @@ class _Pass:
         """What signs are drawn from: for the probe, or in a block, so that a resumed run draws the same."""
         seed = self.method.seed + self.number
         return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS + block)
+
+    def asked(self, block: int) -> Asked:
+        """Of a block on the way back, the last having the highest number."""
+        return Asked(self.metrics, self.method.learn_steps > 0, self.drawn(block))
 
 
 def measure_influence(
@@ -152,16 +141,17 @@ def _part_name(number: int) -> str:
     return f"influence-{number:04}"
 
 
-def runs_of(job: Calibration, prompts: Prompts, objective: Objective) -> tuple[int, int]:
+def runs_of(job: Calibration, prompts: Prompts, method: Method) -> tuple[int, int]:
     """How many prompts and pictures go through a block, forwards and backwards."""
-    if objective == "plain":
+    if method.objective == "plain":
         return 0, 0
     pictures, others = (
         (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
         for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
     )
     once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    return (1 if _keeps(job, prompts) else 2) * once + others, once
+    back = 2 if method.two_sided() else 1
+    return (1 if _keeps(job, prompts) else 1 + back) * once + others, back * once
 
 
 def _keeps(job: Calibration, prompts: Prompts) -> bool:
@@ -207,7 +197,7 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
         while trail.visits:
             if (kept := trail.found()) is None:
-                back = _backward(trail.last(), resident, job.device, own, len(trail.visits))
+                back = take_back(trail.last(), resident, job.device, own.asked(len(trail.visits)))
                 trail.leave(_named(back))
             else:
                 back = _unnamed(kept)
@@ -258,51 +248,6 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
             turned = likely.sqrt() * signs(logits)
             probe = probe + turned - likely * turned.sum(-1, keepdim=True)
         torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
-
-
-def _backward(visit: Visit, resident: Resident, device: torch.device, own: _Pass, number: int) -> Influence:
-    """Weights and metrics of one block, and its inputs' gradients handed back to whatever made them. number: of visits."""
-    prefix, groups, generator = visit.block.prefix, groups_of(visit.block.module), own.drawn(number)
-    weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
-    gradients, metrics = [], {} if own.metrics is None else within(own.metrics, visit.block)
-    with nullcontext(visit.block.module) if visit.passed else resident(visit.block) as module:
-        for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
-            given = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            kept = one.linears
-            first, *made = torch.autograd.grad(one.out, [one.x, *kept.values()], given.to(device), materialize_grads=True)
-            gradients.append(first.cpu())
-            if own.metrics is not None:
-                if own.method.learn_steps:
-                    _add(metrics, prefix, given.to(device).flatten(0, -2), generator)
-                for name, gradient in zip(kept, made, strict=True):
-                    _add(metrics, f"{prefix}.{name}", gradient.flatten(0, -2), generator)
-            sizes = {name: gradient.square().sum(-1).cpu() for name, gradient in zip(kept, made, strict=True)}
-            weights[prefix].append(given.square().sum(-1))
-            for group in groups:
-                weights[f"{prefix}.{group.linears[0]}"].append(torch.stack([sizes[name] for name in group.linears]).sum(0))
-            leaf.grad = None
-    onwards = [(x, g) for x, g in zip(visit.inputs, visit.batches.split(gradients), strict=True) if x.requires_grad]
-    if onwards:
-        torch.autograd.backward([x for x, _ in onwards], [g for _, g in onwards])
-    return Influence({name: visit.batches.split(parts) for name, parts in weights.items()}, metrics)
-
-
-def _again(visit: Visit, module: nn.Module, device: torch.device) -> Iterator[Passed]:
-    """Every batch through the block, computed again where that was not kept."""
-    if visit.passed:
-        return iter(visit.passed)
-    names = linears_of(module)
-    return (passed(module, visit.run, x.to(device), names) for x in visit.batches.merging(visit.inputs))
-
-
-def within(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
-    """What belongs to one block, by the same names."""
-    return {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
-
-
-def _add(metrics: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:
-    metric = metrics[name] if name in metrics else empty_metric(gradients.shape[1])
-    metrics[name] = add_gradients(metric, gradients, generator)
 
 
 def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]:

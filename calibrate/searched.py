@@ -17,7 +17,7 @@ from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
-from calibrate.influence import Influence, Weights, measure_influence, runs_of, within
+from calibrate.influence import measure_influence, runs_of
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
 from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
@@ -28,6 +28,7 @@ from calibrate.threads import steady_threads
 from calibrate.undecided import runs_of as undecided_runs
 from calibrate.undecided import with_undecided
 from calibrate.walk import Run, walk_language, walk_vision
+from calibrate.way_back import Influence, Weights, within
 
 # How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
 MEASURE_UNITS, SEARCH_UNITS = 10, 40
@@ -116,7 +117,7 @@ def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[di
     """Of all blocks, for the record."""
     marked, thresholds = with_partition(records)
     looked = undecided_runs(job, method.undecided, method.seed)
-    forwards, backwards = runs_of(job, prompts, method.objective)
+    forwards, backwards = runs_of(job, prompts, method)
     return {
         "block_forwards": round(sum(b["forwards"] for b in records)) + looked + forwards,
         "block_backwards": sum(b["backwards"] for b in records) + backwards,

@@ -6,8 +6,7 @@ that was killed goes on behind the last block it had passed, on either way, to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,30 +22,35 @@ WHOLE_BYTES = 2**29  # of all that a forward pass computes, up to which it is ke
 
 @dataclass(frozen=True)
 class Passed:
-    """One batch through a block, for its gradients: what went in, what each linear gave, by name inside the block, and what
-    came out."""
+    """One batch through a block, for its gradients: what went in, what each linear read and gave, by name inside the block,
+    and what came out."""
 
     x: torch.Tensor
-    linears: dict[str, torch.Tensor]
+    read: dict[str, torch.Tensor]
+    given: dict[str, torch.Tensor]
     out: torch.Tensor
+
+    def gradients(self, of_out: torch.Tensor, *, last: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """By x and by what each linear gave, for those of `out`. last: nobody asks again."""
+        first, *others = torch.autograd.grad(
+            self.out, [self.x, *self.given.values()], of_out, retain_graph=not last, materialize_grads=True
+        )
+        return first, dict(zip(self.given, others, strict=True))
 
 
 def passed(module: nn.Module, run: Run, x: torch.Tensor, names: Sequence[str]) -> Passed:
-    """x: float32 [B, tokens, width]. names: of the linears whose outputs are asked for."""
-    given, kept = x.detach().requires_grad_(), dict[str, torch.Tensor]()
-    with _kept_outputs(module, names, kept):
-        return Passed(given, kept, run(module, given))
+    """x: float32 [B, tokens, width]. names: of the linears that are asked for."""
+    inside, read, given = x.detach().requires_grad_(), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
 
+    def keeper(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            read[name], given[name] = args[0].detach(), output
 
-@contextmanager
-def _kept_outputs(module: nn.Module, names: Sequence[str], kept: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Puts the outputs of linears into `kept`, of the forward pass inside."""
-    handles = [
-        linear_of(module, name).register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-        for name in names
-    ]
+        return hook
+
+    handles = [linear_of(module, name).register_forward_hook(keeper(name)) for name in names]
     try:
-        yield
+        return Passed(inside, read, given, run(module, inside))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,8 +1,8 @@
 """Rounding a weight so that what its error does to the answers is least. torch.
 
 GPTQ counts an error by the inputs that meet it, e H e^T for each output on its own. But errors of outputs can make up for
-one another, too: most directions of a linear's output hardly move the logits. With G = sum g g^T over the gradients g of
-the answers' logits by the outputs, all codes of the linear are chosen for
+one another, too: most directions of a linear's output hardly move the logits. With G = sum l g g^T over the gradients g of
+the answers' logits by the outputs at every token, all codes of the linear are chosen for
 
     tr(E^T G E H),  E [out, in] the weight's error,
 
@@ -11,6 +11,9 @@ output uses it (Tseng et al. 2025, arXiv 2505.22988). H = L L^T and G = M M^T, r
 of rounding (`gptq.py`). The error is |M^T E L|^2, whose entry (i, j) depends on the errors of what is rounded before, of
 outputs from i and columns from j on. Choosing E_ij to make it least is Babai's nearest plane again. Entries on an
 anti-diagonal do not depend on one another and are rounded together.
+
+l is the leverage of the token's input, x^T H^-1 x: rounding leaves E L about equally large in all directions, so that at a
+token whose input is like few others, E x is large where at the many tokens alike it is small.
 """
 
 from __future__ import annotations
@@ -45,6 +48,21 @@ def add_gradients(metric: torch.Tensor, gradients: torch.Tensor, generator: torc
     signs = torch.randint(0, 2, (len(metric), len(gradients)), generator=generator) * 2.0 - 1.0
     more = product(signs.to(gradients.device), gradients).cpu() / len(metric) ** 0.5
     return (metric.float() + more).bfloat16()
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """What `leverages` multiplies inputs by, float32 [in, in], from their Gram matrix, float32 [in, in]."""
+    rounder = make_rounder(gram)
+    inverse = torch.empty_like(gram)
+    with one_thread():
+        identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        inverse[rounder.order] = torch.linalg.solve_triangular(rounder.lower, identity, upper=False).T.float()
+    return inverse
+
+
+def leverages(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """x^T H^-1 x of every row, float32 [tokens]. rows: float32 [tokens, in]; inverse: as `inverse_factor` gives it."""
+    return product(rows, inverse).square().sum(1)
 
 
 def scaled_metric(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from small_export import mixed_samples, open_small, plan_of
 
-from calibrate import influence, trail, two_sided
+from calibrate import influence, trail, two_sided, way_back
 from calibrate.blocks import linear_of, make_blocks, resident
 from calibrate.cost import measured_bytes
 from calibrate.errors import UserError
 from calibrate.fold import groups_of
 from calibrate.group import Rows
-from calibrate.influence import FLOOR, Influence, Weights, measure_influence
+from calibrate.influence import measure_influence
 from calibrate.job import Calibration
 from calibrate.method import TWO_SIDED, Method, Objective
 from calibrate.recombine import flat, recombine
@@ -30,6 +30,7 @@ from calibrate.search import relative_error
 from calibrate.statistics import token_labels
 from calibrate.trail import Trail, Visit
 from calibrate.walk import walk_language, walk_vision
+from calibrate.way_back import FLOOR, Influence, Weights
 from calibrate.work import Work, holds_work
 
 
@@ -263,7 +264,7 @@ def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
 ) -> None:
     held: list[int] = []
     lying: list[int] = []
-    backward = influence._backward
+    backward = influence.take_back
 
     def watched(visit: Visit, *rest: Any) -> Influence:
         lying.append(sum(path.stat().st_size for path in tmp_path.rglob("*-there-*")))
@@ -273,7 +274,7 @@ def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
     passed: list[Visit] = []
     add = Trail.add
     monkeypatch.setattr(Trail, "add", lambda self, visit, known: (passed.append(visit), add(self, visit, known=known)))
-    monkeypatch.setattr(influence, "_backward", watched)
+    monkeypatch.setattr(influence, "take_back", watched)
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:1])
     method = Method(objective="logits")
     measure_influence(replace(job, work=Work(tmp_path)), alone(job), method)
@@ -283,13 +284,40 @@ def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
     assert len(held) == job.blocks.count()
 
 
+def test_metrics_weigh_gradients_by_the_leverage_of_inputs(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G = sum of x^T H^-1 x g g^T, with H over all tokens, weighted as in the search; against float64, a token at a time."""
+    method = Method(variants=(TWO_SIDED,), objective="logits")
+    found = measure_influence(job, alone(job), method)
+    rows: list[torch.Tensor] = []
+    gradients: dict[str, list[torch.Tensor]] = {}
+    monkeypatch.setattr(way_back, "leverages", lambda x, _: rows.append(x) or torch.ones(len(x)))
+    monkeypatch.setattr(way_back, "_add", lambda _m, name, g, _: gradients.setdefault(name, []).append(g))
+    measure_influence(job, alone(job), method)
+    block = job.blocks.text_layers[-1]  # the first that is taken back
+    groups = groups_of(block.module)
+    for number, group in enumerate(groups):
+        x = torch.cat(rows[number :: len(groups)][: len(gradients[f"{block.prefix}.{group.linears[0]}"])]).double()
+        made = {name: torch.cat(gradients[f"{block.prefix}.{name}"]).double() for name in group.linears}
+        size = sum(g.square().sum(1) for g in made.values())
+        gram = (x * (size / size.mean() + FLOOR)[:, None]).T @ x
+        gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        inverse = torch.linalg.inv(gram)
+        leverage = torch.stack([row @ inverse @ row for row in x])
+        for name, g in made.items():
+            metric = found.outputs[f"{block.prefix}.{name}"].double()
+            torch.testing.assert_close(
+                metric, (g * leverage[:, None]).T @ g, rtol=1e-3, atol=1e-4 * float(metric.abs().max())
+            )
+
+
 def test_a_small_model_runs_forwards_once(job: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same bits as by computing again, weights read once; a killed run computes again what lay in memory."""
     method = Method(variants=(TWO_SIDED,), objective="logits")
     source = Counted(job)
     found = measure_influence(replace(job, source=source), alone(job), method)  # type: ignore[arg-type]
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {1}
-    assert influence.runs_of(job, alone(job), "logits")[0] == influence.runs_of(job, alone(job), "logits")[1]
+    forwards, backwards = influence.runs_of(job, alone(job), method)
+    assert backwards == 2 * forwards
 
     def killed(share: float) -> None:
         if share > 0.4:
@@ -300,7 +328,8 @@ def test_a_small_model_runs_forwards_once(job: Calibration, monkeypatch: pytest.
     assert_same(measure_influence(replace(job, work=Work(tmp_path)), alone(job), method), found)
     monkeypatch.setattr(trail, "WHOLE_BYTES", 0)
     assert_same(measure_influence(job, alone(job), method), found)
-    assert influence.runs_of(job, alone(job), "logits")[0] == 2 * influence.runs_of(job, alone(job), "logits")[1]
+    assert influence.runs_of(job, alone(job), method) == (3 * forwards, backwards)
+    assert influence.runs_of(job, alone(job), Method(objective="logits")) == (2 * forwards, forwards)
 
 
 def test_damaged_and_shortened_files_are_told(job: Calibration, tmp_path: Path) -> None:
@@ -327,8 +356,8 @@ def test_weights_are_read_twice_for_every_part(job: Calibration, monkeypatch: py
 @pytest.mark.usefixtures("again")
 def test_what_flows_between_blocks_lies_in_memory_once(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's inputs are the outputs of the one before it, not copies: they are most of what a large model takes here."""
-    visits, backward = [], influence._backward
-    monkeypatch.setattr(influence, "_backward", lambda visit, *rest: visits.append(visit) or backward(visit, *rest))
+    visits, backward = [], influence.take_back
+    monkeypatch.setattr(influence, "take_back", lambda visit, *rest: visits.append(visit) or backward(visit, *rest))
     measure_influence(job, alone(job), Method(objective="logits"))
     decoder = [visit for visit in visits if visit.block in job.blocks.text_layers]
     assert len(decoder) == len(job.blocks.text_layers)

@@ -11,7 +11,15 @@ from calibrate import two_sided
 from calibrate.gptq import Rounder, column_scales, gptq_round, make_rounder
 from calibrate.quantize import covering_scale, round_to_codes
 from calibrate.scheme import W8A8, LinearScheme
-from calibrate.two_sided import add_gradients, empty_metric, make_row_rounder, scaled_metric, two_sided_round
+from calibrate.two_sided import (
+    add_gradients,
+    empty_metric,
+    inverse_factor,
+    leverages,
+    make_row_rounder,
+    scaled_metric,
+    two_sided_round,
+)
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=8)
 CPU = torch.device("cpu")
@@ -120,3 +128,25 @@ def test_the_metric_of_folded_outputs(monkeypatch: pytest.MonkeyPatch, sketched:
         add_gradients(empty_metric(6), part, torch.Generator().manual_seed(0)) for part in (gradients, gradients * factors)
     ]
     torch.testing.assert_close(scaled_metric(metrics[0], factors), metrics[1], rtol=0.02, atol=1e-3)
+
+
+def test_leverages_say_how_large_errors_are_at_a_token() -> None:
+    """x^T H^-1 x; of a weight that GPTQ rounded, the squared error at a token is in proportion to it."""
+    weight, inputs, _ = problem(512, 64)
+    inputs[-5:] = inputs[-5:].flip(1)  # no larger than the others, and unlike them
+    gram = inputs.T @ inputs
+    found = leverages(inputs, inverse_factor(gram))
+    rounder = make_rounder(gram)
+    damped = gram.double() + torch.eye(64) * float(
+        rounder.lower.square().sum(1)[0] - gram.double()[rounder.order[0], rounder.order[0]]
+    )
+    wanted = torch.linalg.solve(damped, inputs.T.double()).T * inputs.double()
+    torch.testing.assert_close(found.double(), wanted.sum(1), rtol=1e-3, atol=1e-6)
+    scale = covering_scale(weight, INT4)
+    codes = gptq_round(weight, rounder, scale, INT4)
+    errors = ((codes.float() * column_scales(scale, 64) - weight) @ inputs.T).square().sum(0)
+    by_leverage, by_size = (
+        float(torch.corrcoef(torch.stack([errors, estimate]))[0, 1]) for estimate in (found, inputs.square().sum(1))
+    )
+    assert by_leverage > 0.8
+    assert by_size < 0.5
