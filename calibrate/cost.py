@@ -183,12 +183,13 @@ def _probed(block: Block, lengths: Sequence[int], method: Method, *, kept: bool)
     group's inputs, a factor's inverse, and a product with it."""
     together = max((min(lengths.count(n) * n, max(n, BATCH_TOKENS)) for n in set(lengths)), default=0)  # one call's tokens
     memory = WHOLE_BYTES if kept else FLOAT32_BYTES * int(_weights(block) + _elements(block, [together]))
-    back = 2 if method.two_sided() else 1
+    back = method.ways_back()
     runs = 1 if kept else 1 + back
     flops = (runs + back) * _linear_flops(block, lengths) + (runs + 2 * back) * _attention_flops(block, lengths)
     factors = Cost()
     if method.two_sided():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCHED) * out for out, _ in _shapes(block))
+    if method.two_sided() and method.leverage:
         inputs = [linear_of(block.module, group.linears[0]).in_features for group in groups_of(block.module)]
         flops += sum(6.0 * sum(lengths) * into**2 for into in inputs)
         factors = Cost(single_flops=sum((ROUNDER_FLOPS + INVERSE_FLOPS) * into**3 for into in inputs))

@@ -66,7 +66,7 @@ class _Pass:
 
     def asked(self, block: int) -> Asked:
         """Of a block on the way back, the last having the highest number."""
-        return Asked(self.metrics, self.method.learn_steps > 0, self.drawn(block))
+        return Asked(self.metrics, self.method.learn_steps > 0, self.method.leverage, self.drawn(block))
 
 
 def measure_influence(
@@ -150,7 +150,7 @@ def runs_of(job: Calibration, prompts: Prompts, method: Method) -> tuple[int, in
         for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
     )
     once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    back = 2 if method.two_sided() else 1
+    back = method.ways_back()
     return (1 if _keeps(job, prompts) else 1 + back) * once + others, back * once
 
 

@@ -46,6 +46,7 @@ class Method:
     objective: what errors at a token count for, in rounding and wherever there is a choice.
     learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
     vision: what tower and projector are optimised for.
+    leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
     questions: how many of the samples' texts are asked about each sample's pictures (`recombine.py`); 1 for its own only.
     undecided: how many are also asked about mixtures of its pictures with others (`undecided.py`); 0 for none.
     seed: of everything drawn at random.
@@ -56,6 +57,7 @@ class Method:
     objective: Objective = "plain"
     learn_steps: int = 0
     vision: VisionTarget = "language"
+    leverage: bool = True
     questions: int = 1
     undecided: int = 0
     seed: int = 0
@@ -63,6 +65,10 @@ class Method:
     def two_sided(self) -> bool:
         """Whether some variant needs to know in which directions outputs matter."""
         return any(variant.rounding == "two-sided" for variant in self.variants)
+
+    def ways_back(self) -> int:
+        """How often gradients are taken through the float model."""
+        return 2 if self.two_sided() and self.leverage else 1
 
     def for_vision(self) -> Method:
         """The same for a block of tower or projector."""

@@ -35,10 +35,12 @@ class Influence:
 
 @dataclass(frozen=True)
 class Asked:
-    """metrics: of what came before, by linear, and by block where it learns; None where nobody asks. generator: of signs."""
+    """metrics: of what came before, by linear, and by block where it learns; None where nobody asks. leverage: whether a
+    gradient counts there by the leverage of its token's input. generator: of signs."""
 
     metrics: Mapping[str, torch.Tensor] | None
     learns: bool
+    leverage: bool
     generator: torch.Generator
 
 
@@ -48,7 +50,7 @@ def take_back(visit: Visit, resident: Resident, device: torch.device, asked: Ask
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
     gradients, metrics = [], {} if asked.metrics is None else within(asked.metrics, visit.block)
     with nullcontext(visit.block.module) if visit.passed else resident(visit.block) as module:
-        inverses = {} if asked.metrics is None else _inverse_factors(visit, module, groups, device)
+        inverses = _inverse_factors(visit, module, groups, device) if asked.metrics is not None and asked.leverage else {}
         for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
             given = _gradient(leaf)
             first, made = one.gradients(given.to(device), last=True)
@@ -56,13 +58,15 @@ def take_back(visit: Visit, resident: Resident, device: torch.device, asked: Ask
             weights[prefix].append(given.square().sum(-1))
             for group in groups:
                 weights[f"{prefix}.{group.linears[0]}"].append(_sizes(group, made).cpu())
-            if asked.metrics is not None:
-                if asked.learns:
-                    _add(metrics, prefix, given.to(device).flatten(0, -2), generator)
-                for group, inverse in inverses.items():
-                    roots = leverages(one.read[group.linears[0]].flatten(0, -2), inverse).sqrt()[:, None]
-                    for name in group.linears:
-                        _add(metrics, f"{prefix}.{name}", made[name].flatten(0, -2) * roots, generator)
+            if asked.metrics is not None and asked.learns:
+                _add(metrics, prefix, given.to(device).flatten(0, -2), generator)
+            for group in groups if asked.metrics is not None else ():
+                rows = {name: made[name].flatten(0, -2) for name in group.linears}
+                if group in inverses:
+                    roots = leverages(one.read[group.linears[0]].flatten(0, -2), inverses[group]).sqrt()[:, None]
+                    rows = {name: gradient * roots for name, gradient in rows.items()}
+                for name, gradient in rows.items():
+                    _add(metrics, f"{prefix}.{name}", gradient, generator)
             leaf.grad = None
     onwards = [(x, g) for x, g in zip(visit.inputs, visit.batches.split(gradients), strict=True) if x.requires_grad]
     if onwards:

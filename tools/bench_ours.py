@@ -81,6 +81,7 @@ ROWS = (
             "rounded to nearest": _changed(rounding="nearest"),
             "no undecided prompts": replace(FULL, undecided=0),
             "own questions only": replace(FULL, questions=1, undecided=0),
+            "no leverage": replace(FULL, leverage=False),
             "all tokens and directions alike": replace(_changed(rounding="gptq"), objective="plain"),
             "tokens by modality": replace(FULL, objective="modality"),
             "by logits": replace(FULL, objective="logits"),
