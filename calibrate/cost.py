@@ -25,6 +25,7 @@ from calibrate.recall import is_known
 from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
+from calibrate.scramble import scrambled
 from calibrate.trail import WHOLE_BYTES, is_kept
 from calibrate.two_sided import SKETCHED
 from calibrate.undecided import SHARES, Pair, pairs
@@ -100,7 +101,7 @@ def measured_bytes(blocks: ModelBlocks, samples: Sequence[Sample], method: Metho
     """
     if method is None or method.objective == "plain":
         return 0
-    values = blocks.text_width() * blocks.count() * sum(_text_lengths(blocks, samples, method))
+    values = blocks.text_width() * blocks.count() * sum(_asked_lengths(blocks, samples, method))
     searched = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
     metrics = sum(_metrics_bytes(block, method) for block in searched) if method.two_sided() else 0
     return FLOAT32_BYTES * min(PART_VALUES, values) + 2 * metrics
@@ -113,6 +114,13 @@ def _streams(method: Method | None) -> int:
 
 def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> list[int]:
     """Tokens of each prompt that the decoder reads."""
+    found = _asked_lengths(blocks, samples, method)
+    others = scrambled(samples, method.scrambled, blocks.image_token_id, method.seed) if method is not None else []
+    return found + [len(text.input_ids) for text, _ in others]
+
+
+def _asked_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> list[int]:
+    """Of those whose answers count."""
     if method is None:
         return [len(sample.input_ids) for sample in samples]
     prompts = recombine(samples, method.questions, blocks.image_token_id, method.seed)
@@ -138,10 +146,12 @@ def calibration_cost(
     if method is not None:
         probed = Cost()
         if method.objective != "plain":
-            kept = is_kept(blocks, len(pictures), sum(texts))
-            probed = sum((_probed(b, lengths, method, kept=kept) for b, lengths in parts), Cost())
+            asked = _asked_lengths(blocks, samples, method)
+            kept = is_kept(blocks, len(pictures), sum(asked))
+            probed = sum((_probed(b, pictures, method, kept=kept) for b in vision), Cost())
+            probed += sum((_probed(b, asked, method, kept=kept) for b in blocks.text_layers), Cost())
             # Of what flows between the blocks, a block's inputs and outputs, and the gradients of both.
-            flowing = 4 * FLOAT32_BYTES * min(PART_VALUES // blocks.count(), blocks.text_width() * sum(texts))
+            flowing = 4 * FLOAT32_BYTES * min(PART_VALUES // blocks.count(), blocks.text_width() * sum(asked))
             probed = replace(probed, memory_bytes=probed.memory_bytes + flowing)
         if mixed := _mixed(blocks, samples, method):
             tried = [len(pair.text.input_ids) for pair in mixed] * len(SHARES)

@@ -49,6 +49,7 @@ class Method:
     leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
     questions: how many of the samples' texts are asked about each sample's pictures (`recombine.py`); 1 for its own only.
     undecided: how many are also asked about mixtures of its pictures with others (`undecided.py`); 0 for none.
+    scrambled: how many texts with words drawn anew are run about each sample's pictures (`scramble.py`); 0 for none.
     seed: of everything drawn at random.
     """
 
@@ -60,6 +61,7 @@ class Method:
     leverage: bool = True
     questions: int = 1
     undecided: int = 0
+    scrambled: int = 0
     seed: int = 0
 
     def two_sided(self) -> bool:
@@ -88,4 +90,4 @@ FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
 # With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
 # data for so many directions, the logits.
 TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)
-FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", learn_steps=48, questions=8, undecided=8)
+FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", learn_steps=24, questions=8, undecided=8, scrambled=4)

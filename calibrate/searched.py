@@ -23,12 +23,13 @@ from calibrate.method import FAST, FULL, Method
 from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
 from calibrate.record import block_record, labels_of, with_partition
 from calibrate.residents import CPU, on, residents
+from calibrate.scramble import scrambled
 from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
 from calibrate.undecided import runs_of as undecided_runs
 from calibrate.undecided import with_undecided
 from calibrate.walk import Run, walk_language, walk_vision
-from calibrate.way_back import Influence, Weights, within
+from calibrate.way_back import LEAST, Influence, Weights, within
 
 # How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
 MEASURE_UNITS, SEARCH_UNITS = 10, 40
@@ -47,6 +48,8 @@ def calibrate_searched(
     shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
     prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
     texts, pictures_of = flat(prompts)
+    others = scrambled(job.samples, method.scrambled, job.blocks.image_token_id, method.seed)
+    texts, pictures_of = [*texts, *(text for text, _ in others)], [*pictures_of, *(number for _, number in others)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         plan, half = job.plan_of(block), len(inputs) // 2
@@ -59,7 +62,12 @@ def calibrate_searched(
             numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
             check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches)
+            least = (
+                [torch.full((1, len(text.input_ids)), LEAST) for text, _ in others]
+                if block in job.blocks.text_layers
+                else []
+            )
+            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches, least)
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
             pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
@@ -67,7 +75,8 @@ def calibrate_searched(
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-            record = block_record(block, search, exact, rounded, labels_of(block, job.blocks, prompts))
+            labels = labels_of(block, job.blocks, prompts)
+            record = block_record(block, search, exact[: len(labels)], rounded[: len(labels)], labels)
         outputs = shards.keep(block, [*exact, *rounded], numbers)
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs
@@ -83,6 +92,7 @@ def calibrate_searched(
         "samples": len(job.samples),
         "prompts": len(texts),
         "undecided": sum(isinstance(text, Mixed) for text in texts),
+        "scrambled": len(others),
         "tokens": sum(len(s.input_ids) for s in texts),
         **_totals(job, method, prompts, shards.records),
     }
@@ -126,9 +136,12 @@ def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[di
     }
 
 
-def _of_block(tokens: Weights, block: Block, batches: Batches) -> dict[str, list[torch.Tensor]]:
-    """What tokens count in one block, in its batches, by names inside it and under "" for its output."""
-    return {name: batches.merged(weights) for name, weights in _inside(tokens, block).items()}
+def _of_block(
+    tokens: Weights, block: Block, batches: Batches, others: Sequence[torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """What tokens count in one block, in its batches, by names inside it and under "" for its output. others: the same for
+    every linear, of the inputs behind those that were measured."""
+    return {name: batches.merged([*weights, *others]) for name, weights in _inside(tokens, block).items()}
 
 
 def _inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:

@@ -26,6 +26,7 @@ from calibrate.searched import calibrate_searched
         Method(foldings=("search", "none"), objective="logits", vision="none"),
         Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant())),
         Method(("none",), (TWO_SIDED,), "kl+logits", leverage=False),
+        Method(("none",), objective="logits", scrambled=3),
         Method(("none",), (TWO_SIDED,), "kl+logits", questions=2, undecided=2),  # a random model is never decided
     ],
 )
