@@ -90,4 +90,4 @@ FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
 # With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
 # data for so many directions, the logits.
 TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)
-FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", learn_steps=24, questions=8, undecided=8, scrambled=4)
+FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", learn_steps=24, questions=8, undecided=4, scrambled=16)
