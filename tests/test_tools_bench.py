@@ -12,6 +12,7 @@ import bench_runtime
 import numpy as np
 import plant_hard_outliers
 import pytest
+import study_reach
 import torch
 from bench_data import answer_spans, calibration_items, encode_items, load_samples, save_samples
 from bench_methods import Cell, Results, score
@@ -19,8 +20,10 @@ from bench_tables import ablation_table, best_of, medians, write_tables
 from peers.common import SCHEMES, check_levels, equal_lengths, measured
 from peers.rows import ALL, ROWS
 from random_llava import write_random_llava
+from small_export import mixed_samples, open_small
 from transformers import LlavaForConditionalGeneration
 
+from calibrate.blocks import make_blocks
 from calibrate.samples import Sample
 from qvlm_export.samples import load_processor
 
@@ -213,6 +216,22 @@ def test_hard_outliers_are_there(hard):
         after(**given)
     first_token = rows[0].reshape(len(given["input_ids"]), -1, rows[0].shape[1])[:, 0].abs()
     assert float(first_token[:, 0].min()) > 0.9 * rows[0].shape[1] ** 0.5  # all of it in one channel
+
+
+def test_peaks_are_those_of_the_whole_model_and_more_prompts_reach_further(llava):
+    checkpoint = open_small(llava(dtype="float32"))
+    blocks, source, samples = make_blocks(checkpoint.hf_config), checkpoint.source, mixed_samples(checkpoint)[:1]
+    found = study_reach.peaks(source, blocks, samples, study_reach.features_of(source, blocks, samples))
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    for number, layer in enumerate(model.model.language_model.layers):
+        with plant_hard_outliers.kept(layer.mlp.down_proj, "input") as rows, torch.inference_mode():
+            model(torch.from_numpy(samples[0].input_ids)[None], torch.from_numpy(samples[0].pixel_values))
+        torch.testing.assert_close(found[number], rows[0].abs().amax(0), rtol=1e-4, atol=1e-5)
+    sets = study_reach.seen_by(source, blocks, mixed_samples(checkpoint))
+    own, asked, scrambled = sets.values()
+    assert (own <= 1.001 * asked).all()
+    assert (asked <= 1.001 * scrambled).all()
+    assert (own < scrambled).any()
 
 
 def test_decode_speed_is_that_of_the_median_step():

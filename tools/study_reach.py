@@ -1,0 +1,112 @@
+"""How far activations go beyond what calibration saw, and what prompts made of the same samples show of that.
+
+    python tools/study_reach.py --out docs/reach.md
+
+The float tiny LLaVA on the benchmark's 64 samples, on what `--effort full` makes of them, and on 1,000 unseen questions: of
+every channel that a decoder layer's down_proj reads, the largest magnitude.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from bench_data import SEEDS, calibration_file, evaluation_file, load_samples, make_data
+from bench_ours import opened
+from torch import nn
+
+from calibrate.batches import batches_of
+from calibrate.blocks import Block, ModelBlocks, resident
+from calibrate.method import FULL
+from calibrate.recombine import flat, recombine
+from calibrate.samples import Sample
+from calibrate.scramble import scrambled
+from calibrate.tensors import TensorSource
+from calibrate.walk import Run, walk_language, walk_vision
+
+FAR = 2.0  # times the largest value that calibration saw
+HEAD = """# How far activations go beyond what calibration saw
+
+`python tools/study_reach.py --out docs/reach.md`: the float tiny model. Of every channel that `down_proj` of a decoder layer
+reads, the largest magnitude on 1,000 unseen questions over the largest on the prompts of calibration: how many of the
+{channels} channels of all layers go beyond {far:g} times that, and the largest ratio. "Own questions" is what `fast` runs,
+"scrambled, too" what `full` does, without its mixtures of pictures.
+"""
+
+
+def peaks(
+    source: TensorSource, blocks: ModelBlocks, texts: Sequence[Sample], features: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Largest magnitude of each channel that down_proj reads, float32 [layers, channels]."""
+    found: list[torch.Tensor] = []
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
+        largest: list[torch.Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            largest.append(args[0].abs().flatten(0, -2).amax(0))
+
+        batches = batches_of(inputs)
+        with resident(block, source) as module, torch.inference_mode():
+            handle = module.get_submodule("mlp.down_proj").register_forward_pre_hook(hook)
+            outputs = batches.split([run(module, x) for x in batches.merging(inputs)])
+            handle.remove()
+        found.append(torch.stack(largest).amax(0))
+        return outputs
+
+    walk_language(blocks, source, texts, features, step)
+    return torch.stack(found)
+
+
+def seen_by(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Peaks on the samples, on recombined prompts, and on scrambled ones besides, as `full` makes them."""
+    features = features_of(source, blocks, samples)
+    sets = {"own questions": (list(samples), list(range(len(samples))))}
+    sets["others' questions, too"] = flat(recombine(samples, FULL.questions, blocks.image_token_id))
+    more = scrambled(samples, FULL.scrambled, blocks.image_token_id, FULL.seed)
+    texts, numbers = sets["others' questions, too"]
+    sets["scrambled, too"] = [*texts, *(text for text, _ in more)], [*numbers, *(number for _, number in more)]
+    return {
+        name: peaks(source, blocks, texts, [features[number] for number in numbers])
+        for name, (texts, numbers) in sets.items()
+    }
+
+
+def features_of(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """What the projector makes of each sample's pictures."""
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
+        batches = batches_of(inputs)
+        with resident(block, source) as module, torch.inference_mode():
+            return batches.split([run(module, x) for x in batches.merging(inputs)])
+
+    return walk_vision(blocks, source, samples, step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
+    parser.add_argument("--data", type=Path, default=Path("build/bench/data"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    make_data(args.model, args.data)
+    checkpoint, blocks = opened(args.model)
+    source, unseen = checkpoint.source, load_samples(evaluation_file(args.data))
+    reached = peaks(source, blocks, unseen, features_of(source, blocks, unseen))
+    lines = []
+    for seed in SEEDS:
+        seen = seen_by(source, blocks, load_samples(calibration_file(args.data, seed)))
+        if not lines:
+            lines = [f"| samples of seed | {' | '.join(seen)} |", "|---" * (len(seen) + 1) + "|"]
+        ratios = [(reached / known.clamp(min=1e-6)) for known in seen.values()]
+        entries = [f"{int((ratio > FAR).sum())}, at most {float(ratio.max()):.1f} times" for ratio in ratios]
+        lines.append(f"| {seed} | {' | '.join(entries)} |")
+        print(lines[-1], flush=True)
+    head = HEAD.format(channels=f"{reached.numel():,}", far=FAR)
+    args.out.write_text(head + "\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
