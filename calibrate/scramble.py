@@ -25,8 +25,7 @@ def scrambled(samples: Sequence[Sample], count: int, image_token_id: int, seed: 
 
     Words are the tokens that some samples have and others do not: what all of them have is the template.
     """
-    words = _words(samples, image_token_id)
-    if not count or not len(words):
+    if not count or not samples or not len(words := _words(samples, image_token_id)):
         return []
     draw = np.random.default_rng(seed)
     found = []

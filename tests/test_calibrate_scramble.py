@@ -69,6 +69,7 @@ def test_half_of_the_words_are_drawn_anew() -> None:
 def test_where_all_texts_are_alike_there_are_no_words() -> None:
     assert scrambled([sample([11, 12])] * 3, 4, IMAGE, 0) == []
     assert scrambled([sample([11, 12]), sample([13])], 0, IMAGE, 0) == []
+    assert scrambled([], 4, IMAGE, 0) == []
 
 
 def test_ranges_cover_what_scrambled_texts_reach(llava, tmp_path) -> None:
