@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
+CHUNK_ROWS = 64
 LANES = 8  # codes handled together: they fill `num_bits` whole bytes, and an int32 at most
 
 
 def pack_codes(codes: np.ndarray, num_bits: int) -> np.ndarray:
     """codes int8 [rows, columns] of 3 or 4 bits -> int32 [rows, ceil(columns * num_bits / 32)]; the tail's bits are 0."""
     rows, columns = codes.shape
-    if num_bits == 4 and columns % LANES == 0:  # two to a byte
-        stored = (codes + 8).view(np.uint8)
-        return (stored[:, 0::2] | stored[:, 1::2] << 4).view("<i4")
+    if num_bits == 4 and columns % LANES == 0:
+        return _packed_nibbles(codes)
     groups, words = -(-columns // LANES), -(-columns * num_bits // 32)
     stored = np.zeros((rows, groups * LANES), np.uint8)
     stored[:, :columns] = (codes + (1 << (num_bits - 1))).view(np.uint8)
@@ -25,6 +25,16 @@ def pack_codes(codes: np.ndarray, num_bits: int) -> np.ndarray:
         lanes |= stored[:, lane::LANES].astype(np.uint32) << np.uint32(num_bits * lane)
     stream = lanes.view(np.uint8).reshape(rows, groups, 4)[:, :, :num_bits].reshape(rows, groups * num_bits)
     return _resized(stream, 4 * words).view("<i4")
+
+
+def _packed_nibbles(codes: np.ndarray) -> np.ndarray:
+    """Two to a byte, some rows at a time, which stay in the processor's cache."""
+    rows, columns = codes.shape
+    packed = np.empty((rows, columns // 2), np.uint8)
+    for start in range(0, rows, CHUNK_ROWS):
+        stored = np.add(codes[start : start + CHUNK_ROWS], 8, order="C").view("<u2")  # the even column in the low byte
+        np.bitwise_or(stored, stored >> 4, out=packed[start : start + CHUNK_ROWS], casting="unsafe")
+    return packed.view("<i4")
 
 
 def unpack_codes(packed: np.ndarray, num_bits: int, columns: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+LENGTH_BYTES = 8  # before the header, of its length
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -49,6 +50,7 @@ class SafetensorsSource:
                     self._where[name] = (opened, stored)
                     self._shape[name] = tuple(piece.get_shape())
                     self._dtype[name] = np.dtype(_DTYPES[kind])
+            opened.find_tensors()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
 
@@ -70,11 +72,12 @@ class SafetensorsSource:
     def load(self, name: str) -> np.ndarray:
         """Raises UnfinishedError when the file is no longer the one that was opened."""
         opened, stored = self._where[name]
-        opened.check_unchanged()  # before it is mapped: reading behind a new end would kill the process
+        opened.check_unchanged()
+        array = np.empty(self._shape[name], self._dtype[name])
         try:
-            with safe_open(opened.path, "np") as file:
-                array: np.ndarray = file.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
+            opened.read(stored, array.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            opened.check_unchanged()
             raise UserError(
                 f"{opened.path}: tensor {stored} can no longer be read ({error}); was the file changed?"
             ) from error
@@ -87,6 +90,29 @@ class OpenedFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._facts = path, _facts(path)
+        self._starts: dict[str, int] = {}
+
+    def find_tensors(self) -> None:
+        """Learns where the file's tensors begin, of a header that the safetensors library found to be right."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self._starts = {name: LENGTH_BYTES + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def read(self, stored: str, content: memoryview) -> None:
+        """Fills `content`. Not mapped: memory would be taken page by page, and a new end kill the process.
+
+        Raises OSError when the file cannot be read or ends too early.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._starts[stored])
+            done = 0
+            while done < len(content):
+                count = file.readinto(content[done:])
+                if not count:
+                    raise OSError("the file ends inside")
+                done += count
 
     def check_unchanged(self) -> None:
         """Raises UnfinishedError when it was written to, replaced or deleted since."""

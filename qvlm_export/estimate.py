@@ -30,7 +30,7 @@ BUILD_MEASURED_BYTES = 2**28  # of a plan whose building takes so long that meas
 # Its memory in sizes of the plan, beside PROGRAM_BYTES (2.4 to 2.9: mapped weights count until somebody needs their pages).
 BUILD_COPIES = 2.5
 GRAPH_SECONDS_PER_GIB = 1.0  # beside packing and writing, by the same four sizes
-CHECK_SECONDS_PER_GIB = 0.85  # of a plan that is read back, beside its hash
+CHECK_SECONDS_PER_GIB = 0.5  # of a plan that is read back, beside its hash
 # Estimates of memory are right to a tenth or so: a machine is too small when even nine tenths are more than it has.
 SURELY = 0.9
 # Norms, activation functions, softmax, hooks and copies beside the products of a block: BLAS's operations in the time of one
@@ -76,7 +76,10 @@ def estimate(
     if linears:
         forwards = floor + ELEMENT_FLOPS * cost.elements / machine.shared_flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
-        moving = sizes.float16_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
+        fetched = (1 - machine.cached) * sizes.float16_bytes
+        moving = fetched / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
+        # Each thread finds memory of its own.
+        moving += min(machine.free_bytes, fetched + sizes.planned_bytes) / (machine.found_bytes * machine.threads)
         seconds["calibrate"] = (forwards + rounding) / machine.share + moving
     gib = sizes.planned_bytes / 2**30
     packing = 2 * sizes.int4_bytes / (machine.packed * machine.threads) + GRAPH_SECONDS_PER_GIB * gib

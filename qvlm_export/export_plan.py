@@ -154,7 +154,7 @@ def _check_options(options: ExportOptions) -> None:
 
 def estimate_export(plan: ExportPlan) -> Estimate:
     """Seconds and memory, from what is to be done and a short measurement of this machine."""
-    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files()[0], plan.device)
+    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files(), plan.device)
     machine = replace(machine, built_bytes=build_bytes(plan.backend, plan.sizes))
     builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
     return estimate(plan.cost, plan.linears, plan.sizes, largest, machine, builds=builds)

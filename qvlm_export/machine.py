@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from calibrate.blocks import as_tensor, check_finite
 from calibrate.packing import pack_codes
 from calibrate.products import product
 from calibrate.quantize import quantize_linear
@@ -22,7 +25,10 @@ from engines.packing import transposed_nibbles
 from qvlm_export.preflight import nearest_folder
 
 TOKENS, WIDTH, OUT = 512, 4096, 2048
+ROUNDED = 5120  # rows and columns of a matrix so large that its memory comes from the kernel and goes back to it
 DISK_BYTES = 128 * 2**20
+LARGE_BYTES, LARGE_DISK_BYTES = 4 * 2**30, 2**30  # of weights that take minutes, and of what is then written to measure
+PAGE_BYTES, PAGES_ASKED = 4096, 64
 REPEATS, KEPT_UP_SECONDS = 2, 0.5
 GPU_WIDTH = 8192
 BUILT_BYTES = 2**30 / 12  # where nobody measures it: between what two processors did
@@ -33,7 +39,10 @@ _W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 class Machine:
     """Rates a second of processor time. flops: float32 products on all threads, as calibration computes them. single_flops:
     by BLAS on one thread, which factorizations go by, shared_flops: on each of all; on a GPU these three are the same.
-    rounded, packed: weights, on one. share: of the processor that this process gets, less than 1 beside others' work.
+    rounded, packed: weights, on one; the first from what was read to what is written. read_bytes: from the disk, of which
+    the share `cached` need not be read. found_bytes: of memory that nobody uses, of which there are free_bytes, found for
+    what is read and written: slow where the machine is virtual and its host must find it first. share: of the processor
+    that this process gets, less than 1 beside others' work.
     built_bytes: of INT4 weights that TensorRT lays out in a plan.
     """
 
@@ -47,11 +56,14 @@ class Machine:
     written_bytes: float
     threads: int
     share: float = 1.0
+    cached: float = 0.0
+    found_bytes: float = math.inf
+    free_bytes: int = 0
     built_bytes: float = BUILT_BYTES
 
 
-def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine:
-    """folder: where the export will write; a file without a name is written there. weights: a file that will be read.
+def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu") -> Machine:
+    """folder: where the export will write; a file without a name is written there. weights: the files that will be read.
 
     device: that calibration computes on.
     """
@@ -66,7 +78,9 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
         x @ weight.T
 
     def rounding() -> None:
-        pack_codes(quantize_linear(half, _W4A16, None).codes, 4)
+        loaded = stored.copy()
+        check_finite("", loaded)
+        pack_codes(quantize_linear(as_tensor(loaded), _W4A16, None).codes, 4).tobytes()
 
     threads = torch.get_num_threads()
     taken, share = _kept_up(computed, threads)
@@ -74,15 +88,18 @@ def measure_machine(folder: Path, weights: Path, device: str = "cpu") -> Machine
     with one_thread():
         single = flops / _kept_up(by_blas)[0]
         shared = threads * single
-        half = weight.half()
-        rounded = half.numel() / _seconds(rounding)
-    stored = np.zeros((OUT, WIDTH // 2), np.uint8)
-    packed = stored.size * 2 / _seconds(lambda: transposed_nibbles(stored))
-    hashed = stored.nbytes / _seconds(lambda: hashlib.sha256(stored.tobytes()).digest())
-    read, written = _read_rate(weights), _write_rate(nearest_folder(folder))
+        stored = torch.randn(ROUNDED, ROUNDED, generator=generator).half().numpy()
+        rounded = stored.size / _seconds(rounding)
+    nibbles = np.zeros((OUT, WIDTH // 2), np.uint8)
+    packed = nibbles.size * 2 / _seconds(lambda: transposed_nibbles(nibbles))
+    hashed = nibbles.nbytes / _seconds(lambda: hashlib.sha256(nibbles.tobytes()).digest())
+    cached, free = _cached(weights), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    large = sum(path.stat().st_size for path in weights) > LARGE_BYTES
+    written, found = _write_rates(nearest_folder(folder), LARGE_DISK_BYTES if large else DISK_BYTES)
+    read = _read_rate(weights[-1])
     if device == "cuda":
         all_threads = single = shared = _gpu_flops()
-    return Machine(all_threads, single, shared, rounded, packed, hashed, read, written, threads, share)
+    return Machine(all_threads, single, shared, rounded, packed, hashed, read, written, threads, share, cached, found, free)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -118,20 +135,47 @@ def _gpu_flops() -> float:
     return REPEATS * 2.0 * GPU_WIDTH**3 / (time.perf_counter() - began)
 
 
+def _cached(files: Sequence[Path]) -> float:
+    """The share of the files' bytes that lie in memory, by asking for a few pages of each; 0 if nobody can tell."""
+    held = total = 0.0
+    for path in files:
+        size = path.stat().st_size
+        total += size
+        with path.open("rb") as file:
+            starts = [random.randrange(max(size, 1)) for _ in range(PAGES_ASKED)]  # asking for a page may fetch it
+            held += size * sum(_is_cached(file.fileno(), start) for start in starts) / PAGES_ASKED
+    return held / max(total, 1)
+
+
+def _is_cached(descriptor: int, start: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(PAGE_BYTES)], start, os.RWF_NOWAIT) >= 0
+    except OSError:  # it would have to wait, or the file system cannot say
+        return False
+
+
 def _read_rate(path: Path) -> float:
-    began, count = time.perf_counter(), 0
+    """From the disk: what is read is forgotten first."""
     with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, DISK_BYTES, os.POSIX_FADV_DONTNEED)
+        began, count = time.perf_counter(), 0
         while count < DISK_BYTES and (piece := file.read(2**22)):
             count += len(piece)
-    return max(count, 1) / (time.perf_counter() - began)
+        return max(count, 1) / (time.perf_counter() - began)
 
 
-def _write_rate(folder: Path) -> float:
+def _write_rates(folder: Path, count: int) -> tuple[float, float]:
+    """Bytes a second written to the disk from memory in use, and of memory found for the first time they are written."""
+    first, second = (_writing(folder, count) for _ in range(2))  # the second is given the memory of the first
+    return count / second, count / max(first - second, 1e-9 * first)
+
+
+def _writing(folder: Path, count: int) -> float:
     piece = bytes(2**22)
     with tempfile.TemporaryFile(dir=folder) as file:
         began = time.perf_counter()
-        for _ in range(DISK_BYTES // 2 // len(piece)):
+        for _ in range(count // len(piece)):
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-        return DISK_BYTES / 2 / (time.perf_counter() - began)
+        return time.perf_counter() - began

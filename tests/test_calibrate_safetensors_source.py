@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from calibrate.errors import UserError
-from calibrate.safetensors_source import SafetensorsSource
+from calibrate.safetensors_source import OpenedFile, SafetensorsSource
 
 INDEX = "model.safetensors.index.json"
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
     "b.weight": np.linspace(-1, 1, 4, dtype=np.float32).astype(ml_dtypes.bfloat16),
     "c.codes": np.array([[-8, 7]], np.int8),
+    "d.scalar": np.array(3.5, np.float32),
+    "e.empty": np.zeros((0, 4), np.float16),
 }
 
 
@@ -50,7 +52,7 @@ def test_names_shapes_types_and_data(tmp_path, write):
     write(tmp_path)
     source = SafetensorsSource(tmp_path)
     assert sorted(source) == sorted(TENSORS)
-    assert "d" not in source
+    assert "f" not in source
     for name, array in TENSORS.items():
         assert name in source
         assert source.shape(name) == array.shape
@@ -79,6 +81,17 @@ def test_data_that_changed_after_opening_is_an_error_with_the_file(tmp_path):
     source = SafetensorsSource(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'model.safetensors'}: was changed while it was read")):
+        source.load("a.weight")
+
+
+def test_a_tensor_that_ends_too_early_names_file_and_tensor(tmp_path, monkeypatch):
+    """A file cut short between two looks at it: nothing is made up for what is missing."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": np.ones(5, np.float16)}, path)
+    source = SafetensorsSource(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(OpenedFile, "check_unchanged", lambda _: None)
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor a\.weight can no longer be read .*ends inside"):
         source.load("a.weight")
 
 

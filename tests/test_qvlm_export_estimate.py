@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,7 @@ def test_seconds_are_counts_by_rates():
     assert found.floor_seconds == pytest.approx(100 + 20 + 30)
     gib = 7e9 / 2**30
     assert found.seconds["graph"] == pytest.approx(12 + gib + 14, rel=0.01)
-    assert found.seconds["check"] == pytest.approx(7 + 0.85 * gib, rel=0.01)
+    assert found.seconds["check"] == pytest.approx(7 + 0.5 * gib, rel=0.01)
     assert found.seconds["build"] == pytest.approx(0.5 + 0.02 + 60 + 0.4 * 10, rel=0.01)
     assert found.memory_bytes == memory_needed(Cost(), 0) + 65 * 10**8  # the plan is mapped when it is checked
     assert "estimated: " in found.in_words()
@@ -48,6 +49,36 @@ def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
     assert found.floor_seconds == pytest.approx(100 + 20)
     assert found.seconds["graph"] == pytest.approx(2 * (12 + 7e9 / 2**30) + 14, rel=0.01)
     assert found.seconds["check"] == pytest.approx(2 * 14)
+
+
+def test_what_is_in_memory_need_not_be_read_and_new_memory_must_be_found():
+    """Of 25 + 1 GB of weights a quarter lies in memory; 5 GB are free, which two threads find at 1 GB/s."""
+    empty = estimate(Cost(), {"a": W4A16}, SIZES, 10**9, MACHINE, builds=False)
+    warm = replace(MACHINE, cached=0.25, free_bytes=5 * 10**9, found_bytes=5e8)
+    found = estimate(Cost(), {"a": W4A16}, SIZES, 10**9, warm, builds=False)
+    assert empty.seconds["calibrate"] == pytest.approx(26 + 14)
+    assert found.seconds["calibrate"] == pytest.approx(0.75 * 26 + 14 + 5)
+    plenty = replace(warm, cached=1.0, free_bytes=10**12)  # no more is used than what is written
+    assert estimate(Cost(), {"a": W4A16}, SIZES, 10**9, plenty, builds=False).seconds["calibrate"] == pytest.approx(14 + 7)
+
+
+def test_what_lies_in_memory_is_asked_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot say counts as one that must read."""
+    weights = [tmp_path / "a", tmp_path / "b"]
+    for path, size in zip(weights, (3 * 2**20, 2**20), strict=True):
+        path.write_bytes(bytes(size))
+    asked: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[bytearray], start: int, _flags: int) -> int:
+        asked.append(start)
+        if os.fstat(descriptor).st_size == 2**20:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert measure_machine(tmp_path, weights).cached == pytest.approx(0.75)
+    assert all(0 <= start < 3 * 2**20 for start in asked)
+    assert len(set(asked)) > 100
 
 
 def test_a_machine_with_too_little_memory_is_refused(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +105,9 @@ def test_durations(seconds, words):
 def test_rates_are_measured_and_nothing_is_left(tmp_path):
     weights = tmp_path / "weights"
     weights.write_bytes(bytes(2**20))
-    machine = measure_machine(tmp_path / "not" / "there", weights)
-    assert all(value > 0 for value in vars(machine).values())
+    machine = measure_machine(tmp_path / "not" / "there", [weights])
+    assert all(value > 0 for name, value in vars(machine).items() if name != "cached")
+    assert 0 <= machine.cached <= 1
     assert machine.flops >= 0.5 * machine.single_flops
     assert machine.share <= 1
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
