@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from qvlm_export.preflight import nearest_folder
 
 TOKENS, WIDTH, OUT = 512, 4096, 2048
 ROUNDED = 5120  # rows and columns of a matrix so large that its memory comes from the kernel and goes back to it
-DISK_BYTES = 128 * 2**20
+DISK_BYTES, PIECE_BYTES = 128 * 2**20, 2**22
 LARGE_BYTES, LARGE_DISK_BYTES = 4 * 2**30, 2**30  # of weights that take minutes, and of what is then written to measure
 PAGE_BYTES, PAGES_ASKED = 4096, 64
 REPEATS, KEPT_UP_SECONDS = 2, 0.5
@@ -157,21 +159,26 @@ def _is_cached(descriptor: int, start: int) -> bool:
 def _read_rate(path: Path) -> float:
     """From the disk: what is read is forgotten first."""
     with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, DISK_BYTES, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # not every file system forgets
+            os.posix_fadvise(file.fileno(), 0, DISK_BYTES, os.POSIX_FADV_DONTNEED)
         began, count = time.perf_counter(), 0
-        while count < DISK_BYTES and (piece := file.read(2**22)):
+        while count < DISK_BYTES and (piece := file.read(PIECE_BYTES)):
             count += len(piece)
         return max(count, 1) / (time.perf_counter() - began)
 
 
 def _write_rates(folder: Path, count: int) -> tuple[float, float]:
-    """Bytes a second written to the disk from memory in use, and of memory found for the first time they are written."""
+    """Bytes a second written to the disk from memory in use, and of memory found for the first time they are written.
+
+    count: of bytes; fewer where the disk is nearly full, as it may be when an export is resumed.
+    """
+    count = min(count, max(shutil.disk_usage(folder).free // 4, PIECE_BYTES))
     first, second = (_writing(folder, count) for _ in range(2))  # the second is given the memory of the first
     return count / second, count / max(first - second, 1e-9 * first)
 
 
 def _writing(folder: Path, count: int) -> float:
-    piece = bytes(2**22)
+    piece = bytes(PIECE_BYTES)
     with tempfile.TemporaryFile(dir=folder) as file:
         began = time.perf_counter()
         for _ in range(count // len(piece)):

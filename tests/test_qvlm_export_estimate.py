@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import assert_refused, export_onnx, read_files
@@ -60,6 +62,20 @@ def test_what_is_in_memory_need_not_be_read_and_new_memory_must_be_found():
     assert found.seconds["calibrate"] == pytest.approx(0.75 * 26 + 14 + 5)
     plenty = replace(warm, cached=1.0, free_bytes=10**12)  # no more is used than what is written
     assert estimate(Cost(), {"a": W4A16}, SIZES, 10**9, plenty, builds=False).seconds["calibrate"] == pytest.approx(14 + 7)
+
+
+def test_writing_is_measured_by_no_more_than_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**25))
+    largest = [0]
+
+    def fsync(descriptor: int) -> None:
+        largest.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(2**20))
+    assert measure_machine(tmp_path, [weights]).written_bytes > 0
+    assert max(largest) == 2**23
 
 
 def test_what_lies_in_memory_is_asked_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
