@@ -43,8 +43,9 @@ class ModelBlocks:
     """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin.
 
     entries: patch embeddings, and the norm behind them where a tower has one. features: after how many vision layers each
-    feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. sliding_window:
-    how many positions a token sees, itself included; None for all. final_epsilon: of the decoder's last norm.
+    feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. vocabulary: how
+    many tokens the decoder knows. sliding_window: how many positions a token sees, itself included; None for all.
+    final_epsilon: of the decoder's last norm.
     """
 
     entries: tuple[Block, ...]
@@ -55,6 +56,7 @@ class ModelBlocks:
     rotary: nn.Module
     drop_first: bool
     image_token_id: int
+    vocabulary: int
     sliding_window: int | None = None
     final_epsilon: float = 1e-6
 
@@ -99,6 +101,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
         rotary=type(text.rotary_emb)(config=config.text_config),
         drop_first=has_class_token(config) and not keeps_class_token(config),
         image_token_id=config.image_token_index,
+        vocabulary=text.embed_tokens.num_embeddings,
         sliding_window=getattr(config.text_config, "sliding_window", None),
         final_epsilon=config.text_config.rms_norm_eps,
     )

@@ -115,7 +115,9 @@ def _streams(method: Method | None) -> int:
 def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method | None) -> list[int]:
     """Tokens of each prompt that the decoder reads."""
     found = _asked_lengths(blocks, samples, method)
-    others = scrambled(samples, method.scrambled, blocks.image_token_id, method.seed) if method is not None else []
+    if method is None:
+        return found
+    others = scrambled(samples, method.scrambled, blocks.vocabulary, blocks.image_token_id, method.seed)
     return found + [len(text.input_ids) for text, _ in others]
 
 

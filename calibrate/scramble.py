@@ -1,10 +1,11 @@
-"""Prompts of words drawn anew: how far activations go where no sample leads. numpy.
+"""Prompts of words drawn anew: where activations go that no sample leads to. numpy.
 
-Ranges and folding factors hold for what the samples show. A question of a kind that none of them asks can make a channel
-many times as large as on all samples, and a static range clips it: that token's answer is lost, where rounding costs every
-token a little. So texts of the samples, half of their words replaced by others of theirs, are run too. They mean nothing and
-need no answer: they only say which values the model can make. What errors at their tokens do to the answers is not asked, so
-that these count the least that a token counts (`way_back.LEAST`).
+Ranges, folding factors and Gram matrices hold for what the samples show. A question of a kind that none of them asks, or a
+word that none of them has, can make a channel many times as large as on all samples, and a static range clips it; or it has
+energy in directions where the samples have none, into which rounding has put its errors. So texts of the samples, half of
+their words replaced by others of the model's vocabulary, are run too. They mean nothing and need no answer: they only say
+which values the model can make. What errors at their tokens do to the answers is not asked, so that these count the least
+that a token counts (`way_back.LEAST`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from calibrate.samples import Sample
 RATE = 0.5  # of the words of a text
 
 
-def scrambled(samples: Sequence[Sample], count: int, image_token_id: int, seed: int) -> list[tuple[Sample, int]]:
+def scrambled(
+    samples: Sequence[Sample], count: int, vocabulary: int, image_token_id: int, seed: int
+) -> list[tuple[Sample, int]]:
     """Up to `count` texts about each sample's pictures, and that sample's number. The same seed, the same prompts.
 
-    Words are the tokens that some samples have and others do not: what all of them have is the template.
+    vocabulary: number of tokens that the model knows. What all samples have is the template: it stays, and is not drawn.
     """
-    if not count or not samples or not len(words := _words(samples, image_token_id)):
+    if not count or not samples:
+        return []
+    template = _template(samples)
+    words = np.setdiff1d(np.arange(vocabulary), np.append(template, image_token_id))
+    if not any(np.isin(sample.input_ids, words).any() for sample in samples):
         return []
     draw = np.random.default_rng(seed)
     found = []
@@ -38,7 +45,7 @@ def scrambled(samples: Sequence[Sample], count: int, image_token_id: int, seed: 
     return found
 
 
-def _words(samples: Sequence[Sample], image_token_id: int) -> np.ndarray:
-    """Sorted, each once."""
+def _template(samples: Sequence[Sample]) -> np.ndarray:
+    """The tokens that every sample has, sorted."""
     ids, counts = np.unique(np.concatenate([np.unique(sample.input_ids) for sample in samples]), return_counts=True)
-    return ids[(counts < len(samples)) & (ids != image_token_id)]
+    return ids[counts == len(samples)]

@@ -48,7 +48,7 @@ def calibrate_searched(
     shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
     prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
     texts, pictures_of = flat(prompts)
-    others = scrambled(job.samples, method.scrambled, job.blocks.image_token_id, method.seed)
+    others = scrambled(job.samples, method.scrambled, job.blocks.vocabulary, job.blocks.image_token_id, method.seed)
     texts, pictures_of = [*texts, *(text for text, _ in others)], [*pictures_of, *(number for _, number in others)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:

@@ -65,7 +65,7 @@ def seen_by(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sample]
     features = features_of(source, blocks, samples)
     sets = {"own questions": (list(samples), list(range(len(samples))))}
     sets["others' questions, too"] = flat(recombine(samples, FULL.questions, blocks.image_token_id))
-    more = scrambled(samples, FULL.scrambled, blocks.image_token_id, FULL.seed)
+    more = scrambled(samples, FULL.scrambled, blocks.vocabulary, blocks.image_token_id, FULL.seed)
     texts, numbers = sets["others' questions, too"]
     sets["scrambled, too"] = [*texts, *(text for text, _ in more)], [*numbers, *(number for _, number in more)]
     return {
