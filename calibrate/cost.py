@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
 from calibrate.batches import BATCH_TOKENS
@@ -117,7 +118,8 @@ def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], method: Method
     found = _asked_lengths(blocks, samples, method)
     if method is None:
         return found
-    others = scrambled(samples, method.scrambled, blocks.vocabulary, blocks.image_token_id, method.seed)
+    # Which words are drawn changes no length.
+    others = scrambled(samples, method.scrambled, np.ones(blocks.vocabulary), blocks.image_token_id, method.seed)
     return found + [len(text.input_ids) for text, _ in others]
 
 

@@ -22,27 +22,33 @@ RATE = 0.5  # of the words of a text
 
 
 def scrambled(
-    samples: Sequence[Sample], count: int, vocabulary: int, image_token_id: int, seed: int
+    samples: Sequence[Sample], count: int, odds: np.ndarray, image_token_id: int, seed: int
 ) -> list[tuple[Sample, int]]:
     """Up to `count` texts about each sample's pictures, and that sample's number. The same seed, the same prompts.
 
-    vocabulary: number of tokens that the model knows. What all samples have is the template: it stays, and is not drawn.
+    odds: float [vocabulary], how likely each token is drawn; see `odds_of`. What all samples have is the template: it stays,
+    and is not drawn.
     """
     if not count or not samples:
         return []
     template = _template(samples)
-    words = np.setdiff1d(np.arange(vocabulary), np.append(template, image_token_id))
+    words = np.setdiff1d(np.flatnonzero(odds), np.append(template, image_token_id))
     if not any(np.isin(sample.input_ids, words).any() for sample in samples):
         return []
-    draw = np.random.default_rng(seed)
+    draw, shares = np.random.default_rng(seed), odds[words] / odds[words].sum()
     found = []
     for number, (own, *others) in enumerate(recombine(samples, count + 1, image_token_id, seed)):
         for text in others or [own]:
             ids = text.input_ids.copy()
             replaced = (draw.random(len(ids)) < RATE) & np.isin(ids, words)
-            ids[replaced] = draw.choice(words, int(replaced.sum()))
+            ids[replaced] = draw.choice(words, int(replaced.sum()), p=shares)
             found.append((replace(text, input_ids=ids), number))
     return found
+
+
+def odds_of(embeddings: np.ndarray) -> np.ndarray:
+    """What `scrambled` draws by, float64 [vocabulary]. embeddings: float32 [vocabulary, hidden]."""
+    return np.asarray(np.square(embeddings).sum(axis=1, dtype=np.float64))
 
 
 def _template(samples: Sequence[Sample]) -> np.ndarray:

@@ -23,13 +23,14 @@ from calibrate.method import FAST, FULL, Method
 from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
 from calibrate.record import block_record, labels_of, with_partition
 from calibrate.residents import CPU, on, residents
-from calibrate.scramble import scrambled
+from calibrate.samples import Sample
+from calibrate.scramble import odds_of, scrambled
 from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
 from calibrate.undecided import runs_of as undecided_runs
 from calibrate.undecided import with_undecided
-from calibrate.walk import Run, walk_language, walk_vision
-from calibrate.way_back import LEAST, Influence, Weights, within
+from calibrate.walk import TABLE, Run, load_finite, walk_language, walk_vision
+from calibrate.way_back import Influence, Weights, within
 
 # How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
 MEASURE_UNITS, SEARCH_UNITS = 10, 40
@@ -48,7 +49,7 @@ def calibrate_searched(
     shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
     prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
     texts, pictures_of = flat(prompts)
-    others = scrambled(job.samples, method.scrambled, job.blocks.vocabulary, job.blocks.image_token_id, method.seed)
+    others = _scrambled(job, method)
     texts, pictures_of = [*texts, *(text for text, _ in others)], [*pictures_of, *(number for _, number in others)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -62,12 +63,8 @@ def calibrate_searched(
             numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
             check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
-            least = (
-                [torch.full((1, len(text.input_ids)), LEAST) for text, _ in others]
-                if block in job.blocks.text_layers
-                else []
-            )
-            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches, least)
+            mean = [torch.ones(1, len(text.input_ids)) for text, _ in others] if block in job.blocks.text_layers else []
+            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches, mean)
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
             pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
@@ -121,6 +118,14 @@ def _prepared(job: Calibration, method: Method, progress: Callable[[int, str], N
     with steady_threads(job.blocks):
         prompts = with_undecided(job, asked, method.undecided, method.seed, looked)
         return prompts, measure_influence(job, prompts, method, probed)
+
+
+def _scrambled(job: Calibration, method: Method) -> list[tuple[Sample, int]]:
+    """Texts with words drawn anew, and the number of the sample whose pictures each is about."""
+    if not method.scrambled:
+        return []
+    odds = odds_of(load_finite(job.source, TABLE).numpy())
+    return scrambled(job.samples, method.scrambled, odds, job.blocks.image_token_id, method.seed)
 
 
 def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:

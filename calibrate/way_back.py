@@ -18,7 +18,6 @@ from calibrate.trail import Passed, Visit, passed
 from calibrate.two_sided import add_gradients, empty_metric, inverse_factor, leverages
 
 FLOOR = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
-LEAST = FLOOR / (1.0 + FLOOR)  # that a token counts, the mean being 1
 
 Weights = dict[str, list[torch.Tensor]]
 _T = TypeVar("_T")

@@ -16,11 +16,12 @@ from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
 from calibrate.samples import Sample
-from calibrate.scramble import RATE, scrambled
+from calibrate.scramble import RATE, odds_of, scrambled
 from calibrate.searched import calibrate_searched
-from calibrate.walk import TABLE
+from calibrate.walk import TABLE, load_finite
 
 IMAGE, VOCABULARY = 4, 5000
+ODDS = np.ones(VOCABULARY)
 PICTURE = np.zeros((1, 3, 2, 2), np.float32)
 
 
@@ -37,7 +38,7 @@ def sample(words: list[int], number: int = 0) -> Sample:
 )
 def test_only_words_change(texts: list[list[int]], count: int, seed: int) -> None:
     samples = [sample(words, number) for number, words in enumerate(texts)]
-    found = scrambled(samples, count, VOCABULARY, IMAGE, seed)
+    found = scrambled(samples, count, ODDS, IMAGE, seed)
     everywhere = set(texts[0]).intersection(*texts[1:])
     originals = {(len(words), tuple(w if w in everywhere else 0 for w in words)) for words in texts}
     for prompt, number in found:
@@ -52,13 +53,13 @@ def test_only_words_change(texts: list[list[int]], count: int, seed: int) -> Non
             length == len(words) and all(not kept or kept == word for kept, word in zip(shape, words, strict=True))
             for length, shape in originals
         )
-    again = scrambled(samples, count, VOCABULARY, IMAGE, seed)
+    again = scrambled(samples, count, ODDS, IMAGE, seed)
     assert [p.input_ids.tolist() for p, _ in found] == [p.input_ids.tolist() for p, _ in again]
 
 
 def test_half_of_the_words_are_drawn_anew() -> None:
     samples = [sample(np.random.default_rng(n).integers(10, 5000, 200).tolist(), n) for n in range(8)]
-    found = scrambled(samples, 4, VOCABULARY, IMAGE, 0)
+    found = scrambled(samples, 4, ODDS, IMAGE, 0)
     assert len(found) == 8 * 4
     texts = np.stack([s.input_ids for s in samples])
     kept = [(prompt.input_ids == texts).mean(1).max() for prompt, _ in found]
@@ -68,10 +69,21 @@ def test_half_of_the_words_are_drawn_anew() -> None:
     assert len(new) > VOCABULARY // 4
 
 
+def test_words_are_drawn_by_the_size_of_their_embedding() -> None:
+    embeddings = np.zeros((VOCABULARY, 3), np.float32)
+    embeddings[50], embeddings[60] = (0, 1, 0), (2, 0, 2)
+    embeddings[10:12] = 1
+    samples = [sample([10 + n % 2] * 300, n) for n in range(8)]
+    found = scrambled(samples, 2, odds_of(embeddings), IMAGE, 0)
+    words, counts = np.unique(np.concatenate([prompt.input_ids[3:-1] for prompt, _ in found]), return_counts=True)
+    assert words.tolist() == [10, 11, 50, 60]  # those without an embedding never
+    assert counts[3] / counts[2] == pytest.approx(8, rel=0.2)
+
+
 def test_where_all_texts_are_alike_there_are_no_words() -> None:
-    assert scrambled([sample([11, 12])] * 3, 4, VOCABULARY, IMAGE, 0) == []
-    assert scrambled([sample([11, 12]), sample([13])], 0, VOCABULARY, IMAGE, 0) == []
-    assert scrambled([], 4, VOCABULARY, IMAGE, 0) == []
+    assert scrambled([sample([11, 12])] * 3, 4, ODDS, IMAGE, 0) == []
+    assert scrambled([sample([11, 12]), sample([13])], 0, ODDS, IMAGE, 0) == []
+    assert scrambled([], 4, ODDS, IMAGE, 0) == []
 
 
 def test_ranges_cover_words_that_no_sample_has(llava, tmp_path, monkeypatch) -> None:
@@ -94,12 +106,13 @@ def test_ranges_cover_words_that_no_sample_has(llava, tmp_path, monkeypatch) -> 
         return array
 
     monkeypatch.setattr(checkpoint.source, "load", planted)
+    odds = odds_of(load_finite(checkpoint.source, TABLE).numpy())
     job, scales = Calibration(blocks, checkpoint.source, plan, samples), {}
     for count in (0, 6):
         writer = CalibratedWriter(tmp_path / str(count))
         summary = calibrate_searched(job, writer, lambda *_: None, replace(FAST, foldings=("none",), scrambled=count))
         writer.finish(checkpoint.config_json, summary)
-        assert summary["scrambled"] == len(scrambled(samples, count, blocks.vocabulary, blocks.image_token_id, 0))
+        assert summary["scrambled"] == len(scrambled(samples, count, odds, blocks.image_token_id, 0))
         assert summary["prompts"] == len(samples) + summary["scrambled"]
         calibrated = CalibratedCheckpoint(tmp_path / str(count))
         scales[count] = calibrated.input_scale("language_model.model.layers.0.self_attn.q_proj")

@@ -27,10 +27,10 @@ from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
 from calibrate.recombine import flat, recombine
 from calibrate.samples import Sample
-from calibrate.scramble import scrambled
+from calibrate.scramble import odds_of, scrambled
 from calibrate.searched import calibrate_searched
 from calibrate.tensors import TensorSource
-from calibrate.walk import Run, walk_language, walk_vision
+from calibrate.walk import TABLE, Run, load_finite, walk_language, walk_vision
 
 FAR = 2.0  # times the largest value that calibration saw
 HEAD = """# How far activations go beyond what calibration saw
@@ -83,7 +83,8 @@ def seen_by(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sample]
     features = features_of(source, blocks, samples)
     sets = {"own questions": (list(samples), list(range(len(samples))))}
     sets["others' questions, too"] = flat(recombine(samples, FULL.questions, blocks.image_token_id))
-    more = scrambled(samples, FULL.scrambled, blocks.vocabulary, blocks.image_token_id, FULL.seed)
+    odds = odds_of(load_finite(source, TABLE).numpy())
+    more = scrambled(samples, FULL.scrambled, odds, blocks.image_token_id, FULL.seed)
     texts, numbers = sets["others' questions, too"]
     sets["scrambled, too"] = [*texts, *(text for text, _ in more)], [*numbers, *(number for _, number in more)]
     return {
