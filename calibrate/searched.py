@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibrate.batches import Batches, batches_of
-from calibrate.blocks import Block, linear_of
+from calibrate.blocks import Block, linear_of, load_finite
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.influence import measure_influence, runs_of
@@ -29,7 +29,7 @@ from calibrate.search import BlockSearch
 from calibrate.threads import steady_threads
 from calibrate.undecided import runs_of as undecided_runs
 from calibrate.undecided import with_undecided
-from calibrate.walk import TABLE, Run, load_finite, walk_language, walk_vision
+from calibrate.walk import TABLE, Run, walk_language, walk_vision
 from calibrate.way_back import Influence, Weights, within
 
 # How progress is counted: what is measured first costs about as much for a block as this, searching it as that.

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_export import mixed_samples, open_small, plan_of
 
-from calibrate.blocks import make_blocks
+from calibrate.blocks import load_finite, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
 from calibrate.samples import Sample
 from calibrate.scramble import RATE, odds_of, scrambled
 from calibrate.searched import calibrate_searched
-from calibrate.walk import TABLE, load_finite
+from calibrate.walk import TABLE
 
 IMAGE, VOCABULARY = 4, 5000
 ODDS = np.ones(VOCABULARY)

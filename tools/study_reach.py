@@ -22,7 +22,7 @@ from bench_ours import judged, opened, plan_of, reference_logits
 from torch import nn
 
 from calibrate.batches import batches_of
-from calibrate.blocks import Block, ModelBlocks, resident
+from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.job import Calibration
 from calibrate.method import FAST, FULL
 from calibrate.recombine import flat, recombine
@@ -30,7 +30,7 @@ from calibrate.samples import Sample
 from calibrate.scramble import odds_of, scrambled
 from calibrate.searched import calibrate_searched
 from calibrate.tensors import TensorSource
-from calibrate.walk import TABLE, Run, load_finite, walk_language, walk_vision
+from calibrate.walk import TABLE, Run, walk_language, walk_vision
 
 FAR = 2.0  # times the largest value that calibration saw
 HEAD = """# How far activations go beyond what calibration saw
