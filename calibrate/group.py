@@ -23,7 +23,7 @@ from calibrate.quantize import (
 )
 from calibrate.ranges import search_activation_scale, search_weight_scale
 from calibrate.scheme import LinearScheme
-from calibrate.two_sided import make_row_rounder, two_sided_round
+from calibrate.two_sided import make_row_rounder, row_roots, two_sided_round
 
 WIDE = 1024  # inputs from which on solving for as many columns as there are outputs takes longer than a product
 SEARCH_TOKENS = 512  # rows of a group's input that folding and activation ranges are judged on
@@ -85,7 +85,10 @@ def quantize_group(
     seen = rows.seen
     if bits:
         num_bits = int(bits.pop() or 8)
-        input_scale = _input_scale(variant, seen, rows.wanted, torch.cat(list(weights.values())), num_bits)
+        whole = torch.cat(list(weights.values()))
+        if variant.rounding == "two-sided" and metrics is not None:
+            whole.mul_(row_roots([metrics[name] for name in weights], whole.device)[:, None])
+        input_scale = _input_scale(variant, seen, rows.wanted, whole, num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
     gram = product(rows.counted(seen).T, seen)
     if variant.ridge is not None:

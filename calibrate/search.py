@@ -43,7 +43,7 @@ from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
 from calibrate.recall import Outputs, Reached, is_known, recalled, watched
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
-from calibrate.two_sided import directions, scaled_metric
+from calibrate.two_sided import directions, row_roots, scaled_metric
 from calibrate.walk import Run
 
 _COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
@@ -184,6 +184,9 @@ class BlockSearch:
         if group.producer is None or schemes or scheme is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
         weight = torch.cat([linear_of(module, name).weight for name in group.linears])
+        metrics = [candidate.metrics[name] for name in group.linears if name in candidate.metrics]
+        if len(metrics) == len(group.linears):  # a factor has to suit the outputs whose errors count
+            weight.mul_(row_roots(metrics, weight.device)[:, None])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
         factors = choose_factors(candidate.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
         if factors is None:

@@ -18,6 +18,8 @@ token whose input is like few others, E x is large where at the many tokens alik
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -71,6 +73,15 @@ def scaled_metric(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     if len(metric) == metric.shape[1]:
         return metric * own[:, None] * own
     return (metric.float() * own).bfloat16()
+
+
+def row_roots(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """What an error of each output counts, as factors of its row, float32 [all outputs], mean square 1; all 1 where nothing
+    matters. metrics: of linears that share an input, one after another."""
+    sizes = [m.diagonal() if len(m) == m.shape[1] else m.float().square().sum(0) for m in metrics]
+    damped = torch.cat([size + DAMPING * size.mean() for size in sizes])
+    mean = damped.mean()
+    return (damped / mean if mean > 0 else torch.ones_like(damped)).sqrt().to(device)
 
 
 def directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:

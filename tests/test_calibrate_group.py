@@ -77,3 +77,21 @@ def test_each_linear_keeps_its_own_scheme(rows: Rows, weights: dict[str, torch.T
     assert {name: linear.scheme for name, linear in found.items()} == plan
     assert [found[name].input_scale is None for name in found] == [True, False, True]
     assert {name: linear.codes.shape for name, linear in found.items()} == {name: (out, 64) for name, out in LINEARS.items()}
+
+
+def test_a_range_suits_the_outputs_whose_errors_count() -> None:
+    """One output reads a channel of rare large values, the other all else: who counts decides whether they are clipped."""
+    torch.manual_seed(3)
+    seen = torch.randn(300, 64)
+    seen[:, 0] = torch.where(torch.rand(300) < 0.02, 30.0, 0.1)
+    weight = torch.zeros(2, 64)
+    weight[0, 0], weight[1, 1:] = 1.0, 1.0
+    scales = {}
+    for counting in range(2):
+        metric = torch.zeros(2, 2)
+        metric[counting, counting] = 1.0
+        found = quantize_group({"q": weight}, {"q": W8A8}, TWO_SIDED, Rows(seen, seen), {"q": metric})
+        scales[counting] = found["q"].input_scale
+    assert scales[0] is not None
+    assert scales[1] is not None
+    assert scales[0] > 1.2 * scales[1]

@@ -12,11 +12,13 @@ from calibrate.gptq import Rounder, column_scales, gptq_round, make_rounder
 from calibrate.quantize import covering_scale, round_to_codes
 from calibrate.scheme import W8A8, LinearScheme
 from calibrate.two_sided import (
+    DAMPING,
     add_gradients,
     empty_metric,
     inverse_factor,
     leverages,
     make_row_rounder,
+    row_roots,
     scaled_metric,
     two_sided_round,
 )
@@ -128,6 +130,20 @@ def test_the_metric_of_folded_outputs(monkeypatch: pytest.MonkeyPatch, sketched:
         add_gradients(empty_metric(6), part, torch.Generator().manual_seed(0)) for part in (gradients, gradients * factors)
     ]
     torch.testing.assert_close(scaled_metric(metrics[0], factors), metrics[1], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("sketched", [5, 100])
+def test_what_an_error_of_each_output_counts(monkeypatch: pytest.MonkeyPatch, sketched: int) -> None:
+    """Of all linears together; damped within each as rounding damps it."""
+    monkeypatch.setattr(two_sided, "SKETCHED", sketched)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(2000, 6, generator=generator) * size for size in (torch.arange(6.0), torch.tensor(0.1))]
+    roots = row_roots([add_gradients(empty_metric(6), part, generator) for part in gradients], CPU)
+    sizes = [torch.arange(6.0).square(), torch.full((6,), 0.01)]
+    wanted = torch.cat([size + DAMPING * size.mean() for size in sizes])
+    torch.testing.assert_close(roots, (wanted / wanted.mean()).sqrt(), rtol=0.05 if sketched == 100 else 0.8, atol=0.0)
+    assert float(roots.square().mean()) == pytest.approx(1.0, rel=1e-5)
+    assert torch.equal(row_roots([torch.zeros(3, 3)], CPU), torch.ones(3))  # nothing matters: all alike
 
 
 def test_leverages_say_how_large_errors_are_at_a_token() -> None:
