@@ -20,8 +20,7 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.layer_norm2, self.mlp = nn.LayerNorm(64), nn.Module()
         self.mlp.fc1 = nn.Linear(64, 2)
-        for row in self.mlp.fc1.weight:
-            row *= torch.randn(64).mul(2).exp()
+        self.mlp.fc1.weight.mul_(torch.randn(2, 64).mul(2).exp())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp.fc1(self.layer_norm2(x))
