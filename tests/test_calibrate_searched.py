@@ -57,7 +57,9 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
         there.append(float(wrong[answers].norm()))
     assert everywhere[1] < 0.8 * everywhere[0]
     assert there[1] < 0.8 * there[0]
-    assert there[2] < 1.3 * there[1]  # four samples and a random model say little about other prompts than these four
+    assert there[2] < 0.8 * there[0]
+    # Of four samples and a random model, `full` learns little about other prompts, and which outputs count.
+    assert there[2] < 1.6 * there[1]
 
 
 def test_a_choice_never_ends_with_a_worse_block_than_one_of_its_parts(llava, tmp_path):
