@@ -89,6 +89,7 @@ def quantize_group(
         if variant.rounding == "two-sided" and metrics is not None:
             whole.mul_(row_roots([metrics[name] for name in weights], whole.device)[:, None])
         input_scale = _input_scale(variant, seen, rows.wanted, whole, num_bits)
+        del whole
         seen = fake_quantize(seen, input_scale, num_bits)
     gram = product(rows.counted(seen).T, seen)
     if variant.ridge is not None:

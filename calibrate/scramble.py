@@ -4,8 +4,11 @@ Ranges, folding factors and Gram matrices hold for what the samples show. A ques
 word that none of them has, can make a channel many times as large as on all samples, and a static range clips it; or it has
 energy in directions where the samples have none, into which rounding has put its errors. So texts of the samples, half of
 their words replaced by others of the model's vocabulary, are run too. They mean nothing and need no answer: they only say
-which values the model can make. What errors at their tokens do to the answers is not asked, so that these count the least
-that a token counts (`way_back.LEAST`).
+which values the model can make. What errors at their tokens do to the answers is not asked, so each counts as
+much as a token of the samples does on average.
+
+Most of a vocabulary may be words that training hardly saw, whose embeddings stayed small (Land and Bartolo 2024,
+arXiv 2405.05417). So words are drawn by the squared norm of their embedding.
 """
 
 from __future__ import annotations

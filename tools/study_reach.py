@@ -31,6 +31,7 @@ from calibrate.scramble import odds_of, scrambled
 from calibrate.searched import calibrate_searched
 from calibrate.tensors import TensorSource
 from calibrate.walk import TABLE, Run, walk_language, walk_vision
+from engines.metrics import kl_divergence
 
 FAR = 2.0  # times the largest value that calibration saw
 HEAD = """# How far activations go beyond what calibration saw
@@ -123,12 +124,6 @@ def new_words(model: Path, data: Path) -> list[str]:
         lines.append(f"| {seed} | {new.sum()} | {' | '.join(entries)} |")
         print(lines[-1], flush=True)
     return lines
-
-
-def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Nats, float64 [tokens]. Both [tokens, vocab]."""
-    exact, found = (torch.from_numpy(x).double().log_softmax(-1) for x in (reference, logits))
-    return (exact.exp() * (exact - found)).sum(-1).numpy()
 
 
 def main() -> None:
