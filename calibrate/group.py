@@ -86,7 +86,7 @@ def quantize_group(
     if bits:
         num_bits = int(bits.pop() or 8)
         whole = torch.cat(list(weights.values()))
-        if variant.rounding == "two-sided" and metrics is not None:
+        if variant.rounding == "two-sided" and variant.by_output and metrics is not None:
             whole.mul_(row_roots([metrics[name] for name in weights], whole.device)[:, None])
         input_scale = _input_scale(variant, seen, rows.wanted, whole, num_bits)
         del whole

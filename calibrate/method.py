@@ -29,12 +29,15 @@ class Variant:
     """One way to quantize the linears that share an input.
 
     ridge: how strongly weights are held back when they are moved towards the float output; None leaves them where they are.
+    by_output: whether folding factors and the range of activations, too, count an error of each output by its gradients.
+    Only where rounding is two-sided, as nothing else knows them.
     """
 
     activation_ranges: InputRanges = "output"
     weight_ranges: Ranges = "output"
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
+    by_output: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Method:
     def two_sided(self) -> bool:
         """Whether some variant needs to know in which directions outputs matter."""
         return any(variant.rounding == "two-sided" for variant in self.variants)
+
+    def by_output(self) -> bool:
+        """Whether folding factors count errors of outputs by their gradients: where every variant does."""
+        return all(variant.rounding == "two-sided" and variant.by_output for variant in self.variants)
 
     def ways_back(self) -> int:
         """How often gradients are taken through the float model."""

@@ -184,8 +184,8 @@ class BlockSearch:
         if group.producer is None or schemes or scheme is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
         weight = torch.cat([linear_of(module, name).weight for name in group.linears])
-        metrics = [candidate.metrics[name] for name in group.linears if name in candidate.metrics]
-        if len(metrics) == len(group.linears):  # a factor has to suit the outputs whose errors count
+        if self.method.by_output():  # a factor has to suit the outputs whose errors count
+            metrics = [candidate.metrics[name] for name in group.linears]
             weight.mul_(row_roots(metrics, weight.device)[:, None])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
         factors = choose_factors(candidate.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))

@@ -87,6 +87,7 @@ ROWS = (
             "tokens by modality": replace(FULL, objective="modality"),
             "by logits": replace(FULL, objective="logits"),
             "by KL": replace(FULL, objective="kl"),
+            "factors and ranges by the output as it is": _changed(by_output=False),
             "tower for itself": replace(FULL, vision="own"),
             "tower rounded to nearest": replace(FULL, vision="none"),
             "no folding": replace(FULL, foldings=("none",)),
