@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import bench_methods
@@ -14,7 +15,7 @@ import plant_hard_outliers
 import pytest
 import study_reach
 import torch
-from bench_data import answer_spans, calibration_items, encode_items, load_samples, save_samples
+from bench_data import answer_spans, calibration_file, calibration_items, encode_items, load_samples, make_data, save_samples
 from bench_methods import Cell, Results, score
 from bench_tables import ablation_table, best_of, medians, write_tables
 from peers.common import SCHEMES, check_levels, equal_lengths, measured
@@ -67,11 +68,12 @@ def test_only_missing_cells_are_run(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     results.add(Cell("m", "rtn", "W8A8", 0, 0), {"model_hash": "a"})
     results.add(Cell("m", "rtn", "W8A8", 1, 10), {"model_hash": "a"})  # judged on other questions: another cell
-    bench = bench_methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [])
+    bench = bench_methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [], 64)
     row = next(r for r in bench_ours.ROWS if r.name == "rtn")
     cells = list(bench_methods.wanted(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
     assert [(c.column, c.seed) for c in cells] == [("W8A8", 1), ("W4A4", 0), ("W4A4", 1)]
     assert len(list(bench_methods.wanted(bench, row, ("W8A8",), (0,), extra=False, redo=True))) == 1
+    assert len(list(bench_methods.wanted(replace(bench, calibrated=8), row, ("W8A8",), (0,), extra=False, redo=False))) == 1
     peer = next(r for r in ROWS if r.name == "modelopt: awq_full")
     assert not list(bench_methods.wanted(bench, peer, ALL, (0,), extra=False, redo=False))
     assert len(list(bench_methods.wanted(bench, peer, ALL, (0,), extra=True, redo=False))) == len(peer.columns)
@@ -86,6 +88,17 @@ def test_data_files_hold_what_was_put_in(tmp_path):
         assert before.answer_start == after.answer_start
         assert after.input_ids.dtype == np.int64
         assert after.input_ids[-1] == 2  # the end token belongs to the answer
+
+
+def test_fewer_samples_are_the_first_of_the_usual_ones(tmp_path):
+    make_data(TINY, tmp_path, questions=1, samples=2)
+    few, (first, second) = (
+        load_samples(calibration_file(tmp_path, 1, 2)),
+        encode_items(calibration_items(1)[:2], load_processor(TINY)),
+    )
+    assert [one.input_ids.tolist() for one in few] == [first.input_ids.tolist(), second.input_ids.tolist()]
+    assert np.array_equal(few[1].pixel_values, second.pixel_values)
+    assert not calibration_file(tmp_path, 1).exists()
 
 
 def test_seed_0_is_the_set_that_ships_and_seeds_share_no_scene():
@@ -144,13 +157,19 @@ def test_medians_and_the_best_of_a_line(tmp_path):
     assert {c.row: c.values["kl"] for c in cells} == {"a": 2.0, "b": 1.5, "c": 0.1}
     assert best_of(cells, "m", "peer, best", "W8A8").row == "b"  # c was run on one seed only
     more = {"model": "m", "row": "c", "column": "W4A4", "seed": 0, "questions": 5000, "kl": 0.7, **values}
-    records.append(more)
+    fewer = [records[0] | {"seed": seed, "samples": 8, "kl": 8.0 + seed} for seed in range(3)]
+    ablations = [records[0] | {"row": row, "questions": 5000, "kl": 4.0} for row in ("full", "full: no aim")]
+    records += [more, *fewer, *ablations]
     write_tables([*records, {"model": "m", "row": "float32", "column": "float32", "exact_match": 0.9}], lines, tmp_path)
     text = (tmp_path / "methods.md").read_text()
     assert "| peer, best | 1.5 / 1 | – |" in text
     assert "| a | 3 | 2 | 1.0 | 100.00 | 50.0 | 1 | 0 | 2026-11-23 |" in text  # the day of the newest seed
     assert "### m, judged on 5,000 questions" in text
     assert "| 0.7 / 1 (1) |" in text
+    assert "### m, calibrated on fewer samples" in text
+    assert "| W8A8 | 8 samples | 64 samples |\n|---|---|---|\n| a | 9 / 1.0 | 2 / 1.0 |\n\n" in text
+    assert "### m, one part of `full` changed, judged on 5,000 questions" in text
+    assert "| no aim | 4 / 1.0 |" in text
     assert len(json.loads((tmp_path / "bench_methods.json").read_text())["medians"]) == 3
 
 

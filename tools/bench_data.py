@@ -76,18 +76,23 @@ def answer_spans(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     return [(s.answer_start - 1, len(s.input_ids) - 1) for s in samples]
 
 
-def calibration_file(folder: Path, seed: int) -> Path:
-    return folder / f"calibration-{seed}.npz"
+def calibration_file(folder: Path, seed: int, samples: int = CALIBRATION_SAMPLES) -> Path:
+    return folder / (f"calibration-{seed}.npz" if samples == CALIBRATION_SAMPLES else f"calibration-{seed}-{samples}.npz")
 
 
 def evaluation_file(folder: Path, questions: int = QUESTIONS) -> Path:
     return folder / f"evaluation-{questions}.npz"
 
 
-def make_data(model: Path, folder: Path, questions: int = QUESTIONS) -> None:
-    """Writes the files that are not there yet. Both models of the benchmark have one processor, so they share them."""
-    processor = None
-    sets = {calibration_file(folder, seed): (lambda s=seed: calibration_items(s)) for seed in SEEDS}
+def make_data(model: Path, folder: Path, questions: int = QUESTIONS, samples: int = CALIBRATION_SAMPLES) -> None:
+    """Writes the files that are not there yet. Both models of the benchmark have one processor, so they share them.
+
+    samples: that a calibration set has; fewer than usual are the first of the usual ones.
+    """
+    processor, usual = None, max(samples, CALIBRATION_SAMPLES)
+    sets = {
+        calibration_file(folder, seed, samples): (lambda s=seed: calibration_items(s, usual)[:samples]) for seed in SEEDS
+    }
     for path, items in {**sets, evaluation_file(folder, questions): lambda: unseen_items(questions)}.items():
         if not path.exists():
             processor = processor or load_processor(model)

@@ -5,6 +5,7 @@
     python tools/bench_methods.py --rows fast "modelopt*" --columns W8A8 --seeds 0
     python tools/bench_methods.py --model-dir build/tiny-hard # the same on another model; its tables are added
     python tools/bench_methods.py --questions 10000 --rows fast full "llmcompressor: awq + gptq" --columns W3A16
+    python tools/bench_methods.py --samples 8 --rows rtn fast full --columns W8A8 W4A16
 
 Every cell is one line of build/bench/results.jsonl, so a killed run goes on where it was; the last line of a cell counts.
 Each cell calibrates with one thread and says what it cost in processor seconds, which other work does not lengthen.
@@ -22,13 +23,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import bench_ours
 import numpy as np
-from bench_data import QUESTIONS, SEEDS, answer_spans, calibration_file, evaluation_file, load_samples, make_data
+from bench_data import (
+    CALIBRATION_SAMPLES,
+    QUESTIONS,
+    SEEDS,
+    answer_spans,
+    calibration_file,
+    evaluation_file,
+    load_samples,
+    make_data,
+)
 from bench_tables import write_tables
 from peers.rows import ALL, PeerRow
 from peers.rows import ROWS as PEER_ROWS
@@ -42,13 +52,19 @@ TINY = TOOLS.parent / "qvlm_export" / "tiny"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured once. model: name of its folder. questions: that it is judged on."""
+    """What is measured once. model: name of its folder. questions: to judge on. samples: to calibrate on."""
 
     model: str
     row: str
     column: str
     seed: int
     questions: int = QUESTIONS
+    samples: int = CALIBRATION_SAMPLES
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Cell:
+        """The cell that a line of the results is of."""
+        return Cell(**{own.name: record[own.name] for own in fields(Cell) if own.name in record})
 
 
 class Results:
@@ -63,7 +79,7 @@ class Results:
                     self._keep(json.loads(line))
 
     def _keep(self, record: dict[str, Any]) -> None:
-        cell = Cell(*(record[key] for key in ("model", "row", "column", "seed")), record.get("questions", QUESTIONS))
+        cell = Cell.of(record)
         self._records.pop(cell, None)  # the newest comes last
         self._records[cell] = record
 
@@ -108,7 +124,7 @@ def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and the model that is measured."""
+    """Where everything lies, and the model that is measured. samples: to judge on; calibrated: how many to calibrate on."""
 
     model: Path
     work: Path
@@ -117,6 +133,7 @@ class Bench:
     results: Results
     reference: np.ndarray
     samples: Sequence[Sample]
+    calibrated: int
 
     @property
     def data(self) -> Path:
@@ -135,16 +152,17 @@ class Bench:
               f"{cost['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
-def open_bench(model: Path, work: Path, envs: Path, questions: int = QUESTIONS) -> Bench:
-    """Makes data and reference logits where they are missing."""
+def open_bench(model: Path, work: Path, envs: Path, counts: tuple[int, int] = (QUESTIONS, CALIBRATION_SAMPLES)) -> Bench:
+    """Makes data and reference logits where they are missing. counts: of questions, and of samples to calibrate on."""
+    questions, calibrated = counts
     model_hash = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
-    make_data(model, work / "data", questions)
+    make_data(model, work / "data", questions, calibrated)
     samples = load_samples(evaluation_file(work / "data", questions))
     stored = work / f"reference-{model_hash}-{questions}.npy"
     if not stored.exists():
         np.save(stored, bench_ours.reference_logits(model, samples))
     reference = np.load(stored)
-    bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples)
+    bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples, calibrated)
     float_cell = Cell(model.name, "float32", "float32", 0, questions)
     if bench.results.get(float_cell, model_hash) is None:
         found = score(reference, reference, samples)
@@ -167,7 +185,7 @@ def run_peer(bench: Bench, row: PeerRow, cells: Sequence[Cell]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "cell.npy"
             given = {
-                "--model": bench.model, "--calibration": calibration_file(bench.data, cell.seed),
+                "--model": bench.model, "--calibration": calibration_file(bench.data, cell.seed, cell.samples),
                 "--evaluation": bench.evaluation, "--column": cell.column, "--row": row.recipe, "--out": out,
             }  # fmt: skip
             program = TOOLS / "peers" / f"peer_{row.peer}.py"
@@ -185,7 +203,7 @@ def run_ours(bench: Bench, row: bench_ours.OurRow, cells: Sequence[Cell]) -> Non
         command = [
             sys.executable, str(TOOLS / "bench_ours.py"), "--row", row.name, "--model", str(bench.model),
             "--data", str(bench.data), "--evaluation", str(bench.evaluation), "--out", scratch,
-            "--cells", *(f"{c.column}/{c.seed}" for c in cells),
+            "--samples", str(cells[0].samples), "--cells", *(f"{c.column}/{c.seed}" for c in cells),
         ]  # fmt: skip
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -202,7 +220,7 @@ def wanted(
     applies = row.columns if extra else row.main
     for column in columns:
         for seed in seeds:
-            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples))
+            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples), bench.calibrated)
             if column in applies and (redo or bench.results.get(cell, bench.model_hash) is None):
                 yield cell
 
@@ -212,7 +230,7 @@ def main() -> None:
     rows = [r for r in (*bench_ours.ROWS, *PEER_ROWS) if any(fnmatch.fnmatch(r.name, pattern) for pattern in args.rows)]
     if not rows:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
-    bench = open_bench(args.model_dir, args.work, args.envs, args.questions)
+    bench = open_bench(args.model_dir, args.work, args.envs, (args.questions, args.samples))
     for row in rows:
         if cells := list(wanted(bench, row, args.columns, args.seeds, args.extra, args.redo)):
             print(f"{row.name}: {len(cells)} cells", flush=True)
@@ -230,6 +248,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--extra", action="store_true", help="also ablations and the peers' weaker recipes")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="to judge on; tables of another number are added")
+    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="to calibrate on; another table, too")
     parser.add_argument("--redo", action="store_true", help="run cells again that are there already")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--envs", type=Path, default=Path("build/peers"))

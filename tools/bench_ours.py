@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import answer_spans, calibration_file, load_samples
+from bench_data import CALIBRATION_SAMPLES, answer_spans, calibration_file, load_samples
 from peers.common import Measured, equal_lengths, measured
 from peers.rows import ALL
 
@@ -205,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=[r.name for r in ROWS], required=True)
     parser.add_argument("--cells", nargs="+", required=True, help="COLUMN/SEED")
+    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="to calibrate on")
     for name in ("model", "data", "evaluation", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
@@ -212,7 +213,7 @@ def main() -> None:
     opened(args.model)
     for cell in args.cells:
         column, seed = cell.split("/")
-        calibration = load_samples(calibration_file(args.data, int(seed)))
+        calibration = load_samples(calibration_file(args.data, int(seed), args.samples))
         torch.manual_seed(int(seed))
         logits, record = calibrated_logits(args.model, args.row, column, calibration, evaluation)
         out = args.out / f"{column}-{seed}.npy"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_data import QUESTIONS
+from bench_data import CALIBRATION_SAMPLES, QUESTIONS
 from peers.rows import ALL
 
 WHOLE = "full"  # the row that ablations change one thing of
@@ -105,6 +105,24 @@ def summary_table(cells: Sequence[Median], model: str, lines: Sequence[str], see
     return table
 
 
+def samples_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[str]:
+    """KL / SQNR by the number of samples, of rows that were calibrated on more than one number of them: a table a column."""
+    counts = sorted({r.get("samples", CALIBRATION_SAMPLES) for r in records})
+    if len(counts) < 2:
+        return []
+    cells = {n: medians([r for r in records if r.get("samples", CALIBRATION_SAMPLES) == n], lines) for n in counts}
+    usual = {n: {(c.row, c.column): c for c in found} for n, found in cells.items()}
+    pairs = list(dict.fromkeys(pair for n in counts if n != CALIBRATION_SAMPLES for pair in usual[n]))
+    text: list[str] = []
+    for column in (c for c in ALL if any(c == own for _, own in pairs)):
+        text += ["", f"| {column} | {' | '.join(f'{n} samples' for n in counts)} |", "|---" * (len(counts) + 1) + "|"]
+        for row in (row for row in lines if (row, column) in pairs):
+            found = [usual[n].get((row, column)) for n in counts]
+            entries = [f"{number(c.values['kl'])} / {c.values['sqnr_db']:.1f}" if c else "–" for c in found]
+            text.append(f"| {row} | {' | '.join(entries)} |")
+    return text
+
+
 def ablation_table(records: Sequence[Mapping[str, Any]], model: str) -> list[str]:
     """KL / SQNR of `full` and of every row that is `full` with one thing changed, on the seeds that both were run on."""
     cells: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
@@ -146,8 +164,10 @@ def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
 
 def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path) -> None:
     """Writes methods.md and bench_methods.json. lines: row -> the line of the first table it belongs to, in order."""
-    larger = [record for record in records if record.get("questions", QUESTIONS) != QUESTIONS]
-    records = [record for record in records if record not in larger]
+    every = [record for record in records if record.get("questions", QUESTIONS) == QUESTIONS]
+    usual = [record for record in records if record.get("samples", CALIBRATION_SAMPLES) == CALIBRATION_SAMPLES]
+    larger = [record for record in usual if record not in every]
+    records = [record for record in usual if record in every]
     cells = medians(records, lines)
     whole = [c for c in cells if not c.row.startswith(f"{WHOLE}: ")]
     models = list(dict.fromkeys(c.model for c in cells))
@@ -161,8 +181,12 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
             again = medians([r for r in larger if r["questions"] == questions], lines)
             text += ["", f"### {model}, judged on {questions:,} questions", ""]
             text += summary_table(again, model, list(dict.fromkeys(lines.values())), seeds)
-        if ablation := ablation_table(records, model):
-            text += ["", f"### {model}, one part of `{WHOLE}` changed", "", *ablation]
+        if tables := samples_tables([r for r in every if r["model"] == model], lines):
+            text += ["", f"### {model}, calibrated on fewer samples", *tables]
+        for questions in sorted({r.get("questions", QUESTIONS) for r in usual if r["model"] == model}):
+            judged = [r for r in usual if r.get("questions", QUESTIONS) == questions]
+            if ablation := ablation_table(judged, model):
+                text += ["", f"### {model}, one part of `{WHOLE}` changed, judged on {questions:,} questions", "", *ablation]
         for column in ALL:
             if any((c.model, c.column) == (model, column) for c in whole):
                 text += ["", f"### {model}, {column}", "", *detail_table(whole, model, column)]
