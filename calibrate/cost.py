@@ -32,7 +32,7 @@ from calibrate.two_sided import SKETCHED
 from calibrate.undecided import SHARES, Pair, pairs
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
-NARROW_ABOVE_BYTES = 64 * 2**20  # of activations between two blocks; smaller ones stay in 32 bits
+NARROW_ABOVE_BYTES = 2**29  # of activations between two blocks; smaller ones stay in 32 bits
 # Matrices of in x in that are in memory together when the widest group is rounded (make_rounder); aiming takes less.
 SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
 # Of a block's weights while it learns: codes, offsets, gradients, Adam's two moments, what rounding keeps for the

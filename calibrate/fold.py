@@ -192,6 +192,12 @@ def _output_error(
     return squared_sum(product(x, rounded.T) - wanted)
 
 
+def _stored_gain(folded: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """As float16 has it; where that is 0 or infinite, the gain as it was."""
+    half = folded.half()
+    return torch.where((half != 0) & half.isfinite(), half, gain.half()).float()
+
+
 def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:
     """Divides the producer's output channels and multiplies the readers' columns, in place; returns the factors used.
 
@@ -206,7 +212,7 @@ def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> to
         weight.div_(factors[:, None])
     else:
         gain = weight.clone()
-        weight.copy_((gain / factors).half())
+        weight.copy_(_stored_gain(gain / factors, gain))
         factors = torch.where(weight != 0, gain / weight, torch.ones_like(gain))
     if bias is not None:
         bias.div_(factors)

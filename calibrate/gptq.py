@@ -12,10 +12,12 @@ rounded so far, (e L)_j is what the next one, j, has to make up for, so it aims 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from calibrate.errors import UserError
 from calibrate.factor import cholesky_
 from calibrate.products import product
 from calibrate.quantize import stored_weight_scale
@@ -82,11 +84,16 @@ class Rounder:
 def make_rounder(gram: torch.Tensor, damping: float = DAMPING) -> Rounder:
     """gram: float32 [in, in]; damped by so much of its mean diagonal, and more until it can be factored.
 
+    Raises UserError where it is not finite, as no damping mends that.
+
     One float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
     wants them, or it would make a copy.
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
-    damping *= float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    size = float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
+    if not math.isfinite(size):
+        raise UserError(f"second moments of {len(gram)} channels are not finite: their values are too large to calibrate on")
+    damping *= size
     lower = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
     _fill_(lower, gram, order, damping)
     while not cholesky_(lower):

@@ -80,11 +80,26 @@ def quantize_group(
 
     metrics: by linear, of its output, as `two_sided.py` keeps them; for two-sided rounding.
     """
-    bits = {plan[name].activation_bits for name in weights} - {None}
+    parts: dict[int | None, dict[str, torch.Tensor]] = {}
+    for name, weight in weights.items():
+        parts.setdefault(plan[name].activation_bits, {})[name] = weight
+    found: dict[str, QuantizedLinear] = {}
+    for bits, part in parts.items():  # those of other bits read other values
+        found |= _quantized_alike(part, plan, bits, (variant, rows, metrics))
+    return {name: found[name] for name in weights}
+
+
+def _quantized_alike(
+    weights: dict[str, torch.Tensor],
+    plan: Mapping[str, LinearScheme],
+    num_bits: int | None,
+    how: tuple[Variant, Rows, Mapping[str, torch.Tensor] | None],
+) -> dict[str, QuantizedLinear]:
+    """`quantize_group` of linears whose input has the same bits, None for float."""
+    variant, rows, metrics = how
     input_scale: float | None = None
     seen = rows.seen
-    if bits:
-        num_bits = int(bits.pop() or 8)
+    if num_bits is not None:
         whole = torch.cat(list(weights.values()))
         if variant.rounding == "two-sided" and variant.by_output and metrics is not None:
             whole.mul_(row_roots([metrics[name] for name in weights], whole.device)[:, None])
@@ -105,10 +120,9 @@ def quantize_group(
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         metric = (metrics or {})[names[0]] if variant.rounding == "two-sided" else None
         codes, scale = _rounded(weight, gram, rounder, metric, (variant, scheme))
-        own = input_scale if scheme.activation_bits is not None else None
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
-            found[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), own)
-    return {name: found[name] for name in weights}
+            found[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
+    return found
 
 
 def _alike(weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], *, apart: bool) -> list[list[str]]:

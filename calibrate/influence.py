@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from calibrate.batches import batches_of, parted
 from calibrate.blocks import Block, ModelBlocks, load_finite
 from calibrate.fold import linears_of
 from calibrate.heap import trim_heap
-from calibrate.job import Calibration
+from calibrate.job import Calibration, check_outputs
 from calibrate.method import Method
 from calibrate.products import product
 from calibrate.recombine import Mixed, Prompts, flat, shown
@@ -48,11 +48,12 @@ _SEEDS = 2**20  # of a part, one for each of its blocks
 
 @dataclass(frozen=True)
 class _Pass:
-    """One part's way through the model. metrics: of all parts so far, by linear, and by block where it learns; None where
-    nobody asks. others: features that prompts are mixed with. visited: is called twice for every block. keeps:
-    whether what is computed on the way there is kept for the way back."""
+    """One part's way through the model. first: number of its first sample. metrics: of all parts so far, by linear, and by
+    block where it learns; None where nobody asks. others: features that prompts are mixed with. visited: is called twice for
+    every block. keeps: whether what is computed on the way there is kept for the way back."""
 
     number: int
+    first: int
     method: Method
     visited: Callable[[], None]
     metrics: dict[str, torch.Tensor] | None
@@ -94,7 +95,8 @@ def measure_influence(
             progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
 
         trim_heap()
-        measured = _part_influence(job, parts[number], _Pass(number, method, visited, metrics, others, keeps))
+        before = sum(map(len, parts[:number]))
+        measured = _part_influence(job, parts[number], _Pass(number, before, method, visited, metrics, others, keeps))
         for name, weights in measured.items():
             found.tokens.setdefault(name, []).extend(weights)
         _keep(job.work, number, found)
@@ -168,6 +170,7 @@ def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
 def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
     blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
     texts, pictures_of = flat(prompts)
+    seeing = replace(job, samples=pictured)
     trail = Trail(blocks, job.work, _part_name(own.number))
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -181,6 +184,8 @@ def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
                     leaves = [one.out.detach().cpu().clone() for one in kept]
                 else:
                     leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
+            numbers = pictures_of if block in blocks.text_layers else seeing.shown(block)
+            check_outputs(block, batches.split(leaves), [own.first + number for number in numbers])
         for leaf in leaves:
             leaf.requires_grad_()
         trail.add(Visit(block, run, batches, given, leaves, kept), known=known is not None)
@@ -259,6 +264,8 @@ def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]
 
 def _by_kind(weights: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Every token the mean of its kind."""
+    if not weights:  # of tower and projector, where no sample has pictures
+        return []
     kinds = torch.cat([label.expand(w.shape).flatten() for w, label in zip(weights, labels, strict=True)])
     everything = torch.cat([w.flatten() for w in weights])
     means = torch.zeros(len(TokenLabel)).index_add_(0, kinds, everything) / kinds.bincount(minlength=len(TokenLabel)).clamp(

@@ -174,10 +174,20 @@ def check_outputs(block: Block, outputs: Iterable[torch.Tensor], samples: Sequen
 
 
 def _check_output(block: Block, sample: int, output: torch.Tensor) -> None:
-    if output.numel() and not all(math.isfinite(bound) for bound in output.aminmax()):  # both NaN if any value is
-        raise UserError(
-            f"{block.prefix}: activations of sample {sample + 1} are not finite; look at its picture, or leave it out"
-        )
+    if not is_finite(output):
+        raise not_finite(block.prefix, sample)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not values.numel() or all(math.isfinite(bound) for bound in values.aminmax())  # both NaN if any value is
+
+
+def not_finite(layer: str, sample: int) -> UserError:
+    """What to say of activations of the sample with this number."""
+    return UserError(
+        f"{layer}: activations of sample {sample + 1} are not finite; look at its picture and its text, or leave it out"
+    )
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
+from calibrate.fold import groups_of
 from calibrate.gptq import column_scales
 from calibrate.products import linear_output
 from calibrate.quantize import activation_scale_nearest, squared_sum, stored_weight_scale
@@ -148,6 +149,7 @@ def learn_block(
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, linear)
+    _share_ranges(module, linears)
     groups = _parameters(student, linears)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -161,7 +163,7 @@ def learn_block(
         drawn = _draw(teach, generator)
         with torch.enable_grad():
             wrong = (run(student, drawn.x) - drawn.y) * drawn.root
-            loss = wrong.square().sum() / (drawn.y * drawn.root).square().sum()
+            loss = _squares(wrong) / _squares(drawn.y * drawn.root)
             optimizer.zero_grad()
             loss.backward()
         share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -178,6 +180,16 @@ def learn_block(
     return Learned(*kept, before, best, forwards, backwards)
 
 
+def _share_ranges(module: nn.Module, linears: Mapping[str, LearnedLinear]) -> None:
+    """Linears that read one input with one range go on doing so: the graph quantizes it once."""
+    for group in groups_of(module):
+        known: dict[tuple[float, int | None], nn.Parameter] = {}
+        for linear in (linears[name] for name in group.linears if name in linears):
+            if linear.log_input is not None:
+                key = (float(linear.log_input), linear.scheme.activation_bits)
+                linear.log_input = known.setdefault(key, linear.log_input)
+
+
 def _stored(student: nn.Module) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
     """Its linears, and copies of its other tensors, by name inside the block."""
     linears = {name: part for name, part in student.named_modules() if isinstance(part, LearnedLinear)}
@@ -192,7 +204,8 @@ def _parameters(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> lis
     for linear in linears.values():
         kinds["offset"].append(linear.offset)
         kinds["scale"].append(linear.log_scale)
-        kinds["input_scale"] += [] if linear.log_input is None else [linear.log_input]
+        if linear.log_input is not None and all(linear.log_input is not other for other in kinds["input_scale"]):
+            kinds["input_scale"].append(linear.log_input)
         kinds["float"] += [] if linear.bias is None else [linear.bias]
     kinds["float"] += [p for n, p in student.named_parameters() if "norm" in n]
     for parameters in kinds.values():
@@ -229,8 +242,10 @@ def counted(
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Those that teach and those that decide. A single group does both."""
-    held = [batch.group % HELD_BACK == HELD_BACK - 1 for batch in batches]
+    """Those that teach and those that decide: of few groups the last one. A single group does both."""
+    groups = torch.cat([batch.group for batch in batches]).unique()
+    deciding = groups[HELD_BACK - 1 :: HELD_BACK] if len(groups) >= HELD_BACK else groups[-1:]
+    held = [torch.isin(batch.group, deciding) for batch in batches]
     teach = [batch.rows(~mask) for batch, mask in zip(batches, held, strict=True) if not mask.all()]
     decide = [batch.rows(mask) for batch, mask in zip(batches, held, strict=True) if mask.any()]
     return (teach, decide) if teach and decide else (teach or decide, decide or teach)
@@ -242,6 +257,11 @@ def _draw(batches: Sequence[Batch], generator: torch.Generator) -> Batch:
     batch = batches[int(torch.multinomial(sizes, 1, generator=generator))]
     count = max(1, STEP_TOKENS // batch.x.shape[1])
     return batch.rows(torch.randperm(len(batch.x), generator=generator)[:count])
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, whose gradient passes, to the same bits on any number of threads: rows are summed one by one."""
+    return x.square().flatten(0, -2).sum(1).double().cumsum(0)[-1].float()
 
 
 def _error(student: nn.Module, run: Run, batches: Sequence[Batch]) -> float:

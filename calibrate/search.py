@@ -36,6 +36,7 @@ from calibrate.fold import (
 )
 from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
+from calibrate.job import is_finite, not_finite
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Folding, Method, Variant
 from calibrate.products import linear_output, product
@@ -103,7 +104,7 @@ class BlockSearch:
     influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
     under "" for the block's output; empty where all count alike. pictures: int64 [B] of every batch, of the sample whose
     pictures an input is about; None where every input has its own. metrics: by linear, and
-    under "" for the block, of its output, for two-sided rounding.
+    under "" for the block, of its output, for two-sided rounding. prefix: of the block in the model, for errors.
     """
 
     module: nn.Module
@@ -113,6 +114,7 @@ class BlockSearch:
     influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     pictures: Sequence[torch.Tensor] | None = None
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prefix: str = ""
     forwards: float = 0
     backwards: int = 0
     best: Candidate | None = None
@@ -166,11 +168,13 @@ class BlockSearch:
         """Folds the candidate and gives it every group in its best variant, in place; returns the float outputs."""
         wanted, outputs = self._capture(candidate.module, groups, float_inputs)
         for group in groups:
+            self._check_rows(group, wanted[group], float_inputs)
             wanted[group] /= self._fold(candidate, group, wanted[group])
         if self.method.learn_steps or len(self.method.variants) > 1:
             candidate.rounded = copy.deepcopy(candidate.module)
         for group in groups:
             seen = self._input_of(candidate, group, inputs)
+            self._check_rows(group, seen, inputs)
             if seen.shape[1] >= WIDE:  # its matrices take more than all that led there
                 trim_heap()
             self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
@@ -179,13 +183,12 @@ class BlockSearch:
     def _fold(self, candidate: Candidate, group: Group, inputs: torch.Tensor) -> torch.Tensor:
         """Applies the best factors to its module; returns what the group's input channels were divided by."""
         module = candidate.module
-        schemes = {self.plan.get(name) for name in group.linears}
-        scheme = schemes.pop()
-        if group.producer is None or schemes or scheme is None:
+        if group.producer is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
-        weight = torch.cat([linear_of(module, name).weight for name in group.linears])
+        scheme, decide = _deciding(group, self.plan)
+        weight = torch.cat([linear_of(module, name).weight for name in decide])
         if self.method.by_output():  # a factor has to suit the outputs whose errors count
-            metrics = [candidate.metrics[name] for name in group.linears]
+            metrics = [candidate.metrics[name] for name in decide]
             weight.mul_(row_roots(metrics, weight.device)[:, None])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
         factors = choose_factors(candidate.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
@@ -218,6 +221,16 @@ class BlockSearch:
         self._compute(candidate, group, seen, pair[0])
         candidate.variants[group.linears[0]] = best
         candidate.inputs[group.linears[0]] = _histogram(group.linears[0], seen)
+
+    def _check_rows(self, group: Group, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+        """Raises UserError naming the group's first linear and the sample when an input of it is not finite."""
+        if is_finite(rows):
+            return
+        counts = torch.tensor([x.shape[1] for x in inputs for _ in x])  # rows of every input
+        row = int((~rows.isfinite()).any(1).nonzero()[0])
+        number = int(torch.searchsorted(counts.cumsum(0), row, right=True))
+        sample = number if self.pictures is None else int(torch.cat(list(self.pictures))[number])
+        raise not_finite(f"{self.prefix}.{group.linears[0]}", sample)
 
     def _weights(self, group: Group) -> torch.Tensor | None:
         """What each of the group's input rows counts, float32 [tokens]."""
@@ -313,6 +326,16 @@ def relative_error(
         outputs, wanted = ([x * root for x, root in zip(part, roots, strict=True)] for part in (outputs, wanted))
     wrong = sum(squared_sum(a - b) for a, b in zip(outputs, wanted, strict=True))
     return wrong / max(sum(squared_sum(b) for b in wanted), 1e-30)
+
+
+def _deciding(group: Group, plan: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:
+    """What factors of a group have to suit: the scheme of fewest bits in it, of activations first, and its linears.
+
+    The others, and those that stay float, are multiplied by the same factors.
+    """
+    schemes = {name: plan[name] for name in group.linears if name in plan}
+    fewest = min(schemes.values(), key=lambda scheme: (scheme.activation_bits or 16, scheme.weight_bits))
+    return fewest, [name for name, scheme in schemes.items() if scheme == fewest]
 
 
 def _histogram(name: str, rows: torch.Tensor) -> Histogram:

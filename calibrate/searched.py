@@ -68,7 +68,7 @@ def calibrate_searched(
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
             pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
-            search = BlockSearch(module, plan, run, own, counts, pictures, metrics)
+            search = BlockSearch(module, plan, run, own, counts, pictures, metrics, block.prefix)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}

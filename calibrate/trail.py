@@ -96,7 +96,7 @@ class Trail:
         """Outputs of the next block, where an interrupted run came past it."""
         recalled = self._recalled("there", len(self.visits))
         # In memory of their own: aligned alike wherever they come from, as last bits of products may depend on it.
-        return None if recalled is None else [leaf.clone() for leaf in recalled["leaves"]]
+        return None if recalled is None else [leaf.clone() for leaf in _leaves(recalled)]
 
     def add(self, visit: Visit, *, known: bool) -> None:
         """Behind the others. known: by an interrupted run."""
@@ -146,7 +146,7 @@ class Trail:
     def _take_out(self, number: int) -> None:
         recalled = self._recalled("there", number)
         assert recalled is not None  # written when the block behind it was visited
-        for leaf, content in zip(self.visits[number].leaves, recalled["leaves"], strict=True):
+        for leaf, content in zip(self.visits[number].leaves, _leaves(recalled), strict=True):
             leaf.untyped_storage().resize_(leaf.nbytes)
             leaf.data.copy_(content)  # nobody kept them for a gradient, so that autograd need not be told
 
@@ -155,6 +155,11 @@ class Trail:
 
     def _file(self, way: str, number: int) -> str:
         return f"{self._name}-{way}-{number:04}"
+
+
+def _leaves(recalled: Named) -> list[torch.Tensor]:
+    """Of a visit; none where no sample of its part came to the block, as texts without pictures do not to the tower."""
+    return recalled.get("leaves", [])
 
 
 def forget_trail(work: Work | None, name: str) -> None:

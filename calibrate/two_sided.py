@@ -25,6 +25,7 @@ from torch import nn
 
 from calibrate.gptq import Rounder, column_scales, make_rounder
 from calibrate.products import product
+from calibrate.quantize import squared_sum
 from calibrate.scheme import LinearScheme
 from calibrate.threads import one_thread
 
@@ -91,8 +92,8 @@ def directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:
         size = kept.diagonal().mean().clamp(min=1e-30)
         with one_thread():
             return torch.linalg.cholesky(kept / size + DAMPING * torch.eye(len(kept), device=device))
-    size = (kept.square().sum() / kept.shape[1]).clamp(min=1e-30)
-    return torch.cat([kept.T / size**0.5, DAMPING**0.5 * torch.eye(kept.shape[1], device=device)], 1)
+    root = max(squared_sum(kept) / kept.shape[1], 1e-30) ** 0.5
+    return torch.cat([kept.T / root, DAMPING**0.5 * torch.eye(kept.shape[1], device=device)], 1)
 
 
 def make_row_rounder(metric: torch.Tensor, device: torch.device) -> Rounder:

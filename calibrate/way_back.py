@@ -50,7 +50,8 @@ def take_back(visit: Visit, resident: Resident, device: torch.device, asked: Ask
     weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
     gradients, metrics = [], {} if asked.metrics is None else within(asked.metrics, visit.block)
     with nullcontext(visit.block.module) if visit.passed else resident(visit.block) as module:
-        inverses = _inverse_factors(visit, module, groups, device) if asked.metrics is not None and asked.leverage else {}
+        asks = asked.metrics is not None and asked.leverage and len(visit.leaves) > 0
+        inverses = _inverse_factors(visit, module, groups, device) if asks else {}
         for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
             given = _gradient(leaf)
             first, made = one.gradients(given.to(device), last=True)

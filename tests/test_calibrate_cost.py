@@ -97,4 +97,4 @@ def test_few_samples_of_a_small_model_stay_in_32_bits(llava):
     checkpoint = open_small(llava())
     blocks, samples = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint)
     assert not is_narrow(blocks, samples, FAST)
-    assert is_narrow(blocks, samples * 1000, FAST)
+    assert is_narrow(blocks, samples * 10_000, FAST)
