@@ -1,11 +1,13 @@
 """Does entropy tell which layers should be searched jointly? Measured on the tiny LLaVA, against the true difference.
 
     OMP_NUM_THREADS=1 python tools/study_entropy.py --out docs/entropy
+    python tools/study_entropy.py --out docs/entropy --redraw
 
 The discretization-error difference (DED) of consecutive layers is E(one by one) / E(jointly) - 1: how much larger the
 error of the last one's output is when each layer's activation range is the best for its own output than when the ranges are
 the best together. It is measured for every pair and triple by trying everything, and correlated with what can be known
-cheaply. Weights have their whole range. Writes <out>.json and <out>.png.
+cheaply. Weights have their whole range. Writes <out>.json and <out>.png, and prints the table that docs/entropy.md has;
+--redraw makes figure and table from the <out>.json that is there.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ PROXIES = (
     "look-ahead regret", "look-ahead regret, paper's ranges", "error cosine", "flatness",
 )  # fmt: skip
 TARGETS = ("DED", "DED, paper's ranges", "absolute DED")
+SHOWN_PREFIX = "float"  # of figures and tables alike: the two stand beside each other in docs/entropy.md
+SHOWN = ("entropy", "quantization error", "look-ahead regret", "error cosine", "flatness")
 
 
 def errors_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.ndarray:
@@ -192,20 +196,31 @@ def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -> None:
-    """The DED of all pairs over the paper's two proxies and over the look-ahead regret."""
+    """The DED of all pairs, with SHOWN_PREFIX, over the paper's two proxies and over the look-ahead regret."""
     shown = {"entropy": "entropy of layer k+1's input, nats", "quantization error": "its quantization error, relative",
              "look-ahead regret": "look-ahead regret of layer k"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, (name, label) in zip(axes, shown.items(), strict=True):
         for scheme, marker in zip(SCHEMES, "os", strict=True):
-            points = [(r["quantized"][name], r["quantized"]["DED"]) for r in records if r["scheme"] == scheme]
-            r = table[scheme]["quantized"]["DED"][name]["pearson"][0]
+            points = [(r[SHOWN_PREFIX][name], r[SHOWN_PREFIX]["DED"]) for r in records if r["scheme"] == scheme]
+            r = table[scheme][SHOWN_PREFIX]["DED"][name]["pearson"][0]
             axis.plot(*zip(*points, strict=True), marker, ms=4, alpha=0.7, mew=0, label=f"{scheme}: r = {r:+.2f}")
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
-    axes[0].set_ylabel("DED of layers k and k+1")
+    axes[0].set_ylabel(f"DED of layers k and k+1,\n{SHOWN_PREFIX} prefix")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table_lines(table: dict[str, Any]) -> list[str]:
+    """The Markdown table of SHOWN against the DED with SHOWN_PREFIX: Pearson's r [interval] / Spearman's."""
+    lines = [f"| proxy | {' | '.join(SCHEMES)} |", "|---" * (len(SCHEMES) + 1) + "|"]
+    for name in SHOWN:
+        found = [table[scheme][SHOWN_PREFIX]["DED"][name] for scheme in SCHEMES]
+        cells = ["{:.2f} [{:.2f}, {:.2f}] / {:.2f}".format(*f["pearson"], f["spearman"][0]) for f in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def rounded(value: Any) -> Any:
@@ -217,28 +232,31 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def measured(model: Path, count: int) -> dict[str, Any]:
+    """What <out>.json holds."""
+    checkpoint = open_checkpoint(str(model))
+    entries = read_entries(default_calibration(), None, count)
+    samples = encode_entries(
+        entries, load_processor(checkpoint.folder), checkpoint.config, checkpoint.config.text.max_position_embeddings
+    )
+    records = [record for scheme in SCHEMES for record in study(checkpoint, samples, scheme)]
+    return {"samples": count, "bootstrap_seed": 0, "correlations": correlations(records), "pairs": records}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
     parser.add_argument("--samples", type=int, default=64, help="of the built-in set; every second one is held back")
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: figure and table from <out>.json")
     args = parser.parse_args()
     started = time.monotonic()
-    checkpoint = open_checkpoint(str(args.model))
-    entries = read_entries(default_calibration(), None, args.samples)
-    samples = encode_entries(
-        entries, load_processor(checkpoint.folder), checkpoint.config, checkpoint.config.text.max_position_embeddings
-    )
-    records = [record for scheme in SCHEMES for record in study(checkpoint, samples, scheme)]
-    table = correlations(records)
-    content = {"samples": args.samples, "bootstrap_seed": 0, "correlations": table, "pairs": records}
-    args.out.with_suffix(".json").write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
-    plot(records, table, args.out.with_suffix(".png"))
-    for scheme in SCHEMES:
-        for target, proxies in table[scheme]["quantized"].items():
-            for name, found in proxies.items():
-                p, s = found["pearson"], found["spearman"]
-                print(f"{scheme} {target:28} {name:34} r {p[0]:+.2f} [{p[1]:+.2f}, {p[2]:+.2f}]  rho {s[0]:+.2f}")
+    stored = args.out.with_suffix(".json")
+    if not args.redraw:
+        stored.write_text(json.dumps(rounded(measured(args.model, args.samples)), indent=1) + "\n", encoding="utf-8")
+    content = json.loads(stored.read_text(encoding="utf-8"))  # also after measuring: the same digits as a redraw
+    plot(content["pairs"], content["correlations"], args.out.with_suffix(".png"))
+    print("\n".join(table_lines(content["correlations"])))
     print(f"{time.monotonic() - started:.0f} s")
 
 
