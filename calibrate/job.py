@@ -52,6 +52,18 @@ class Calibration:
         return {name.removeprefix(start): s for name, s in self.plan.items() if name.startswith(start)}
 
 
+def asks_for_pictures(blocks: ModelBlocks, plan: Mapping[str, LinearScheme], *, searched: bool) -> str | None:
+    """A planned linear of tower or projector whose quantization depends on samples; None when there is none.
+
+    searched: whether weights do, too, and not only ranges of activations.
+    """
+    for block in (*blocks.vision_layers, blocks.projector):
+        for name, scheme in plan.items():
+            if name.startswith(f"{block.prefix}.") and (searched or scheme.activation_bits is not None):
+                return name
+    return None
+
+
 class BlockWriter:
     """Writes one shard a block, counts blocks, and copies at the end whatever no block held.
 

@@ -18,7 +18,7 @@ from calibrate.blocks import Block, linear_of, load_finite
 from calibrate.calibrated import CalibratedWriter
 from calibrate.errors import UserError
 from calibrate.influence import measure_influence, runs_of
-from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
+from calibrate.job import BlockWriter, Calibration, Progress, asks_for_pictures, check_outputs, check_weight
 from calibrate.method import FAST, FULL, Method
 from calibrate.recombine import Mixed, Prompts, flat, recombine, shown
 from calibrate.record import block_record, labels_of, with_partition
@@ -44,6 +44,7 @@ def calibrate_searched(
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
+    _check_pictures(job)
     begun, searched = _units(method, job), SEARCH_UNITS * job.blocks.count()
     whole = sum(begun.values()) + searched
     shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
@@ -58,8 +59,6 @@ def calibrate_searched(
         with resident(block) as module, torch.no_grad():
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
-            if not half and plan:
-                raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
             numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
             check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
             batches = batches_of(inputs[:half])
@@ -93,6 +92,13 @@ def calibrate_searched(
         "tokens": sum(len(s.input_ids) for s in texts),
         **_totals(job, method, prompts, shards.records),
     }
+
+
+def _check_pictures(job: Calibration) -> None:
+    """Before anything is measured, which takes long."""
+    name = asks_for_pictures(job.blocks, job.plan, searched=True)
+    if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
+        raise UserError(f"{name}: no calibration sample has a picture, so nothing reaches it; add samples with pictures")
 
 
 def _units(method: Method, job: Calibration) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.cost import Cost, calibration_cost, kept_bytes, measured_bytes
 from calibrate.errors import UserError
+from calibrate.job import asks_for_pictures
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from engines.backend import Backend, choose_backend
@@ -108,6 +109,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
     method, builds = METHODS.get(options.effort), backend.module is not None
+    if samples and not any(len(sample.pixel_values) for sample in samples):
+        _check_text_only(options, asks_for_pictures(blocks, linears, searched=method is not None))
     cost = calibration_cost(blocks, linears, samples, method) if linears else Cost()
     disk = disk_needed(
         total_sizes(sizes),
@@ -163,6 +166,15 @@ def estimate_export(plan: ExportPlan) -> Estimate:
 def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
     entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
     return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
+
+
+def _check_text_only(options: ExportOptions, asking: str | None) -> None:
+    """asking: a linear that samples without pictures cannot calibrate."""
+    if asking is not None:
+        raise UserError(
+            f"--calib-data {options.calib_data}: no sample has a picture, and how {asking} is quantized depends on them; "
+            "add samples with pictures, or leave tower and projector float by --recipe"
+        )
 
 
 def _limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:

@@ -41,6 +41,20 @@ def test_aiming_the_identity_aims_the_weight(rows: Rows, monkeypatch: pytest.Mon
     assert torch.equal(found, wanted) == (out <= 64)  # only then it takes the other way
 
 
+def test_inputs_of_other_bits_have_other_ranges(rows: Rows, weights: dict[str, torch.Tensor]) -> None:
+    """Linears that share an input, some of which read it in 8 bits, in 4, or as it is."""
+    plan = {"q": W8A8, "k": LinearScheme(8, 4, None), "v": INT4}
+    together = quantize_group(weights, plan, EXPECTED, rows)
+    assert list(together) == list(weights)
+    for name, weight in weights.items():
+        alone = quantize_group({name: weight}, plan, EXPECTED, rows)[name]
+        assert np.array_equal(together[name].codes, alone.codes)
+        assert np.array_equal(together[name].scale, alone.scale)
+        assert together[name].input_scale == alone.input_scale
+    assert together["k"].input_scale > 4 * together["q"].input_scale
+    assert together["v"].input_scale is None
+
+
 @pytest.mark.parametrize("out", [30, 200])
 def test_fewer_tokens_than_inputs_are_aimed_by_tokens(rows: Rows, monkeypatch: pytest.MonkeyPatch, out: int) -> None:
     assert rows.weights is not None

@@ -111,6 +111,19 @@ def test_prompts_about_one_picture_teach_or_decide_together():
     assert learned.backwards == 40 * 14
 
 
+def test_few_groups_hold_back_their_last():
+    """Whatever their numbers are."""
+    module, found = TwoLayers(), rounded(TwoLayers(), W4A4)
+    inputs = samples(3, 6)
+    wanted = [module(x) for x in inputs]
+    pictures = torch.tensor([0, 0, 2, 2, 3, 3])
+    learned = learn_block(module, found, run, counted(inputs, wanted, groups=[pictures]), steps=40, seed=0)
+    held = torch.tensor([4, 5])
+    error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
+    assert error == pytest.approx(learned.error_after, rel=1e-3)
+    assert learned.backwards == 40 * 4
+
+
 def test_targets_that_cannot_be_learned_leave_the_start():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A16)
     inputs = samples(4, 16)

@@ -14,7 +14,6 @@ from small_export import mixed_samples, plan_of
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
-from calibrate.errors import UserError
 from calibrate.job import Calibration, Progress
 from calibrate.method import FULL, Method, Variant
 from calibrate.searched import calibrate_searched
@@ -158,8 +157,11 @@ def test_stored_types_and_ranges(llava, tmp_path):
     assert str(found.floats.dtype("language_model.model.norm.weight")) == "bfloat16"
 
 
-def test_no_pictures_but_vision_planned(llava, tmp_path):
-    checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    text = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
-    with pytest.raises(UserError, match=r"vision_tower.*no calibration sample reached it"):
-        calibrated(checkpoint, "int4", tmp_path / "c", calibrate_searched, text)
+@pytest.mark.parametrize("method", [calibrate_searched, briefly_full], ids=["fast", "full"])
+def test_linears_that_read_one_input_quantize_it_once(llava, tmp_path, method):
+    found = calibrated(open_checkpoint(str(llava(dtype="float32"))), "int8", tmp_path, method)
+    inputs = {name: found.linear(name).input_scale for name in found.schemes}
+    for name, scale in inputs.items():
+        for first, others in {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}.items():
+            if name.endswith(first):
+                assert all(inputs[name.replace(first, other)] == scale for other in others), name
