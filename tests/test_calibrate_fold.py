@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from calibrate.blocks import linear_of, make_blocks, resident
-from calibrate.fold import Sharing, apply_factors_, groups_of, inputs_of, search_factors, sharing_of
+from calibrate.fold import Group, Sharing, apply_factors_, groups_of, inputs_of, search_factors, sharing_of
+from calibrate.method import Method, Variant
 from calibrate.scheme import W8A8, LinearScheme
+from calibrate.search import BlockSearch, _deciding
 from qvlm_export.checkpoint import open_checkpoint
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -42,6 +47,61 @@ def test_any_factors_leave_the_float_block_unchanged(llava, kind):
             apply_factors_(module, group, torch.exp(torch.randn(width, generator=generator)))
         after = run(module, x).double()
     assert float((after - before).norm() / before.norm()) < 1e-6
+
+
+def test_a_gain_that_float16_cannot_hold_stays(llava):
+    """Divided, it would be infinite, or 0 and its channel lost."""
+    block, x, run, source = block_and_inputs(llava(dtype="float32"), "language")
+    with resident(block, source) as module, torch.inference_mode():
+        norm = module.input_layernorm.weight
+        norm[3], norm[5] = 4000.0, 1e-6
+        for name in ("q_proj", "k_proj", "v_proj"):  # as if a model had been trained so
+            linear_of(module, f"self_attn.{name}").weight[:, 3] /= 4000.0
+        before = run(module, x).double()
+        factors = torch.ones(256)
+        factors[3], factors[5], factors[7] = 1 / 256, 256.0, 2.0
+        used = apply_factors_(module, groups_of(module)[0], factors)
+        after = run(module, x).double()
+    assert used[[3, 7]].tolist() == [1.0, 2.0]
+    assert float(used[5]) == pytest.approx(1.0, rel=0.05)  # it is rounded, if not divided
+    assert norm.isfinite().all()
+    assert float((after - before).norm() / before.norm()) < 1e-6
+
+
+def test_the_linears_of_fewest_bits_decide():
+    """Where others of the group stay float or keep more bits, they are multiplied along."""
+    group = Group(("q", "k", "v"), "input_layernorm")
+    assert _deciding(group, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
+    assert _deciding(group, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (LinearScheme(3, None, 64), ["v"])
+    assert _deciding(group, {"v": INT4}) == (INT4, ["v"])
+
+
+def test_a_group_that_is_quantized_in_part_is_folded():
+    """q alone is planned: its outlier channel is folded, and k computes what it did."""
+    module = nn.Module()
+    module.input_layernorm, module.self_attn = nn.LayerNorm(64), nn.Module()
+    torch.manual_seed(0)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(module.self_attn, name, nn.Linear(64, 32))
+    inputs = [torch.randn(4, 10, 64)]
+    errors = []
+    with torch.no_grad():
+        module.input_layernorm.weight[7] *= 64
+        module.self_attn.q_proj.weight[:, 7] /= 64
+        for folding in ("none", "expected"):
+            own = copy.deepcopy(module)
+            method = Method((folding,), (Variant(activation_ranges="absmax", ridge=None),))
+
+            def run(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+                read = part.input_layernorm(x)
+                return torch.cat([getattr(part.self_attn, name)(read) for name in ("q_proj", "k_proj", "v_proj")], -1)
+
+            search = BlockSearch(own, {"self_attn.q_proj": W8A8}, run, method)
+            wanted, found = search.search(inputs, inputs)
+            pairs = zip(wanted[0].split(32, -1), found[0].split(32, -1), strict=True)
+            errors.append([float((a - b).norm() / a.norm()) for a, b in pairs])
+    assert errors[1][0] < 0.3 * errors[0][0]
+    assert max(errors[1][1:]) < 1e-6
 
 
 def test_grouped_query_heads_share_factors():
