@@ -37,7 +37,7 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         with resident(block) as module, torch.inference_mode():
-            with _input_amax(module) as amax:
+            with input_amax(module) as amax:
                 outputs = shards.keep(block, (run(module, x.to(job.device)) for x in inputs))
             linears = {
                 name: _quantize(f"{block.prefix}.{name}", linear_of(module, name).weight, scheme, amax.get(name))
@@ -100,7 +100,7 @@ def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float
 
 
 @contextmanager
-def _input_amax(module: nn.Module) -> Iterator[dict[str, float]]:
+def input_amax(module: nn.Module) -> Iterator[dict[str, float]]:
     """Collects max |input| of every linear inside `module` while the context is open."""
     amax: dict[str, float] = {}
 

@@ -186,7 +186,7 @@ def _share_ranges(module: nn.Module, linears: Mapping[str, LearnedLinear]) -> No
         known: dict[tuple[float, int | None], nn.Parameter] = {}
         for linear in (linears[name] for name in group.linears if name in linears):
             if linear.log_input is not None:
-                key = (float(linear.log_input), linear.scheme.activation_bits)
+                key = (float(linear.log_input.detach()), linear.scheme.activation_bits)
                 linear.log_input = known.setdefault(key, linear.log_input)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from calibrate.baseline import Baseline
 from calibrate.blocks import Block, ModelBlocks
 from calibrate.calibrated import QuantizedLinear
+from calibrate.candidate import Fidelity
 from calibrate.entropy import histogram_entropy
 from calibrate.fold import groups_of
 from calibrate.printed import LayerInput, entropy_blocks
@@ -23,25 +25,29 @@ from calibrate.recombine import Prompts, flat
 from calibrate.search import BlockSearch, relative_error
 from calibrate.statistics import Histogram, TokenLabel, token_labels
 
+Judged = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
-def block_record(
-    block: Block,
-    search: BlockSearch,
-    wanted: Sequence[torch.Tensor],
-    outputs: Sequence[torch.Tensor],
-    labels: Sequence[torch.Tensor],
-) -> dict[str, Any]:
+
+def block_record(block: Block, search: BlockSearch, judged: Judged, nearest: Baseline) -> dict[str, Any]:
     """One block. Errors are squared, of its output against the float model's, relative to that; None where not searched.
 
-    wanted, outputs: of every input, float32 [n, tokens, width]. labels: TokenLabel int64 [tokens] of each. searched_error:
-    before learning. held_back_errors: before and after it, on the samples that it did not see.
+    judged: of every input what is wanted of the block, its output, float32 [n, tokens, width], and TokenLabel int64
+    [tokens]. compared: on some of them, by label, rounded to nearest and as searched. held_back_errors: before and after
+    learning, on the samples that it did not see, as they count there.
     """
     best, learned = search.best, search.learned
+    wanted, outputs, labels = judged
+    some = [[part[number] for number in nearest.numbers] for part in judged]
+    compared = {
+        "inputs": len(nearest.numbers),
+        "nearest": errors_by_label(nearest.outputs, some[0], some[2]),
+        "searched": errors_by_label(some[1], some[0], some[2]),
+    }
     return {
         "name": block.prefix,
         "folding": None if best is None else best.folding,
         "variants": {} if best is None else {name: asdict(variant) for name, variant in best.variants.items()},
-        "searched_error": None if best is None else best.error,
+        "compared": compared,
         "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
         "error": relative_error(outputs, wanted),
         "errors": errors_by_label(outputs, wanted, labels),
@@ -97,19 +103,20 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
         widest = max(found, key=lambda name: bits[name])
         scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
         linears = {
-            f"{block.prefix}.{name}": linear_record(linear, best.sqnr_db[name], inputs) for name, linear in found.items()
+            f"{block.prefix}.{name}": linear_record(linear, best.fidelity[name], inputs) for name, linear in found.items()
         }
         entropy = histogram_entropy(inputs, scale, bits[widest])
         records.append({"linears": linears, "bits": bits[widest], "entropy": entropy})
     return records
 
 
-def linear_record(linear: QuantizedLinear, sqnr_db: float | None, inputs: Histogram) -> dict[str, Any]:
-    """One linear. sqnr_db: of its weight, as folded; inputs: what it read in the search.
+def linear_record(linear: QuantizedLinear, fidelity: Fidelity, inputs: Histogram) -> dict[str, Any]:
+    """One linear. inputs: what it read in the search.
 
     bits_per_weight: codes as the scheme has them, and scales. covered: the part of the input's largest magnitude that its
-    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. Weights that were moved to
-    make up for other errors count as wrong in sqnr_db though they are not.
+    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. sqnr_db: of what it gives,
+    errors of its input included, which come from the blocks before, too. weight_sqnr_db: weights that were moved to make up
+    for other errors count as wrong here though they are not.
     """
     scheme, scale = linear.scheme, linear.input_scale
     covered = None
@@ -118,7 +125,8 @@ def linear_record(linear: QuantizedLinear, sqnr_db: float | None, inputs: Histog
     return {
         "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
         "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
-        "sqnr_db": sqnr_db,
+        "sqnr_db": fidelity.output_db,
+        "weight_sqnr_db": fidelity.weight_db,
         "input_scale": scale,
         "covered": covered,
     }

@@ -13,16 +13,16 @@ group's variants compute its linears and what comes after them. Learning adds it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
+from calibrate.candidate import Candidate
 from calibrate.fold import (
     Group,
     apply_factors_,
@@ -38,63 +38,17 @@ from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
 from calibrate.job import is_finite, not_finite
 from calibrate.learn import Learned, counted, learn_block
-from calibrate.method import Folding, Method, Variant
+from calibrate.method import Method, Variant
 from calibrate.products import linear_output, product
-from calibrate.quantize import fake_quantize, sqnr_db, squared_sum
-from calibrate.recall import Outputs, Reached, is_known, recalled, watched
+from calibrate.quantize import fake_quantize, squared_sum
+from calibrate.recall import Reached, is_known, recalled, watched
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import Histogram, InputStatistics
 from calibrate.two_sided import directions, row_roots, scaled_metric
 from calibrate.walk import Run
 
+PROBED = 128  # rows of a linear's input that its output's SQNR is taken of
 _COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
-
-
-@dataclass
-class Candidate:
-    """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
-
-    Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
-    metrics: of the linears' outputs, as folded. By the first linear of each group: variants, what was chosen; inputs, what
-    the group read from the quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix.
-    sqnr_db: of each weight. error: of the block's output, relative to the float one's. hooks: to be removed in the end.
-    """
-
-    folding: Folding
-    module: nn.Module
-    rounded: nn.Module
-    hooks: ExitStack
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-    found: dict[str, QuantizedLinear] = field(default_factory=dict)
-    variants: dict[str, Variant] = field(default_factory=dict)
-    inputs: dict[str, Histogram] = field(default_factory=dict)
-    outputs: Outputs = field(default_factory=dict)
-    sqnr_db: dict[str, float | None] = field(default_factory=dict)
-    error: float = float("inf")
-
-    def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
-        """Makes `rounded` compute with these linears; the hooks on their inputs look into `found`."""
-        for name, linear in linears.items():
-            layer, weight = linear_of(self.rounded, name), torch.from_numpy(linear.dequantized())
-            self.sqnr_db[name] = sqnr_db(linear_of(self.module, name).weight.detach().cpu(), weight)
-            layer.weight.copy_(weight)
-            if name not in self.found:
-                self.hooks.callback(layer.register_forward_pre_hook(self._rounding(name)).remove)
-            self.found[name] = linear
-
-    def _rounding(self, name: str) -> Callable[..., tuple[Any, ...]]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            how = self.input_of(name)
-            return args if how is None else (fake_quantize(args[0], *how), *args[1:])
-
-        return hook
-
-    def input_of(self, name: str) -> tuple[float, int] | None:
-        """Scale and bits that a linear's input is rounded with; None where it stays float."""
-        linear = self.found.get(name)
-        if linear is None or linear.input_scale is None or linear.scheme.activation_bits is None:
-            return None
-        return linear.input_scale, linear.scheme.activation_bits
 
 
 @dataclass
@@ -208,6 +162,8 @@ class BlockSearch:
     ) -> None:
         """Quantizes a group in the variant after which the block's output is closest to the float one. pair: in and out."""
         planned = {name: linear_of(candidate.module, name).weight for name in group.linears if name in self.plan}
+        some = torch.linspace(0, len(seen) - 1, min(PROBED, len(seen))).long().to(seen.device)
+        candidate.probes |= {name: (seen[some], product(wanted[some], weight.T)) for name, weight in planned.items()}
         rows = Rows(wanted, seen, self._weights(group))
         quantized = {v: quantize_group(planned, self.plan, v, rows, candidate.metrics) for v in self._distinct(planned)}
         errors = {}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from calibrate.baseline import round_to_nearest
 from calibrate.batches import Batches, batches_of
 from calibrate.blocks import Block, linear_of, load_finite
 from calibrate.calibrated import CalibratedWriter
@@ -67,12 +68,14 @@ def calibrate_searched(
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
             pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
+            labels = labels_of(block, job.blocks, prompts)
+            pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
+            nearest = round_to_nearest(module, plan, run, pairs, job.device)
             search = BlockSearch(module, plan, run, own, counts, pictures, metrics, block.prefix)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-            labels = labels_of(block, job.blocks, prompts)
-            record = block_record(block, search, exact[: len(labels)], rounded[: len(labels)], labels)
+            record = block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), nearest)
         outputs = shards.keep(block, [*exact, *rounded], numbers)
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs

@@ -36,7 +36,9 @@ class Place:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """A searched block. errors: relative squared, of its output, by modality; before and after: of all tokens and learning.
+    """A searched block. Errors are relative and squared, of its output. error: of all tokens and inputs; nearest and errors:
+    by modality, on some inputs, rounded to nearest and as searched; held_back: before and after learning, on samples it did
+    not see, as they count there.
 
     choices: (linears, what was chosen for them). cost: block forwards and backwards.
     """
@@ -44,9 +46,10 @@ class BlockRow:
     place: Place
     folding: str
     choices: tuple[tuple[str, str], ...]
+    error: float
+    nearest: Mapping[str, float]
     errors: Mapping[str, float]
-    before: float | None
-    after: float
+    held_back: Sequence[float] | None
     cost: tuple[int, int]
 
 
@@ -85,7 +88,7 @@ def report_html(manifest: Manifest) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qvlm_export"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"error": _error, "size": _size, "whole": "{:,}".format}
+    environment.filters |= {"error": _error, "size": _size, "whole": "{:,}".format, "count": _count}
     sizes = component_sizes(manifest, shapes)
     return environment.get_template("report.html.jinja").render(
         manifest=manifest,
@@ -132,13 +135,14 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
             place=place_of(block["name"]),
             folding=block["folding"] or "-",
             choices=tuple(_choice(layer, block["variants"]) for layer in block["layers"]),
-            errors=block["errors"],
-            before=block["searched_error"],
-            after=block["error"],
+            error=block["error"],
+            nearest=block["compared"]["nearest"],
+            errors=block["compared"]["searched"],
+            held_back=block["held_back_errors"],
             cost=(block["forwards"], block["backwards"]),
         )
         for block in calibration.get("blocks", ())
-        if "errors" in block
+        if "compared" in block
     ]
 
 
@@ -195,8 +199,9 @@ def _plots(
     plots = []
     if any(error > 0 for row in blocks for error in row.errors.values()):  # a logarithm shows no zeros
         text = (
-            "Squared error of each block's output against the float model's, relative to it, by the kind of token. Inputs "
-            "come from the quantized blocks before, so errors grow along the model."
+            "Squared error of each block's output against the float model's, relative to it, by the kind of token: rounded "
+            "to nearest (dashed) and as it is now, on the same inputs. They come from the quantized blocks before, so "
+            "errors grow along the model."
         )
         plots.append({"title": "Error of each block", "text": text, "svg": report_plots.errors(blocks)})
     if layers:
@@ -209,10 +214,10 @@ def _plots(
         plots.append({"title": "Entropy of each layer", "text": text, "svg": svg})
     if any(row.record.get("sqnr_db") is not None for row in linears):
         text = (
-            "Weights as stored against the folded float ones; higher is closer. Where rounding moves weights to make up for "
-            "other errors, that counts as a difference here, though the block's output is better for it."
+            "What each linear gives, against what it gives in the float model; higher is closer. Its input comes from the "
+            "quantized blocks before, whose errors are in it."
         )
-        plots.append({"title": "SQNR of each linear's weight", "text": text, "svg": report_plots.sqnr(linears)})
+        plots.append({"title": "SQNR of each linear's output", "text": text, "svg": report_plots.sqnr(linears)})
     # The SVGs are made of numbers and fixed words, so they need no escaping.
     return [{**plot, "svg": Markup(plot["svg"])} for plot in plots]
 
@@ -223,6 +228,11 @@ def _short(names: Sequence[str]) -> str:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
+
+
+def _count(count: float) -> str:
+    """Of runs, of which a part may have run."""
+    return f"{count:,.1f}".removesuffix(".0")
 
 
 def _size(count: int) -> str:

@@ -44,16 +44,17 @@ _STYLE: dict[Any, Any] = {
 
 
 def errors(blocks: Sequence[BlockRow]) -> str:
-    """Error of each block's output by modality, logarithmic."""
+    """Error of each block's output by modality, rounded to nearest and as searched, logarithmic."""
     with _figure("errors") as (axes, svg):
         axes.set_yscale("log")
         for color, modality in zip(COLORS, MODALITIES, strict=False):
-            points = [(k, row.errors[modality]) for k, row in enumerate(blocks) if row.errors.get(modality, 0) > 0]
-            label = modality
-            for _, part in itertools.groupby(points, key=lambda point: blocks[point[0]].place.component):
-                x, y = zip(*part, strict=True)
-                axes.plot(x, y, marker="o", markersize=4, color=color, label=label)
-                label = "_"  # one entry in the legend
+            for dashes, found in (("-", [row.errors for row in blocks]), ("--", [row.nearest for row in blocks])):
+                points = [(k, errors[modality]) for k, errors in enumerate(found) if errors.get(modality, 0) > 0]
+                label = modality if dashes == "-" else "_"  # one entry in the legend
+                for _, part in itertools.groupby(points, key=lambda point: blocks[point[0]].place.component):
+                    x, y = zip(*part, strict=True)
+                    axes.plot(x, y, dashes, marker="o", markersize=4 if dashes == "-" else 2, color=color, label=label)
+                    label = "_"
         axes.set_ylabel("relative squared error")
         _places(axes, [row.place for row in blocks])
         axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))

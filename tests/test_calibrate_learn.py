@@ -124,6 +124,35 @@ def test_few_groups_hold_back_their_last():
     assert learned.backwards == 40 * 4
 
 
+class Reading(nn.Module):
+    """Three linears that read one norm, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.input_layernorm, self.self_attn = nn.LayerNorm(64), nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self.self_attn, name, nn.Linear(64, 32))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = self.input_layernorm(x)
+        return torch.cat([getattr(self.self_attn, name)(read) for name in ("q_proj", "k_proj", "v_proj")], -1)
+
+
+def test_linears_that_read_one_input_keep_one_range():
+    """And others learn their own: k has other bits."""
+    module, names = Reading(), [f"self_attn.{name}_proj" for name in "qkv"]
+    schemes = dict(zip(names, (W4A4, LinearScheme(4, 6, 64), W4A4), strict=True))
+    found = {name: quantize_linear(module.get_submodule(name).weight, scheme, 3.5) for name, scheme in schemes.items()}
+    inputs = samples(1, 64)
+    learned = learn_block(module, found, run, counted(inputs, [module(x) for x in inputs]), steps=40, seed=0)
+    q, k, v = (learned.linears[name].input_scale for name in names)
+    assert q == v != k
+    assert q != found[names[0]].input_scale
+    assert learned.error_after < learned.error_before
+
+
 def test_targets_that_cannot_be_learned_leave_the_start():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A16)
     inputs = samples(4, 16)

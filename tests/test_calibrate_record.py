@@ -14,20 +14,24 @@ import torch
 from small_export import make_sample, plan_of
 
 from calibrate.absmax import calibrate_absmax
+from calibrate.baseline import Baseline, round_to_nearest
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
+from calibrate.candidate import Fidelity
 from calibrate.entropy import code_entropy
 from calibrate.errors import UserError
 from calibrate.job import Calibration
 from calibrate.method import NEAREST, Method, Variant
 from calibrate.printed import calibrate_printed
-from calibrate.quantize import sqnr_db
+from calibrate.quantize import fake_quantize, sqnr_db
 from calibrate.record import errors_by_label, labels_of, linear_record, with_partition
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
 from calibrate.search import BlockSearch
 from calibrate.searched import calibrate_searched
+from calibrate.simulate import DequantizedSource, recorded, simulated_step
 from calibrate.statistics import TokenLabel, histogram_of
+from calibrate.walk import plain_step, walk_vision
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
 
 SIMPLE = Method(foldings=("none",), variants=(Variant(),))
@@ -88,6 +92,61 @@ def test_errors_by_label_against_a_loop() -> None:
     )
 
 
+def test_rounding_to_nearest_is_what_the_absmax_calibrator_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """On the first block, whose inputs are the same; with so few samples all of them are compared."""
+    samples = answered(checkpoint)
+    found = calibrated(checkpoint, "int8", tmp_path / "searched", calibrate_searched)
+    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_absmax)
+    blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(nearest)
+    first = blocks.vision_layers[0].prefix
+    outputs: dict[str, list[torch.Tensor]] = {}
+    float_step, nearest_step = plain_step(checkpoint.source), simulated_step(nearest, source)
+    for name, of, step in (("wanted", checkpoint.source, float_step), ("given", source, nearest_step)):
+        kept = recorded(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
+        walk_vision(blocks, of, samples, kept)
+    labels = [torch.zeros(1, dtype=torch.int64)] * 2
+    wanted = errors_by_label(outputs[f"given {first}"], outputs[f"wanted {first}"], labels)
+    compared = found.summary["blocks"][0]["compared"]
+    assert compared["inputs"] == 2
+    assert compared["nearest"] == pytest.approx(wanted, rel=1e-4)
+    assert compared["searched"]["image"] > 0
+    assert compared["searched"] == found.summary["blocks"][0]["errors"]
+
+
+def test_few_inputs_are_compared_spread_evenly() -> None:
+    module = torch.nn.Linear(4, 4)
+    pairs = [(torch.full((1, 2, 4), float(n)), torch.full((1, 2, 4), float(n))) for n in range(20)]
+    given: list[float] = []
+
+    def run(part: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        given.append(float(x[0, 0, 0]))
+        return part.proj(x)
+
+    assert round_to_nearest(module, {}, run, pairs) == Baseline((), ())
+    holder = torch.nn.Module()
+    holder.proj = module
+    with torch.no_grad():
+        found = round_to_nearest(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
+    assert found.numbers == (0, 3, 6, 9, 12, 15, 18)
+    assert given == [*found.numbers, *found.numbers]
+
+
+def test_what_linears_give_against_their_float_outputs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of the first block, whose input is exact; all of so few rows are looked at."""
+    found = calibrated(checkpoint, "int8", tmp_path, lambda *given: calibrate_searched(*given, method=SIMPLE))
+    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    first = blocks.vision_layers[0]
+    layer = first.module.get_submodule("self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2).clone()))
+    walk_vision(blocks, checkpoint.source, answered(checkpoint), plain_step(checkpoint.source))
+    rows, name = torch.cat(read), f"{first.prefix}.self_attn.q_proj"
+    linear, weight = found.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
+    wanted = rows @ weight.T
+    given = fake_quantize(rows, linear.input_scale, 8) @ torch.from_numpy(linear.dequantized()).T
+    db = 10 * math.log10(float(wanted.square().sum() / (given - wanted).square().sum()))
+    assert linears_of(found)[name]["sqnr_db"] == pytest.approx(db, abs=1e-3)
+
+
 def test_a_label_without_tokens_is_left_out() -> None:
     x = torch.ones(1, 2, 1)
     assert errors_by_label([x], [x], [torch.tensor([1, 2])]) == {"prompt": 0.0, "answer": 0.0}
@@ -127,7 +186,7 @@ def test_linears_against_what_is_stored(int4: CalibratedCheckpoint, checkpoint: 
     for name, record in linears_of(int4).items():
         linear, weight = int4.linear(name), checkpoint.source.load(f"{name}.weight").astype(np.float64)
         error = linear.dequantized() - weight
-        assert record["sqnr_db"] == pytest.approx(10 * math.log10((weight**2).sum() / (error**2).sum()), rel=1e-5)
+        assert record["weight_sqnr_db"] == pytest.approx(10 * math.log10((weight**2).sum() / (error**2).sum()), rel=1e-5)
         stored = linear.codes.size * linear.scheme.weight_bits + 8 * linear.scale.nbytes
         assert record["bits_per_weight"] == pytest.approx(stored / linear.codes.size)
         assert record["input_scale"] == linear.input_scale
@@ -191,7 +250,7 @@ def test_sqnr_of_nothing_and_of_the_exact_weight() -> None:
 
 def test_inputs_that_are_all_zero() -> None:
     linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
-    record = linear_record(linear, None, histogram_of(torch.zeros(3, 4)))
+    record = linear_record(linear, Fidelity(None, None), histogram_of(torch.zeros(3, 4)))
     assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
     json.dumps(record, allow_nan=False)
 

@@ -18,7 +18,7 @@ from qvlm_export.inspect import inspect
 from qvlm_export.report import block_rows, header_facts, layer_rows, place_of, report_html, write_report
 
 Llava = Callable[..., Path]
-PLOTS = ["Error of each block", "Entropy of each layer", "SQNR of each linear's weight"]
+PLOTS = ["Error of each block", "Entropy of each layer", "SQNR of each linear's output"]
 VOID = {"meta", "br", "link", "img", "input", "hr", "base", "source"}
 
 
@@ -142,11 +142,14 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
     for cells, record in zip(rows, records, strict=True):
         row = dict(zip(head, cells, strict=True))
         assert row["folding"] == record["folding"]
-        assert row["searched"] == f"{record['searched_error']:.2e}"
-        assert row["final"] == f"{record['error']:.2e}"
+        assert row["all"] == f"{record['error']:.2e}"
+        compared = record["compared"]
         for name in ("image", "prompt", "answer"):
-            assert row[name] == (f"{record['errors'][name]:.2e}" if name in record["errors"] else "-")
-        assert (row["forwards"], row["backwards"]) == (str(record["forwards"]), str(record["backwards"]))
+            assert row[name] == (f"{compared['searched'][name]:.2e}" if name in compared["searched"] else "-")
+            assert row[f"{name}, nearest"] == (f"{compared['nearest'][name]:.2e}" if name in compared["nearest"] else "-")
+        assert (row["held back, before"], row["after"]) == ("-", "-")  # nothing is learned
+        assert float(row["forwards"]) == record["forwards"]
+        assert row["backwards"] == str(record["backwards"])
         for first, variant in record["variants"].items():
             assert first.rpartition(".")[2] in row["chosen"]
             assert f"ridge {variant['ridge']:g}" in row["chosen"]
@@ -165,6 +168,7 @@ def test_linears_are_those_of_the_record(fast: Manifest) -> None:
         assert row["scheme"] == record["scheme"] == fast.linears[name]
         assert row["bits per weight"] == f"{record['bits_per_weight']:.3f}"
         assert row["SQNR, dB"] == f"{record['sqnr_db']:.1f}"
+        assert row["weight SQNR, dB"] == f"{record['weight_sqnr_db']:.1f}"
         assert row["range"] == ("" if record["covered"] is None else f"{100 * record['covered']:.1f} %")
     assert len({row["SQNR, dB"] for row in found.values()}) > 5
 
@@ -219,7 +223,7 @@ def test_kernels_come_from_the_engine_check(fast: Manifest) -> None:
     assert f"{len(checks) - 1} of {len(checks)} planned linears run on integers" in report_html(
         replace(fast, plan_check=tuple(checks))
     )
-    assert page_beside(fast).tables["linears"][0][-1] == "SQNR, dB"
+    assert page_beside(fast).tables["linears"][0][-1] == "weight SQNR, dB"
 
 
 @pytest.mark.parametrize(("scheme", "effort"), [("int4", "rtn"), ("fp16", "rtn")])
@@ -270,14 +274,16 @@ def test_names_are_escaped(fast: Manifest) -> None:
 def test_errors_that_are_zero_or_missing_do_not_stop_it(fast: Manifest) -> None:
     block = {
         **fast.calibration["blocks"][0],
-        "errors": {"image": 0.0},
+        "compared": {"inputs": 1, "nearest": {"image": 0.0}, "searched": {"image": 0.0}},
         "error": 0.0,
         "folding": None,
-        "searched_error": None,
+        "held_back_errors": [0.5, 0.25],
     }
     silent = {**block, "variants": {}, "layers": []}
     page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, silent]})))
     assert [row[1] for row in page.tables["blocks"][1:]] == ["-", "-"]
+    head, row = page.tables["blocks"][0], page.tables["blocks"][1]
+    assert [row[head.index(name)] for name in ("held back, before", "after")] == ["5.00e-01", "2.50e-01"]
     assert PLOTS[0] not in page.headings
 
 
