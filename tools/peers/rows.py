@@ -47,7 +47,7 @@ ROWS = (
     PeerRow("modelopt", "two-step 0.5, gptq", BY_HAND, LOW, LOW),
     PeerRow("modelopt", "two-step 1.0, gptq", BY_HAND, LOW),
     PeerRow("llmcompressor", "rtn", COMPRESSOR, ALL),
-    PeerRow("llmcompressor", "gptq", COMPRESSOR, ALL),
+    PeerRow("llmcompressor", "gptq", COMPRESSOR, ALL, ALL),
     PeerRow("llmcompressor", "gptq, mse", COMPRESSOR, ALL),
     PeerRow("llmcompressor", "awq", COMPRESSOR, ALL),
     PeerRow("llmcompressor", "awq + gptq", COMPRESSOR, ALL, ALL),
