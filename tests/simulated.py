@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from small_export import LIMITS, PARTS, calibrate, write_quantized
+from small_export import LIMITS, PARTS, Calibrator, calibrate, write_quantized
 from torch import nn
 
+from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import Block, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint
 from calibrate.samples import Sample
@@ -48,9 +49,15 @@ class Codes:
         return sum(codes.size for codes in self.graph.values())
 
 
-def make_case(checkpoint: Checkpoint, plan: Mapping[str, LinearScheme], folder: Path, samples: list[Sample]) -> Case:
+def make_case(
+    checkpoint: Checkpoint,
+    plan: Mapping[str, LinearScheme],
+    folder: Path,
+    samples: list[Sample],
+    calibrator: Calibrator = calibrate_absmax,
+) -> Case:
     """Calibrates on `samples` and writes the graphs, the shipped and the marked ones."""
-    calibrated = calibrate(checkpoint, plan, folder / "calibrated", samples)
+    calibrated = calibrate(checkpoint, plan, folder / "calibrated", samples, calibrator)
     graphs = {part: write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder) for part in PARTS}
     case = Case(checkpoint, calibrated, graphs)
     for part, graph in graphs.items():

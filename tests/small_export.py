@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +15,11 @@ from transformers import LlavaForConditionalGeneration
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
-from calibrate.job import Calibration
+from calibrate.job import Calibration, Progress
+from calibrate.method import FULL
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme
+from calibrate.searched import calibrate_searched
 from engines.config import Limits
 from engines.graph import expected_shapes, fill_weights, language_graph, vision_graph
 from engines.insert_qdq import insert_qdq, transpose_float_weights
@@ -25,6 +29,7 @@ from qvlm_export.plan import plan_linears, recipe_of_preset
 
 LIMITS = Limits(max_length=128, max_batch=2, max_images=2)
 PARTS = ("vision", "language")
+Calibrator = Callable[[Calibration, CalibratedWriter, Progress], dict[str, Any]]
 
 
 def make_sample(checkpoint: Checkpoint, *, words: int, images: int, seed: int) -> Sample:
@@ -53,14 +58,24 @@ def plan_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
     return plan_linears(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
 
 
+def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """Every step of `--effort full`, fewer of each."""
+    brief = replace(FULL, questions=2, undecided=1, scrambled=1, learn_steps=4)
+    return calibrate_searched(job, writer, progress, brief)
+
+
 def calibrate(
-    checkpoint: Checkpoint, plan: Mapping[str, LinearScheme], folder: Path, samples: Sequence[Sample] | None = None
+    checkpoint: Checkpoint,
+    plan: Mapping[str, LinearScheme],
+    folder: Path,
+    samples: Sequence[Sample] | None = None,
+    calibrator: Calibrator = calibrate_absmax,
 ) -> CalibratedCheckpoint:
-    """Runs the absmax calibrator over the mixed samples, or those given."""
+    """Runs the calibrator over the mixed samples, or those given."""
     writer = CalibratedWriter(folder)
     chosen = mixed_samples(checkpoint) if samples is None else samples
     job = Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
-    writer.finish(checkpoint.config_json, calibrate_absmax(job, writer, lambda *_: None))
+    writer.finish(checkpoint.config_json, calibrator(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 
 

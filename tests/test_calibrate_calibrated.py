@@ -12,9 +12,10 @@ import pytest
 import torch
 from compressed_tensors.compressors import decompress_module
 from safetensors import safe_open
-from small_export import calibrate, module_of, open_small, plan_of
+from small_export import briefly_full, calibrate, module_of, open_small, plan_of
 from transformers import LlavaForConditionalGeneration
 
+from calibrate.absmax import calibrate_absmax
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear, quantization_config
 from calibrate.errors import UserError
 from calibrate.scheme import ACTIVATION_BITS, GROUPED_BITS, W8A8, WEIGHT_BITS, LinearScheme
@@ -242,13 +243,18 @@ def every_scheme(checkpoint):
     return dict(zip(names, itertools.cycle(schemes), strict=False))
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16", "every scheme"])
+@pytest.fixture(
+    scope="module", params=["int4", "int8", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16", "every scheme", "int8 full"]
+)
 def loaded(request, llava, tmp_path_factory):
     """A calibrated checkpoint and the model, with loading info, that transformers makes of it."""
     checkpoint = open_small(llava())
     folder = tmp_path_factory.mktemp("calibrated")
-    plan = every_scheme(checkpoint) if request.param == "every scheme" else plan_of(checkpoint, request.param)
-    calibrated = calibrate(checkpoint, plan, folder)
+    preset = request.param.removesuffix(" full")
+    plan = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
+    calibrated = calibrate(
+        checkpoint, plan, folder, calibrator=calibrate_absmax if preset == request.param else briefly_full
+    )
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return calibrated, model, info
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pytest
 from simulated import make_case, relative, run_graphs, simulate
-from small_export import PARTS, make_sample, mixed_samples, of_part, open_small, plan_of
+from small_export import PARTS, briefly_full, make_sample, mixed_samples, of_part, open_small, plan_of
 
+from calibrate.absmax import calibrate_absmax
 from engines.graph_probe import wrong_weights
 from qvlm_export.checkpoint import open_checkpoint
 from qvlm_export.plan import PRESETS
@@ -44,10 +45,13 @@ def model(request, llava):
     return request.param(llava)
 
 
-@pytest.mark.parametrize("preset", QUANTIZED)
-def test_the_graph_computes_what_the_simulation_computes(model, tmp_path, preset):
+@pytest.mark.parametrize(
+    ("preset", "calibrator"),
+    [*((name, calibrate_absmax) for name in QUANTIZED), ("int8", briefly_full)],
+)
+def test_the_graph_computes_what_the_simulation_computes(model, tmp_path, preset, calibrator):
     checkpoint, calibration, samples = model
-    case = make_case(checkpoint, plan_of(checkpoint, preset), tmp_path, calibration)
+    case = make_case(checkpoint, plan_of(checkpoint, preset), tmp_path, calibration, calibrator)
     for part in PARTS:
         assert list(wrong_weights(case.graphs[part], case.calibrated, list(of_part(case.calibrated.schemes, part)))) == []
     without_ties = 0
