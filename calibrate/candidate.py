@@ -12,6 +12,7 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
+from calibrate.joint_ranges import JointRanges
 from calibrate.method import Folding, Variant
 from calibrate.products import product
 from calibrate.quantize import fake_quantize, sqnr_db
@@ -36,8 +37,8 @@ class Candidate:
     metrics: of the linears' outputs, as folded. By the first linear of each group: variants, what was chosen; inputs, what
     the group read from the quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix.
     probes: by linear, some rows of what it reads from the quantized prefix, and of what it gives in the float model, without
-    its bias. fidelity: of each linear. error: of the block's output, relative to the float one's. hooks: to be removed in
-    the end.
+    its bias. fidelity: of each linear. joint: ranges chosen together, None where each group chose its own. error: of the
+    block's output, relative to the float one's. hooks: to be removed in the end.
     """
 
     folding: Folding
@@ -51,6 +52,7 @@ class Candidate:
     outputs: Outputs = field(default_factory=dict)
     probes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    joint: JointRanges | None = None
     error: float = float("inf")
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:

@@ -1,7 +1,7 @@
 """What calibrating costs, counted from shapes before anything runs. torch modules on meta, no tensor.
 
-The counts follow absmax.py, search.py and group.py: whoever changes what they compute changes them here, and a test compares
-the forwards with those counted at run time.
+The counts follow absmax.py, search.py, group.py and joint_ranges.py: whoever changes what they compute changes them here,
+and tests compare the forwards with those counted at run time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS, WIDE
 from calibrate.influence import PART_VALUES
+from calibrate.joint_ranges import times_applied
 from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -232,10 +233,15 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     foldings, variants = len(method.foldings), len(method.variants)
     runs = foldings * (1 + _quantized_runs(block, groups, variants))
     attended = foldings * (2 + (variants if variants > 1 else 0))  # as if o were planned, whose output is known then
+    joint = [0] * len(groups)
+    if method.clips == "joint":  # every trial of the first group's ranges is followed by attention
+        joint = [foldings * times for times in times_applied(block.module, groups, plan, method.variants[0])]
+        runs += sum(times * share_of(block.module, group.linears) for times, group in zip(joint, groups, strict=True))
+        attended += joint[0]
     flops = runs * _linear_flops(block, lengths) + attended * _attention_flops(block, lengths)
     factors, rounded, memory = Cost(), 0.0, 0
     tokens = sum(lengths)
-    for group in groups:
+    for group, times in zip(groups, joint, strict=True):
         shapes = [
             (linear_of(block.module, name).out_features, linear_of(block.module, name).in_features) for name in group.linears
         ]
@@ -247,7 +253,7 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
         each = _factor(ROUNDER_FLOPS * into**3, into) + _aiming(tokens, into, out)
         factors += each.times(foldings * variants)
-        rounded += (tried + foldings * variants) * out * into
+        rounded += (tried + foldings * variants + times) * out * into
         if method.two_sided():
             flops += foldings * sum(2.0 * shape[0] ** 2 * into for shape in shapes)
             factors += sum((_factor(foldings * ROUNDER_FLOPS * shape[0] ** 3, shape[0]) for shape in shapes), Cost())
@@ -267,6 +273,8 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
     # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
     copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
+    if method.clips == "joint":  # the linears' outputs with the best ranges and with those that are tried
+        memory += 2 * FLOAT32_BYTES * tokens * sum(out for out, _ in _shapes(block))
     learned = _learned(block, lengths, method)
     done = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * _elements(block, lengths))
     return replace(done + factors + learned, memory_bytes=memory + learned.memory_bytes)

@@ -35,6 +35,10 @@ class Clip:
     percentile: float = 1.0
     fraction: float = 1.0
 
+    def rank(self, count: int) -> int:
+        """The place of that magnitude among `count` values, the smallest having 1."""
+        return max(1, math.ceil(self.percentile * count))
+
     def activation_amax(self, histogram: Histogram) -> float:
         """The range of a layer's input."""
         return histogram.percentile(self.percentile) * self.fraction
@@ -46,7 +50,7 @@ class Clip:
         """
         shape = weight.shape if scheme.group_size is None else (weight.shape[0], -1, scheme.group_size)
         magnitudes = weight.abs().reshape(shape)
-        rank = max(1, math.ceil(self.percentile * magnitudes.shape[-1]))
+        rank = self.rank(magnitudes.shape[-1])
         if rank == magnitudes.shape[-1]:
             return magnitudes.amax(-1) * self.fraction
         return magnitudes.kthvalue(rank, dim=-1).values * self.fraction

@@ -22,6 +22,8 @@ Objective = Literal["plain", "modality", "logits", "kl", "kl+logits"]
 # What tower and projector are optimised for (Q-VLM, section 3.3): what an error means to the language model, by the same
 # objective as the decoder; their own output, all tokens alike; or nothing, rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
+# Who chooses ranges: each group of linears, as its variant says; or all groups of a block together (`joint_ranges.py`).
+Clipping = Literal["layerwise", "joint"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Method:
     objective: what errors at a token count for, in rounding and wherever there is a choice.
     learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
     vision: what tower and projector are optimised for.
+    clips: "joint" chooses the ranges of all inputs and all weights of a folded block by the error of its output, beginning
+    with those of the first variant; every variant then rounds with what was chosen. "layerwise" leaves ranges to variants.
     leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
     questions: how many of the samples' texts are asked about each sample's pictures (`recombine.py`); 1 for its own only.
     undecided: how many are also asked about mixtures of its pictures with others (`undecided.py`); 0 for none.
@@ -61,6 +65,7 @@ class Method:
     objective: Objective = "plain"
     learn_steps: int = 0
     vision: VisionTarget = "language"
+    clips: Clipping = "layerwise"
     leverage: bool = True
     questions: int = 1
     undecided: int = 0
@@ -86,7 +91,8 @@ class Method:
         if self.vision == "own":
             own = tuple(replace(v, rounding="gptq") if v.rounding == "two-sided" else v for v in self.variants)
             return replace(self, objective="plain", variants=own)
-        return replace(self, foldings=("none",), variants=(NEAREST,), objective="plain", learn_steps=0)
+        nearest = replace(self, foldings=("none",), variants=(NEAREST,), clips="layerwise")
+        return replace(nearest, objective="plain", learn_steps=0)
 
 
 NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from calibrate.fold import Group
+from calibrate.walk import Run
 
 PAIRS = ("self_attn",)  # attention returns its weights, too
 # By the name of a linear, or of a module that returns what its last linear does: its output for every batch.
@@ -32,6 +33,34 @@ def recalled(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> 
 def is_known(name: str, known: Collection[str]) -> bool:
     """Whether a linear need not compute: its output is known, or that of the module it is in."""
     return name in known or name.partition(".")[0] in known
+
+
+def without(known: Outputs, ends: str | None) -> Outputs:
+    """`known` but for what led to the output of the module `ends`, which nobody needs once that is known."""
+    return known if ends is None else {name: outputs for name, outputs in known.items() if name.partition(".")[0] != ends}
+
+
+def as_batches(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """float32 [tokens of all inputs, out] -> [B, tokens, out] of every input."""
+    shapes = [x.shape[:-1] for x in inputs]
+    parts = rows.split([shape.numel() for shape in shapes])
+    return [part.reshape(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def reaching(module: nn.Module, group: Group, run: Run, inputs: Sequence[torch.Tensor], known: Outputs) -> torch.Tensor:
+    """What the group's linears are given, float32 [tokens of all inputs, in], without running what comes after."""
+    rows = {group: list[torch.Tensor]()}
+    with watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, known):
+        for x in inputs:
+            with suppress(Reached):
+                run(module, x)
+    return torch.cat(rows[group])
+
+
+def resumed(module: nn.Module, run: Run, inputs: Sequence[torch.Tensor], known: Outputs) -> list[torch.Tensor]:
+    """What the module returns for every input."""
+    with recalled(module, known):
+        return [run(module, x) for x in inputs]
 
 
 class _Recalled(nn.Module):

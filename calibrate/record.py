@@ -46,6 +46,7 @@ def block_record(block: Block, search: BlockSearch, judged: Judged, nearest: Bas
     return {
         "name": block.prefix,
         "folding": None if best is None else best.folding,
+        "clips": None if best is None or best.joint is None else asdict(best.joint),
         "variants": {} if best is None else {name: asdict(variant) for name, variant in best.variants.items()},
         "compared": compared,
         "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],

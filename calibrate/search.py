@@ -7,14 +7,15 @@ are best depends on what the rest of the block makes of the error (Q-VLM, sectio
 
 Cost in block forwards, a forward being one prompt or picture: for each folding 1 float run that keeps every group's input,
 and 1 quantized run from group to group, in which every linear computes once (`recall.py`); if there is a choice, each
-group's variants compute its linears and what comes after them. Learning adds its own. All are counted at run time.
+group's variants compute its linears and what comes after them. Learning adds its own, and so do ranges chosen for the whole
+block at once (`joint_ranges.py`). All are counted at run time.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -34,21 +35,21 @@ from calibrate.fold import (
     share_of,
     sharing_of,
 )
-from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
+from calibrate.group import OWN, WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
 from calibrate.job import is_finite, not_finite
+from calibrate.joint_ranges import FoldedBlock, JointRanges, search_ranges
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Method, Variant
 from calibrate.products import linear_output, product
 from calibrate.quantize import fake_quantize, squared_sum
-from calibrate.recall import Reached, is_known, recalled, watched
+from calibrate.recall import as_batches, is_known, reaching, resumed, watched, without
 from calibrate.scheme import LinearScheme
-from calibrate.statistics import Histogram, InputStatistics
+from calibrate.statistics import histogram_of_rows
 from calibrate.two_sided import directions, row_roots, scaled_metric
 from calibrate.walk import Run
 
 PROBED = 128  # rows of a linear's input that its output's SQNR is taken of
-_COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
 
 
 @dataclass
@@ -126,6 +127,8 @@ class BlockSearch:
             wanted[group] /= self._fold(candidate, group, wanted[group])
         if self.method.learn_steps or len(self.method.variants) > 1:
             candidate.rounded = copy.deepcopy(candidate.module)
+        if self.method.clips == "joint":
+            candidate.joint = self._search_ranges(candidate, wanted, (inputs, outputs))
         for group in groups:
             seen = self._input_of(candidate, group, inputs)
             self._check_rows(group, seen, inputs)
@@ -152,6 +155,26 @@ class BlockSearch:
             candidate.metrics[group.producer] = scaled_metric(candidate.metrics[group.producer], factors)
         return apply_factors_(module, group, factors)
 
+    def _search_ranges(
+        self,
+        candidate: Candidate,
+        wanted: Mapping[Group, torch.Tensor],
+        pair: tuple[list[torch.Tensor], list[torch.Tensor]],
+    ) -> JointRanges:
+        """Ranges of all groups together, before any is quantized. pair: the block's inputs, and outputs of the float one."""
+
+        def error(outputs: list[torch.Tensor]) -> float:
+            return relative_error(outputs, pair[1], self.influence.get(""))
+
+        def reach(group: Group, rows: torch.Tensor) -> Rows:
+            self._check_rows(group, rows, pair[0])
+            return Rows(wanted[group], rows, self._weights(group))
+
+        block = FoldedBlock(candidate.module, list(wanted), self.plan, self.run, pair[0], error)
+        found = search_ranges(block, reach, self.method.variants[0], candidate.metrics)
+        self.forwards += found.forwards
+        return found
+
     def _choose_variant(
         self,
         candidate: Candidate,
@@ -165,7 +188,9 @@ class BlockSearch:
         some = torch.linspace(0, len(seen) - 1, min(PROBED, len(seen))).long().to(seen.device)
         candidate.probes |= {name: (seen[some], product(wanted[some], weight.T)) for name, weight in planned.items()}
         rows = Rows(wanted, seen, self._weights(group))
-        quantized = {v: quantize_group(planned, self.plan, v, rows, candidate.metrics) for v in self._distinct(planned)}
+        given = OWN if candidate.joint is None else candidate.joint.given[group.linears[0]]
+        variants = self._distinct(planned)
+        quantized = {v: quantize_group(planned, self.plan, v, rows, candidate.metrics, given=given) for v in variants}
         errors = {}
         if len(quantized) > 1:
             for variant, linears in quantized.items():
@@ -176,7 +201,7 @@ class BlockSearch:
         candidate.set_(quantized[best])
         self._compute(candidate, group, seen, pair[0])
         candidate.variants[group.linears[0]] = best
-        candidate.inputs[group.linears[0]] = _histogram(group.linears[0], seen)
+        candidate.inputs[group.linears[0]] = histogram_of_rows(group.linears[0], seen)
 
     def _check_rows(self, group: Group, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
         """Raises UserError naming the group's first linear and the sample when an input of it is not finite."""
@@ -239,35 +264,27 @@ class BlockSearch:
 
     def _input_of(self, candidate: Candidate, group: Group, inputs: list[torch.Tensor]) -> torch.Tensor:
         """The group's input rows [tokens, in], without running what comes after."""
-        module, rows = candidate.rounded, {group: list[torch.Tensor]()}
-        with watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, candidate.outputs):
-            for x in inputs:
-                with suppress(Reached):
-                    self.run(module, x)
-        known = candidate.outputs
+        module, known = candidate.rounded, candidate.outputs
+        rows = reaching(module, group, self.run, inputs, known)
         computed = [name for name in before(module, group) if not is_known(name, known)]
         self.forwards += share_of(module, computed) * sum(len(x) for x in inputs)
-        if group.ends is not None:  # what led here is not needed any more
-            candidate.outputs = {name: outputs for name, outputs in known.items() if name.partition(".")[0] != group.ends}
-        return torch.cat(rows[group])
+        candidate.outputs = without(known, group.ends)
+        return rows
 
     def _compute(self, candidate: Candidate, group: Group, seen: torch.Tensor, inputs: list[torch.Tensor]) -> None:
         """The outputs of a group's linears, whose input rows are `seen`; for `_input_of` and `_resumed`."""
-        shapes = [x.shape[:-1] for x in inputs]
         rounded: dict[tuple[float, int] | None, torch.Tensor] = {None: seen}  # once for all linears that read it alike
         for name in group.linears:
             layer, how = linear_of(candidate.rounded, name), candidate.input_of(name)
             if how is not None and how not in rounded:
                 rounded[how] = fake_quantize(seen, *how)
-            rows = linear_output(rounded[how], layer.weight, layer.bias).split([shape.numel() for shape in shapes])
-            outputs = [part.reshape(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
-            candidate.outputs[group.ends or name] = outputs
+            rows = linear_output(rounded[how], layer.weight, layer.bias)
+            candidate.outputs[group.ends or name] = as_batches(rows, inputs)
         self.forwards += share_of(candidate.rounded, group.linears) * sum(len(x) for x in inputs)
 
     def _resumed(self, candidate: Candidate, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """The block's outputs."""
-        with recalled(candidate.rounded, candidate.outputs):
-            outputs = [self.run(candidate.rounded, x) for x in inputs]
+        outputs = resumed(candidate.rounded, self.run, inputs, candidate.outputs)
         computed = [name for name in linears_of(candidate.rounded) if not is_known(name, candidate.outputs)]
         self.forwards += share_of(candidate.rounded, computed) * sum(len(x) for x in inputs)
         return outputs
@@ -292,12 +309,3 @@ def _deciding(group: Group, plan: Mapping[str, LinearScheme]) -> tuple[LinearSch
     schemes = {name: plan[name] for name in group.linears if name in plan}
     fewest = min(schemes.values(), key=lambda scheme: (scheme.activation_bits or 16, scheme.weight_bits))
     return fewest, [name for name, scheme in schemes.items() if scheme == fewest]
-
-
-def _histogram(name: str, rows: torch.Tensor) -> Histogram:
-    """Of all values together, for the record; a few at a time, as counting takes many times their memory."""
-    channels = rows.shape[1]
-    statistics = InputStatistics(name, channels, with_gram=False)
-    for part in rows.split(max(1, _COUNTED // channels)):
-        statistics.update(part.cpu(), torch.zeros(len(part), dtype=torch.int64))
-    return statistics.histogram()

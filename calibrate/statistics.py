@@ -20,6 +20,7 @@ from calibrate.products import product
 from calibrate.samples import Sample
 
 BINS = 2**14  # on each side of zero
+_COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
 _LOWEST_EXPONENT = -100  # smaller magnitudes lie in the bins beside zero
 
 
@@ -161,7 +162,16 @@ class InputStatistics:
 
 def histogram_of(values: np.ndarray | torch.Tensor) -> Histogram:
     """The histogram of values that are in memory, float32 of any shape."""
-    rows = torch.as_tensor(values).reshape(-1, 1)
-    statistics = InputStatistics("values", 1, with_gram=False)
-    statistics.update(rows, torch.zeros(len(rows), dtype=torch.int64))
+    return histogram_of_rows("values", torch.as_tensor(values).reshape(-1, 1))
+
+
+def histogram_of_rows(name: str, rows: torch.Tensor) -> Histogram:
+    """Of all values together, a few at a time, as counting takes many times their memory. rows: float32 [tokens, channels].
+
+    name: of the layer that reads them. Raises UserError naming it when a value is not finite.
+    """
+    channels = rows.shape[1]
+    statistics = InputStatistics(name, channels, with_gram=False)
+    for part in rows.split(max(1, _COUNTED // channels)):
+        statistics.update(part.cpu(), torch.zeros(len(part), dtype=torch.int64))
     return statistics.histogram()

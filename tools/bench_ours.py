@@ -28,7 +28,7 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration, Progress
-from calibrate.method import FULL, NEAREST, TWO_SIDED, Method, Variant
+from calibrate.method import FAST, FULL, NEAREST, TWO_SIDED, Method, Variant
 from calibrate.printed import calibrate_percentile, calibrate_printed
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme, fitted
@@ -74,6 +74,7 @@ ROWS = (
     OurRow("printed", "Q-VLM as printed", calibrate_printed),
     OurRow("fast", "ours, fast", calibrate_searched),
     OurRow("full", "ours, full", calibrate_full),
+    OurRow("fast: clips jointly", "fast, clips jointly", _searching(replace(FAST, clips="joint")), main=()),
     *(
         OurRow(f"full: {name}", f"full, {name}", _searching(method), main=())
         for name, method in {

@@ -12,7 +12,7 @@ from typing import Any
 from bench_data import CALIBRATION_SAMPLES, QUESTIONS
 from peers.rows import ALL
 
-WHOLE = "full"  # the row that ablations change one thing of
+WHOLES = ("fast", "full")  # the rows that ablations change one thing of
 METRICS = ("kl", "sqnr_db", "top1", "exact_match", "seconds", "peak_bytes")
 
 HEAD = """# Quantization methods compared
@@ -123,26 +123,26 @@ def samples_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str
     return text
 
 
-def ablation_table(records: Sequence[Mapping[str, Any]], model: str) -> list[str]:
-    """KL / SQNR of `full` and of every row that is `full` with one thing changed, on the seeds that both were run on."""
+def ablation_table(records: Sequence[Mapping[str, Any]], model: str, whole: str) -> list[str]:
+    """KL / SQNR of the row `whole` and of every row that is it with one thing changed, on the seeds that both have."""
     cells: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for record in records:
-        if record["model"] == model and (record["row"] == WHOLE or record["row"].startswith(f"{WHOLE}: ")):
+        if record["model"] == model and (record["row"] == whole or record["row"].startswith(f"{whole}: ")):
             cells.setdefault(record["row"], {}).setdefault(record["column"], {})[record["seed"]] = record
-    changed = [row for row in cells if row != WHOLE]
+    changed = [row for row in cells if row != whole]
     columns = [column for column in ALL if any(column in cells[row] for row in changed)]
-    if not columns or WHOLE not in cells:
+    if not columns or whole not in cells:
         return []
-    seeds = {c: set.intersection(*(set(cells[row][c]) for row in (WHOLE, *changed) if c in cells[row])) for c in columns}
+    seeds = {c: set.intersection(*(set(cells[row][c]) for row in (whole, *changed) if c in cells[row])) for c in columns}
     heads = [f"{column}, seed {' '.join(map(str, sorted(seeds[column])))}" for column in columns]
     table = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in (WHOLE, *changed):
+    for row in (whole, *changed):
         entries = []
         for column in columns:
             found = [cells[row][column][seed] for seed in sorted(seeds[column])] if column in cells[row] else []
             kl, db = (statistics.median(r[m] for r in found) if found else 0.0 for m in ("kl", "sqnr_db"))
             entries.append(f"{number(kl)} / {db:.1f}" if found else "–")
-        table.append(f"| {row.removeprefix(f'{WHOLE}: ')} | {' | '.join(entries)} |")
+        table.append(f"| {row.removeprefix(f'{whole}: ')} | {' | '.join(entries)} |")
     return table
 
 
@@ -169,7 +169,7 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
     larger = [record for record in usual if record not in every]
     records = [record for record in usual if record in every]
     cells = medians(records, lines)
-    whole = [c for c in cells if not c.row.startswith(f"{WHOLE}: ")]
+    whole = [c for c in cells if not c.row.startswith(tuple(f"{w}: " for w in WHOLES))]
     models = list(dict.fromkeys(c.model for c in cells))
     seeds = max((c.seeds for c in cells), default=0)
     text = HEAD.format(seeds=seeds).splitlines()
@@ -185,8 +185,10 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
             text += ["", f"### {model}, calibrated on fewer samples", *tables]
         for questions in sorted({r.get("questions", QUESTIONS) for r in usual if r["model"] == model}):
             judged = [r for r in usual if r.get("questions", QUESTIONS) == questions]
-            if ablation := ablation_table(judged, model):
-                text += ["", f"### {model}, one part of `{WHOLE}` changed, judged on {questions:,} questions", "", *ablation]
+            for changed in WHOLES:
+                if ablation := ablation_table(judged, model, changed):
+                    head = f"### {model}, one part of `{changed}` changed, judged on {questions:,} questions"
+                    text += ["", head, "", *ablation]
         for column in ALL:
             if any((c.model, c.column) == (model, column) for c in whole):
                 text += ["", f"### {model}, {column}", "", *detail_table(whole, model, column)]
