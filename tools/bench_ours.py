@@ -28,7 +28,7 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import ModelBlocks, make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.job import Calibration, Progress
-from calibrate.method import FAST, FULL, NEAREST, TWO_SIDED, Method, Variant
+from calibrate.method import FAST, FULL, NEAREST, Method, Variant
 from calibrate.printed import calibrate_percentile, calibrate_printed
 from calibrate.samples import Sample
 from calibrate.scheme import LinearScheme, fitted
@@ -58,9 +58,9 @@ def _searching(method: Method) -> Calibrator:
     return functools.partial(calibrate_searched, method=method)
 
 
-def _changed(**settings: Any) -> Method:
-    """`full`, its variant changed."""
-    return replace(FULL, variants=(replace(TWO_SIDED, **settings),))
+def _changed(whole: Method, **settings: Any) -> Method:
+    """`fast` or `full`, its variant changed."""
+    return replace(whole, variants=tuple(replace(variant, **settings) for variant in whole.variants))
 
 
 GPTQ = Variant(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
@@ -74,30 +74,43 @@ ROWS = (
     OurRow("printed", "Q-VLM as printed", calibrate_printed),
     OurRow("fast", "ours, fast", calibrate_searched),
     OurRow("full", "ours, full", calibrate_full),
-    OurRow("fast: clips jointly", "fast, clips jointly", _searching(replace(FAST, clips="joint")), main=()),
+    *(
+        OurRow(f"fast: {name}", f"fast, {name}", _searching(method), main=())
+        for name, method in {
+            "clips jointly": replace(FAST, clips="joint"),
+            "no folding": replace(FAST, foldings=("none",)),
+            "folding by one exponent": replace(FAST, foldings=("search",)),
+            "all tokens alike": replace(FAST, objective="plain"),
+            "no aiming": _changed(FAST, ridge=None),
+            "rounded to nearest": _changed(FAST, rounding="nearest"),
+            "largest values as ranges": _changed(FAST, activation_ranges="absmax"),
+            "activations clipped": _changed(FAST, activation_ranges="output"),
+            "weights clipped": _changed(FAST, weight_ranges="output"),
+        }.items()
+    ),
     *(
         OurRow(f"full: {name}", f"full, {name}", _searching(method), main=())
         for name, method in {
-            "rounded by GPTQ": _changed(rounding="gptq"),
-            "rounded to nearest": _changed(rounding="nearest"),
+            "rounded by GPTQ": _changed(FULL, rounding="gptq"),
+            "rounded to nearest": _changed(FULL, rounding="nearest"),
             "no undecided prompts": replace(FULL, undecided=0),
             "own questions only": replace(FULL, questions=1, undecided=0, scrambled=0),
             "no scrambled texts": replace(FULL, scrambled=0),
             "no leverage": replace(FULL, leverage=False),
-            "all tokens and directions alike": replace(_changed(rounding="gptq"), objective="plain"),
+            "all tokens and directions alike": replace(_changed(FULL, rounding="gptq"), objective="plain"),
             "tokens by modality": replace(FULL, objective="modality"),
             "by logits": replace(FULL, objective="logits"),
             "by KL": replace(FULL, objective="kl"),
-            "factors and ranges by the output as it is": _changed(by_output=False),
+            "factors and ranges by the output as it is": _changed(FULL, by_output=False),
             "tower for itself": replace(FULL, vision="own"),
             "tower rounded to nearest": replace(FULL, vision="none"),
             "no folding": replace(FULL, foldings=("none",)),
             "folding by one exponent": replace(FULL, foldings=("search",)),
-            "largest values as ranges": _changed(activation_ranges="absmax"),
-            "weights clipped": _changed(weight_ranges="output"),
-            "largest weights as ranges": _changed(weight_ranges="absmax"),
-            "ranges as GPTQ rounds best": _changed(weight_ranges="rounded"),
-            "no aiming": _changed(ridge=None),
+            "largest values as ranges": _changed(FULL, activation_ranges="absmax"),
+            "weights clipped": _changed(FULL, weight_ranges="output"),
+            "largest weights as ranges": _changed(FULL, weight_ranges="absmax"),
+            "ranges as GPTQ rounds best": _changed(FULL, weight_ranges="rounded"),
+            "no aiming": _changed(FULL, ridge=None),
             "no learning": replace(FULL, learn_steps=0),
         }.items()
     ),
