@@ -150,35 +150,6 @@ def search_descent(
     return Found(tuple(choice), outputs, error_now, first_error, forwards)
 
 
-def search_ahead(
-    layers: Sequence[Layer],
-    errors: Sequence[Callable[[Any], float]],
-    before: Outputs = (),
-    start: Sequence[int] | None = None,
-) -> Found:
-    """One layer after another, each by the error it causes in the output of the *next* one, which has its `start` candidate.
-
-    errors: of each layer's output; the last layer goes by its own. start: as of `search_descent`; good is each layer's best
-    for the float model's input. 1 + 2 K layer forwards for a layer, 1 + K for the last; on the tiny model it finds what the
-    tree finds in nearly all pairs (docs/entropy.md).
-    """
-    choice, outputs = list(start or [0] * len(layers)), before
-    first_error = errors[-1](_continued(layers, choice, 0, before)[-1])
-    forwards, cost_now = len(layers), first_error
-    for place, layer in enumerate(layers):
-        given, judge = layer.prepare(outputs), min(place + 1, len(layers) - 1)
-        best: tuple[float, int, Any] | None = None
-        for index, candidate in enumerate(layer.candidates):
-            output = layer.apply(given, candidate)
-            cost = errors[judge](_continued(layers[: judge + 1], choice, place + 1, (*outputs, output))[-1])
-            forwards += 1 + judge - place
-            if best is None or cost < best[0]:
-                best = (cost, index, output)
-        if best is not None:
-            cost_now, choice[place], outputs = best[0], best[1], (*outputs, best[2])
-    return Found(tuple(choice), outputs, cost_now, first_error, forwards)
-
-
 def _continued(layers: Sequence[Layer], choice: Sequence[int], place: int, outputs: Outputs) -> Outputs:
     """`outputs`, those of the layers before `place`, and those of the layers from there on."""
     for layer, index in zip(layers[place:], choice[place : len(layers)], strict=True):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from calibrate.joint import FINE_CLIPS, PAPER_CLIPS, Clip, Layer, search_ahead, search_descent, search_tree
+from calibrate.joint import FINE_CLIPS, PAPER_CLIPS, Clip, Layer, search_descent, search_tree
 from calibrate.partition import descent_cost, tree_cost
 from calibrate.scheme import W8A8, LinearScheme
 from calibrate.statistics import histogram_of
@@ -115,25 +115,6 @@ def test_a_single_layer_is_not_searched_twice():
     chain = Chain(1, [5])
     assert search_descent(chain.layers, chain.error).layer_forwards == 5
     assert search_descent(chain.layers, chain.error).choice == search_tree(chain.layers, chain.error).choice
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
-def test_looking_ahead_goes_by_the_next_layers_output(seed, sizes, data):
-    chain = Chain(seed, sizes)
-    start = [data.draw(st.integers(0, n - 1)) for n in sizes]
-    errors = [lambda output, k=k: (output - 0.1 * k) ** 2 for k in range(len(sizes))]
-    found = search_ahead(chain.layers, errors, start=start)
-    choice = list(start)
-    for place, size in enumerate(sizes):
-        judge = min(place + 1, len(sizes) - 1)
-        tried = [[*choice[:place], index, *choice[place + 1 : judge + 1]] for index in range(size)]
-        choice[place] = int(np.argmin([errors[judge](chain.output(t)[-1]) for t in tried]))
-    assert found.choice == tuple(choice)
-    assert found.outputs == chain.output(choice)
-    assert found.error == errors[-1](found.outputs[-1])
-    assert found.first_error == errors[-1](chain.output(start)[-1])
-    assert found.layer_forwards == chain.applied.total() == len(sizes) + 2 * sum(sizes) - sizes[-1]
 
 
 def test_joint_beats_layer_by_layer_where_errors_cancel():

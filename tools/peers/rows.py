@@ -18,7 +18,8 @@ class PeerRow:
     """One recipe of one peer. line: the table's line that shows the best of its recipes in each column.
 
     columns: where it applies. main: the columns in which it came first or close to it on the first calibration seed, which
-    are run without being asked for; the others run with --extra.
+    are run without being asked for, as is llmcompressor's plain GPTQ, which `fast` is timed against; the others run with
+    --extra.
     """
 
     peer: str
