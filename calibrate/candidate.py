@@ -17,7 +17,7 @@ from calibrate.method import Folding, Variant
 from calibrate.products import product
 from calibrate.quantize import fake_quantize, sqnr_db
 from calibrate.recall import Outputs
-from calibrate.statistics import Histogram
+from calibrate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Candidate:
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     found: dict[str, QuantizedLinear] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
-    inputs: dict[str, Histogram] = field(default_factory=dict)
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
     probes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)

@@ -32,7 +32,7 @@ from calibrate.quantize import activation_scale, fake_quantize, round_to_codes
 from calibrate.recall import Outputs as Known
 from calibrate.recall import as_batches, is_known, reaching, resumed, without
 from calibrate.scheme import LinearScheme
-from calibrate.statistics import histogram_of_rows
+from calibrate.statistics import statistics_of_rows
 from calibrate.walk import Run
 
 MOST_COMBINATIONS = 600  # that a tree tries: the projector's two layers, not three
@@ -199,7 +199,7 @@ def _own_ranges(
         weight_scales |= {name: own_weight_scale(variant, weight, gram, plan[name]) for name, weight in part.items()}
     amaxes: list[float] = []
     if input_scales:
-        histogram = histogram_of_rows(group.linears[0], rows.wanted)
+        histogram = statistics_of_rows(group.linears[0], rows.wanted).histogram()
         amaxes = [clip.activation_amax(histogram) for clip in FINE_CLIPS]
     return RangedGroup(linears, plan, input_scales, weight_scales, amaxes, weight_clips(linears, plan, variant))
 

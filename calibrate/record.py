@@ -89,7 +89,8 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
     """The block's layers that hold quantized linears, in the order they are computed.
 
     bits: of the layer's input, of its weights where that stays float. entropy: of the codes of the input as the search saw
-    it, in nats, with the chosen range, with the whole one where it stays float.
+    it, in nats, with the chosen range, with the whole one where it stays float. largest: magnitude of its input by the kind
+    of token, the answer's being those of decoding.
     """
     best = search.best
     if best is None:
@@ -99,7 +100,8 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
         found = {name: best.found[name] for name in group.linears if name in best.found}
         if not found:
             continue
-        inputs = best.inputs[group.linears[0]]
+        seen = best.inputs[group.linears[0]]
+        inputs = seen.histogram()
         bits = {name: x.scheme.activation_bits or x.scheme.weight_bits for name, x in found.items()}
         widest = max(found, key=lambda name: bits[name])
         scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
@@ -107,7 +109,8 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
             f"{block.prefix}.{name}": linear_record(linear, best.fidelity[name], inputs) for name, linear in found.items()
         }
         entropy = histogram_entropy(inputs, scale, bits[widest])
-        records.append({"linears": linears, "bits": bits[widest], "entropy": entropy})
+        largest = {k.name.lower(): float(seen.amax([k]).max()) for k in TokenLabel if seen.tokens([k])}
+        records.append({"linears": linears, "bits": bits[widest], "entropy": entropy, "largest": largest})
     return records
 
 

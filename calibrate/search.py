@@ -45,7 +45,7 @@ from calibrate.products import linear_output, product
 from calibrate.quantize import fake_quantize, squared_sum
 from calibrate.recall import as_batches, is_known, reaching, resumed, watched, without
 from calibrate.scheme import LinearScheme
-from calibrate.statistics import histogram_of_rows
+from calibrate.statistics import statistics_of_rows
 from calibrate.two_sided import directions, row_roots, scaled_metric
 from calibrate.walk import Run
 
@@ -59,7 +59,8 @@ class BlockSearch:
     influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
     under "" for the block's output; empty where all count alike. pictures: int64 [B] of every batch, of the sample whose
     pictures an input is about; None where every input has its own. metrics: by linear, and
-    under "" for the block, of its output, for two-sided rounding. prefix: of the block in the model, for errors.
+    under "" for the block, of its output, for two-sided rounding. labels: int64 [B, tokens] of every batch, TokenLabel
+    values, for the record; None for all alike. prefix: of the block in the model, for errors.
     """
 
     module: nn.Module
@@ -68,6 +69,7 @@ class BlockSearch:
     method: Method
     influence: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     pictures: Sequence[torch.Tensor] | None = None
+    labels: Sequence[torch.Tensor] | None = None
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     prefix: str = ""
     forwards: float = 0
@@ -201,7 +203,8 @@ class BlockSearch:
         candidate.set_(quantized[best])
         self._compute(candidate, group, seen, pair[0])
         candidate.variants[group.linears[0]] = best
-        candidate.inputs[group.linears[0]] = histogram_of_rows(group.linears[0], seen)
+        labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
+        candidate.inputs[group.linears[0]] = statistics_of_rows(group.linears[0], seen, labels)
 
     def _check_rows(self, group: Group, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
         """Raises UserError naming the group's first linear and the sample when an input of it is not finite."""

@@ -27,6 +27,7 @@ from calibrate.residents import CPU, on, residents
 from calibrate.samples import Sample
 from calibrate.scramble import odds_of, scrambled
 from calibrate.search import BlockSearch
+from calibrate.statistics import token_labels
 from calibrate.threads import steady_threads
 from calibrate.undecided import runs_of as undecided_runs
 from calibrate.undecided import with_undecided
@@ -66,12 +67,13 @@ def calibrate_searched(
             mean = [torch.ones(1, len(text.input_ids)) for text, _ in others] if block in job.blocks.text_layers else []
             counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches, mean)
             counts = {name: on(job.device, parts) for name, parts in counted.items()}
-            pictures = batches.merged([torch.full((len(x),), n) for x, n in zip(inputs[:half], numbers, strict=True)])
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
             labels = labels_of(block, job.blocks, prompts)
+            kinds = [*labels, *(token_labels(text, job.blocks.image_token_id) for text, _ in others)][:half]
+            search = BlockSearch(module, plan, run, own, counts, *_marks(batches, inputs[:half], numbers, kinds), metrics)
+            search.prefix = block.prefix
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
             nearest = round_to_nearest(module, plan, run, pairs, job.device)
-            search = BlockSearch(module, plan, run, own, counts, pictures, metrics, block.prefix)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
             exact, rounded = (on(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
@@ -95,6 +97,16 @@ def calibrate_searched(
         "tokens": sum(len(s.input_ids) for s in texts),
         **_totals(job, method, prompts, shards.records),
     }
+
+
+def _marks(
+    batches: Batches, inputs: Sequence[torch.Tensor], numbers: Sequence[int], kinds: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of every batch the number of the sample that an input is about, int64 [B], and the labels of its tokens, int64
+    [B, tokens]. numbers, kinds: of every input, a single label standing for all tokens."""
+    pictures = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
+    labels = [kind.expand(x.shape[:2]) for kind, x in zip(kinds, inputs, strict=True)]
+    return batches.merged(pictures), batches.merged(labels)
 
 
 def _check_pictures(job: Calibration) -> None:

@@ -162,16 +162,19 @@ class InputStatistics:
 
 def histogram_of(values: np.ndarray | torch.Tensor) -> Histogram:
     """The histogram of values that are in memory, float32 of any shape."""
-    return histogram_of_rows("values", torch.as_tensor(values).reshape(-1, 1))
+    return statistics_of_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram()
 
 
-def histogram_of_rows(name: str, rows: torch.Tensor) -> Histogram:
-    """Of all values together, a few at a time, as counting takes many times their memory. rows: float32 [tokens, channels].
+def statistics_of_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputStatistics:
+    """Without second moments; a few rows at a time, as counting takes many times their memory.
 
-    name: of the layer that reads them. Raises UserError naming it when a value is not finite.
+    name: of the layer that reads them. rows: float32 [tokens, channels]. labels: int64 [tokens], TokenLabel values; None for
+    all of one kind. Raises UserError naming the layer when a value is not finite.
     """
     channels = rows.shape[1]
     statistics = InputStatistics(name, channels, with_gram=False)
-    for part in rows.split(max(1, _COUNTED // channels)):
-        statistics.update(part.cpu(), torch.zeros(len(part), dtype=torch.int64))
-    return statistics.histogram()
+    kinds = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
+    few = max(1, _COUNTED // channels)
+    for part, kind in zip(rows.split(few), kinds.split(few), strict=True):
+        statistics.update(part.cpu(), kind.cpu())
+    return statistics

@@ -31,7 +31,7 @@ from calibrate.search import BlockSearch
 from calibrate.searched import calibrate_searched
 from calibrate.simulate import DequantizedSource, recorded, simulated_step
 from calibrate.statistics import TokenLabel, histogram_of
-from calibrate.walk import plain_step, walk_vision
+from calibrate.walk import plain_step, walk_language, walk_vision
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
 
 SIMPLE = Method(foldings=("none",), variants=(Variant(),))
@@ -221,6 +221,25 @@ def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monk
         assert layer["bits"] == 8
         assert layer["entropy"] == pytest.approx(code_entropy(seen, record["input_scale"], 8), abs=0.01)
     assert any(linear["covered"] < 0.99 for layer in layers for linear in layer["linears"].values())
+
+
+def test_largest_inputs_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
+    """Of the first decoder layer's first linears, which only a norm stands before."""
+    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    samples = answered(checkpoint)
+    first = blocks.text_layers[0]
+    first.module.get_submodule("self_attn.q_proj").register_forward_pre_hook(lambda _, args: read.append(args[0][0].clone()))
+    source = DequantizedSource(int4)
+    step = simulated_step(int4, source)
+    walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
+    wanted = [0.0, 0.0, 0.0]
+    for rows, labels in zip(read, labels_of(first, blocks, [[s] for s in samples]), strict=True):
+        for row, label in zip(rows, labels, strict=True):
+            wanted[int(label)] = max(wanted[int(label)], float(row.abs().max()))
+    layer = next(x for x in layers_of(int4) if f"{first.prefix}.self_attn.q_proj" in x["linears"])
+    assert layer["largest"] == pytest.approx(dict(zip(("image", "prompt", "answer"), wanted, strict=True)), rel=1e-4)
+    tower = layers_of(int4)[0]
+    assert list(tower["largest"]) == ["image"]
 
 
 def test_boundaries_follow_the_papers_rule() -> None:
