@@ -2,8 +2,9 @@
 
 A layer is a group of linears that share an input (q/k/v; o; gate/up; down), in the order they are computed. D(k, k+1) is
 the dependency of layer k+1 on layer k: the paper's is an entropy; the look-ahead regret costs 2 K layer forwards a pair and
-predicts the gain of a joint search, which entropy did not (docs/entropy.md). A block is a range of layers; it never reaches
-across a boundary, the first layer of a module that is in memory alone.
+predicts the gain of a joint search, which entropy did not (docs/entropy.md). `printed.py` goes by entropy and the paper's
+rule unless it is asked to go by regret under a budget. A block is a range of layers; it never reaches across a boundary, the
+first layer of a module that is in memory alone.
 """
 
 from __future__ import annotations

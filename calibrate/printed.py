@@ -2,7 +2,8 @@
 
 Symmetric quantizers with static ranges, the ranges of activations and weights by the paper's percentiles, blocks by the
 entropy of their inputs and the paper's rule, a joint search in each block with inputs from the quantized prefix, rounding to
-nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer.
+nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer. Blocks
+by look-ahead regret (`regret.py`), under the budget that the paper's rule spends, are an option beside it.
 
 The ranges of a block's activations are searched jointly first, then those of its weights: K + K^2 + K^3 layer forwards each
 for a block of three, where all its quantizers at once would take K^2 + K^4 + K^6.
@@ -10,25 +11,24 @@ for a block of three, where all its quantizers at once would take K^2 + K^4 + K^
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from calibrate.batches import batches_of
 from calibrate.blocks import Block, linear_of, resident
-from calibrate.calibrated import CalibratedWriter, QuantizedLinear
+from calibrate.calibrated import CalibratedWriter
 from calibrate.entropy import histogram_entropy
 from calibrate.errors import UserError
 from calibrate.fold import Group, groups_of
-from calibrate.gptq import column_scales
 from calibrate.job import BlockWriter, Calibration, Progress, check_outputs, check_weight
 from calibrate.joint import (
     PAPER_CLIPS,
-    Clip,
     Layer,
     Outputs,
     Replay,
@@ -37,94 +37,63 @@ from calibrate.joint import (
     replayed,
     search_tree,
 )
-from calibrate.partition import Blocks, entropy_dependencies, layerwise, median_thresholds, partition_by_rule
-from calibrate.quantize import activation_scale, fake_quantize, round_to_codes, weight_scale
+from calibrate.layers import KINDS, Clips, LayerInput, PlannedLayer, clips_to_try, planned_layer
+from calibrate.partition import (
+    Blocks,
+    entropy_dependencies,
+    layerwise,
+    median_thresholds,
+    partition_by_budget,
+    partition_by_rule,
+    tree_cost,
+)
+from calibrate.quantize import activation_scale
+from calibrate.regret import measure_regrets
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import InputStatistics
 from calibrate.walk import Run, walk_language, walk_vision
 
-WHOLE = PAPER_CLIPS[0]
+# How consecutive layers become blocks. rule: the paper's, by the entropy of their inputs. budget: those that hold most
+# look-ahead regret among all that cost no more of the same search.
+Partition = Literal["rule", "budget"]
 
 
 @dataclass(frozen=True)
-class LayerInput:
-    """A layer's input in the float model. block: its prefix; linears: names inside it; ranges: amax for each paper clip.
+class Divided:
+    """A model divided into blocks. forwards: block forwards that it took; said: of it in the summary."""
 
-    num_bits: of its quantizer, or of its weights' where it stays float. entropy: of its codes with the whole range, in nats.
-    """
-
-    block: str
-    linears: tuple[str, ...]
-    num_bits: int
-    entropy: float
-    ranges: Mapping[Clip, float]
+    inputs: Sequence[LayerInput]
+    blocks: Blocks
+    forwards: float
+    said: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Clips:
-    """The ranges of a layer: of its input, and of the weights of all its linears."""
-
-    activation: Clip = WHOLE
-    weight: Clip = WHOLE
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer's linears and what they can become. weight_ranges: of each planned linear, for each paper clip."""
-
-    linears: Mapping[str, nn.Linear]
-    plan: Mapping[str, LinearScheme]  # of these linears; one that is not in it stays float
-    ranges: Mapping[Clip, float]  # of the input
-    weight_ranges: Mapping[tuple[str, Clip], torch.Tensor]
-
-    def output(self, rows: torch.Tensor, clips: Clips) -> dict[str, torch.Tensor]:
-        """What the linears make of float32 [tokens, in] with these ranges: name -> float32 [tokens, out]."""
-        outputs = {}
-        for name, linear in self.linears.items():
-            x, weight = rows, linear.weight
-            if name in self.plan:
-                if (input_scale := self._input_scale(name, clips)) is not None:
-                    x = fake_quantize(rows, input_scale, self.plan[name].activation_bits or 8)
-                codes, scale = self._rounded(name, clips)
-                weight = codes.float() * column_scales(scale, codes.shape[1])
-            outputs[name] = nn.functional.linear(x, weight, linear.bias)
-        return outputs
-
-    def stored(self, clips: Clips) -> dict[str, QuantizedLinear]:
-        """The planned linears as integers."""
-        linears = {}
-        for name, scheme in self.plan.items():
-            codes, scale = self._rounded(name, clips)
-            linears[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), self._input_scale(name, clips))
-        return linears
-
-    def _input_scale(self, name: str, clips: Clips) -> float | None:
-        bits = self.plan[name].activation_bits
-        return None if bits is None else activation_scale(self.ranges[clips.activation], bits)
-
-    def _rounded(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = weight_scale(self.weight_ranges[name, clips.weight], self.plan[name])
-        return round_to_codes(self.linears[name].weight, scale, self.plan[name]), scale
-
-
-def calibrate_printed(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def calibrate_printed(
+    job: Calibration, writer: CalibratedWriter, progress: Progress, partition: Partition = "rule"
+) -> dict[str, Any]:
     """Q-VLM as printed: entropy partition and joint search. Returns the summary for the record.
 
-    Cost in block forwards: 2 float runs and up to 155 / 3 for the search, twice that with quantized activations. Raises
-    UserError naming tensor or layer when weights or activations are not finite.
+    partition: "budget" in place of the paper's rule adds what was measured to the summary. Cost in block forwards: 2 float
+    runs and up to 155 / 3 for the search, twice that with quantized activations; a float run and up to 2 K more by budget.
+    Raises UserError naming tensor or layer when weights or activations are not finite, or the block that no sample reached.
     """
-    return _calibrate(job, writer, progress, "printed")
+    inputs, measured = measure_inputs(job)
+    blocks, thresholds = entropy_blocks(inputs)
+    divided = Divided(inputs, blocks, measured, {"entropy_thresholds": thresholds})
+    return _calibrate(job, writer, progress, "printed", by_budget(job, divided) if partition == "budget" else divided)
 
 
 def calibrate_percentile(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """The same candidates and objective, every layer on its own: 2 float runs and 5 or 10 block forwards."""
-    return _calibrate(job, writer, progress, "percentile")
-
-
-def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, method: str) -> dict[str, Any]:
     inputs, measured = measure_inputs(job)
-    forwards = float(measured)
-    blocks, thresholds = entropy_blocks(inputs) if method == "printed" else (layerwise(len(inputs)), {})
+    divided = Divided(inputs, layerwise(len(inputs)), measured, {"entropy_thresholds": {}})
+    return _calibrate(job, writer, progress, "percentile", divided)
+
+
+def _calibrate(
+    job: Calibration, writer: CalibratedWriter, progress: Progress, method: str, divided: Divided
+) -> dict[str, Any]:
+    inputs, blocks, forwards = divided.inputs, divided.blocks, divided.forwards
     shards = BlockWriter(job, writer, progress)
     found: list[BlockFound] = []
 
@@ -135,7 +104,7 @@ def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, m
         with resident(block, job.source) as module, torch.inference_mode():
             for name in plan:
                 check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
-            layers = [[_planned(module, inputs[k], plan) for k in b] for b in mine]
+            layers = [[planned_layer(module, inputs[k], plan) for k in b] for b in mine]
             exact, rounded, searched = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
             pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
             linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
@@ -154,7 +123,7 @@ def _calibrate(job: Calibration, writer: CalibratedWriter, progress: Progress, m
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
         "block_forwards": round(forwards),
-        "entropy_thresholds": thresholds,
+        **divided.said,
         "blocks": [_record([inputs[k] for k in b], result) for b, result in zip(blocks, found, strict=True)],
     }
 
@@ -164,10 +133,49 @@ def entropy_blocks(inputs: Sequence[LayerInput]) -> tuple[Blocks, dict[str, floa
     if not inputs:
         return (), {}
     entropies, bits = [x.entropy for x in inputs], [x.num_bits for x in inputs]
-    boundaries = {k for k in range(1, len(inputs)) if inputs[k].block != inputs[k - 1].block}
     thresholds = median_thresholds(entropies, bits)
-    blocks = partition_by_rule(entropy_dependencies(entropies), thresholds, boundaries)
+    blocks = partition_by_rule(entropy_dependencies(entropies), thresholds, boundaries_of(inputs))
     return blocks, {str(b): h for b, h in zip(bits[1:], thresholds, strict=True)}
+
+
+def by_budget(job: Calibration, rule: Divided) -> Divided:
+    """The same layers in the blocks that hold most look-ahead regret at no more than what the search by `rule` costs.
+
+    Costs are layer forwards of one search of all blocks, as if every layer had the paper's five ranges to choose from; the
+    forwards of measuring are not among them, but in `forwards`. Regrets: one for each two layers in one module, None where
+    there is no number for it (record.py's rule).
+    """
+    inputs = rule.inputs
+    regrets = measure_regrets(job, inputs)
+    budget = _tree_forwards(rule.blocks)
+    blocks = partition_by_budget(regrets.pairs, boundaries_of(inputs), _tree_cost, budget) if inputs else ()
+    inside = sorted(set(range(1, len(inputs))) - boundaries_of(inputs))
+    said = {
+        "partition": "budget",
+        "search_budget": budget,
+        "search_cost": _tree_forwards(blocks),
+        "regrets": [
+            {
+                "layers": [f"{x.block}.{x.linears[0]}" for x in inputs[k - 1 : k + 1]],
+                "regret": regrets.pairs[k - 1] if math.isfinite(regrets.pairs[k - 1]) else None,
+            }
+            for k in inside
+        ],
+    }
+    return Divided(inputs, blocks, rule.forwards + regrets.forwards, {**rule.said, **said})
+
+
+def boundaries_of(inputs: Sequence[LayerInput]) -> set[int]:
+    """The numbers of the layers that are the first of their module."""
+    return {k for k in range(1, len(inputs)) if inputs[k].block != inputs[k - 1].block}
+
+
+def _tree_cost(depth: int) -> int:
+    return tree_cost(depth, len(PAPER_CLIPS))
+
+
+def _tree_forwards(blocks: Blocks) -> int:
+    return sum(_tree_cost(len(block)) for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -196,22 +204,14 @@ def search_block(
         return relative_error(outputs, {name: wanted[name] for name in outputs})
 
     clips, found = [Clips()] * len(layers), []
-    for kind in ("activation", "weight"):
-        candidates = [_candidates(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
+    for kind in KINDS:
+        candidates = [clips_to_try(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
         if any(len(options) > 1 for options in candidates):
             chain = [Layer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
             found.append(search_tree(chain, error, before))
             clips = [options[k] for options, k in zip(candidates, found[-1].choice, strict=True)]
     forwards = sum(f.layer_forwards for f in found)
     return BlockFound(tuple(clips), found[-1].outputs, found[0].first_error, found[-1].error, forwards)
-
-
-def _candidates(layer: PlannedLayer, now: Clips, kind: str) -> list[Clips]:
-    if kind == "weight":
-        return [replace(now, weight=clip) for clip in PAPER_CLIPS]
-    if all(scheme.activation_bits is None for scheme in layer.plan.values()):
-        return [now]
-    return [replace(now, activation=clip) for clip in PAPER_CLIPS]
 
 
 def _search_module(
@@ -230,13 +230,6 @@ def _search_module(
             found.append(search_block(block, replay, found[-1].outputs if found else (), wanted))
         rounded = replay.finish(found[-1].outputs if found else ())
     return batches.split(exact_outputs), batches.split(rounded), found
-
-
-def _planned(module: nn.Module, layer: LayerInput, plan: Mapping[str, LinearScheme]) -> PlannedLayer:
-    linears = {name: linear_of(module, name) for name in layer.linears}
-    mine = {name: plan[name] for name in linears if name in plan}
-    weight_ranges = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in mine.items() for c in PAPER_CLIPS}
-    return PlannedLayer(linears, mine, layer.ranges, weight_ranges)
 
 
 def _record(layers: Sequence[LayerInput], found: BlockFound) -> dict[str, Any]:

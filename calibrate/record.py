@@ -19,7 +19,8 @@ from calibrate.calibrated import QuantizedLinear
 from calibrate.candidate import Fidelity
 from calibrate.entropy import histogram_entropy
 from calibrate.fold import groups_of
-from calibrate.printed import LayerInput, entropy_blocks
+from calibrate.layers import LayerInput
+from calibrate.printed import entropy_blocks
 from calibrate.quantize import activation_scale
 from calibrate.recombine import Prompts, flat
 from calibrate.search import BlockSearch, relative_error

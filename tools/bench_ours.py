@@ -72,6 +72,11 @@ ROWS = (
     OurRow("gptq", "GPTQ", _searching(Method(("none",), (GPTQ,)))),
     OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(Method(("search",), (Variant(ridge=None),)))),
     OurRow("printed", "Q-VLM as printed", calibrate_printed),
+    OurRow(
+        "printed: budget",
+        "Q-VLM, blocks by regret under the same budget",
+        functools.partial(calibrate_printed, partition="budget"),
+    ),
     OurRow("fast", "ours, fast", calibrate_searched),
     OurRow("full", "ours, full", calibrate_full),
     *(

@@ -17,6 +17,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from tiny_chain import Chain, open_chain, with_quantized_prefix
 
 from calibrate.entropy import code_entropy, error_cosine, flatness, lookahead_regret, quantization_error
 from calibrate.joint import PAPER_CLIPS, Clip, Layer, Outputs, relative_error, search_tree
-from calibrate.printed import Clips
+from calibrate.layers import Clips
 from calibrate.quantize import activation_scale
+from calibrate.regret import pair_errors
 from calibrate.samples import Sample
 from calibrate.scheme import bits_of
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
@@ -58,12 +60,16 @@ def errors_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.
         errors.append(relative_error(output, chain.wanted[first + depth - 1]))
         return errors[-1]
 
-    layers = [
+    search_tree(layers_of(chain, first, depth, grid), error)
+    return np.array(errors).reshape([len(grid)] * depth)
+
+
+def layers_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> list[Layer]:
+    """Layers of the chain as the search sees them; nothing is before them."""
+    return [
         Layer(lambda window: chain.given(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid])
         for k in range(depth)
     ]
-    search_tree(layers, error)
-    return np.array(errors).reshape([len(grid)] * depth)
 
 
 def one_by_one(tables: Sequence[np.ndarray]) -> tuple[int, ...]:
@@ -96,23 +102,23 @@ def joined(outputs: Any) -> torch.Tensor:
 
 def proxies_of(chain: Chain, first: int, tables: Sequence[np.ndarray], num_bits: int) -> dict[str, float]:
     """PROXIES of a pair, known without a joint search; and what a search that looks one layer ahead leaves of the DED."""
-    own, second, wanted, x = tables[0], chain.layers[first + 1], chain.wanted[first + 1], chain.inputs[first + 1]
+    second, wanted, x = chain.layers[first + 1], chain.wanted[first + 1], chain.inputs[first + 1]
     alone = [second.output(x, Clips(clip)) for clip in GRID]
     kept = int(np.argmin([relative_error(output, wanted) for output in alone]))
-    rows = chain.given(first, ())
-    given = [chain.given(first, (chain.layers[first].output(rows, Clips(clip)),)) for clip in GRID]
-    ahead = [relative_error(second.output(g, Clips(GRID[kept])), wanted) for g in given]
-    from_first = {name: linear(given[int(np.argmin(own))]) for name, linear in second.linears.items()}
+    errors = [partial(relative_error, wanted=chain.wanted[k]) for k in (first, first + 1)]
+    own, ahead = pair_errors(layers_of(chain, first, 2, GRID), kept, errors)
+    given = chain.given(first, outputs_with(chain, first, one_by_one(tables[:1])))
+    from_first = {name: linear(given) for name, linear in second.linears.items()}
     whole, best = (activation_scale(second.ranges[GRID[k]], num_bits) for k in (0, kept))
     found = (
         code_entropy(x, whole, num_bits),
         code_entropy(x, best, num_bits),
         quantization_error(x, whole, num_bits),
         quantization_error(x, best, num_bits),
-        lookahead_regret(own.tolist(), ahead),
-        lookahead_regret(own[:PAPER].tolist(), ahead[:PAPER]),
+        lookahead_regret(own, ahead),
+        lookahead_regret(own[:PAPER], ahead[:PAPER]),
         abs(error_cosine(joined(from_first) - joined(wanted), joined(alone[kept]) - joined(wanted))),
-        flatness(own.tolist()),
+        flatness(own),
     )
     left = float(tables[1][int(np.argmin(ahead))].min() / tables[1].min() - 1)
     return dict(zip(PROXIES, found, strict=True)) | {"left by look-ahead": left}

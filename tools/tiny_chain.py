@@ -18,7 +18,7 @@ from torch import nn
 from calibrate.blocks import Block, linear_of, load_finite, make_blocks, resident
 from calibrate.fold import groups_of
 from calibrate.joint import Clip, Outputs, Replay, linear_outputs, relative_error, replayed
-from calibrate.printed import WHOLE, Clips, PlannedLayer
+from calibrate.layers import WHOLE, Clips, PlannedLayer
 from calibrate.samples import Sample
 from calibrate.scheme import bits_of, fitted
 from calibrate.simulate import open_head
