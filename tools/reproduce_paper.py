@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Sequence
@@ -103,6 +104,7 @@ def calibrated_folder(setting: Setting, checkpoint: Checkpoint, samples: Sequenc
     """The calibrated checkpoint of a cell, made where it is not there yet."""
     depends = [checkpoint_identity(checkpoint), method, column, setting.form, setting.conversation, setting.pad_square]
     depends += [setting.samples, setting.float_vision, file_hash(setting.data / "problems.json")]
+    depends += [importlib.metadata.version("qvlm-export")]
     folder = setting.work / f"{method}-{column}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}"
     if (folder / INDEX_FILE).exists():
         return folder
@@ -182,7 +184,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="as of qvlm-export")
     parser.add_argument("--data", type=Path, required=True, help="ScienceQA: problems.json, pid_splits.json, images/")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="calibrated checkpoints and answers")
-    parser.add_argument("--methods", nargs="+", choices=[row.name for row in ROWS], default=METHODS)
+    parser.add_argument("--methods", nargs="+", metavar="ROW", choices=[row.name for row in ROWS], default=METHODS)
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--form", choices=FORMS, default="v1.3")
     parser.add_argument("--conversation", choices=CHOICES, default=OWN)
