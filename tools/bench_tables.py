@@ -76,6 +76,11 @@ def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> l
     ]
 
 
+def unchanged(cells: Sequence[Median]) -> list[Median]:
+    """Without the rows that are another with one thing changed, which have tables of their own."""
+    return [cell for cell in cells if not cell.row.startswith(tuple(f"{whole}: " for whole in WHOLES))]
+
+
 def best_of(cells: Sequence[Median], model: str, line: str, column: str) -> Median | None:
     """The row of a line with the least median KL; rows that were run on fewer seeds than another do not count."""
     fitting = [c for c in cells if (c.model, c.line, c.column) == (model, line, column)]
@@ -169,7 +174,7 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
     larger = [record for record in usual if record not in every]
     records = [record for record in usual if record in every]
     cells = medians(records, lines)
-    whole = [c for c in cells if not c.row.startswith(tuple(f"{w}: " for w in WHOLES))]
+    whole = unchanged(cells)
     models = list(dict.fromkeys(c.model for c in cells))
     seeds = max((c.seeds for c in cells), default=0)
     text = HEAD.format(seeds=seeds).splitlines()
@@ -178,7 +183,7 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
         text += ["", f"## {model}", "", f"The float32 checkpoint answers {100 * exact:.1f} % of the questions exactly.", ""]
         text += summary_table(whole, model, list(dict.fromkeys(lines.values())), seeds)
         for questions in sorted({r["questions"] for r in larger if r["model"] == model}):
-            again = medians([r for r in larger if r["questions"] == questions], lines)
+            again = unchanged(medians([r for r in larger if r["questions"] == questions], lines))
             text += ["", f"### {model}, judged on {questions:,} questions", ""]
             text += summary_table(again, model, list(dict.fromkeys(lines.values())), seeds)
         if tables := samples_tables([r for r in every if r["model"] == model], lines):
