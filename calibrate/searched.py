@@ -70,8 +70,8 @@ def calibrate_searched(
             metrics = _inside(influence.outputs, block) if own.two_sided() else {}
             labels = labels_of(block, job.blocks, prompts)
             kinds = [*labels, *(token_labels(text, job.blocks.image_token_id) for text, _ in others)][:half]
-            search = BlockSearch(module, plan, run, own, counts, *_marks(batches, inputs[:half], numbers, kinds), metrics)
-            search.prefix = block.prefix
+            marks = _marks(batches, inputs[:half], numbers, kinds)
+            search = BlockSearch(module, plan, run, own, counts, *marks, metrics, block.prefix)
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
             nearest = round_to_nearest(module, plan, run, pairs, job.device)
             found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
