@@ -21,7 +21,7 @@ from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
 from calibrate.fold import groups_of
 from calibrate.gptq import column_scales
-from calibrate.products import linear_output
+from calibrate.products import few_rows_on_one_thread, linear_output
 from calibrate.quantize import activation_scale_nearest, squared_sum, stored_weight_scale
 from calibrate.scheme import LinearScheme
 from calibrate.walk import Run
@@ -165,7 +165,8 @@ def learn_block(
             wrong = (run(student, drawn.x) - drawn.y) * drawn.root
             loss = _squares(wrong) / _squares(drawn.y * drawn.root)
             optimizer.zero_grad()
-            loss.backward()
+            with few_rows_on_one_thread(drawn.x):
+                loss.backward()
         share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share

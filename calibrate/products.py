@@ -3,14 +3,19 @@
 torch hands float32 products to MKL, which uses no more than AVX2 on processors that are not Intel's. oneDNN, which torch
 holds, too, uses AVX-512 on all of them: on an AMD EPYC with AVX-512 twice as many operations a second, in the same 32 bits.
 On an Intel processor both do the same, and where there is no AVX-512 everything stays as it is.
+
+MKL divides 5, 7 or 9 rows among threads in another way than among one, and last bits with them, so one computes few rows.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+from calibrate.threads import one_thread
 
 LEAST = 64  # rows, columns and summands below which a call takes what the product gains
 
@@ -27,12 +32,23 @@ def is_there() -> bool:
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b`, of a [..., in] and b [in, out]."""
-    return _taken(a, b.mT, None) if b.dim() == 2 and _is_taken(a, b.mT) else a @ b
+    if b.dim() == 2 and _is_taken(a, b.mT):
+        return _taken(a, b.mT, None)
+    with few_rows_on_one_thread(a):
+        return a @ b
 
 
 def linear_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` of x [..., in], weight [out, in] and bias [out], gradients included."""
-    return _taken(x, weight, bias) if _is_taken(x, weight) else nn.functional.linear(x, weight, bias)
+    if _is_taken(x, weight):
+        return _taken(x, weight, bias)
+    with few_rows_on_one_thread(x):
+        return nn.functional.linear(x, weight, bias)
+
+
+def few_rows_on_one_thread(x: torch.Tensor) -> AbstractContextManager[None]:
+    """For products of x [..., in], and their gradients."""
+    return one_thread() if x.numel() < LEAST * x.shape[-1] and x.device.type == "cpu" else nullcontext()
 
 
 class QuickLinear(nn.Linear):

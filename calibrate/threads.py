@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from calibrate.blocks import ModelBlocks
+if TYPE_CHECKING:
+    from calibrate.blocks import ModelBlocks  # which imports this
 
 # Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
 SMALL_BLOCK = 2**22
@@ -21,6 +22,9 @@ _Found = TypeVar("_Found")
 def one_thread() -> Iterator[None]:
     """torch computes with one thread inside, as LAPACK's factorizations must: their last bits depend on the number."""
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

@@ -14,6 +14,7 @@ from torch import nn
 
 from calibrate.batches import Batches
 from calibrate.blocks import Block, ModelBlocks, linear_of
+from calibrate.products import few_rows_on_one_thread
 from calibrate.walk import Run
 from calibrate.work import Named, Work
 
@@ -32,9 +33,10 @@ class Passed:
 
     def gradients(self, of_out: torch.Tensor, *, last: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """By x and by what each linear gave, for those of `out`. last: nobody asks again."""
-        first, *others = torch.autograd.grad(
-            self.out, [self.x, *self.given.values()], of_out, retain_graph=not last, materialize_grads=True
-        )
+        with few_rows_on_one_thread(self.x):
+            first, *others = torch.autograd.grad(
+                self.out, [self.x, *self.given.values()], of_out, retain_graph=not last, materialize_grads=True
+            )
         return first, dict(zip(self.given, others, strict=True))
 
 

@@ -81,7 +81,8 @@ def row_roots(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Te
     matters. metrics: of linears that share an input, one after another."""
     sizes = [m.diagonal() if len(m) == m.shape[1] else m.float().square().sum(0) for m in metrics]
     damped = torch.cat([size + DAMPING * size.mean() for size in sizes])
-    mean = damped.mean()
+    with one_thread():
+        mean = damped.mean()
     return (damped / mean if mean > 0 else torch.ones_like(damped)).sqrt().to(device)
 
 

@@ -14,6 +14,7 @@ from calibrate.blocks import Block
 from calibrate.fold import Group, groups_of, linears_of
 from calibrate.products import product
 from calibrate.residents import Resident
+from calibrate.threads import one_thread
 from calibrate.trail import Passed, Visit, passed
 from calibrate.two_sided import add_gradients, empty_metric, inverse_factor, leverages
 
@@ -89,7 +90,8 @@ def _inverse_factors(
             sizes[group].append(size)
             plain[group] = plain.get(group, 0.0) + product(rows.T, rows)
             counted[group] = counted.get(group, 0.0) + product((rows * size[:, None]).T, rows)
-    mean = {group: float(torch.cat(parts).double().mean()) or 1.0 for group, parts in sizes.items()}
+    with one_thread():  # so that sums over many tokens are the same on any number
+        mean = {group: float(torch.cat(parts).double().mean()) or 1.0 for group, parts in sizes.items()}
     return {group: inverse_factor(counted.pop(group) / mean[group] + FLOOR * plain.pop(group)) for group in groups}
 
 
