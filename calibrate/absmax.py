@@ -8,10 +8,10 @@ behind the last quantized activation are not run.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from calibrate.blocks import Block, ModelBlocks, as_tensor, check_finite, linear_of
 from calibrate.calibrated import CalibratedWriter, QuantizedLinear
 from calibrate.errors import UserError
+from calibrate.fidelity import linear_record, weight_fidelity
 from calibrate.job import BlockWriter, Calibration, Progress, check_weight
 from calibrate.quantize import quantize_linear
 from calibrate.residents import residents
@@ -39,11 +40,12 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
         with resident(block) as module, torch.inference_mode():
             with input_amax(module) as amax:
                 outputs = shards.keep(block, (run(module, x.to(job.device)) for x in inputs))
-            linears = {
+            rounded = {
                 name: _quantize(f"{block.prefix}.{name}", linear_of(module, name).weight, scheme, amax.get(name))
                 for name, scheme in job.plan_of(block).items()
             }
-        shards.write(block, linears, outputs=outputs)
+        record = _record(block, rounded, sum(len(x) for x in inputs))
+        shards.write(block, {name: one.linear for name, one in rounded.items()}, outputs=outputs, record=record)
         return outputs
 
     walked, rest = _parted(job)
@@ -56,7 +58,27 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
             walk_vision(walked, job.source, job.samples, resumable)
     _quantize_rest(job, shards, [block for block in rest if not shards.finished(block)])
     shards.write_rest()
-    return {"method": "absmax", "samples": len(job.samples), "tokens": sum(len(s.input_ids) for s in job.samples)}
+    return {
+        "method": "absmax",
+        "samples": len(job.samples),
+        "tokens": sum(len(s.input_ids) for s in job.samples),
+        "block_forwards": sum(record["forwards"] for record in shards.records),
+        "blocks": shards.records,
+    }
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """One linear, and what the record says of it."""
+
+    linear: QuantizedLinear
+    record: dict[str, Any]
+
+
+def _record(block: Block, rounded: Mapping[str, _Rounded], forwards: int) -> dict[str, Any]:
+    """One block. forwards: of prompts or pictures. Errors of its output are not there, as no rounded block is run."""
+    linears = {f"{block.prefix}.{name}": one.record for name, one in rounded.items()}
+    return {"name": block.prefix, "linears": linears, "forwards": forwards}
 
 
 def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
@@ -73,30 +95,32 @@ def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
 def _quantize_rest(job: Calibration, shards: BlockWriter, blocks: list[Block]) -> None:
     """Blocks without quantized activations: read, rounded and written, several at a time, so that nobody waits."""
 
-    def written(block: Block) -> str:
-        linears = {}
+    def written(block: Block) -> tuple[str, dict[str, Any]]:
+        rounded = {}
         for name, scheme in job.plan_of(block).items():
             weight_name = f"{block.prefix}.{name}.weight"
             array = job.source.load(weight_name)
             check_finite(weight_name, array)
-            linears[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
-        return shards.write_shard(block, linears)
+            rounded[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
+        shard = shards.write_shard(block, {name: one.linear for name, one in rounded.items()})
+        return shard, _record(block, rounded, 0)
 
     workers = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(written, block) for block in blocks[:workers])
         for number, block in enumerate(blocks):
-            shard = ahead.popleft().result()
+            shard, record = ahead.popleft().result()
             if number + workers < len(blocks):
                 ahead.append(pool.submit(written, blocks[number + workers]))
-            shards.note(block, shard)
+            shards.note(block, shard, record=record)
 
 
-def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> QuantizedLinear:
+def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> _Rounded:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
     check_weight(name, weight)
-    return quantize_linear(weight, scheme, amax)
+    linear = quantize_linear(weight, scheme, amax)
+    return _Rounded(linear, linear_record(linear, weight_fidelity(weight, linear), amax))
 
 
 @contextmanager

@@ -12,21 +12,13 @@ from torch import nn
 
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
+from calibrate.fidelity import Fidelity
 from calibrate.joint_ranges import JointRanges
 from calibrate.method import Folding, Variant
 from calibrate.products import product
 from calibrate.quantize import fake_quantize, sqnr_db
 from calibrate.recall import Outputs
 from calibrate.statistics import InputStatistics
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """SQNR of a linear in dB, None where nothing differs: of its weight against the float one as folded, and of what it
-    gives, on some inputs from the quantized prefix, against what it gives in the float model."""
-
-    weight_db: float | None
-    output_db: float | None
 
 
 @dataclass

@@ -15,16 +15,15 @@ import torch
 
 from calibrate.baseline import Baseline
 from calibrate.blocks import Block, ModelBlocks
-from calibrate.calibrated import QuantizedLinear
-from calibrate.candidate import Fidelity
 from calibrate.entropy import histogram_entropy
+from calibrate.fidelity import linear_record
 from calibrate.fold import groups_of
 from calibrate.layers import LayerInput
 from calibrate.printed import entropy_blocks
 from calibrate.quantize import activation_scale
 from calibrate.recombine import Prompts, flat
 from calibrate.search import BlockSearch, relative_error
-from calibrate.statistics import Histogram, TokenLabel, token_labels
+from calibrate.statistics import TokenLabel, token_labels
 
 Judged = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -107,34 +106,13 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
         widest = max(found, key=lambda name: bits[name])
         scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
         linears = {
-            f"{block.prefix}.{name}": linear_record(linear, best.fidelity[name], inputs) for name, linear in found.items()
+            f"{block.prefix}.{name}": linear_record(linear, best.fidelity[name], inputs.amax)
+            for name, linear in found.items()
         }
         entropy = histogram_entropy(inputs, scale, bits[widest])
         largest = {k.name.lower(): float(seen.amax([k]).max()) for k in TokenLabel if seen.tokens([k])}
         records.append({"linears": linears, "bits": bits[widest], "entropy": entropy, "largest": largest})
     return records
-
-
-def linear_record(linear: QuantizedLinear, fidelity: Fidelity, inputs: Histogram) -> dict[str, Any]:
-    """One linear. inputs: what it read in the search.
-
-    bits_per_weight: codes as the scheme has them, and scales. covered: the part of the input's largest magnitude that its
-    range reaches, above 1 where the range is wider; None, as input_scale, for float activations. sqnr_db: of what it gives,
-    errors of its input included, which come from the blocks before, too. weight_sqnr_db: weights that were moved to make up
-    for other errors count as wrong here though they are not.
-    """
-    scheme, scale = linear.scheme, linear.input_scale
-    covered = None
-    if scale is not None and scheme.activation_bits is not None and inputs.amax > 0:
-        covered = scale * (2 ** (scheme.activation_bits - 1) - 1) / inputs.amax
-    return {
-        "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
-        "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
-        "sqnr_db": fidelity.output_db,
-        "weight_sqnr_db": fidelity.weight_db,
-        "input_scale": scale,
-        "covered": covered,
-    }
 
 
 def with_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:

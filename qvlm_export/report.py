@@ -178,6 +178,7 @@ def linear_rows(calibration: Mapping[str, Any], linears: Sequence[Linear]) -> li
     """Every linear of the model with its record, if there is one."""
     records: dict[str, Mapping[str, Any]] = {}
     for block in calibration.get("blocks", ()):
+        records |= block.get("linears", {})
         for layer in block.get("layers", ()):
             records |= layer["linears"] if isinstance(layer["linears"], Mapping) else {}
     return [LinearRow(linear, place_of(linear.name), records.get(linear.name, {})) for linear in linears]

@@ -12,12 +12,14 @@ from safetensors.numpy import load_file, save_file
 from small_export import calibrate, make_sample, mixed_samples, module_of, of_part, open_small, plan_of
 from transformers import LlavaForConditionalGeneration
 
+from calibrate import fidelity
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
+from calibrate.cost import calibration_cost
 from calibrate.errors import UserError
 from calibrate.job import Calibration
-from calibrate.quantize import activation_scale, quantize_linear
+from calibrate.quantize import activation_scale, quantize_linear, sqnr_db
 from calibrate.samples import Sample
 from calibrate.scheme import W8A8, LinearScheme
 from qvlm_export.families import find_layout, renamer
@@ -219,4 +221,41 @@ def test_the_pass_counts_its_blocks_and_says_what_it_did(llava, tmp_path):
     assert [step[:2] for step in seen] == [(n, 6) for n in range(1, 7)]
     assert seen[3][2] == "multi_modal_projector"
     assert seen[5][2] == "language_model.model.layers.1"
-    assert summary == {"method": "absmax", "samples": 4, "tokens": 9 + 36 + 5 + 17 + 72 + 12 + 36}
+    said = {key: value for key, value in summary.items() if key != "blocks"}
+    assert said == {"method": "absmax", "samples": 4, "tokens": 9 + 36 + 5 + 17 + 72 + 12 + 36, "block_forwards": 0}
+    assert [(block["name"], block["linears"].keys()) for block in summary["blocks"]] == [
+        (step[2], {Q_PROJ} & {f"{step[2]}.self_attn.q_proj"}) for step in seen
+    ]
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8", "sim-w4a8"])
+def test_the_record_says_of_every_linear_what_rounding_made_of_it(llava, tmp_path, preset, monkeypatch):
+    monkeypatch.setattr(fidelity, "JUDGED_ROWS", 16)
+    checkpoint = open_small(llava())
+    blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, preset), mixed_samples(checkpoint)
+    found = calibrate(checkpoint, plan, tmp_path, samples)
+    records = {name: record for block in found.summary["blocks"] for name, record in block["linears"].items()}
+    assert records.keys() == plan.keys()
+    for name, record in records.items():
+        scheme, linear = plan[name], found.linear(name)
+        exact = torch.from_numpy(checkpoint.source.load(f"{name}.weight").astype(np.float32))
+        whole = sqnr_db(exact, torch.from_numpy(linear.dequantized()))
+        assert record["weight_sqnr_db"] == pytest.approx(whole, abs=1.0)
+        assert record["weight_sqnr_db"] != whole  # of some outputs
+        columns = exact.shape[1]
+        stored = 16 / scheme.group_size if scheme.group_size else 32 / columns
+        assert record["bits_per_weight"] == pytest.approx(scheme.weight_bits + stored)
+        assert record["input_scale"] == linear.input_scale
+        assert record["sqnr_db"] is None
+        if scheme.activation_bits is None:
+            assert record["covered"] is None
+        else:
+            assert 1.0 <= record["covered"] < 1.001
+    counted = calibration_cost(blocks, plan, samples, None).forwards
+    assert found.summary["block_forwards"] == counted > 0
+
+
+def test_a_small_linear_is_judged_whole():
+    weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    linear = quantize_linear(weight, W8A8, 1.0)
+    assert fidelity.weight_fidelity(weight, linear).weight_db == sqnr_db(weight, torch.from_numpy(linear.dequantized()))

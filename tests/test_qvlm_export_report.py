@@ -185,8 +185,9 @@ def test_head(fast: Manifest) -> None:
     facts = header_facts(fast)
     assert (facts["scheme"], facts["effort"], facts["backend"]) == ("int4", "fast", "onnx")
     assert facts["calibration"] == f"2 samples, 2 prompts, {fast.calibration['tokens']} tokens of calibration.jsonl"
-    cost = f"{fast.calibration['block_forwards']} block forwards, {fast.calibration['block_backwards']} block backwards"
-    assert facts["search cost"] == cost
+    assert facts["search cost"] == f"{fast.calibration['block_forwards']} block forwards"
+    back = replace(fast, calibration={**fast.calibration, "block_backwards": 1234})
+    assert header_facts(back)["search cost"] == f"{facts['search cost']}, 1,234 block backwards"
     assert f"torch {fast.versions['torch']}" in facts["versions"]
     page = page_beside(fast)
     assert page.headings[0] == fast.model["name"]
@@ -226,16 +227,34 @@ def test_kernels_come_from_the_engine_check(fast: Manifest) -> None:
     assert page_beside(fast).tables["linears"][0][-1] == "weight SQNR, dB"
 
 
-@pytest.mark.parametrize(("scheme", "effort"), [("int4", "rtn"), ("fp16", "rtn")])
-def test_what_was_not_recorded_has_no_section(exports: Callable[..., Path], scheme: str, effort: str) -> None:
-    manifest = read_manifest(exports(scheme, effort))
+def test_what_was_not_recorded_has_no_section(exports: Callable[..., Path]) -> None:
+    manifest = read_manifest(exports("fp16", "rtn"))
     page = page_beside(manifest)
     assert page.headings[1:] == ["Size of the weights", "Linears"]
     assert "svg" not in page.tags
     assert page.tables["linears"][0] == ["linear", "shape", "scheme"]
-    assert {cells[2] for cells in page.tables["linears"][1:]} == {*manifest.linears.values(), "float16"}
-    assert "search cost" not in header_facts(manifest)
-    assert ("calibration" in header_facts(manifest)) == (scheme != "fp16")
+    assert {cells[2] for cells in page.tables["linears"][1:]} == {"float16"}
+    assert not {"calibration", "search cost"} & header_facts(manifest).keys()
+
+
+def test_round_to_nearest_has_bits_ranges_and_sqnr_of_weights(exports: Callable[..., Path]) -> None:
+    manifest = read_manifest(exports("int4", "rtn"))
+    page = page_beside(manifest)
+    assert page.headings[1:] == ["Size of the weights", "Linears"]
+    assert "svg" not in page.tags
+    head, *rows = page.tables["linears"]
+    records = {name: record for block in manifest.calibration["blocks"] for name, record in block["linears"].items()}
+    found = {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
+    assert found.keys() == {*records, "language_model.lm_head"}
+    for name, record in records.items():
+        row = found[name]
+        assert row["scheme"] == manifest.linears[name]
+        assert row["bits per weight"] == f"{record['bits_per_weight']:.3f}"
+        assert row["weight SQNR, dB"] == f"{record['weight_sqnr_db']:.1f}"
+        assert row["SQNR, dB"] == ""
+        assert row["range"] in ({"100.0 %", "100.1 %"} if row["scheme"] == "W8A8" else {""})  # of a float16 scale
+    forwards = f"{manifest.calibration['block_forwards']} block forwards"
+    assert header_facts(manifest)["search cost"] == forwards
 
 
 def test_a_record_of_the_printed_method_has_its_entropies(fast: Manifest) -> None:
