@@ -99,7 +99,7 @@ NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="
 # The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
 # activations: those samples hold no value beyond the largest ones seen.
 EXPECTED = Variant(activation_ranges="expected", weight_ranges="covering")
-FAST = Method(foldings=("expected",), variants=(EXPECTED,), objective="logits")
+FAST = Method(foldings=("expected",), variants=(EXPECTED,))
 # With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
 # data for so many directions, the logits.
 TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)

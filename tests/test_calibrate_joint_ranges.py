@@ -195,8 +195,7 @@ def test_a_checkpoint_has_better_blocks_the_same_bytes_twice_and_the_forwards_co
     assert 0.6 * most.forwards < counted <= most.forwards + 1  # descent may settle early
     layerwise = calibration_cost(blocks, plan, samples, FAST)
     assert most.flops > 3 * layerwise.flops
-    plain = [calibration_cost(blocks, plan, samples, replace(method, objective="plain")) for method in (FAST, JOINT)]
-    assert plain[0].memory_bytes < plain[1].memory_bytes  # what gradients take is more than either
+    assert layerwise.memory_bytes < most.memory_bytes
 
 
 def test_where_every_group_keeps_its_own_ranges_the_bytes_are_those_of_layer_by_layer(llava, tmp_path, monkeypatch):

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_export
 import torch
 from small_export import mixed_samples, plan_of
 
+from calibrate import threads
 from calibrate.absmax import calibrate_absmax
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
+from calibrate.factor import LARGE
 from calibrate.job import Calibration, Progress
-from calibrate.method import FULL, Method, Variant
+from calibrate.method import FAST, FULL, Method, Variant
 from calibrate.searched import calibrate_searched
 from calibrate.simulate import DequantizedSource, simulated_step
+from calibrate.two_sided import SKETCHED
 from calibrate.walk import final_logits, plain_step, walk_language, walk_vision
 from qvlm_export.checkpoint import open_checkpoint
 
@@ -58,7 +62,7 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     assert there[1] < 0.8 * there[0]
     assert there[2] < 0.8 * there[0]
     # Of four samples and a random model, `full` learns little about other prompts, and which outputs count.
-    assert there[2] < 1.6 * there[1]
+    assert there[2] < 2 * there[1]
 
 
 def test_a_choice_never_ends_with_a_worse_block_than_one_of_its_parts(llava, tmp_path):
@@ -100,17 +104,23 @@ def test_the_tower_is_optimised_for_the_language_model_for_itself_or_not_at_all(
             assert not np.array_equal(codes["own"][name], codes["language"][name])
 
 
-def test_same_bytes_twice_and_forwards_counted(llava, tmp_path):
+@pytest.mark.parametrize("objective", ["plain", "logits"])
+def test_same_bytes_twice_and_forwards_counted(llava, tmp_path, objective):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
-    one, two = (calibrated(checkpoint, "int4", tmp_path / name, calibrate_searched) for name in ("one", "two"))
+    method = partial(calibrate_searched, method=replace(FAST, objective=objective))
+    one, two = (calibrated(checkpoint, "int4", tmp_path / name, method) for name in ("one", "two"))
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    # 1 float run, 1 quantized one; 4 prompts, 4 pictures. What tokens count: 2.
-    runs = 2 * 4 + 4 * 4
-    assert one.summary["block_forwards"] == 2 * runs + runs
-    assert one.summary["block_backwards"] == runs
+    # 1 float run, 1 quantized one; 4 prompts, 4 pictures. What tokens count: one there and one back.
+    runs, asked = 2 * 4 + 4 * 4, objective == "logits"
+    assert one.summary["block_forwards"] == (2 + asked) * runs
+    assert one.summary["block_backwards"] == asked * runs
+
+
+def test_fast_takes_no_gradients():
+    assert (FAST.objective, FAST.learn_steps) == ("plain", 0)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -129,18 +139,40 @@ def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress)
     return calibrate_searched(job, writer, progress, replace(FULL, foldings=("search", "smooth-0.5"), learn_steps=20))
 
 
-@pytest.mark.parametrize("method", [calibrate_searched, briefly_full], ids=["fast", "full"])
-def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
-    checkpoint = open_checkpoint(str(llava(dtype="float16")))
+def assert_threads_do_not_show(checkpoint, preset, folder, method) -> None:
+    """The same bytes on one and on two."""
     folders, before = [], torch.get_num_threads()
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            folders.append(calibrated(checkpoint, "int8", tmp_path / str(threads), method).folder)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            folders.append(calibrated(checkpoint, preset, folder / str(count), method).folder)
     finally:
         torch.set_num_threads(before)
     for path in folders[0].iterdir():
         assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("method", [calibrate_searched, briefly_full], ids=["fast", "full"])
+def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
+    checkpoint = open_checkpoint(str(llava(dtype="float16")))
+    assert_threads_do_not_show(checkpoint, "int8", tmp_path, method)
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8"])
+def test_threads_do_not_show_where_blocks_are_large_enough_to_share(llava, tmp_path, preset):
+    """Products by two threads, of five rows too, and a factorization by blocks of columns."""
+    text = {"hidden_size": 768, "intermediate_size": LARGE + 128, "num_hidden_layers": 1}
+    checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
+    assert 3 * 768 * (LARGE + 128) > threads.SMALL_BLOCK
+    assert_threads_do_not_show(checkpoint, preset, tmp_path, calibrate_searched)
+
+
+def test_threads_do_not_show_in_rounding_for_the_answers(llava, tmp_path, monkeypatch):
+    """Gradients, their sketches, and learning: of blocks a little smaller, as they take long."""
+    monkeypatch.setattr(threads, "SMALL_BLOCK", 2**20)
+    text = {"hidden_size": 384, "intermediate_size": SKETCHED + 64, "num_hidden_layers": 1}
+    checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
+    assert_threads_do_not_show(checkpoint, "int8", tmp_path, small_export.briefly_full)
 
 
 def test_stored_types_and_ranges(llava, tmp_path):

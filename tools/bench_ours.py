@@ -85,7 +85,8 @@ ROWS = (
             "clips jointly": replace(FAST, clips="joint"),
             "no folding": replace(FAST, foldings=("none",)),
             "folding by one exponent": replace(FAST, foldings=("search",)),
-            "all tokens alike": replace(FAST, objective="plain"),
+            "tokens by logits": replace(FAST, objective="logits"),
+            "tokens by modality": replace(FAST, objective="modality"),
             "no aiming": _changed(FAST, ridge=None),
             "rounded to nearest": _changed(FAST, rounding="nearest"),
             "largest values as ranges": _changed(FAST, activation_ranges="absmax"),
@@ -117,6 +118,8 @@ ROWS = (
             "ranges as GPTQ rounds best": _changed(FULL, weight_ranges="rounded"),
             "no aiming": _changed(FULL, ridge=None),
             "no learning": replace(FULL, learn_steps=0),
+            "300 steps of learning": replace(FULL, learn_steps=300),
+            "rounded to nearest, 300 steps of learning": replace(_changed(FULL, rounding="nearest"), learn_steps=300),
         }.items()
     ),
 )
