@@ -11,7 +11,14 @@ from torch import nn
 
 from calibrate import products
 from calibrate.blocks import make_blocks
-from calibrate.products import LEAST, QuickLinear, linear_output, product, with_quick_linears
+from calibrate.products import (
+    LEAST,
+    QuickLinear,
+    few_rows_on_one_thread,
+    linear_output,
+    product,
+    with_quick_linears,
+)
 
 SIZE = LEAST + 9
 # Rows, in, out.
@@ -127,6 +134,22 @@ def test_the_same_bits_on_one_thread_and_on_two() -> None:
             found += [y.detach(), *torch.autograd.grad(y, x, drawn(rows, out))]
     half = len(found) // 2
     assert all(torch.equal(one, two) for one, two in zip(found[:half], found[half:], strict=True))
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("rows", [1, 5, 7, 9, LEAST - 1])
+def test_few_rows_have_the_same_bits_on_one_thread_and_on_two(rows: int) -> None:
+    """By BLAS, which divides some of them otherwise; gradients, too."""
+    found = []
+    x, weight = drawn(rows, 768).requires_grad_(), drawn(256, 768)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = linear_output(x, weight)
+        with few_rows_on_one_thread(x):
+            (gradient,) = torch.autograd.grad(y, x, drawn(rows, 256))
+        found.append((y.detach(), product(x.detach(), weight.T), gradient))
+        assert torch.get_num_threads() == count
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_where_no_gradient_is_asked_for_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
