@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from calibrate.errors import UserError
 from calibrate.products import with_quick_linears
+from calibrate.steady import with_steady_activations
 from calibrate.tensors import TensorSource
 
 
@@ -83,6 +84,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
     with_quick_linears(model)
+    with_steady_activations(model)
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
     entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints

@@ -14,6 +14,7 @@ from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.errors import UserError
 from calibrate.samples import Placement, Sample
 from calibrate.tensors import TensorSource
+from calibrate.threads import one_thread
 
 NEWLINE = "image_newline"
 TABLE, FINAL_NORM, HEAD = (
@@ -82,7 +83,8 @@ def walk_language(
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        rope = blocks.rotary(x, position_ids=positions)
+        with one_thread():  # as in `steady.py`
+            rope = blocks.rotary(x, position_ids=positions)
         mask = window_mask(x.shape[1], blocks.sliding_window, x.device)
         out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         return out

@@ -139,11 +139,11 @@ def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress)
     return calibrate_searched(job, writer, progress, replace(FULL, foldings=("search", "smooth-0.5"), learn_steps=20))
 
 
-def assert_threads_do_not_show(checkpoint, preset, folder, method) -> None:
-    """The same bytes on one and on two."""
+def assert_threads_do_not_show(checkpoint, preset, folder, method, more=2) -> None:
+    """The same bytes on one and on `more`."""
     folders, before = [], torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, more):
             torch.set_num_threads(count)
             folders.append(calibrated(checkpoint, preset, folder / str(count), method).folder)
     finally:
@@ -158,13 +158,14 @@ def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
     assert_threads_do_not_show(checkpoint, "int8", tmp_path, method)
 
 
-@pytest.mark.parametrize("preset", ["int4", "int8"])
-def test_threads_do_not_show_where_blocks_are_large_enough_to_share(llava, tmp_path, preset):
+@pytest.mark.parametrize("calibrator", [calibrate_absmax, calibrate_searched], ids=["rtn", "fast"])
+@pytest.mark.parametrize(("preset", "count"), [("int4", 2), ("int8", 3)])
+def test_threads_do_not_show_where_blocks_are_large_enough_to_share(llava, tmp_path, preset, count, calibrator):
     """Products by two threads, of five rows too, and a factorization by blocks of columns."""
     text = {"hidden_size": 768, "intermediate_size": LARGE + 128, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
     assert 3 * 768 * (LARGE + 128) > threads.SMALL_BLOCK
-    assert_threads_do_not_show(checkpoint, preset, tmp_path, calibrate_searched)
+    assert_threads_do_not_show(checkpoint, preset, tmp_path, calibrator, count)
 
 
 def test_threads_do_not_show_in_rounding_for_the_answers(llava, tmp_path, monkeypatch):
@@ -172,7 +173,7 @@ def test_threads_do_not_show_in_rounding_for_the_answers(llava, tmp_path, monkey
     monkeypatch.setattr(threads, "SMALL_BLOCK", 2**20)
     text = {"hidden_size": 384, "intermediate_size": SKETCHED + 64, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
-    assert_threads_do_not_show(checkpoint, "int8", tmp_path, small_export.briefly_full)
+    assert_threads_do_not_show(checkpoint, "int8", tmp_path, small_export.briefly_full, 3)
 
 
 def test_stored_types_and_ranges(llava, tmp_path):
