@@ -195,10 +195,11 @@ def is_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(math.isfinite(bound) for bound in values.aminmax())  # both NaN if any value is
 
 
-def not_finite(layer: str, sample: int) -> UserError:
-    """What to say of activations of the sample with this number."""
+def not_finite(layer: str, sample: int, largest: float | None = None) -> UserError:
+    """What to say of activations of the sample with this number. largest: where they are, but too large to be squared."""
+    wrong = "are not finite" if largest is None else f"reach {largest:.0e}, which is too large to calibrate on"
     return UserError(
-        f"{layer}: activations of sample {sample + 1} are not finite; look at its picture and its text, or leave it out"
+        f"{layer}: activations of sample {sample + 1} {wrong}; look at its picture and its text, or leave it out"
     )
 
 

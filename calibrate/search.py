@@ -14,6 +14,7 @@ block at once (`joint_ranges.py`). All are counted at run time.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from calibrate.fold import (
 )
 from calibrate.group import OWN, WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
-from calibrate.job import is_finite, not_finite
+from calibrate.job import not_finite
 from calibrate.joint_ranges import FoldedBlock, JointRanges, search_ranges
 from calibrate.learn import Learned, counted, learn_block
 from calibrate.method import Method, Variant
@@ -49,6 +50,7 @@ from calibrate.statistics import statistics_of_rows
 from calibrate.two_sided import directions, row_roots, scaled_metric
 from calibrate.walk import Run
 
+MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
 PROBED = 128  # rows of a linear's input that its output's SQNR is taken of
 
 
@@ -207,14 +209,16 @@ class BlockSearch:
         candidate.inputs[group.linears[0]] = statistics_of_rows(group.linears[0], seen, labels)
 
     def _check_rows(self, group: Group, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-        """Raises UserError naming the group's first linear and the sample when an input of it is not finite."""
-        if is_finite(rows):
+        """Raises UserError naming the group's first linear and the sample when an input of it, or the sum of squares, is not
+        finite."""
+        if not rows.numel() or all(abs(float(bound)) <= MAX_INPUT for bound in rows.aminmax()):
             return
         counts = torch.tensor([x.shape[1] for x in inputs for _ in x])  # rows of every input
-        row = int((~rows.isfinite()).any(1).nonzero()[0])
+        row = int((~(rows.abs() <= MAX_INPUT)).any(1).nonzero()[0])
         number = int(torch.searchsorted(counts.cumsum(0), row, right=True))
         sample = number if self.pictures is None else int(torch.cat(list(self.pictures))[number])
-        raise not_finite(f"{self.prefix}.{group.linears[0]}", sample)
+        largest = float(rows[row].abs().max())
+        raise not_finite(f"{self.prefix}.{group.linears[0]}", sample, largest if math.isfinite(largest) else None)
 
     def _weights(self, group: Group) -> torch.Tensor | None:
         """What each of the group's input rows counts, float32 [tokens]."""

@@ -38,8 +38,8 @@ def test_quantizes_one_input_once(llava: Llava, tmp_path: Path, effort: str) -> 
         inputs = 4 * len({block for block in blocks if block.isdigit()})  # of q, k, v; o; gate, up; down
         projector = 2 * (prefix == "vision_tower.")
         assert nodes.count("QuantizeLinear") == inputs + projector
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert bool(record["calibration"].get("blocks")) == (effort != "rtn")
+    blocks = json.loads((tmp_path / "x.json").read_text())["calibration"]["blocks"]
+    assert all("compared" in block for block in blocks) == (effort != "rtn")
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -73,5 +73,7 @@ def test_refuses_values_that_overflow_inside_a_block(llava: Llava, tmp_path: Pat
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     given = ("--scheme", "int8", "--effort", effort, "--backend", "onnx", "--calib-data", write_calibration(tmp_path))
     refused = run_export(folder, tmp_path / "out" / "x.plan", *given)
-    assert_refused(refused, "language_model.model.layers.1", "activations of sample 1 are not finite")
+    # Only `fast` looks at what a linear reads before what a block gives.
+    wrong = "reach 3e+30, which is too large" if effort == "fast" else "are not finite"
+    assert_refused(refused, "language_model.model.layers.1", f"activations of sample 1 {wrong}")
     assert not list((tmp_path / "out").glob("x.*"))
