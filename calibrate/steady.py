@@ -2,7 +2,7 @@
 
 torch divides a tensor's values among its threads, and computes those that do not fill a register by other instructions than
 the rest. Which ones these are depends on where the shares end, so exp() of a value does, too, in its last bit. Such a
-function takes a hundredth of a block's time, so one thread computes it.
+function takes little of a block's time beside its products, so one thread computes it.
 """
 
 from __future__ import annotations
