@@ -13,8 +13,6 @@ from torch import nn
 from calibrate.blocks import linear_of
 from calibrate.calibrated import QuantizedLinear
 from calibrate.fidelity import Fidelity
-from calibrate.joint_ranges import JointRanges
-from calibrate.method import Folding, Variant
 from calibrate.products import product
 from calibrate.quantize import fake_quantize, sqnr_db
 from calibrate.recall import Outputs
@@ -26,26 +24,21 @@ class Candidate:
     """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
 
     Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
-    metrics: of the linears' outputs, as folded. By the first linear of each group: variants, what was chosen; inputs, what
-    the group read from the quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix.
-    probes: by linear, some rows of what it reads from the quantized prefix, and of what it gives in the float model, without
-    its bias. fidelity: of each linear. joint: ranges chosen together, None where each group chose its own. error: of the
-    block's output, relative to the float one's. hooks: to be removed in the end.
+    metrics: of the linears' outputs, as folded. inputs: by the first linear of each group, what the group read from the
+    quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix. probes: by linear, some
+    rows of what it reads from the quantized prefix, and of what it gives in the float model, without its bias. fidelity: of
+    each linear. hooks: to be removed in the end.
     """
 
-    folding: Folding
     module: nn.Module
     rounded: nn.Module
     hooks: ExitStack
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     found: dict[str, QuantizedLinear] = field(default_factory=dict)
-    variants: dict[str, Variant] = field(default_factory=dict)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
     probes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
-    joint: JointRanges | None = None
-    error: float = float("inf")
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
         """Makes `rounded` compute with these linears; the hooks on their inputs look into `found`."""

@@ -1,6 +1,6 @@
 """What calibrating costs, counted from shapes before anything runs. torch modules on meta, no tensor.
 
-The counts follow absmax.py, search.py, group.py and joint_ranges.py: whoever changes what they compute changes them here,
+The counts follow absmax.py, search.py and group.py: whoever changes what they compute changes them here,
 and tests compare the forwards with those counted at run time.
 """
 
@@ -15,11 +15,10 @@ from torch import nn
 from calibrate.batches import BATCH_TOKENS
 from calibrate.blocks import Block, ModelBlocks, linear_of
 from calibrate.factor import LARGE
-from calibrate.fold import EXPONENTS, SMOOTH_EXPONENTS, Group, before, groups_of, linears_of, share_of
+from calibrate.fold import EXPONENTS, Group, before, groups_of, linears_of, share_of
 from calibrate.gptq import FRACTIONS
 from calibrate.group import SEARCH_TOKENS, WIDE
 from calibrate.influence import PART_VALUES
-from calibrate.joint_ranges import times_applied
 from calibrate.learn import CHECKS, HELD_BACK, STEP_TOKENS
 from calibrate.method import Method
 from calibrate.noise import ROWS, STEPS
@@ -225,40 +224,32 @@ def _shapes(block: Block) -> list[tuple[int, int]]:
 
 
 def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[int], method: Method) -> Cost:
-    """Counted from BlockSearch: for each folding a float run, and a quantized one from group to group."""
+    """Counted from BlockSearch: a float run, and a quantized one from group to group."""
     groups = [g for g in groups_of(block.module) if any(name in plan for name in g.linears)]
     if not groups:
         memory, elements = FLOAT32_BYTES * _weights(block), 2 * _elements(block, lengths)
         return Cost(2 * _forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
-    foldings, variants = len(method.foldings), len(method.variants)
-    runs = foldings * (1 + _quantized_runs(block, groups, variants))
-    attended = foldings * (2 + (variants if variants > 1 else 0))  # as if o were planned, whose output is known then
-    joint = [0] * len(groups)
-    if method.clips == "joint":  # every trial of the first group's ranges is followed by attention
-        joint = [foldings * times for times in times_applied(block.module, groups, plan, method.variants[0])]
-        runs += sum(times * share_of(block.module, group.linears) for times, group in zip(joint, groups, strict=True))
-        attended += joint[0]
-    flops = runs * _linear_flops(block, lengths) + attended * _attention_flops(block, lengths)
+    runs = 1 + _quantized_runs(block, groups, learns=method.learn_steps > 0)
+    flops = runs * _linear_flops(block, lengths) + 2 * _attention_flops(block, lengths)  # as if o were planned
     factors, rounded, memory = Cost(), 0.0, 0
     tokens = sum(lengths)
-    for group, times in zip(groups, joint, strict=True):
+    for group in groups:
         shapes = [
             (linear_of(block.module, name).out_features, linear_of(block.module, name).in_features) for name in group.linears
         ]
         out, into = sum(shape[0] for shape in shapes), shapes[0][1]
-        tried = sum(_candidates(folding) for folding in method.foldings) if group.producer is not None else 0
+        tried = _candidates(method.folding) if group.producer is not None else 0
         flops += tried * 2.0 * min(tokens, SEARCH_TOKENS) * out * into
-        flops += foldings * variants * (2.0 * tokens * into**2 + 2.0 * out * into**2)  # the Gram matrix, GPTQ
-        more = [v for v in method.variants if v.weight_ranges == "rounded" and any(s.group_size for s in plan.values())]
-        flops += foldings * len(more) * (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
-        each = _factor(ROUNDER_FLOPS * into**3, into) + _aiming(tokens, into, out)
-        factors += each.times(foldings * variants)
-        rounded += (tried + foldings * variants + times) * out * into
+        flops += 2.0 * tokens * into**2 + 2.0 * out * into**2  # the Gram matrix, GPTQ
+        if method.variant.weight_ranges == "rounded" and any(s.group_size for s in plan.values()):
+            flops += (2.0 * len(FRACTIONS) + 2.0 * (1 + len(FRACTIONS))) * out * into**2
+        factors += _factor(ROUNDER_FLOPS * into**3, into) + _aiming(tokens, into, out)
+        rounded += (tried + 1) * out * into
         if method.two_sided():
-            flops += foldings * sum(2.0 * shape[0] ** 2 * into for shape in shapes)
-            factors += sum((_factor(foldings * ROUNDER_FLOPS * shape[0] ** 3, shape[0]) for shape in shapes), Cost())
-            rounded += foldings * WALKED * out * into
-        if "expected" in method.foldings and group.producer is not None:
+            flops += sum(2.0 * shape[0] ** 2 * into for shape in shapes)
+            factors += sum((_factor(ROUNDER_FLOPS * shape[0] ** 3, shape[0]) for shape in shapes), Cost())
+            rounded += WALKED * out * into
+        if method.folding == "expected" and group.producer is not None:
             rounded += STEPS * min(out, ROWS) * into
             flops += 2.0 * tokens * into**2
             factors += _factor(ENERGY_FLOPS * into**3, into)
@@ -270,11 +261,9 @@ def _searched(block: Block, plan: Mapping[str, LinearScheme], lengths: Sequence[
         copies = 4 if len(group.linears) > 1 else 3  # weights of linears that share an input are rounded as one
         memory = max(memory, squares + FLOAT32_BYTES * (copies * out + 3 * tokens) * into)
     inputs = sum(linear_of(block.module, group.linears[0]).in_features for group in groups)
-    # The block, what of it is rounded, where there is a choice the best so far; every group's input in the float model.
-    copies = 1 + int(foldings > 1) + int(method.learn_steps > 0 or variants > 1)
+    # The block, what of it is rounded where the float weights learn on; every group's input in the float model.
+    copies = 1 + int(method.learn_steps > 0)
     memory += FLOAT32_BYTES * (copies * _weights(block) + tokens * inputs)
-    if method.clips == "joint":  # the linears' outputs with the best ranges and with those that are tried
-        memory += 2 * FLOAT32_BYTES * tokens * sum(out for out, _ in _shapes(block))
     learned = _learned(block, lengths, method)
     done = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * _elements(block, lengths))
     return replace(done + factors + learned, memory_bytes=memory + learned.memory_bytes)
@@ -313,16 +302,14 @@ def _factor(flops: float, rows: int) -> Cost:
     return Cost(shared_flops=flops) if rows >= LARGE else Cost(single_flops=flops)
 
 
-def _quantized_runs(block: Block, groups: Sequence[Group], variants: int) -> float:
-    """Forwards of one folding: up to each group, its linears in each variant, the rest; nothing twice that is known."""
+def _quantized_runs(block: Block, groups: Sequence[Group], *, learns: bool) -> float:
+    """Forwards: up to each group, its linears, the rest unless the block learns first; nothing twice that is known."""
     module, found, known = block.module, 0.0, list[str]()
     for group in groups:
         found += share_of(module, [name for name in before(module, group) if not is_known(name, known)])
-        found += variants * share_of(module, group.linears)
+        found += share_of(module, group.linears)
         known += [group.ends] if group.ends else group.linears
-        if variants > 1:
-            found += variants * (1 - _known_share(module, known)) + share_of(module, group.linears)
-    return found + 1 - _known_share(module, known)
+    return found if learns else found + 1 - _known_share(module, known)
 
 
 def _known_share(module: nn.Module, known: Collection[str]) -> float:
@@ -330,7 +317,7 @@ def _known_share(module: nn.Module, known: Collection[str]) -> float:
 
 
 def _candidates(folding: str) -> int:
-    if folding in SMOOTH_EXPONENTS or folding in {"none", "expected"}:
+    if folding in {"none", "smoothquant", "expected"}:
         return 0
     return 20 if folding == "awq" else 1 + 2 * len(EXPONENTS)
 

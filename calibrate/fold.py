@@ -24,7 +24,7 @@ from calibrate.scheme import LinearScheme
 STARTS = (0.5, 0.75, 1.0)  # of the gradient descent on expected errors
 EXPONENTS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 MAX_FACTOR = 256.0
-SMOOTH_EXPONENTS: dict[str, float] = {"smoothquant": 0.5, "smooth-0.5": 0.5}
+SMOOTHQUANT_EXPONENT = 0.5  # its paper's
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def choose_factors(
     if folding == "none" or (folding == "smoothquant" and producer.startswith(("self_attn", "mlp"))):
         return None
     peak, size = sharing.reduced(inputs.peak), sharing.reduced(weight.abs().amax(0))
-    if folding in SMOOTH_EXPONENTS:
-        return _tidy(_smoothing(peak, size, SMOOTH_EXPONENTS[folding]))
+    if folding == "smoothquant":
+        return _tidy(_smoothing(peak, size, SMOOTHQUANT_EXPONENT))
     if folding == "expected":
         channels = torch.arange(len(peak), device=peak.device)
         starts = [_smoothing(peak, size, exponent) for exponent in STARTS]

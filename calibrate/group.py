@@ -9,7 +9,6 @@ import torch
 
 from calibrate.calibrated import QuantizedLinear
 from calibrate.gptq import Rounder, aim_at_float, aim_by_tokens, gptq_round, make_rounder, search_rounded_scale
-from calibrate.joint import Clip
 from calibrate.method import Variant
 from calibrate.noise import best_range, tail_of
 from calibrate.products import product
@@ -70,28 +69,12 @@ class Rows:
         return aim_at_float(weight, gram, self.pulled(counted, weight), ridge)
 
 
-@dataclass(frozen=True)
-class Given:
-    """Ranges that a group has been given; where it has none, its variant chooses.
-
-    amax: of the input. clip: of the weights, a part of what covers those that are rounded.
-    """
-
-    amax: float | None = None
-    clip: Clip | None = None
-
-
-OWN = Given()
-
-
 def quantize_group(
     weights: Mapping[str, torch.Tensor],
     plan: Mapping[str, LinearScheme],
     variant: Variant,
     rows: Rows,
     metrics: Mapping[str, torch.Tensor] | None = None,
-    *,
-    given: Given = OWN,
 ) -> dict[str, QuantizedLinear]:
     """Ranges and codes of linears that share an input. weights: float32 [out, in], folded.
 
@@ -99,7 +82,7 @@ def quantize_group(
     """
     found: dict[str, QuantizedLinear] = {}
     for bits, part in by_bits(weights, plan).items():  # those of other bits read other values
-        found |= _quantized_alike(part, plan, bits, (variant, rows, metrics, given))
+        found |= _quantized_alike(part, plan, bits, (variant, rows, metrics))
     return {name: found[name] for name in weights}
 
 
@@ -117,17 +100,14 @@ def _quantized_alike(
     weights: dict[str, torch.Tensor],
     plan: Mapping[str, LinearScheme],
     num_bits: int | None,
-    how: tuple[Variant, Rows, Mapping[str, torch.Tensor] | None, Given],
+    how: tuple[Variant, Rows, Mapping[str, torch.Tensor] | None],
 ) -> dict[str, QuantizedLinear]:
     """`quantize_group` of linears whose input has the same bits, None for float."""
-    variant, rows, metrics, given = how
+    variant, rows, metrics = how
     input_scale: float | None = None
     seen = rows.seen
     if num_bits is not None:
-        if given.amax is not None:
-            input_scale = activation_scale(given.amax, num_bits)
-        else:
-            input_scale = own_input_scale(variant, weights, rows, metrics, num_bits)
+        input_scale = own_input_scale(variant, weights, rows, metrics, num_bits)
         seen = fake_quantize(seen, input_scale, num_bits)
     gram = product(rows.counted(seen).T, seen)
     if variant.ridge is not None:
@@ -142,7 +122,7 @@ def _quantized_alike(
         scheme, sizes = plan[names[0]], [len(weights[name]) for name in names]
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         metric = (metrics or {})[names[0]] if variant.rounding == "two-sided" else None
-        codes, scale = _rounded(weight, gram, rounder, metric, (variant, scheme, given.clip))
+        codes, scale = _rounded(weight, gram, rounder, metric, (variant, scheme))
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
             found[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
     return found
@@ -161,14 +141,14 @@ def _rounded(
     gram: torch.Tensor,
     rounder: Rounder | None,
     metric: torch.Tensor | None,
-    how: tuple[Variant, LinearScheme, Clip | None],
+    how: tuple[Variant, LinearScheme],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [out, in] and scales as stored. rounder: None for rounding to nearest; metric: for two-sided rounding."""
-    variant, scheme, clip = how
-    scale = own_weight_scale(variant, weight, gram, scheme) if clip is None else clipped_scale(weight, clip, scheme)
+    variant, scheme = how
+    scale = own_weight_scale(variant, weight, gram, scheme)
     if rounder is None:
         return round_to_codes(weight, scale, scheme), scale
-    if variant.weight_ranges == "rounded" and clip is None:
+    if variant.weight_ranges == "rounded":
         scale = search_rounded_scale(weight, gram, rounder, scale, scheme)
     if metric is None:
         return gptq_round(weight, rounder, scale, scheme), scale
@@ -182,13 +162,6 @@ def own_weight_scale(variant: Variant, weight: torch.Tensor, gram: torch.Tensor,
     if variant.weight_ranges == "absmax":
         return weight_scale(group_amax(weight, scheme), scheme)
     return covering_scale(weight, scheme)
-
-
-def clipped_scale(weight: torch.Tensor, clip: Clip, scheme: LinearScheme) -> torch.Tensor:
-    """The smallest scale, as stored, at which every weight has a code once it is clipped. weight: float32 [out, in]."""
-    grouped = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])
-    amax = clip.weight_amax(weight, scheme).reshape(len(weight), -1, 1)
-    return covering_scale(torch.clamp(grouped, -amax, amax).reshape(weight.shape), scheme)
 
 
 def own_input_scale(

@@ -22,8 +22,6 @@ from calibrate.statistics import Histogram
 from calibrate.walk import Run
 
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)  # the paper's
-FRACTIONS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
-MAX_ROUNDS = 4
 
 Outputs = tuple[Any, ...]  # of the layers from the first of the chain on
 
@@ -57,7 +55,6 @@ class Clip:
 
 
 PAPER_CLIPS = tuple(Clip(percentile) for percentile in PERCENTILES)
-FINE_CLIPS = (*PAPER_CLIPS, *(Clip(fraction=fraction) for fraction in FRACTIONS))
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,8 @@ def search_tree(layers: Sequence[Layer], error: Callable[[Any], float], before: 
     """Tries all combinations; what layers compute for the same candidates before them is computed once.
 
     layers: of the block, in order. error: the block's output, that of its last layer -> what is to be least. before: outputs
-    of the layers before the block, already quantized. K candidates cost K + K^2 + .. + K^depth layer forwards (partition's
-    tree_cost), in the memory of one output for each layer. The first of equally good combinations wins.
+    of the layers before the block, already quantized. K candidates cost K + K^2 + .. + K^depth layer forwards, in the
+    memory of one output for each layer. The first of equally good combinations wins.
     """
     best: list[Found] = []
     forwards = 0
@@ -115,46 +112,6 @@ def search_tree(layers: Sequence[Layer], error: Callable[[Any], float], before: 
 
     descend(before, ())
     return Found(best[0].choice, best[0].outputs, best[0].error, best[0].first_error, forwards)
-
-
-def search_descent(
-    layers: Sequence[Layer],
-    error: Callable[[Any], float],
-    before: Outputs = (),
-    start: Sequence[int] | None = None,
-    max_rounds: int = MAX_ROUNDS,
-) -> Found:
-    """Coordinate descent: one layer's candidates after another, the others as they are, until no layer changes any more.
-
-    For blocks too deep for `search_tree`, whose arguments it shares. start: the choice to begin with, the first candidates
-    without it; never ends worse than that. At most partition's descent_cost layer forwards.
-    """
-    choice = list(start or [0] * len(layers))
-    outputs = _continued(layers, choice, 0, before)
-    forwards, settled = len(layers), 0
-    first_error = error_now = error(outputs[-1])
-    for step in range(max_rounds * len(layers)):
-        place = step % len(layers)
-        layer, current, kept = layers[place], choice[place], outputs[: len(before) + place]
-        given = layer.prepare(kept)
-        for index, candidate in enumerate(layer.candidates):
-            if index == current:
-                continue
-            new = _continued(layers, choice, place + 1, (*kept, layer.apply(given, candidate)))
-            forwards += len(layers) - place
-            if (cost := error(new[-1])) < error_now:
-                error_now, choice[place], outputs = cost, index, new
-        settled = settled + 1 if choice[place] == current else 1  # a layer just changed has its best candidate, too
-        if settled == len(layers):
-            break
-    return Found(tuple(choice), outputs, error_now, first_error, forwards)
-
-
-def _continued(layers: Sequence[Layer], choice: Sequence[int], place: int, outputs: Outputs) -> Outputs:
-    """`outputs`, those of the layers before `place`, and those of the layers from there on."""
-    for layer, index in zip(layers[place:], choice[place : len(layers)], strict=True):
-        outputs = (*outputs, layer.apply(layer.prepare(outputs), layer.candidates[index]))
-    return outputs
 
 
 class _Tap(nn.Module):

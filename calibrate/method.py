@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-# none; smoothquant: norms only, exponent 0.5, as its paper; smooth-E: wherever factors fold, exponent E; awq: factors from
-# mean magnitudes, the exponent by output error; search: from means and peaks, the exponent by output error; expected: a
-# factor for each channel, all with the least expected error (`noise.py`).
-Folding = Literal["none", "smoothquant", "smooth-0.5", "awq", "search", "expected"]
+# none; smoothquant: norms only, exponent 0.5, as its paper; awq: factors from mean magnitudes, the exponent by output error;
+# search: from means and peaks, the exponent by output error; expected: a factor for each channel, all with the least
+# expected error (`noise.py`).
+Folding = Literal["none", "smoothquant", "awq", "search", "expected"]
 # absmax: the whole range, to both sides of zero; covering: no more of it than there are values; rounded: that, or fractions
 # of it where they leave less output error once rounded by GPTQ; output: the fraction with the least output error when
 # rounded to nearest; expected: the least expected error.
@@ -22,8 +22,6 @@ Objective = Literal["plain", "modality", "logits", "kl", "kl+logits"]
 # What tower and projector are optimised for (Q-VLM, section 3.3): what an error means to the language model, by the same
 # objective as the decoder; their own output, all tokens alike; or nothing, rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
-# Who chooses ranges: each group of linears, as its variant says; or all groups of a block together (`joint_ranges.py`).
-Clipping = Literal["layerwise", "joint"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,10 @@ class Variant:
 class Method:
     """One way to search a block.
 
-    foldings: each is tried on the whole block. variants: each is tried on every group of linears, one group after another.
-    Where there is a choice, the block's output decides: the least squared error against the float block's.
-    objective: what errors at a token count for, in rounding and wherever there is a choice.
+    folding: how outlier channels are moved into weights. variant: how every group of linears is ranged and rounded.
+    objective: what errors at a token count for.
     learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
     vision: what tower and projector are optimised for.
-    clips: "joint" chooses the ranges of all inputs and all weights of a folded block by the error of its output, beginning
-    with those of the first variant; every variant then rounds with what was chosen. "layerwise" leaves ranges to variants.
     leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
     questions: how many of the samples' texts are asked about each sample's pictures (`recombine.py`); 1 for its own only.
     undecided: how many are also asked about mixtures of its pictures with others (`undecided.py`); 0 for none.
@@ -60,12 +55,11 @@ class Method:
     seed: of everything drawn at random.
     """
 
-    foldings: tuple[Folding, ...] = ("search",)
-    variants: tuple[Variant, ...] = (Variant(),)
+    folding: Folding = "search"
+    variant: Variant = Variant()
     objective: Objective = "plain"
     learn_steps: int = 0
     vision: VisionTarget = "language"
-    clips: Clipping = "layerwise"
     leverage: bool = True
     questions: int = 1
     undecided: int = 0
@@ -73,12 +67,12 @@ class Method:
     seed: int = 0
 
     def two_sided(self) -> bool:
-        """Whether some variant needs to know in which directions outputs matter."""
-        return any(variant.rounding == "two-sided" for variant in self.variants)
+        """Whether rounding needs to know in which directions outputs matter."""
+        return self.variant.rounding == "two-sided"
 
     def by_output(self) -> bool:
-        """Whether folding factors count errors of outputs by their gradients: where every variant does."""
-        return all(variant.rounding == "two-sided" and variant.by_output for variant in self.variants)
+        """Whether folding factors count errors of outputs by their gradients."""
+        return self.two_sided() and self.variant.by_output
 
     def ways_back(self) -> int:
         """How often gradients are taken through the float model."""
@@ -89,18 +83,17 @@ class Method:
         if self.vision == "language":
             return self
         if self.vision == "own":
-            own = tuple(replace(v, rounding="gptq") if v.rounding == "two-sided" else v for v in self.variants)
-            return replace(self, objective="plain", variants=own)
-        nearest = replace(self, foldings=("none",), variants=(NEAREST,), clips="layerwise")
-        return replace(nearest, objective="plain", learn_steps=0)
+            own = replace(self.variant, rounding="gptq") if self.two_sided() else self.variant
+            return replace(self, objective="plain", variant=own)
+        return replace(self, folding="none", variant=NEAREST, objective="plain", learn_steps=0)
 
 
 NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)
 # The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
 # activations: those samples hold no value beyond the largest ones seen.
 EXPECTED = Variant(activation_ranges="expected", weight_ranges="covering")
-FAST = Method(foldings=("expected",), variants=(EXPECTED,))
+FAST = Method("expected", EXPECTED)
 # With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
 # data for so many directions, the logits.
 TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)
-FULL = Method(("expected",), (TWO_SIDED,), "kl+logits", learn_steps=24, questions=8, undecided=4, scrambled=16)
+FULL = Method("expected", TWO_SIDED, "kl+logits", learn_steps=24, questions=8, undecided=4, scrambled=16)

@@ -2,8 +2,7 @@
 
 Symmetric quantizers with static ranges, the ranges of activations and weights by the paper's percentiles, blocks by the
 entropy of their inputs and the paper's rule, a joint search in each block with inputs from the quantized prefix, rounding to
-nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer. Blocks
-by look-ahead regret (`regret.py`), under the budget that the paper's rule spends, are an option beside it.
+nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer.
 
 The ranges of a block's activations are searched jointly first, then those of its weights: K + K^2 + K^3 layer forwards each
 for a block of three, where all its quantizers at once would take K^2 + K^4 + K^6.
@@ -11,11 +10,10 @@ for a block of three, where all its quantizers at once would take K^2 + K^4 + K^
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,57 +41,45 @@ from calibrate.partition import (
     entropy_dependencies,
     layerwise,
     median_thresholds,
-    partition_by_budget,
     partition_by_rule,
-    tree_cost,
 )
 from calibrate.quantize import activation_scale
-from calibrate.regret import measure_regrets
 from calibrate.scheme import LinearScheme
 from calibrate.statistics import InputStatistics
 from calibrate.walk import Run, walk_language, walk_vision
 
-# How consecutive layers become blocks. rule: the paper's, by the entropy of their inputs. budget: those that hold most
-# look-ahead regret among all that cost no more of the same search.
-Partition = Literal["rule", "budget"]
-
 
 @dataclass(frozen=True)
 class Divided:
-    """A model divided into blocks. forwards: block forwards that it took; said: of it in the summary."""
+    """A model divided into blocks. forwards: block forwards that it took. thresholds: h0 in nats by bits."""
 
     inputs: Sequence[LayerInput]
     blocks: Blocks
-    forwards: float
-    said: Mapping[str, Any]
+    forwards: int
+    thresholds: Mapping[str, float]
 
 
-def calibrate_printed(
-    job: Calibration, writer: CalibratedWriter, progress: Progress, partition: Partition = "rule"
-) -> dict[str, Any]:
+def calibrate_printed(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Q-VLM as printed: entropy partition and joint search. Returns the summary for the record.
 
-    partition: "budget" in place of the paper's rule adds what was measured to the summary. Cost in block forwards: 2 float
-    runs and up to 155 / 3 for the search, twice that with quantized activations; a float run and up to 2 K more by budget.
+    Cost in block forwards: 2 float runs and up to 155 / 3 for the search, twice that with quantized activations.
     Raises UserError naming tensor or layer when weights or activations are not finite, or the block that no sample reached.
     """
     inputs, measured = measure_inputs(job)
     blocks, thresholds = entropy_blocks(inputs)
-    divided = Divided(inputs, blocks, measured, {"entropy_thresholds": thresholds})
-    return _calibrate(job, writer, progress, "printed", by_budget(job, divided) if partition == "budget" else divided)
+    return _calibrate(job, writer, progress, "printed", Divided(inputs, blocks, measured, thresholds))
 
 
 def calibrate_percentile(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """The same candidates and objective, every layer on its own: 2 float runs and 5 or 10 block forwards."""
     inputs, measured = measure_inputs(job)
-    divided = Divided(inputs, layerwise(len(inputs)), measured, {"entropy_thresholds": {}})
-    return _calibrate(job, writer, progress, "percentile", divided)
+    return _calibrate(job, writer, progress, "percentile", Divided(inputs, layerwise(len(inputs)), measured, {}))
 
 
 def _calibrate(
     job: Calibration, writer: CalibratedWriter, progress: Progress, method: str, divided: Divided
 ) -> dict[str, Any]:
-    inputs, blocks, forwards = divided.inputs, divided.blocks, divided.forwards
+    inputs, blocks, forwards = divided.inputs, divided.blocks, float(divided.forwards)
     shards = BlockWriter(job, writer, progress)
     found: list[BlockFound] = []
 
@@ -123,7 +109,7 @@ def _calibrate(
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
         "block_forwards": round(forwards),
-        **divided.said,
+        "entropy_thresholds": dict(divided.thresholds),
         "blocks": [_record([inputs[k] for k in b], result) for b, result in zip(blocks, found, strict=True)],
     }
 
@@ -138,44 +124,9 @@ def entropy_blocks(inputs: Sequence[LayerInput]) -> tuple[Blocks, dict[str, floa
     return blocks, {str(b): h for b, h in zip(bits[1:], thresholds, strict=True)}
 
 
-def by_budget(job: Calibration, rule: Divided) -> Divided:
-    """The same layers in the blocks that hold most look-ahead regret at no more than what the search by `rule` costs.
-
-    Costs are layer forwards of one search of all blocks, as if every layer had the paper's five ranges to choose from; the
-    forwards of measuring are not among them, but in `forwards`. Regrets: one for each two layers in one module, None where
-    there is no number for it (record.py's rule).
-    """
-    inputs = rule.inputs
-    regrets = measure_regrets(job, inputs)
-    budget = _tree_forwards(rule.blocks)
-    blocks = partition_by_budget(regrets.pairs, boundaries_of(inputs), _tree_cost, budget) if inputs else ()
-    inside = sorted(set(range(1, len(inputs))) - boundaries_of(inputs))
-    said = {
-        "partition": "budget",
-        "search_budget": budget,
-        "search_cost": _tree_forwards(blocks),
-        "regrets": [
-            {
-                "layers": [f"{x.block}.{x.linears[0]}" for x in inputs[k - 1 : k + 1]],
-                "regret": regrets.pairs[k - 1] if math.isfinite(regrets.pairs[k - 1]) else None,
-            }
-            for k in inside
-        ],
-    }
-    return Divided(inputs, blocks, rule.forwards + regrets.forwards, {**rule.said, **said})
-
-
 def boundaries_of(inputs: Sequence[LayerInput]) -> set[int]:
     """The numbers of the layers that are the first of their module."""
     return {k for k in range(1, len(inputs)) if inputs[k].block != inputs[k - 1].block}
-
-
-def _tree_cost(depth: int) -> int:
-    return tree_cost(depth, len(PAPER_CLIPS))
-
-
-def _tree_forwards(blocks: Blocks) -> int:
-    return sum(_tree_cost(len(block)) for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -298,7 +249,7 @@ def _gathered(prefix: str, module: nn.Module, groups: Sequence[Group]) -> Iterat
         return hook
 
     first = {group: linear_of(module, group.linears[0]) for group in groups}
-    gathered = {g: InputStatistics(f"{prefix}.{g.linears[0]}", x.in_features, with_gram=False) for g, x in first.items()}
+    gathered = {g: InputStatistics(f"{prefix}.{g.linears[0]}", x.in_features) for g, x in first.items()}
     handles = [layer.register_forward_pre_hook(watch(gathered[group])) for group, layer in first.items()]
     try:
         yield gathered

@@ -8,7 +8,6 @@ are left out or None, never infinite, as JSON has no infinity.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -45,9 +44,7 @@ def block_record(block: Block, search: BlockSearch, judged: Judged, nearest: Bas
     }
     return {
         "name": block.prefix,
-        "folding": None if best is None else best.folding,
-        "clips": None if best is None or best.joint is None else asdict(best.joint),
-        "variants": {} if best is None else {name: asdict(variant) for name, variant in best.variants.items()},
+        "searched": best is not None,
         "compared": compared,
         "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
         "error": relative_error(outputs, wanted),

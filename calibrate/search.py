@@ -1,14 +1,11 @@
 """The search over one block after another: fold, choose ranges, round jointly towards the float block's output. torch.
 
 Inputs of a block come from the already quantized prefix; the target is always the float model. A block's groups of linears
-are done in the order they compute, so that each sees what the ones before it really produce. Where the method offers a
-choice, it is the *block's* output that decides, with the groups still to come in float: which folding and which ranges
-are best depends on what the rest of the block makes of the error (Q-VLM, section 3.2).
+are done in the order they compute, so that each sees what the ones before it really produce.
 
-Cost in block forwards, a forward being one prompt or picture: for each folding 1 float run that keeps every group's input,
-and 1 quantized run from group to group, in which every linear computes once (`recall.py`); if there is a choice, each
-group's variants compute its linears and what comes after them. Learning adds its own, and so do ranges chosen for the whole
-block at once (`joint_ranges.py`). All are counted at run time.
+Cost in block forwards, a forward being one prompt or picture: 1 float run that keeps every group's input, and 1 quantized
+run from group to group, in which every linear computes once (`recall.py`). Learning adds its own. All are counted at run
+time.
 """
 
 from __future__ import annotations
@@ -36,12 +33,11 @@ from calibrate.fold import (
     share_of,
     sharing_of,
 )
-from calibrate.group import OWN, WIDE, Rows, chosen_rows, quantize_group
+from calibrate.group import WIDE, Rows, chosen_rows, quantize_group
 from calibrate.heap import trim_heap
 from calibrate.job import not_finite
-from calibrate.joint_ranges import FoldedBlock, JointRanges, search_ranges
 from calibrate.learn import Learned, counted, learn_block
-from calibrate.method import Method, Variant
+from calibrate.method import Method
 from calibrate.products import linear_output, product
 from calibrate.quantize import fake_quantize, squared_sum
 from calibrate.recall import as_batches, is_known, reaching, resumed, watched, without
@@ -95,21 +91,16 @@ class BlockSearch:
     def _searched(
         self, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor], hooks: ExitStack
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        for number, folding in enumerate(self.method.foldings, start=1):
-            # The last one folds the block itself: a copy would take as much memory again.
-            module = self.module if number == len(self.method.foldings) else copy.deepcopy(self.module)
-            # The function of the folded module is the same, so its outputs are the float model's.
-            candidate = Candidate(folding, module, module, hooks, dict(self.metrics))
-            outputs = self._quantize(candidate, groups, float_inputs, inputs)
-            quantized = self._resumed(candidate, inputs)
-            candidate.outputs.clear()
-            candidate.error = relative_error(quantized, outputs, self.influence.get(""))
-            if self.best is None or candidate.error < self.best.error:
-                self.best, wanted, final = candidate, outputs, quantized
-        if self.method.learn_steps and self.best is not None:
-            self._learn(self.best, inputs, wanted)
-            final = self._outputs(self.best.rounded, inputs)
-        return wanted, final
+        self.best = Candidate(self.module, self.module, hooks, dict(self.metrics))
+        # The function of the folded module is the same, so its outputs are the float model's.
+        wanted = self._quantize(self.best, groups, float_inputs, inputs)
+        if not self.method.learn_steps:
+            final = self._resumed(self.best, inputs)
+            self.best.outputs.clear()
+            return wanted, final
+        self.best.outputs.clear()
+        self._learn(self.best, inputs, wanted)
+        return wanted, self._outputs(self.best.rounded, inputs)
 
     def found(self) -> dict[str, QuantizedLinear]:
         """The quantized linears by name inside the block."""
@@ -124,21 +115,19 @@ class BlockSearch:
     def _quantize(
         self, candidate: Candidate, groups: list[Group], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Folds the candidate and gives it every group in its best variant, in place; returns the float outputs."""
+        """Folds the candidate and quantizes every group, in place; returns the float outputs."""
         wanted, outputs = self._capture(candidate.module, groups, float_inputs)
         for group in groups:
             self._check_rows(group, wanted[group], float_inputs)
             wanted[group] /= self._fold(candidate, group, wanted[group])
-        if self.method.learn_steps or len(self.method.variants) > 1:
+        if self.method.learn_steps:  # which starts from the float weights
             candidate.rounded = copy.deepcopy(candidate.module)
-        if self.method.clips == "joint":
-            candidate.joint = self._search_ranges(candidate, wanted, (inputs, outputs))
         for group in groups:
             seen = self._input_of(candidate, group, inputs)
             self._check_rows(group, seen, inputs)
             if seen.shape[1] >= WIDE:  # its matrices take more than all that led there
                 trim_heap()
-            self._choose_variant(candidate, group, wanted.pop(group), seen, (inputs, outputs))
+            self._quantize_group(candidate, group, wanted.pop(group), seen, inputs)
         return outputs
 
     def _fold(self, candidate: Candidate, group: Group, inputs: torch.Tensor) -> torch.Tensor:
@@ -152,59 +141,30 @@ class BlockSearch:
             metrics = [candidate.metrics[name] for name in decide]
             weight.mul_(row_roots(metrics, weight.device)[:, None])
         rows = inputs_of(inputs, chosen_rows(inputs), self._weights(group))
-        factors = choose_factors(candidate.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group))
+        factors = choose_factors(
+            self.method.folding, group.producer, rows, weight, scheme, sharing=sharing_of(module, group)
+        )
         if factors is None:
             return torch.ones(inputs.shape[1], device=inputs.device)
         if group.producer in candidate.metrics:
             candidate.metrics[group.producer] = scaled_metric(candidate.metrics[group.producer], factors)
         return apply_factors_(module, group, factors)
 
-    def _search_ranges(
-        self,
-        candidate: Candidate,
-        wanted: Mapping[Group, torch.Tensor],
-        pair: tuple[list[torch.Tensor], list[torch.Tensor]],
-    ) -> JointRanges:
-        """Ranges of all groups together, before any is quantized. pair: the block's inputs, and outputs of the float one."""
-
-        def error(outputs: list[torch.Tensor]) -> float:
-            return relative_error(outputs, pair[1], self.influence.get(""))
-
-        def reach(group: Group, rows: torch.Tensor) -> Rows:
-            self._check_rows(group, rows, pair[0])
-            return Rows(wanted[group], rows, self._weights(group))
-
-        block = FoldedBlock(candidate.module, list(wanted), self.plan, self.run, pair[0], error)
-        found = search_ranges(block, reach, self.method.variants[0], candidate.metrics)
-        self.forwards += found.forwards
-        return found
-
-    def _choose_variant(
+    def _quantize_group(
         self,
         candidate: Candidate,
         group: Group,
         wanted: torch.Tensor,
         seen: torch.Tensor,
-        pair: tuple[list[torch.Tensor], list[torch.Tensor]],
+        inputs: list[torch.Tensor],
     ) -> None:
-        """Quantizes a group in the variant after which the block's output is closest to the float one. pair: in and out."""
+        """Quantizes a group and computes its outputs. wanted, seen: its input, float32 [tokens, in], float and quantized."""
         planned = {name: linear_of(candidate.module, name).weight for name in group.linears if name in self.plan}
         some = torch.linspace(0, len(seen) - 1, min(PROBED, len(seen))).long().to(seen.device)
         candidate.probes |= {name: (seen[some], product(wanted[some], weight.T)) for name, weight in planned.items()}
         rows = Rows(wanted, seen, self._weights(group))
-        given = OWN if candidate.joint is None else candidate.joint.given[group.linears[0]]
-        variants = self._distinct(planned)
-        quantized = {v: quantize_group(planned, self.plan, v, rows, candidate.metrics, given=given) for v in variants}
-        errors = {}
-        if len(quantized) > 1:
-            for variant, linears in quantized.items():
-                candidate.set_(linears)
-                self._compute(candidate, group, seen, pair[0])
-                errors[variant] = relative_error(self._resumed(candidate, pair[0]), pair[1], self.influence.get(""))
-        best = min(errors, key=lambda v: errors[v]) if errors else next(iter(quantized))
-        candidate.set_(quantized[best])
-        self._compute(candidate, group, seen, pair[0])
-        candidate.variants[group.linears[0]] = best
+        candidate.set_(quantize_group(planned, self.plan, self.method.variant, rows, candidate.metrics))
+        self._compute(candidate, group, seen, inputs)
         labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
         candidate.inputs[group.linears[0]] = statistics_of_rows(group.linears[0], seen, labels)
 
@@ -224,13 +184,6 @@ class BlockSearch:
         """What each of the group's input rows counts, float32 [tokens]."""
         batches = self.influence.get(group.linears[0])
         return None if batches is None else torch.cat([batch.flatten() for batch in batches])
-
-    def _distinct(self, planned: Mapping[str, torch.Tensor]) -> list[Variant]:
-        """The variants that differ for these linears: without quantized activations their ranges do not matter."""
-        if any(self.plan[name].activation_bits is not None for name in planned):
-            return list(self.method.variants)
-        seen = {(v.weight_ranges, v.rounding, v.ridge): v for v in reversed(self.method.variants)}
-        return list(reversed(seen.values()))
 
     def _learn(self, best: Candidate, inputs: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         """Learns the whole block's rounding and writes it into the candidate."""

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from calibrate.errors import UserError
-from calibrate.products import product
 from calibrate.samples import Sample
 
 BINS = 2**14  # on each side of zero
@@ -33,8 +32,6 @@ class TokenLabel(IntEnum):
 
 
 ALL = tuple(TokenLabel)
-PREFILL = (TokenLabel.IMAGE, TokenLabel.PROMPT)
-DECODE = (TokenLabel.ANSWER,)
 
 
 def token_labels(sample: Sample, image_token_id: int) -> torch.Tensor:
@@ -76,33 +73,22 @@ class Histogram:
         reached = int(torch.searchsorted(folded.cumsum(0), max(1, math.ceil(fraction * total))))
         return min((reached + 1) * self.width, self.amax)
 
-    def code_distribution(self, scale: float, num_bits: int) -> torch.Tensor:
-        """Share of each code -2^(b-1) .. 2^(b-1) - 1 after rounding with `scale`, float64 [2^b].
-
-        Values of a bin that holds the border of two codes are all given to one of them.
-        """
-        lowest, highest = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
-        codes = (self.centers() / scale).round_().clamp_(lowest, highest).long() - lowest
-        shares = torch.zeros(highest - lowest + 1, dtype=torch.float64).index_add_(0, codes, self.counts.double())
-        return shares / shares.sum().clamp(min=1)
-
 
 class InputStatistics:
     """Statistics of one quantizer's input, for each TokenLabel apart, growing batch by batch.
 
     Counts, ranges and histograms do not depend on how the tokens are split into batches: ranges are powers of two, and
-    doubling one merges bins in pairs, so no second pass is needed. The Gram matrix is summed in float32.
+    doubling one merges bins in pairs, so no second pass is needed.
     """
 
-    def __init__(self, name: str, channels: int, with_gram: bool = True) -> None:
-        """name: of the layer, for errors. with_gram: second moments cost 3 * 4 * channels^2 bytes."""
+    def __init__(self, name: str, channels: int) -> None:
+        """name: of the layer, for errors."""
         self._name = name
         self._exponent = _LOWEST_EXPONENT  # the histogram covers magnitudes below 2 ** exponent
         self._batches = 0
         self._tokens = torch.zeros(len(TokenLabel), dtype=torch.int64)
         self._counts = torch.zeros(len(TokenLabel), 2 * BINS, dtype=torch.int64)
         self._amax = torch.zeros(len(TokenLabel), channels)
-        self._gram = torch.zeros(len(TokenLabel), channels, channels) if with_gram else None
 
     def update(self, rows: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds a batch. rows: float32 [tokens, channels]; labels: int64 [tokens], TokenLabel values.
@@ -123,8 +109,6 @@ class InputStatistics:
             self._tokens[label] += len(part)
             self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
             self._counts[label] += torch.bincount(self._bins_of(part), minlength=2 * BINS)
-            if self._gram is not None:
-                self._gram[label] += product(part.T, part)
 
     def _cover(self, amax: float) -> None:
         """Doubles the range until it holds `amax`, merging bins."""
@@ -148,12 +132,6 @@ class InputStatistics:
         """Largest magnitude of each channel, float32 [channels]; exact."""
         return self._amax[list(labels)].amax(0)
 
-    def gram(self, labels: Iterable[TokenLabel] = ALL) -> torch.Tensor:
-        """Second moments: the sum over tokens of x x^T, float32 [channels, channels]."""
-        if self._gram is None:
-            raise RuntimeError(f"{self._name}: second moments were not gathered")
-        return self._gram[list(labels)].sum(0)
-
     def histogram(self, labels: Iterable[TokenLabel] = ALL) -> Histogram:
         """Of all channels together."""
         chosen = list(labels)
@@ -166,13 +144,13 @@ def histogram_of(values: np.ndarray | torch.Tensor) -> Histogram:
 
 
 def statistics_of_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputStatistics:
-    """Without second moments; a few rows at a time, as counting takes many times their memory.
+    """A few rows at a time, as counting takes many times their memory.
 
     name: of the layer that reads them. rows: float32 [tokens, channels]. labels: int64 [tokens], TokenLabel values; None for
     all of one kind. Raises UserError naming the layer when a value is not finite.
     """
     channels = rows.shape[1]
-    statistics = InputStatistics(name, channels, with_gram=False)
+    statistics = InputStatistics(name, channels)
     kinds = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
     few = max(1, _COUNTED // channels)
     for part, kind in zip(rows.split(few), kinds.split(few), strict=True):

@@ -154,16 +154,6 @@ class Session:
             if not any(alive):
                 return
 
-    def generate_ids(
-        self,
-        prompts: Sequence[np.ndarray],
-        pixel_values: np.ndarray | None,
-        max_new_tokens: int,
-        stop_ids: frozenset[int],
-    ) -> Iterator[list[int | None]]:
-        """Greedy decoding of a batch of prompts: `start` and `generate` in one."""
-        return self.generate(self.start(prompts, pixel_values), max_new_tokens, stop_ids)
-
     def _empty(self, batch: int) -> Sequences:
         return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))
 

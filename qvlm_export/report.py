@@ -40,12 +40,10 @@ class BlockRow:
     by modality, on some inputs, rounded to nearest and as searched; held_back: before and after learning, on samples it did
     not see, as they count there.
 
-    choices: (linears, what was chosen for them). cost: block forwards and backwards.
+    cost: block forwards and backwards.
     """
 
     place: Place
-    folding: str
-    choices: tuple[tuple[str, str], ...]
     error: float
     nearest: Mapping[str, float]
     errors: Mapping[str, float]
@@ -119,6 +117,7 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
     facts = {
         "scheme": manifest.scheme,
         "effort": str(calibration.get("effort", "")),
+        "method": _settings(calibration.get("method")),
         "calibration": ", ".join(counts) + (f" of {calibration['data']}" if "data" in calibration else ""),
         "search cost": ", ".join(cost),
         "backend": re.sub(" +", " ", runtime).strip(),
@@ -133,8 +132,6 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
     return [
         BlockRow(
             place=place_of(block["name"]),
-            folding=block["folding"] or "-",
-            choices=tuple(_choice(layer, block["variants"]) for layer in block["layers"]),
             error=block["error"],
             nearest=block["compared"]["nearest"],
             errors=block["compared"]["searched"],
@@ -146,17 +143,13 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
     ]
 
 
-def _choice(layer: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
-    """The layer's linears, and its variant with the range that came out of it."""
-    names = list(layer["linears"])
-    found = [variant for first, variant in variants.items() if any(name.endswith(f".{first}") for name in names)]
-    if not found:
-        return _short(names), ""
-    variant, covered = found[0], layer["linears"][names[0]]["covered"]
-    said = [variant["rounding"], f"weights {variant['weight_ranges']}"]
-    said += [] if variant["ridge"] is None else [f"ridge {variant['ridge']:g}"]
-    said += [] if covered is None else [f"inputs to {covered:.0%}"]
-    return _short(names), ", ".join(said)
+def _settings(method: object) -> str:
+    """The settings of a search, nested ones too, in one line; a calibrator without settings has a name."""
+    if not isinstance(method, Mapping):
+        return str(method or "")
+    said = [_settings(value) if isinstance(value, Mapping) else f"{name.replace('_', ' ')} {value}"
+            for name, value in method.items() if value is not None]  # fmt: skip
+    return ", ".join(said)
 
 
 def layer_rows(calibration: Mapping[str, Any]) -> list[LayerRow]:

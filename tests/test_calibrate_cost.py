@@ -20,14 +20,14 @@ from calibrate.searched import calibrate_searched
     "method",
     [
         FAST,
-        Method(foldings=("expected",), objective="modality"),
-        Method(foldings=("none",), objective="logits", questions=3),
-        Method(foldings=("search", "none"), objective="logits", vision="own"),
-        Method(foldings=("search", "none"), objective="logits", vision="none"),
-        Method(foldings=("none",), variants=(Variant(rounding="nearest", ridge=None), Variant())),
-        Method(("none",), (TWO_SIDED,), "kl+logits", leverage=False),
-        Method(("none",), objective="logits", scrambled=3),
-        Method(("none",), (TWO_SIDED,), "kl+logits", questions=2, undecided=2),  # a random model is never decided
+        Method(folding="expected", objective="modality"),
+        Method(folding="none", objective="logits", questions=3),
+        Method(folding="search", objective="logits", vision="own"),
+        Method(folding="search", objective="logits", vision="none"),
+        Method(folding="none", variant=Variant(rounding="nearest", ridge=None)),
+        Method("none", TWO_SIDED, "kl+logits", leverage=False),
+        Method("none", objective="logits", scrambled=3),
+        Method("none", TWO_SIDED, "kl+logits", questions=2, undecided=2),  # a random model is never decided
     ],
 )
 def test_forwards_are_those_of_the_search(llava, tmp_path, method):
@@ -46,7 +46,7 @@ def test_forwards_of_learning(llava, tmp_path):
         plan_of(checkpoint, "int8"),
         mixed_samples(checkpoint)[:1] * 64,
     )
-    job, method = Calibration(blocks, checkpoint.source, plan, samples), Method(("none",), (NEAREST,), learn_steps=8)
+    job, method = Calibration(blocks, checkpoint.source, plan, samples), Method("none", NEAREST, learn_steps=8)
     found = calibrate_searched(job, CalibratedWriter(tmp_path), lambda *_: None, method)
     counted = calibration_cost(blocks, plan, samples, method)
     assert counted.forwards == pytest.approx(found["block_forwards"], rel=0.05)

@@ -1,4 +1,4 @@
-"""The soft-assignment entropy against a loop over all values and levels, and proxies on examples worked out by hand."""
+"""The soft-assignment entropy against a loop over all values and levels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate.entropy import (
-    code_entropy,
-    entropy_nats,
-    error_cosine,
-    flatness,
-    histogram_entropy,
-    lookahead_regret,
-    quantization_error,
-    soft_code_distribution,
-)
+from calibrate.entropy import entropy_nats, histogram_entropy, soft_code_distribution
 from calibrate.statistics import histogram_of
 
 BITS = st.sampled_from([3, 4, 6, 8])
+
+
+def code_entropy(values, scale, num_bits):
+    return entropy_nats(soft_code_distribution(values, scale, num_bits))
 
 
 def slow_distribution(values, scale, num_bits):
@@ -92,31 +87,3 @@ def test_many_values_are_assigned_in_parts():
     np.testing.assert_allclose(
         soft_code_distribution(many, 0.2, 6), soft_code_distribution(values, 0.2, 6), rtol=1e-9, atol=1e-15
     )
-
-
-def test_quantization_error_is_relative():
-    values = torch.tensor([1.0, 1.4, -2.0])
-    assert quantization_error(values, 1.0, 4) == pytest.approx(0.16 / (1 + 1.96 + 4))
-    assert quantization_error(values * 8, 8.0, 4) == pytest.approx(0.16 / 6.96)
-    assert quantization_error(torch.tensor([20.0]), 1.0, 4) == pytest.approx((13 / 20) ** 2)  # clipped to 7
-    assert quantization_error(torch.zeros(3), 1.0, 4) == 0.0
-
-
-def test_cosine_of_errors():
-    one = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-    assert error_cosine(one, 3 * one) == pytest.approx(1)
-    assert error_cosine(one, -one) == pytest.approx(-1)
-    assert error_cosine(one, one.flip(1)) == pytest.approx(0)
-    assert error_cosine(one, torch.zeros(2, 2)) == 0.0
-
-
-def test_regret_of_a_choice_at_the_next_layer():
-    assert lookahead_regret([3, 1, 2], [4, 6, 5]) == pytest.approx(0.5)  # chooses 6, where 4 was there
-    assert lookahead_regret([3, 1, 2], [9, 2, 8]) == 0.0
-    assert lookahead_regret([1, 2], [1, 0]) == math.inf
-
-
-def test_flatness_of_an_optimum():
-    assert flatness([4, 1, 2]) == 0.5
-    assert flatness([1, 1, 5]) == 1.0
-    assert flatness([0, 0]) == 1.0

@@ -90,7 +90,7 @@ def test_a_group_that_is_quantized_in_part_is_folded():
         module.self_attn.q_proj.weight[:, 7] /= 64
         for folding in ("none", "expected"):
             own = copy.deepcopy(module)
-            method = Method((folding,), (Variant(activation_ranges="absmax", ridge=None),))
+            method = Method(folding, Variant(activation_ranges="absmax", ridge=None))
 
             def run(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
                 read = part.input_layernorm(x)

@@ -233,7 +233,7 @@ def test_a_killed_measurement_goes_on_behind_its_last_block(
     if parts > 1:
         monkeypatch.setattr(influence, "PART_VALUES", 1)
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:parts])
-    method = Method(variants=(TWO_SIDED,), objective="modality", learn_steps=1)
+    method = Method(variant=TWO_SIDED, objective="modality", learn_steps=1)
     shares: list[float] = []
     whole = measure_influence(job, alone(job), method, shares.append)
     assert shares == sorted(shares)
@@ -286,7 +286,7 @@ def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
 
 def test_metrics_weigh_gradients_by_the_leverage_of_inputs(job: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     """G = sum of x^T H^-1 x g g^T, with H over all tokens, weighted as in the search; against float64, a token at a time."""
-    method = Method(variants=(TWO_SIDED,), objective="logits")
+    method = Method(variant=TWO_SIDED, objective="logits")
     found = measure_influence(job, alone(job), method)
     rows: list[torch.Tensor] = []
     gradients: dict[str, list[torch.Tensor]] = {}
@@ -312,7 +312,7 @@ def test_metrics_weigh_gradients_by_the_leverage_of_inputs(job: Calibration, mon
 
 def test_a_small_model_runs_forwards_once(job: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same bits as by computing again, weights read once; a killed run computes again what lay in memory."""
-    method = Method(variants=(TWO_SIDED,), objective="logits")
+    method = Method(variant=TWO_SIDED, objective="logits")
     source = Counted(job)
     found = measure_influence(replace(job, source=source), alone(job), method)  # type: ignore[arg-type]
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {1}

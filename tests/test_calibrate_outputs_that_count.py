@@ -38,7 +38,7 @@ def searched(scheme: LinearScheme, counting: int, variant: Variant) -> tuple[tor
     module, inputs = Reader(), [torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(1))]
     metric = torch.zeros(2, 2)
     metric[counting, counting] = 1.0
-    method = Method(("expected",), (variant,))
+    method = Method("expected", variant)
     search = BlockSearch(module, {"mlp.fc1": scheme}, nn.Module.__call__, method, metrics={"mlp.fc1": metric})
     wanted, found = search.search(inputs, inputs)
     errors = (found[0] - wanted[0]).square().mean((0, 1))

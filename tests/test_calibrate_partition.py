@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrate.partition import (
-    descent_cost,
     entropy_dependencies,
-    layerwise,
     median_thresholds,
-    partition_by_budget,
     partition_by_rule,
-    regret_dependencies,
-    tree_cost,
 )
 
 
@@ -31,39 +25,11 @@ def all_partitions(layers, boundaries, max_depth):
             yield blocks
 
 
-def captured(blocks, dependencies):
-    return sum(dependencies[k] for block in blocks for k in block[:-1])
-
-
 @st.composite
 def chains(draw):
     layers = draw(st.integers(1, 9))
     dependencies = draw(st.lists(st.integers(0, 20).map(float), min_size=layers - 1, max_size=layers - 1))
     return layers, dependencies, draw(st.sets(st.integers(0, layers))), draw(st.integers(1, 4))
-
-
-@settings(deadline=None, max_examples=150)
-@given(chains(), st.integers(2, 6), st.booleans(), st.integers(0, 400))
-def test_the_budgeted_partition_is_the_best_of_all(chain, candidates, descends, spare):
-    layers, dependencies, boundaries, max_depth = chain
-
-    def cost(depth):
-        return descent_cost(depth, candidates, 2) if descends else tree_cost(depth, candidates)
-
-    def spent(blocks):
-        return sum(cost(len(b)) for b in blocks)
-
-    budget = layers * cost(1) + spare
-    got = partition_by_budget(dependencies, boundaries, cost, budget, max_depth)
-    possible = list(all_partitions(layers, boundaries, max_depth))
-    assert got in possible
-    value, price = max((captured(b, dependencies), -spent(b)) for b in possible if spent(b) <= budget)
-    assert (captured(got, dependencies), -spent(got)) == (value, price)
-
-
-def test_a_budget_below_layer_by_layer_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"a budget of 14 layer forwards for 3 layers, but one by one cost 15"):
-        partition_by_budget([1, 1], (), lambda depth: tree_cost(depth, 5), 14)
 
 
 @settings(deadline=None, max_examples=150)
@@ -104,26 +70,3 @@ def test_thresholds_are_medians_among_layers_of_as_many_bits():
     entropies, bits = [5.0, 1.0, 2.0, 3.0, 7.0], [8, 4, 4, 4, 8]
     assert median_thresholds(entropies, bits) == [2.0, 2.0, 2.0, 6.0]
     assert entropy_dependencies(entropies) == [1.0, 2.0, 3.0, 7.0]
-
-
-def test_regret_is_an_alternative_dependency():
-    own, ahead = [[3, 1], [1, 2], [5, 4]], [[4, 6], [1, 2]]
-    assert regret_dependencies(own, ahead) == [0.5, 0.0]
-    assert partition_by_rule(regret_dependencies(own, ahead), [0.01] * 2, ()) == (range(0, 3),)
-    assert partition_by_rule(regret_dependencies(own, ahead), [0.01] * 2, (), max_depth=2) == (range(0, 2), range(2, 3))
-    with pytest.raises(ValueError, match="zip"):
-        regret_dependencies(own, ahead[:1])
-
-
-def test_costs():
-    assert [tree_cost(d, 5) for d in (1, 2, 3)] == [5, 30, 155]
-    assert descent_cost(1, 5, 1) == 5
-    assert descent_cost(4, 5, 2) == 4 + 2 * 4 * (4 + 3 + 2 + 1)
-    assert layerwise(3) == (range(0, 1), range(1, 2), range(2, 3))
-
-
-def test_a_model_of_true_size_takes_no_time():
-    dependencies = [math.sin(k * k) + 1 for k in range(279)]  # 40 layers of a 13B decoder, 24 of its tower, a projector
-    blocks = partition_by_budget(dependencies, range(0, 280, 4), lambda depth: tree_cost(depth, 5), 6000)
-    assert sum(len(b) for b in blocks) == 280
-    assert sum(tree_cost(len(b), 5) for b in blocks) <= 6000

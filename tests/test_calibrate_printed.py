@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -13,7 +12,6 @@ from quantized_module import quantized_output
 from small_export import make_sample, mixed_samples, plan_of
 from torch import nn
 
-import calibrate.printed
 from calibrate.blocks import linear_of, make_blocks, resident
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.errors import UserError
@@ -22,15 +20,12 @@ from calibrate.job import Calibration
 from calibrate.joint import PAPER_CLIPS, linear_outputs, relative_error, replayed
 from calibrate.layers import Clips, LayerInput, PlannedLayer
 from calibrate.printed import (
-    Divided,
-    by_budget,
     calibrate_percentile,
     calibrate_printed,
     entropy_blocks,
     measure_inputs,
     search_block,
 )
-from calibrate.regret import Regrets
 from calibrate.scheme import W8A8, LinearScheme
 from calibrate.simulate import DequantizedSource, recorded, simulated_step
 from calibrate.statistics import histogram_of
@@ -39,7 +34,6 @@ from qvlm_export.checkpoint import open_checkpoint
 
 W4A4 = LinearScheme(4, 4, 64)
 LAST = "language_model.model.layers.1"
-BY_BUDGET = functools.partial(calibrate_printed, partition="budget")
 
 
 def block_of(checkpoint, kind):
@@ -181,71 +175,6 @@ def test_block_forwards_and_bytes_are_the_same_twice(llava, tmp_path):
     # Both samples pass 2 decoder layers, the one with pictures 3 vision layers and the projector, twice.
     assert one.summary["block_forwards"] == 2 * (2 * 2 + 4) + forwards * 2 / 4
     assert set(one.schemes) == set(plan)
-    assert not {"partition", "regrets"} & set(one.summary)  # the record of the paper's rule is what it always was
-
-
-def test_measuring_regrets_is_counted(llava, tmp_path):
-    checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    plan = {n: s for n, s in plan_of(checkpoint, "int8").items() if n.startswith(LAST)}
-    samples = mixed_samples(checkpoint)[1:3]
-    found = calibrated(checkpoint, plan, tmp_path / "c", method=BY_BUDGET, samples=samples)
-    forwards = sum(block["layer_forwards"] for block in found.summary["blocks"])
-    # A third run, five ranges of each of the four layers judged at its own output and of all but the last one layer on.
-    assert found.summary["block_forwards"] == round(3 * (2 * 2 + 4) + (forwards + 4 * 5 + 3 * 5) * 2 / 4)
-    assert forwards == 2 * found.summary["search_cost"]  # activations, then weights
-
-
-def module_of(name):
-    return name.partition(".")[0] if name.startswith("multi_modal") else name.partition(".layers.")[2][0]
-
-
-def partitions_of(count):
-    """Every way to cut a module of so many layers into blocks of at most three."""
-    for cuts in itertools.product([False, True], repeat=count - 1):
-        places = [0, *(k + 1 for k, cut in enumerate(cuts) if cut), count]
-        if max(b - a for a, b in itertools.pairwise(places)) <= 3:
-            yield [b - a for a, b in itertools.pairwise(places)]
-
-
-def test_blocks_by_budget_hold_most_regret_of_all_that_cost_no_more_than_the_rule_s(llava, tmp_path):
-    checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    plan = {n: s for n, s in plan_of(checkpoint, "sim-w4a4").items() if not n.startswith("vision_tower")}
-    rule, found = (calibrated(checkpoint, plan, tmp_path / p, method=functools.partial(calibrate_printed, partition=p))
-                   for p in ("rule", "budget"))  # fmt: skip
-    said = found.summary
-    cost = {depth: sum(5**d for d in range(1, depth + 1)) for depth in (1, 2, 3)}
-    depths = [[len(block["layers"]) for block in summary["blocks"]] for summary in (rule.summary, said)]
-    assert said["partition"] == "budget"
-    assert [said["search_budget"], said["search_cost"]] == [sum(cost[d] for d in own) for own in depths]
-    assert said["entropy_thresholds"] == rule.summary["entropy_thresholds"]
-    firsts = [layer["linears"][0] for block in said["blocks"] for layer in block["layers"]]
-    regrets = {tuple(pair["layers"]): pair["regret"] for pair in said["regrets"]}
-    pairs = itertools.pairwise(firsts)
-    assert list(regrets) == [(a, b) for a, b in pairs if module_of(a) == module_of(b)]
-
-    def held(blocks):
-        starts = list(itertools.accumulate(blocks, initial=0))
-        return sum(regrets[firsts[k], firsts[k + 1]] for a, b in itertools.pairwise(starts) for k in range(a, b - 1))
-
-    whole = (list(itertools.chain(*parts)) for parts in itertools.product(*map(partitions_of, (2, 4, 4))))
-    possible = [blocks for blocks in whole if sum(cost[d] for d in blocks) <= said["search_budget"]]
-    most = max(held(blocks) for blocks in possible)
-    assert depths[1] in possible
-    assert held(depths[1]) == pytest.approx(most)
-    assert most > held(depths[0]) > 0
-    assert said["search_cost"] == min(sum(cost[d] for d in b) for b in possible if held(b) == pytest.approx(most))
-
-
-def test_a_budget_goes_to_the_pair_that_gains_most(monkeypatch):
-    inputs = [LayerInput(block, (f"x{k}",), 4, 1.0, {}) for k, block in enumerate("aaabb")]
-    rule = Divided(inputs, (range(0, 1), range(1, 3), range(3, 4), range(4, 5)), 7, {"entropy_thresholds": {}})
-    monkeypatch.setattr(calibrate.printed, "measure_regrets", lambda *_: Regrets([math.inf, 0.5, 0.0, 9.0], 2.5))
-    found = by_budget(None, rule)
-    assert found.blocks == (range(0, 2), range(2, 3), range(3, 4), range(4, 5))
-    assert found.forwards == 9.5
-    assert (found.said["search_budget"], found.said["search_cost"]) == (45, 45)
-    pairs = [(pair["layers"], pair["regret"]) for pair in found.said["regrets"]]
-    assert pairs == [(["a.x0", "a.x1"], None), (["a.x1", "a.x2"], 0.5), (["b.x3", "b.x4"], 9.0)]  # JSON has no infinity
 
 
 def test_blocks_end_with_the_module_and_thresholds_are_by_bits():
@@ -274,14 +203,13 @@ def test_inputs_are_measured_on_the_float_model(llava):
         assert amax[-1] < amax[0]
 
 
-@pytest.mark.parametrize("method", [calibrate_printed, BY_BUDGET])
-def test_what_cannot_be_calibrated_is_named(llava, tmp_path, method):
+def test_what_cannot_be_calibrated_is_named(llava, tmp_path):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     text = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
     with pytest.raises(UserError, match=r"^vision_tower.*no calibration sample reached it"):
-        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", method=method, samples=text)
+        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=text)
     good, bad = (make_sample(checkpoint, words=8, images=1, seed=seed) for seed in range(2))
     bad.pixel_values[0, 0, 0, 0] = np.nan
     name = r"^vision_tower\.vision_model\.encoder\.layers\.0\.self_attn\.q_proj: activations of batch 1 are not finite"
     with pytest.raises(UserError, match=name):
-        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", method=method, samples=[good, bad])
+        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=[good, bad])

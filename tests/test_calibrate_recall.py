@@ -16,7 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from calibrate.fold import groups_of
-from calibrate.method import Method, Variant
+from calibrate.method import Method
 from calibrate.quantize import fake_quantize
 from calibrate.recall import recalled
 from calibrate.scheme import W8A8, LinearScheme
@@ -53,16 +53,15 @@ def block(kind: str) -> tuple[nn.Module, Run]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", [W8A8, INT4])
 @pytest.mark.parametrize("left_out", ["", "o_proj", "fc1", "up_proj"])
-@pytest.mark.parametrize("variants", [(Variant(),), (Variant(rounding="nearest"), Variant())])
-def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out, variants):
+def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out):
     """Whatever is not planned, too; while the hooks that round inputs are there."""
     module, run = block(kind)
     inputs = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)]
     plan = {n: scheme for n, m in module.named_modules() if isinstance(m, nn.Linear) and not (left_out and left_out in n)}
-    search = BlockSearch(module, plan, run, Method(("expected",), variants))
+    search = BlockSearch(module, plan, run, Method("expected"))
     groups = [g for g in groups_of(module) if any(name in plan for name in g.linears)]
     with ExitStack() as hooks:
-        candidate = Candidate("expected", module, module, hooks)
+        candidate = Candidate(module, module, hooks)
         search._quantize(candidate, groups, inputs, inputs)  # hooks are gone when `search` returns
         resumed = search._resumed(candidate, inputs)
         whole = [run(candidate.rounded, x) for x in inputs]
@@ -87,7 +86,7 @@ def test_every_linear_computes_once(kind):
     module, run = block(kind)
     inputs, attended = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], []
     plan = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-    search = BlockSearch(module, plan, run, Method(("none",)))
+    search = BlockSearch(module, plan, run, Method("none"))
     module.self_attn.register_forward_hook(lambda *_: attended.append(1))
     with Products() as products:
         search.search(inputs, inputs)
@@ -106,7 +105,7 @@ def test_an_input_is_rounded_once_for_all_linears_that_read_it(kind, monkeypatch
     plan = {n: W8A8 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     for place in ("group", "search"):
         monkeypatch.setattr(f"calibrate.{place}.fake_quantize", lambda x, *how: rounded.append(x) or fake_quantize(x, *how))
-    BlockSearch(module, plan, run, Method(("none",))).search(inputs, inputs)
+    BlockSearch(module, plan, run, Method("none")).search(inputs, inputs)
     assert len(rounded) == 2 * len(groups_of(module))
 
 

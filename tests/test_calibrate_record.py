@@ -17,7 +17,7 @@ from calibrate.absmax import calibrate_absmax
 from calibrate.baseline import Baseline, round_to_nearest
 from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
-from calibrate.entropy import code_entropy
+from calibrate.entropy import entropy_nats, soft_code_distribution
 from calibrate.errors import UserError
 from calibrate.fidelity import Fidelity, linear_record
 from calibrate.job import Calibration
@@ -34,7 +34,7 @@ from calibrate.statistics import TokenLabel
 from calibrate.walk import plain_step, walk_language, walk_vision
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
 
-SIMPLE = Method(foldings=("none",), variants=(Variant(),))
+SIMPLE = Method(folding="none", variant=Variant())
 
 
 def answered(checkpoint: Checkpoint) -> list[Sample]:
@@ -198,13 +198,13 @@ def test_linears_against_what_is_stored(int4: CalibratedCheckpoint, checkpoint: 
 def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows kept on their way through the search give the same coverage and entropy as the histograms."""
     kept: list[dict[str, torch.Tensor]] = []
-    choose = BlockSearch._choose_variant
+    choose = BlockSearch._quantize_group
 
     def watching(self: BlockSearch, candidate: Any, group: Any, *rest: Any) -> None:
         kept.append({group.linears[0]: rest[1].clone()})  # the rows seen, after those wanted
         choose(self, candidate, group, *rest)
 
-    monkeypatch.setattr(BlockSearch, "_choose_variant", watching)
+    monkeypatch.setattr(BlockSearch, "_quantize_group", watching)
     job = job_of(checkpoint, "int8", answered(checkpoint))
 
     class Nothing(CalibratedWriter):
@@ -219,7 +219,9 @@ def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monk
         assert name.endswith(first)
         assert record["covered"] == pytest.approx(127 * record["input_scale"] / float(seen.abs().max()))
         assert layer["bits"] == 8
-        assert layer["entropy"] == pytest.approx(code_entropy(seen, record["input_scale"], 8), abs=0.01)
+        assert layer["entropy"] == pytest.approx(
+            entropy_nats(soft_code_distribution(seen, record["input_scale"], 8)), abs=0.01
+        )
     assert any(linear["covered"] < 0.99 for layer in layers for linear in layer["linears"].values())
 
 
@@ -279,7 +281,7 @@ def test_the_record_is_json_without_infinities(int4: CalibratedCheckpoint) -> No
 
 
 def test_learning_moves_the_ranges_that_are_recorded(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    method = Method(foldings=("none",), variants=(NEAREST,), learn_steps=32)
+    method = Method(folding="none", variant=NEAREST, learn_steps=32)
     found = calibrated(checkpoint, "sim-w4a4", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
     assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in found.summary["blocks"])
     for name, record in linears_of(found).items():

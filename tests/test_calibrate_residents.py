@@ -51,7 +51,7 @@ class SameThread:
 
 def searched_briefly(*arguments: Any) -> dict[str, Any]:
     """Without the loop over columns, which takes long where it is only pretended."""
-    return calibrate_searched(*arguments, Method(("search",), (Variant(rounding="nearest"),)))
+    return calibrate_searched(*arguments, Method("search", Variant(rounding="nearest")))
 
 
 def on_both(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any) -> list[CalibratedCheckpoint]:

@@ -110,7 +110,7 @@ def test_ranges_cover_words_that_no_sample_has(llava, tmp_path, monkeypatch) -> 
     job, scales = Calibration(blocks, checkpoint.source, plan, samples), {}
     for count in (0, 6):
         writer = CalibratedWriter(tmp_path / str(count))
-        summary = calibrate_searched(job, writer, lambda *_: None, replace(FAST, foldings=("none",), scrambled=count))
+        summary = calibrate_searched(job, writer, lambda *_: None, replace(FAST, folding="none", scrambled=count))
         writer.finish(checkpoint.config_json, summary)
         assert summary["scrambled"] == len(scrambled(samples, count, odds, blocks.image_token_id, 0))
         assert summary["prompts"] == len(samples) + summary["scrambled"]

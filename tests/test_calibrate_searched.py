@@ -18,7 +18,7 @@ from calibrate.blocks import make_blocks
 from calibrate.calibrated import CalibratedCheckpoint, CalibratedWriter
 from calibrate.factor import LARGE
 from calibrate.job import Calibration, Progress
-from calibrate.method import FAST, FULL, Method, Variant
+from calibrate.method import FAST, FULL, Method
 from calibrate.searched import calibrate_searched
 from calibrate.simulate import DequantizedSource, simulated_step
 from calibrate.two_sided import SKETCHED
@@ -63,27 +63,6 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     assert there[2] < 0.8 * there[0]
     # Of four samples and a random model, `full` learns little about other prompts, and which outputs count.
     assert there[2] < 2 * there[1]
-
-
-def test_a_choice_never_ends_with_a_worse_block_than_one_of_its_parts(llava, tmp_path):
-    checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    foldings = ("search", "none")
-
-    def errors(method: Method, name: str) -> list[float]:
-        found = calibrated(checkpoint, "int8", tmp_path / name, lambda *given: calibrate_searched(*given, method=method))
-        return [block["error"] for block in found.summary["blocks"]]
-
-    both, *alone = (errors(Method(foldings=f), "-".join(f)) for f in (foldings, *((folding,) for folding in foldings)))
-    assert both[0] == min(part[0] for part in alone)  # later blocks see another prefix
-
-
-def test_the_block_decides_between_variants(llava, tmp_path):
-    checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    careless, careful = Variant(rounding="nearest", ridge=None), Variant()
-    method = Method(variants=(careless, careful))
-    found = calibrated(checkpoint, "int4", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
-    chosen = [variant["rounding"] for block in found.summary["blocks"] for variant in block["variants"].values()]
-    assert chosen.count("gptq") > 0.9 * len(chosen)
 
 
 def test_the_tower_is_optimised_for_the_language_model_for_itself_or_not_at_all(llava, tmp_path):
@@ -136,7 +115,7 @@ def test_no_hook_is_left_behind(llava, tmp_path, steps):
 
 def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Every step of `full`, fewer of each."""
-    return calibrate_searched(job, writer, progress, replace(FULL, foldings=("search", "smooth-0.5"), learn_steps=20))
+    return calibrate_searched(job, writer, progress, replace(FULL, folding="search", learn_steps=20))
 
 
 def assert_threads_do_not_show(checkpoint, preset, folder, method, more=2) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from calibrate.errors import UserError
 from calibrate.samples import Sample
-from calibrate.statistics import ALL, DECODE, PREFILL, InputStatistics, TokenLabel, histogram_of, token_labels
+from calibrate.statistics import ALL, InputStatistics, TokenLabel, token_labels
 
 FRACTIONS = (1.0, 0.995, 0.99, 0.985, 0.98, 0.5, 0.01)
 
@@ -39,21 +39,17 @@ def chosen(rows, labels, wanted):
 
 
 @settings(deadline=None, max_examples=80)
-@given(batches(), st.sampled_from([ALL, PREFILL, DECODE, (TokenLabel.PROMPT,)]))
-def test_counts_ranges_and_second_moments_are_those_of_the_whole(data, wanted):
+@given(batches(), st.sampled_from([ALL, (TokenLabel.PROMPT,), (TokenLabel.IMAGE, TokenLabel.ANSWER)]))
+def test_counts_and_ranges_are_those_of_the_whole(data, wanted):
     rows, labels, cuts = data
     statistics, mine = gather(rows, labels, cuts), chosen(rows, labels, wanted)
     assert statistics.tokens(wanted) == len(mine)
     amax = np.abs(mine).max(0) if len(mine) else np.zeros(rows.shape[1])
     np.testing.assert_array_equal(statistics.amax(wanted).numpy(), amax)
-    wide = mine.astype(np.float64)
-    size = np.sqrt((wide**2).sum(0))
-    error = np.abs(statistics.gram(wanted).numpy() - wide.T @ wide)
-    assert (error <= 3e-6 * size[:, None] * size + 1e-37).all()
 
 
 @settings(deadline=None, max_examples=80)
-@given(batches(), st.sampled_from([ALL, PREFILL, DECODE]), st.sampled_from(FRACTIONS))
+@given(batches(), st.sampled_from([ALL, (TokenLabel.IMAGE, TokenLabel.PROMPT)]), st.sampled_from(FRACTIONS))
 def test_percentiles_are_at_most_a_bin_above_the_exact_ones(data, wanted, fraction):
     rows, labels, cuts = data
     histogram, mine = gather(rows, labels, cuts).histogram(wanted), chosen(rows, labels, wanted)
@@ -72,31 +68,10 @@ def test_percentiles_are_at_most_a_bin_above_the_exact_ones(data, wanted, fracti
 @given(batches())
 def test_the_split_into_batches_does_not_matter(data):
     rows, labels, cuts = data
-    for wanted in (ALL, DECODE):
+    for wanted in (ALL, (TokenLabel.ANSWER,)):
         one, two = gather(rows, labels, []).histogram(wanted), gather(rows, labels, cuts).histogram(wanted)
         assert (one.width, one.amax) == (two.width, two.amax)
         assert torch.equal(one.counts, two.counts)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 4, 6, 8]), st.floats(0.01, 1.2))
-def test_code_distributions_miss_only_bins_that_hold_a_border(seed, num_bits, fraction):
-    values = np.random.default_rng(seed).standard_t(3, 500).astype(np.float32)
-    histogram = histogram_of(values)
-    scale = float(np.abs(values).max()) * fraction / (2 ** (num_bits - 1) - 1)
-    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
-
-    def codes_of(x):
-        return np.clip(np.rint(x / scale), low, high).astype(int)
-
-    exact = np.bincount(codes_of(values.astype(np.float64)) - low, minlength=high - low + 1) / values.size
-    edges, signs = np.floor(np.abs(values) / histogram.width) * histogram.width, np.sign(values)
-    # Values in a bin that holds a border; the lowest code has no positive twin, so the side matters.
-    split = (codes_of(edges * signs) != codes_of((edges + histogram.width) * signs)).mean()
-    got = histogram.code_distribution(scale, num_bits).numpy()
-    assert np.abs(got - exact).sum() <= 2 * split + 1e-9
-    assert got.sum() == pytest.approx(1)
-    assert split < 0.2
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-42, -1e-42, 3.4e38, -3.4e38, 1.0, -1.0])
@@ -114,7 +89,6 @@ def test_extreme_values_are_counted(value):
 def test_labels_of_a_sample():
     sample = Sample(np.array([1, 9, 9, 5, 6, 7, 2]), np.zeros((1, 3, 2, 2), np.float32), answer_start=5)
     assert token_labels(sample, 9).tolist() == [1, 0, 0, 1, 1, 2, 2]
-    assert set(PREFILL) | set(DECODE) == set(TokenLabel)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -127,15 +101,8 @@ def test_values_that_are_not_finite_are_named_and_not_added(value):
     assert statistics.histogram().amax == 1.0
 
 
-def test_second_moments_can_be_left_out():
-    statistics = InputStatistics("layer", 4, with_gram=False)
-    statistics.update(torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="second moments were not gathered"):
-        statistics.gram()
-
-
 def test_zeros_first_do_not_make_the_bins_wide():
-    statistics = InputStatistics("x", 1, with_gram=False)
+    statistics = InputStatistics("x", 1)
     for value in (0.0, 0.3):
         statistics.update(torch.full((2, 1), value), torch.zeros(2, dtype=torch.int64))
     assert statistics.histogram().width <= 2 * 0.3 / 2**14

@@ -24,7 +24,7 @@ class InterruptedRunError(Exception):
 
 
 def calibrate_searched_briefly(*arguments: Any) -> dict[str, Any]:
-    return calibrate_searched(*arguments, Method(foldings=("none",)))
+    return calibrate_searched(*arguments, Method(folding="none"))
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_cache_can_be_filled_to_the_last_slot(llava, tmp_path):
     rng = np.random.default_rng(6)
     ids = prompt(rng, 0, 20)
     session = export_session(folder, tmp_path, "float32", Limits(len(ids) + 3))
-    produced = [step[0] for step in session.generate_ids([ids], None, 50, frozenset())]
+    produced = [step[0] for step in session.generate(session.start([ids]), 50, frozenset())]
     assert len(produced) == 3
     model = reference(folder)
     for token in produced:
@@ -121,7 +121,7 @@ def test_fifty_greedy_generations_are_identical(llava, tmp_path, geometry):
         counts = rng.integers(0, 3, 5)
         rows = [prompt(rng, n, int(rng.integers(1, 20))) for n in counts]
         shown = [pixels(rng, n) for n in counts]
-        steps = list(session.generate_ids(rows, np.concatenate(shown), 8, frozenset()))
+        steps = list(session.generate(session.start(rows, np.concatenate(shown)), 8, frozenset()))
         for row, ids in enumerate(rows):
             given = {"pixel_values": torch.tensor(shown[row])} if counts[row] else {}
             tensor = torch.tensor(ids)[None]
@@ -136,9 +136,9 @@ def test_a_stopped_sequence_stays_silent(llava, tmp_path):
     rng = np.random.default_rng(8)
     rows = [prompt(rng, 0, 4), prompt(rng, 0, 9)]
     session = export_session(folder, tmp_path, "float32", Limits(64, max_batch=2))
-    free = list(session.generate_ids(rows, None, 6, frozenset()))
+    free = list(session.generate(session.start(rows), 6, frozenset()))
     stop = free[0][0]
-    held = list(session.generate_ids(rows, None, 6, frozenset({stop})))
+    held = list(session.generate(session.start(rows), 6, frozenset({stop})))
     assert held[0] == free[0]
     assert all(step[0] is None for step in held[1:])
     assert [step[1] for step in held] == [step[1] for step in free[: len(held)]]

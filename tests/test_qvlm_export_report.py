@@ -141,7 +141,6 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
     assert len(rows) == len(records) == 6
     for cells, record in zip(rows, records, strict=True):
         row = dict(zip(head, cells, strict=True))
-        assert row["folding"] == record["folding"]
         assert row["all"] == f"{record['error']:.2e}"
         compared = record["compared"]
         for name in ("image", "prompt", "answer"):
@@ -150,9 +149,6 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
         assert (row["held back, before"], row["after"]) == ("-", "-")  # nothing is learned
         assert float(row["forwards"]) == record["forwards"]
         assert row["backwards"] == str(record["backwards"])
-        for first, variant in record["variants"].items():
-            assert first.rpartition(".")[2] in row["chosen"]
-            assert f"ridge {variant['ridge']:g}" in row["chosen"]
     vision = [f"vision_tower {n}" for n in range(3)]
     assert [row[0] for row in rows] == [*vision, "projector", "language_model 0", "language_model 1"]
 
@@ -273,7 +269,7 @@ def test_a_record_of_the_printed_method_has_its_entropies(fast: Manifest) -> Non
 
 def test_names_are_escaped(fast: Manifest) -> None:
     hostile = "</title><script>alert('$x^2$')</script>&amp;\"'"
-    blocks = [{**block, "folding": hostile, "name": hostile} for block in fast.calibration["blocks"]]
+    blocks = [{**block, "name": hostile} for block in fast.calibration["blocks"]]
     manifest = replace(
         fast,
         model={**fast.model, "name": hostile},
@@ -286,7 +282,7 @@ def test_names_are_escaped(fast: Manifest) -> None:
     page = Page(report_html(manifest))
     assert "script" not in page.tags
     assert page.headings[0] == hostile
-    assert page.tables["blocks"][1][:2] == [hostile, hostile]
+    assert page.tables["blocks"][1][0] == hostile
     assert hostile in {cells[-1] for cells in page.tables["linears"]}
 
 
@@ -295,12 +291,11 @@ def test_errors_that_are_zero_or_missing_do_not_stop_it(fast: Manifest) -> None:
         **fast.calibration["blocks"][0],
         "compared": {"inputs": 1, "nearest": {"image": 0.0}, "searched": {"image": 0.0}},
         "error": 0.0,
-        "folding": None,
         "held_back_errors": [0.5, 0.25],
     }
-    silent = {**block, "variants": {}, "layers": []}
+    silent = {**block, "layers": []}
     page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, silent]})))
-    assert [row[1] for row in page.tables["blocks"][1:]] == ["-", "-"]
+    assert [row[0] for row in page.tables["blocks"][1:]] == ["vision_tower 0", "vision_tower 0"]
     head, row = page.tables["blocks"][0], page.tables["blocks"][1]
     assert [row[head.index(name)] for name in ("held back, before", "after")] == ["5.00e-01", "2.50e-01"]
     assert PLOTS[0] not in page.headings

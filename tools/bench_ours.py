@@ -60,31 +60,25 @@ def _searching(method: Method) -> Calibrator:
 
 def _changed(whole: Method, **settings: Any) -> Method:
     """`fast` or `full`, its variant changed."""
-    return replace(whole, variants=tuple(replace(variant, **settings) for variant in whole.variants))
+    return replace(whole, variant=replace(whole.variant, **settings))
 
 
 GPTQ = Variant(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
 ROWS = (
     OurRow("rtn", "round-to-nearest, absmax", calibrate_absmax),
     OurRow("percentile", "layer-wise percentile", calibrate_percentile),
-    OurRow("smoothquant", "SmoothQuant", _searching(Method(("smoothquant",), (NEAREST,)))),
-    OurRow("awq", "AWQ-style", _searching(Method(("awq",), (NEAREST,)))),
-    OurRow("gptq", "GPTQ", _searching(Method(("none",), (GPTQ,)))),
-    OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(Method(("search",), (Variant(ridge=None),)))),
+    OurRow("smoothquant", "SmoothQuant", _searching(Method("smoothquant", NEAREST))),
+    OurRow("awq", "AWQ-style", _searching(Method("awq", NEAREST))),
+    OurRow("gptq", "GPTQ", _searching(Method("none", GPTQ))),
+    OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(Method("search", Variant(ridge=None)))),
     OurRow("printed", "Q-VLM as printed", calibrate_printed),
-    OurRow(
-        "printed: budget",
-        "Q-VLM, blocks by regret under the same budget",
-        functools.partial(calibrate_printed, partition="budget"),
-    ),
     OurRow("fast", "ours, fast", calibrate_searched),
     OurRow("full", "ours, full", calibrate_full),
     *(
         OurRow(f"fast: {name}", f"fast, {name}", _searching(method), main=())
         for name, method in {
-            "clips jointly": replace(FAST, clips="joint"),
-            "no folding": replace(FAST, foldings=("none",)),
-            "folding by one exponent": replace(FAST, foldings=("search",)),
+            "no folding": replace(FAST, folding="none"),
+            "folding by one exponent": replace(FAST, folding="search"),
             "tokens by logits": replace(FAST, objective="logits"),
             "tokens by modality": replace(FAST, objective="modality"),
             "no aiming": _changed(FAST, ridge=None),
@@ -110,8 +104,8 @@ ROWS = (
             "factors and ranges by the output as it is": _changed(FULL, by_output=False),
             "tower for itself": replace(FULL, vision="own"),
             "tower rounded to nearest": replace(FULL, vision="none"),
-            "no folding": replace(FULL, foldings=("none",)),
-            "folding by one exponent": replace(FULL, foldings=("search",)),
+            "no folding": replace(FULL, folding="none"),
+            "folding by one exponent": replace(FULL, folding="search"),
             "largest values as ranges": _changed(FULL, activation_ranges="absmax"),
             "weights clipped": _changed(FULL, weight_ranges="output"),
             "largest weights as ranges": _changed(FULL, weight_ranges="absmax"),

@@ -27,13 +27,19 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from study_proxies import (
+    code_entropy,
+    error_cosine,
+    flatness,
+    lookahead_regret,
+    pair_errors,
+    quantization_error,
+)
 from tiny_chain import Chain, open_chain, with_quantized_prefix
 
-from calibrate.entropy import code_entropy, error_cosine, flatness, lookahead_regret, quantization_error
 from calibrate.joint import PAPER_CLIPS, Clip, Layer, Outputs, relative_error, search_tree
 from calibrate.layers import Clips
 from calibrate.quantize import activation_scale
-from calibrate.regret import pair_errors
 from calibrate.samples import Sample
 from calibrate.scheme import bits_of
 from qvlm_export.checkpoint import Checkpoint, open_checkpoint
