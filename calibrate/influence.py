@@ -30,7 +30,7 @@ from calibrate.fold import linears_of
 from calibrate.heap import trim_heap
 from calibrate.job import Calibration, check_outputs
 from calibrate.method import Method
-from calibrate.products import product
+from calibrate.products import few_rows_on_one_thread, product
 from calibrate.recombine import Mixed, Prompts, flat, shown
 from calibrate.record import labels_of
 from calibrate.residents import residents
@@ -252,7 +252,8 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
             likely = logits.detach().softmax(-1)
             turned = likely.sqrt() * signs(logits)
             probe = probe + turned - likely * turned.sum(-1, keepdim=True)
-        torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
+        with few_rows_on_one_thread(logits):
+            torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
 
 
 def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]:

@@ -4,7 +4,8 @@ torch hands float32 products to MKL, which uses no more than AVX2 on processors 
 holds, too, uses AVX-512 on all of them: on an AMD EPYC with AVX-512 twice as many operations a second, in the same 32 bits.
 On an Intel processor both do the same, and where there is no AVX-512 everything stays as it is.
 
-MKL divides 5, 7 or 9 rows among threads in another way than among one, and last bits with them, so one computes few rows.
+MKL divides few rows or few columns, long ones above all, among threads in another way than among one (5, 7 or 9 rows; on an
+Intel processor 37 columns of 1088 summands), and last bits with them, so one thread computes such products.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b`, of a [..., in] and b [in, out]."""
     if b.dim() == 2 and _is_taken(a, b.mT):
         return _taken(a, b.mT, None)
-    with few_rows_on_one_thread(a):
+    with few_rows_on_one_thread(a, b.shape[-1]):
         return a @ b
 
 
@@ -42,13 +43,14 @@ def linear_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """`torch.nn.functional.linear` of x [..., in], weight [out, in] and bias [out], gradients included."""
     if _is_taken(x, weight):
         return _taken(x, weight, bias)
-    with few_rows_on_one_thread(x):
+    with few_rows_on_one_thread(x, len(weight)):
         return nn.functional.linear(x, weight, bias)
 
 
-def few_rows_on_one_thread(x: torch.Tensor) -> AbstractContextManager[None]:
-    """For products of x [..., in], and their gradients."""
-    return one_thread() if x.numel() < LEAST * x.shape[-1] and x.device.type == "cpu" else nullcontext()
+def few_rows_on_one_thread(x: torch.Tensor, columns: int = LEAST) -> AbstractContextManager[None]:
+    """For products of x [..., in] with so many columns, and their gradients; few columns are divided as few rows are."""
+    few = x.numel() < LEAST * x.shape[-1] or columns < LEAST
+    return one_thread() if few and x.device.type == "cpu" else nullcontext()
 
 
 class QuickLinear(nn.Linear):

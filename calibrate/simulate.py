@@ -19,6 +19,7 @@ from torch import nn
 
 from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.calibrated import CalibratedCheckpoint
+from calibrate.products import product
 from calibrate.quantize import fake_quantize
 from calibrate.tensors import TensorSource
 from calibrate.walk import FINAL_NORM, HEAD, TABLE, Run, Step
@@ -136,6 +137,6 @@ def open_head(source: TensorSource, epsilon: float) -> Callable[[torch.Tensor], 
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return nn.functional.rms_norm(hidden[0], gain.shape, gain, epsilon) @ head.T
+            return product(nn.functional.rms_norm(hidden[0], gain.shape, gain, epsilon), head.T)
 
     return logits

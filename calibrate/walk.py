@@ -12,6 +12,7 @@ from torch import nn
 
 from calibrate.blocks import Block, ModelBlocks, load_finite, resident
 from calibrate.errors import UserError
+from calibrate.products import product
 from calibrate.samples import Placement, Sample
 from calibrate.tensors import TensorSource
 from calibrate.threads import one_thread
@@ -122,4 +123,4 @@ def final_logits(source: TensorSource, hidden: Sequence[torch.Tensor], epsilon: 
     gain = load_finite(source, FINAL_NORM)
     head = load_finite(source, HEAD if HEAD in source else TABLE)
     with torch.inference_mode():
-        return [(torch.nn.functional.rms_norm(h[0], gain.shape, gain, epsilon) @ head.T) for h in hidden]
+        return [product(torch.nn.functional.rms_norm(h[0], gain.shape, gain, epsilon), head.T) for h in hidden]

@@ -61,7 +61,7 @@ def test_a_file_that_was_cut_is_named(tmp_path):
 
 
 def test_16_bits_between_blocks_cost_no_accuracy(llava, tmp_path):
-    """The errors of the blocks differ by at most 3 % of themselves; 1.3 % was seen, where they are 6e-5 at 8 bits."""
+    """The errors of the blocks differ by at most 10 % of themselves; 5 % was seen, where they are 1e-3 at 4 bits."""
     checkpoint, errors = open_small(llava()), {}
     for narrow in (False, True):
         folder = tmp_path / str(narrow)
@@ -73,8 +73,8 @@ def test_16_bits_between_blocks_cost_no_accuracy(llava, tmp_path):
             Work(folder, narrow=narrow, memory_bytes=0),
         )
         writer = CalibratedWriter(folder / "calibrated")
-        method = Method(foldings=("none",))
+        method = Method(folding="none")
         writer.finish(checkpoint.config_json, calibrate_searched(job, writer, lambda *_: None, method))
         errors[narrow] = [block["error"] for block in CalibratedCheckpoint(folder / "calibrated").summary["blocks"]]
-    assert errors[True] == pytest.approx(errors[False], rel=0.03)
+    assert errors[True] == pytest.approx(errors[False], rel=0.1)
     assert errors[True] != errors[False]  # it was really narrow

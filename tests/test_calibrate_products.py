@@ -152,6 +152,18 @@ def test_few_rows_have_the_same_bits_on_one_thread_and_on_two(rows: int) -> None
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("shape", [(65, 2112, 5), (243, 1100, 37), (LEAST + 1, 1088, LEAST - 1)])
+def test_few_columns_have_the_same_bits_on_any_number_of_threads(shape: tuple[int, int, int]) -> None:
+    rows, into, out = shape
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        x, weight = drawn(rows, into), drawn(out, into)
+        found.append((product(x, weight.T), linear_output(x, weight), product(weight, x.T)))
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
 def test_where_no_gradient_is_asked_for_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products._Linear, "apply", lambda *_: pytest.fail("goes by autograd"))
     weight = drawn(SIZE, SIZE).requires_grad_()
