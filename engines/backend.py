@@ -7,11 +7,13 @@ times kernels and builds for the GPU it runs on.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
-from calibrate.errors import UserError
+from qvlm_export.calibrate.errors import UserError
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnx")
 # Ahead-of-time targets of TensorRT-RTX 1.7. SM75 has no INT4.
@@ -89,3 +91,24 @@ def gpu_present() -> bool:
         return False
     count = ctypes.c_int(0)
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def make_log(trt: Any, least: Any) -> Any:
+    """A logger that keeps what TensorRT says, from severity `least` up, and prints none of it."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= least:  # the lower, the graver
+                self.lines.append((severity, text))
+
+        def texts(self, severity: Any) -> list[str]:
+            return [text for level, text in self.lines if level == severity]
+
+        def all_texts(self) -> list[str]:
+            return [text for _, text in self.lines]
+
+    return Log()

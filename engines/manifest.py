@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from calibrate.calibrated import write_json
-from calibrate.errors import UserError
-from engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
+from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
 
 FORMAT, VERSION = "qvlm-export", 2
 READABLE = (1, 2)  # 1 knew neither tiles nor several feature layers

@@ -7,23 +7,31 @@ qvlm_export.load("engine.plan").generate("How many objects are there?", [image])
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrate.errors import UserError
+from qvlm_export.calibrate.errors import UserError
 
 if TYPE_CHECKING:
-    from qvlm_export.loading import LoadedModel
-    from qvlm_export.pipeline import ExportResult
+    from qvlm_export.inference.model import LoadedModel
+    from qvlm_export.pipeline.export import ExportResult
 
-__all__ = ["UserError", "export", "load"]
+__all__ = ["UserError", "__version__", "export", "load"]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read when it is asked for: from the installed package's metadata."""
+    if name == "__version__":
+        return importlib.metadata.version("qvlm-export")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
     """Exports `model` to `out`; options are the fields of `export_plan.ExportOptions`, as on the command line."""
-    from qvlm_export import pipeline
-    from qvlm_export.export_plan import ExportOptions
-    from qvlm_export.progress import Reporter
+    from qvlm_export.pipeline import export as pipeline
+    from qvlm_export.pipeline.planning.export_plan import ExportOptions
+    from qvlm_export.pipeline.progress import Reporter
 
     paths = {key: Path(options[key]) for key in ("recipe", "calib_data", "work_dir") if options.get(key) is not None}
     chosen = ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
@@ -31,7 +39,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
 
 
 def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedModel:
-    """Opens an export for logits and answers; see `qvlm_export.loading.load`."""
-    from qvlm_export import loading
+    """Opens an export for logits and answers; see `qvlm_export.inference.model.load`."""
+    from qvlm_export.inference import model as loading
 
     return loading.load(path, runtime, fast)

@@ -1,4 +1,4 @@
-"""auto-round, in its own environment: one cell of tools/bench_methods.py.
+"""auto-round, in its own environment: one cell of tools/bench/methods.py.
 
 It tunes blocks, of tower and decoder. The projector is no block and stays float, so it is rounded to nearest afterwards,
 in the same scheme. Samples are fed one by one and eight gradients added up: batches of padded samples break it. amp is off:

@@ -1,4 +1,4 @@
-"""llmcompressor, in its own environment: one cell of tools/bench_methods.py.
+"""llmcompressor, in its own environment: one cell of tools/bench/methods.py.
 
 A recipe is a list of calls of oneshot. Tower and projector are one call and the decoder another: the sequential pipeline,
 the default, in which a layer sees the quantized ones before it, does not step into the tower (its modules get hooks, but

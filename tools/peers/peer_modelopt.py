@@ -1,4 +1,4 @@
-"""nvidia-modelopt, in its own environment: one cell of tools/bench_methods.py.
+"""nvidia-modelopt, in its own environment: one cell of tools/bench/methods.py.
 
 A recipe is the list of algorithms that run one after the other, as mtq.quantize takes them. `two-step` recipes are made by
 hand: modelopt smooths at W8A8 only, so there the model is smoothed at 8 bits, the bits are lowered, and the last algorithm

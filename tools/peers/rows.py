@@ -1,4 +1,4 @@
-"""The peers' rows of the benchmark, as data. Imported by tools/bench_methods.py; needs nothing but Python."""
+"""The peers' rows of the benchmark, as data. Imported by tools/bench/methods.py; needs nothing but Python."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""More prompts from the calibration set."""

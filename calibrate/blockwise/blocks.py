@@ -1,0 +1,216 @@
+"""A LLaVA as a row of blocks that are in memory one at a time. torch.
+
+The modules are transformers' own, made on the meta device (no memory), filled from the checkpoint for as long as a block
+runs and emptied again, so the arithmetic is the reference's and a 13B model needs the memory of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.numerics.activation_functions import with_steady_activations
+from qvlm_export.calibrate.numerics.matmul import with_quick_linears
+from qvlm_export.calibrate.numerics.threads import one_thread
+
+# Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
+SMALL_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Block:
+    """One resident unit. `prefix` is the canonical name of its tensors, `module` lives on meta between uses."""
+
+    prefix: str
+    module: nn.Module
+
+    def linear_names(self) -> list[str]:
+        """Canonical names of the block's linears."""
+        return [f"{self.prefix}.{n}" for n, m in self.module.named_modules() if isinstance(m, nn.Linear)]
+
+    def tensor_names(self) -> list[str]:
+        return [f"{self.prefix}.{n}" for n, _ in self.module.named_parameters()]
+
+
+@dataclass(frozen=True)
+class ModelBlocks:
+    """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin.
+
+    entries: patch embeddings, and the norm behind them where a tower has one. features: after how many vision layers each
+    feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. vocabulary: how
+    many tokens the decoder knows. sliding_window: how many positions a token sees, itself included; None for all.
+    final_epsilon: of the decoder's last norm.
+    """
+
+    entries: tuple[Block, ...]
+    vision_layers: tuple[Block, ...]
+    features: tuple[int, ...]
+    projector: Block
+    text_layers: tuple[Block, ...]
+    rotary: nn.Module
+    drop_first: bool
+    image_token_id: int
+    vocabulary: int
+    sliding_window: int | None = None
+    final_epsilon: float = 1e-6
+
+    def quantizable(self) -> list[str]:
+        """Canonical names of every linear that can be planned, in the order they run. lm_head is not among them."""
+        blocks = (*self.vision_layers, self.projector, *self.text_layers)
+        return [name for block in blocks for name in block.linear_names()]
+
+    def text_width(self) -> int:
+        """Of the decoder's hidden states."""
+        return self.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
+
+    def patches(self) -> int:
+        """Tokens of a picture in the tower."""
+        return int(self.entries[0].module.get_parameter("position_embedding.weight").shape[0])
+
+    def count(self) -> int:
+        """Blocks that a calibration pass visits."""
+        return len(self.vision_layers) + 1 + len(self.text_layers)
+
+
+def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
+    """Splits a model of this configuration into blocks, without weights. Vision layers after the features are left out."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    with_quick_linears(model)
+    with_steady_activations(model)
+    tower, text = model.model.vision_tower, model.model.language_model
+    vision = "vision_tower.vision_model"
+    entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints
+    features = feature_layers(config)
+    projector = model.model.multi_modal_projector
+    if projects_once(config):
+        projector = OneLinear(projector.linear_1)
+    return ModelBlocks(
+        entries=tuple(Block(f"{vision}.{name}", getattr(tower, name)) for name in entries if hasattr(tower, name)),
+        vision_layers=tuple(
+            Block(f"{vision}.encoder.layers.{i}", layer) for i, layer in enumerate(tower.encoder.layers[: max(features)])
+        ),
+        features=features,
+        projector=Block("multi_modal_projector", projector),
+        text_layers=tuple(Block(f"language_model.model.layers.{i}", layer) for i, layer in enumerate(text.layers)),
+        rotary=type(text.rotary_emb)(config=config.text_config),
+        drop_first=has_class_token(config) and not keeps_class_token(config),
+        image_token_id=config.image_token_index,
+        vocabulary=text.embed_tokens.num_embeddings,
+        sliding_window=getattr(config.text_config, "sliding_window", None),
+        final_epsilon=config.text_config.rms_norm_eps,
+    )
+
+
+class OneLinear(nn.Module):
+    """A projector of one linear, as LLaVA had before 1.5."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear_1 = linear
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[images, tokens, feature size] -> [images, tokens, text hidden]."""
+        projected: torch.Tensor = self.linear_1(features)
+        return projected
+
+
+def projects_once(config: PreTrainedConfig) -> bool:
+    """Whether the projector is a single linear.
+
+    transformers knows two, so such a checkpoint says that nothing is between them ("linear") and that the second is the
+    identity, which need not be computed.
+    """
+    return config.projector_hidden_act == "linear"
+
+
+def has_class_token(config: PreTrainedConfig) -> bool:
+    """CLIP puts a token before the patches, SigLIP does not."""
+    return config.vision_config.model_type == "clip_vision_model"
+
+
+def keeps_class_token(config: PreTrainedConfig) -> bool:
+    """Whether it reaches the projector; VIP-LLaVA's config does not say, as it never does there."""
+    return getattr(config, "vision_feature_select_strategy", "default") == "full"
+
+
+def feature_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """After how many vision layers each feature is taken, in the order they are joined."""
+    total, features = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    chosen = (features,) if isinstance(features, int) else tuple(features)
+    return tuple(feature if feature >= 0 else total + 1 + feature for feature in chosen)
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """The linear `name` inside a block's module."""
+    layer = module.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, not a linear")
+    return layer
+
+
+@contextmanager
+def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
+    """The block's module with float32 weights from `source`, emptied again on leaving.
+
+    Raises UserError naming the tensor when a weight is NaN or infinite.
+    """
+    state = {name: load_finite(source, f"{block.prefix}.{name}") for name, _ in block.module.named_parameters()}
+    with filled(block, state) as module:
+        yield module
+
+
+@contextmanager
+def filled(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    """The block's module with these tensors, by name inside it; emptied again on leaving."""
+    module = block.module
+    module.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if name.endswith("position_ids"):  # the only buffer of a tower; its content is its shape
+            module.get_submodule(name.rpartition(".")[0]).position_ids = torch.arange(buffer.shape[-1])[None]
+    try:
+        yield module
+    finally:
+        module.to("meta")
+
+
+def load_finite(source: TensorSource, name: str, device: torch.device | None = None) -> torch.Tensor:
+    """A float32 copy of the tensor, on the CPU or `device`; UserError when it holds NaN or infinity."""
+    array = source.load(name)
+    check_finite(name, array)
+    stored = as_tensor(array)
+    return stored.to(torch.float32, copy=True) if device is None else stored.to(device).float()
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The same memory, bfloat16 included, which torch does not take from numpy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that is only read
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises UserError naming the tensor when it holds NaN or infinity."""
+    if array.size and not all(math.isfinite(bound) for bound in as_tensor(array).aminmax()):  # both NaN if any value is
+        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")
+
+
+@contextmanager
+def steady_threads(blocks: ModelBlocks) -> Iterator[None]:
+    """One thread inside for a model of small blocks, else as many as torch has."""
+    largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
+    with nullcontext() if largest >= SMALL_BLOCK else one_thread():
+        yield

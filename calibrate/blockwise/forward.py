@@ -1,0 +1,126 @@
+"""Runs samples through a model block by block; what happens at a block is the caller's. torch.
+
+The one forward pass of calibration, of its simulation and of validation: tower, projector, image placement, decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite, resident
+from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.threads import one_thread
+
+NEWLINE = "image_newline"
+TABLE, FINAL_NORM, HEAD = (
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.norm.weight",
+    "language_model.lm_head.weight",
+)
+
+# Runs one resident module on one input: (module, hidden [1 or images, tokens, width]) -> hidden.
+Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+# What to do at a block: makes it resident, runs all inputs, returns their outputs.
+Step = Callable[[Block, Sequence[torch.Tensor], Run], Sequence[torch.Tensor]]
+
+
+def plain_step(source: TensorSource) -> Step:
+    """A step that only computes."""
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        with resident(block, source) as module, torch.inference_mode():
+            return [run(module, x) for x in inputs]
+
+    return step
+
+
+def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
+    """Tower and projector over all pictures: one [image tokens, hidden] a sample."""
+    pixels = [torch.from_numpy(s.pixel_values) for s in samples]
+    batches: Sequence[torch.Tensor] = [p for p in pixels if len(p)]
+    for entry in blocks.entries:
+        batches = plain_step(source)(entry, batches, lambda module, x: module(x))
+    after = {0: batches}
+    for number, block in enumerate(blocks.vision_layers, start=1):
+        batches = step(block, batches, lambda module, x: module(x, attention_mask=None))
+        if number in blocks.features:
+            after[number] = batches
+    batches = [torch.cat(parts, -1) for parts in zip(*(after[n] for n in blocks.features), strict=True)]
+    if blocks.drop_first:
+        batches = [batch[:, 1:] for batch in batches]
+    batches = step(blocks.projector, batches, lambda module, x: module(x))
+    newline = load_finite(source, NEWLINE)[None] if NEWLINE in source else torch.zeros(0, 1)
+    features = iter(batches)
+    return [
+        place(next(features).flatten(0, 1), newline, s.placement) if len(s.pixel_values) else torch.zeros(0, 1)
+        for s in samples
+    ]
+
+
+def place(features: torch.Tensor, newline: torch.Tensor, placement: Placement | None) -> torch.Tensor:
+    """Features [n * tokens, hidden] of pictures or tiles -> one row for each image token. newline: [1, hidden]."""
+    if placement is None:
+        return features
+    table, weights = torch.cat([features, newline]), torch.from_numpy(placement.weights)
+    chosen = table[torch.from_numpy(placement.rows)]  # [N, k, hidden]; -1 is the newline
+    return (chosen * weights[..., None]).sum(1) if chosen.shape[1] > 1 else chosen[:, 0]
+
+
+def walk_language(
+    blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: Sequence[torch.Tensor], step: Step
+) -> Sequence[torch.Tensor]:
+    """The decoder layers over all samples: hidden states [1, S, hidden] before the final norm."""
+    table = load_finite(source, TABLE)
+    hidden: Sequence[torch.Tensor] = [
+        embed(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)
+    ]
+    del table
+
+    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        with one_thread():  # as in `activation_functions.py`
+            rope = blocks.rotary(x, position_ids=positions)
+        mask = window_mask(x.shape[1], blocks.sliding_window, x.device)
+        out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+        return out
+
+    for block in blocks.text_layers:
+        hidden = step(block, hidden, run)
+    return hidden
+
+
+def window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
+    """Which positions see which, bool [1, 1, S, S]; None where the causal mask, the modules' own, says it all."""
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=device)
+    age = positions[:, None] - positions[None]
+    return ((age >= 0) & (age < window))[None, None]
+
+
+def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:
+    """Token embeddings [1, S, hidden] with the image features in the places of the image tokens."""
+    ids = torch.from_numpy(sample.input_ids)
+    embeds = table[ids]
+    is_image = ids == image_token_id
+    if int(is_image.sum()) != len(image):
+        raise UserError(
+            f"a sample has {int(is_image.sum())} image tokens for {len(image)} image features; "
+            "does the processor belong to this model?"
+        )
+    embeds[is_image] = image
+    return embeds[None]
+
+
+def final_logits(source: TensorSource, hidden: Sequence[torch.Tensor], epsilon: float) -> list[torch.Tensor]:
+    """Final RMSNorm and head: logits float32 [S, vocab] a sample."""
+    gain = load_finite(source, FINAL_NORM)
+    head = load_finite(source, HEAD if HEAD in source else TABLE)
+    with torch.inference_mode():
+        return [product(torch.nn.functional.rms_norm(h[0], gain.shape, gain, epsilon), head.T) for h in hidden]

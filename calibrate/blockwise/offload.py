@@ -1,0 +1,78 @@
+"""Blocks in the memory of the device that computes; on a GPU the next is read and uploaded while one computes. torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from qvlm_export.calibrate.blockwise.batching import batches_of
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, filled, load_finite, resident
+from qvlm_export.calibrate.blockwise.forward import Run, Step
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
+
+CPU = torch.device("cpu")
+# A block -> its module with weights on the device, for as long as the context is open.
+Resident = Callable[[Block], AbstractContextManager[nn.Module]]
+
+
+def on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in the memory of `device`; themselves where they are there already."""
+    return [tensor.to(device) for tensor in tensors]
+
+
+@contextmanager
+def residents(
+    blocks: ModelBlocks, source: TensorSource, device: torch.device, backwards: bool = False
+) -> Iterator[Resident]:
+    """Makes blocks resident in the order they run, or the last first.
+
+    On a CPU reading a block takes a hundredth of the time it computes, so nothing is read ahead and one block is in memory;
+    on a GPU two are.
+    """
+    if device.type == "cpu":
+        yield lambda block: resident(block, source)
+        return
+    with ThreadPoolExecutor(1) as uploader:
+        order = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+        yield _Uploads(order[::-1] if backwards else order, source, device, uploader).resident
+
+
+def batched_step(resident: Resident, device: torch.device) -> Step:
+    """A step that only computes, inputs of equal length together."""
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
+        batches = batches_of(inputs)
+        with resident(block) as module:
+            return batches.split([run(module, x).cpu() for x in on(device, batches.merged(inputs))])
+
+    return step
+
+
+class _Uploads:
+    """The block being computed, and the one behind it on its way."""
+
+    def __init__(
+        self, order: Sequence[Block], source: TensorSource, device: torch.device, uploader: ThreadPoolExecutor
+    ) -> None:
+        self._behind = dict(zip((block.prefix for block in order), order[1:], strict=False))
+        self._source, self._device, self._uploader = source, device, uploader
+        self._coming: dict[str, Future[dict[str, torch.Tensor]]] = {}
+
+    @contextmanager
+    def resident(self, block: Block) -> Iterator[nn.Module]:
+        """Raises UserError naming the tensor when a weight is NaN or infinite."""
+        coming = self._coming.pop(block.prefix, None)
+        state = self._upload(block) if coming is None else coming.result()
+        if (behind := self._behind.get(block.prefix)) is not None:
+            self._coming = {behind.prefix: self._uploader.submit(self._upload, behind)}
+        with filled(block, state) as module:
+            del state
+            yield module
+
+    def _upload(self, block: Block) -> dict[str, torch.Tensor]:
+        names = [name for name, _ in block.module.named_parameters()]
+        return {name: load_finite(self._source, f"{block.prefix}.{name}", self._device) for name in names}

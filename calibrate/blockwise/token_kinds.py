@@ -1,0 +1,29 @@
+"""image, prompt and answer tokens"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from qvlm_export.calibrate.checkpoint.samples import Sample
+
+
+class TokenLabel(IntEnum):
+    """What a token is. Pictures inside a vision tower consist of image tokens only."""
+
+    IMAGE = 0
+    PROMPT = 1
+    ANSWER = 2
+
+
+ALL = tuple(TokenLabel)
+
+
+def token_labels(sample: Sample, image_token_id: int) -> torch.Tensor:
+    """The TokenLabel of every token of a sample, int64 [S]."""
+    ids = torch.from_numpy(sample.input_ids)
+    labels = torch.full(ids.shape, int(TokenLabel.PROMPT))
+    labels[sample.answer_start :] = int(TokenLabel.ANSWER)
+    labels[ids == image_token_id] = int(TokenLabel.IMAGE)
+    return labels

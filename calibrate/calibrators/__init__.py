@@ -1,0 +1,1 @@
+"""The efforts: rtn, and the block-wise search of fast and full."""

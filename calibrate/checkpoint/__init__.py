@@ -1,0 +1,1 @@
+"""What calibration reads and writes: samples, schemes, weights, the calibrated checkpoint. numpy only."""

@@ -1,0 +1,236 @@
+"""The calibrated checkpoint: what calibration writes and everything after it reads. numpy only.
+
+A Hugging Face folder in the compressed-tensors format, so that transformers and vLLM can load it as they are:
+`weight_packed` + `weight_scale` + `weight_shape` for linears of 3 and 4 bits, int8 `weight` + `weight_scale` for those of 6
+and 8, `input_scale` where activations are quantized, float tensors as in the source; plus `calibration.json`, our own
+record. Shards are written one block at a time and the index last, so a folder with an index is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qvlm_export.calibrate.checkpoint.packing import pack_codes, unpack_codes
+from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE, SafetensorsSource
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, SchemeError
+from qvlm_export.calibrate.errors import UserError
+
+RECORD_FILE = "calibration.json"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear as integers.
+
+    codes: int8 [out, in]. scale: float16 [out, in // group_size] for weights in groups, float32 [out] for those per output
+    channel. input_scale: the float32 per-tensor activation scale (a value float16 can hold), None for float activations.
+    """
+
+    scheme: LinearScheme
+    codes: np.ndarray
+    scale: np.ndarray
+    input_scale: float | None
+
+    def dequantized(self) -> np.ndarray:
+        """float32 [out, in]."""
+        weight = self.codes.astype(np.float32)
+        groups = weight.reshape(len(weight), -1, self.scheme.group_size or weight.shape[1])
+        groups *= self.scale.astype(np.float32).reshape(len(weight), -1, 1)
+        return weight
+
+
+class CalibratedCheckpoint:
+    """A finished calibrated checkpoint: `floats` reads what stayed float, `linear` what became integers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.schemes, self.summary = _read_record(folder / RECORD_FILE)
+        self.floats = SafetensorsSource(folder)
+
+    def codes(self, name: str) -> np.ndarray:
+        """int8 [out, in], read from disk now."""
+        scheme = self.schemes[name]
+        if scheme.group_size is None:
+            return self.floats.load(f"{name}.weight")
+        _, columns = (int(n) for n in self.floats.load(f"{name}.weight_shape"))
+        return unpack_codes(self.floats.load(f"{name}.weight_packed"), scheme.weight_bits, columns)
+
+    def packed_nibbles(self, name: str) -> np.ndarray | None:
+        """uint8 [out, in // 2], the even column in the low half, 8 added to every code; None where it does not lie so."""
+        scheme, columns = self.schemes[name], int(self.floats.load(f"{name}.weight_shape")[1])
+        if scheme.weight_bits != 4 or columns % 8:
+            return None
+        return self.floats.load(f"{name}.weight_packed").view(np.uint8)
+
+    def scale(self, name: str) -> np.ndarray:
+        """float16 [out, in // group_size] for weights in groups, float32 [out] for those per output channel."""
+        scale = self.floats.load(f"{name}.weight_scale")
+        return scale[:, 0] if self.schemes[name].group_size is None else scale
+
+    def input_scale(self, name: str) -> float | None:
+        """The static activation scale, None for float activations."""
+        quantizer = self.input_quantizer(name)
+        return None if quantizer is None else quantizer[0]
+
+    def input_quantizer(self, name: str) -> tuple[float, int] | None:
+        """Scale and bits of the activations, None where they stay float."""
+        bits = self.schemes[name].activation_bits
+        return None if bits is None else (float(self.floats.load(f"{name}.input_scale")[0]), bits)
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """The planned linear `name`, whole."""
+        return QuantizedLinear(self.schemes[name], self.codes(name), self.scale(name), self.input_scale(name))
+
+
+class CalibratedWriter:
+    """Writes a calibrated checkpoint shard by shard. Nothing in the folder counts until `finish` wrote the index."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)  # of an earlier run
+        self._folder = folder
+        self._weight_map: dict[str, str] = {}
+        self._linears: dict[str, LinearScheme] = {}
+
+    def write_shard(self, block: str, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, np.ndarray]) -> str:
+        """Writes one block's tensors into a shard of its own, through a temporary file; returns the file's name."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in floats.items()}
+        for name, linear in linears.items():
+            tensors |= _stored_tensors(name, linear)
+            self._linears[name] = linear.scheme
+        file_name = f"model-{block}.safetensors"
+        write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
+        self._weight_map |= dict.fromkeys(tensors, file_name)
+        return file_name
+
+    def adopt_shard(self, file_name: str, schemes: Mapping[str, LinearScheme]) -> list[str]:
+        """Takes over a shard that an interrupted run wrote whole. schemes: of its linears. Returns its tensors' names.
+
+        Raises UserError when the shard is gone, damaged, or holds other linears.
+        """
+        path = self._folder / file_name
+        try:
+            with safe_open(path, "np") as file:
+                names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete the work folder and begin anew") from error
+        missing = {f"{name}.weight_scale" for name in schemes} - set(names)
+        if missing:
+            raise UserError(f"{path}: lacks {min(missing)}; delete the work folder and begin anew")
+        self._weight_map |= dict.fromkeys(names, file_name)
+        self._linears |= schemes
+        return names
+
+    def finish(self, config: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Writes config.json (with the quantization config), the record, and at last the index."""
+        quantized = {**config, "quantization_config": quantization_config(self._linears)}
+        record = {
+            "version": RECORD_VERSION,
+            "summary": dict(summary),
+            "linears": {name: asdict(scheme) for name, scheme in sorted(self._linears.items())},
+        }
+        index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
+        for name, content in (("config.json", quantized), (RECORD_FILE, record), (INDEX_FILE, index)):
+            write_json(self._folder / name, content)
+
+
+def _stored_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    if linear.scheme.group_size is None:
+        tensors = {
+            f"{name}.weight": np.ascontiguousarray(linear.codes),
+            f"{name}.weight_scale": np.ascontiguousarray(linear.scale[:, None]),
+        }
+    else:
+        tensors = {
+            f"{name}.weight_packed": pack_codes(linear.codes, linear.scheme.weight_bits),
+            f"{name}.weight_scale": np.ascontiguousarray(linear.scale),
+            f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
+        }
+    if linear.scheme.activation_bits is not None:
+        tensors[f"{name}.input_scale"] = np.array([linear.input_scale], np.float32)
+    return tensors
+
+
+def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors for these linears: one group per distinct scheme."""
+    groups: dict[str, Any] = {}
+    for scheme in sorted(set(linears.values()), key=lambda s: (s.name, s.group_size or 0)):
+        targets = [_target_pattern(name) for name in sorted(linears) if linears[name] == scheme]
+        groups[f"group_{len(groups)}"] = _config_group(scheme, targets)
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": ["re:.*lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+    common = {"type": "int", "symmetric": True, "dynamic": False}
+    weights = {**common, "num_bits": scheme.weight_bits}
+    if scheme.group_size is None:
+        weights |= {"strategy": "channel"}
+    else:
+        weights |= {"strategy": "group", "group_size": scheme.group_size}
+    inputs: dict[str, Any] | None = None
+    if scheme.activation_bits is not None:
+        inputs = {**common, "num_bits": scheme.activation_bits, "strategy": "tensor"}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": "int-quantized" if scheme.group_size is None else "pack-quantized",
+    }
+
+
+def _target_pattern(name: str) -> str:
+    """A pattern that matches the linear under every naming transformers has used.
+
+    Explicit names would not: transformers loads `language_model.model.layers` as `model.language_model.layers`, and a
+    name that matches nothing is silently taken as not quantized.
+    """
+    root, _, rest = name.partition(".")
+    inner = re.sub(r"^(model|vision_model)\.", "", rest)
+    return rf"re:^(model\.)?{root}\.((model|vision_model)\.)?{re.escape(inner)}$"
+
+
+def _read_record(path: Path) -> tuple[dict[str, LinearScheme], dict[str, Any]]:
+    """The scheme of each quantized linear, and the summary."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["version"]
+        if version != RECORD_VERSION:
+            raise UserError(f"{path}: record version {version}, this program reads {RECORD_VERSION}; calibrate again")
+        return {name: LinearScheme(**scheme) for name, scheme in record["linears"].items()}, dict(record["summary"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SchemeError) as error:
+        raise UserError(f"{path}: no readable calibration record ({error!r}); calibrate again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted layout of the caller's making, through a temporary file."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls write(temporary path), syncs it to disk and renames it to `path`; a kill leaves no half file there."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Fast float32 matrix maths, the same to the last bit on any number of threads."""

@@ -1,0 +1,1 @@
+"""Quantizers, observers, the Hessian of inputs; equalization and clipping ranges by expected error."""

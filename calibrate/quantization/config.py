@@ -1,0 +1,101 @@
+"""What a searching calibrator does, as data: every effort, every row of the benchmark and every ablation is one of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+# none; smoothquant: norms only, exponent 0.5, as its paper; awq: factors from mean magnitudes, the exponent by output error;
+# search: from means and peaks, the exponent by output error; expected: a factor for each channel, all with the least
+# expected error (`expected_error.py`).
+Folding = Literal["none", "smoothquant", "awq", "search", "expected"]
+# absmax: the whole range, to both sides of zero; covering: no more of it than there are values; rounded: that, or fractions
+# of it where they leave less output error once rounded by GPTQ; output: the fraction with the least output error when
+# rounded to nearest; expected: the least expected error.
+Ranges = Literal["absmax", "covering", "rounded", "output"]
+InputRanges = Literal["absmax", "output", "expected"]
+# nearest; gptq: by what an error does to the linear's output; two-sided: by what that does to the answers
+# (`kronecker_rounding.py`).
+Rounding = Literal["nearest", "gptq", "two-sided"]
+# What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence, or both;
+# or by the mean of the logits' over the tokens of its kind (`measure.py`).
+Objective = Literal["plain", "modality", "logits", "kl", "kl+logits"]
+# What tower and projector are optimised for (Q-VLM, section 3.3): what an error means to the language model, by the same
+# objective as the decoder; their own output, all tokens alike; or nothing, rounded to nearest.
+VisionTarget = Literal["language", "own", "none"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize the linears that share an input.
+
+    ridge: how strongly weights are held back when they are moved towards the float output; None leaves them where they are.
+    by_output: whether folding factors and the range of activations, too, count an error of each output by its gradients.
+    Only where rounding is two-sided, as nothing else knows them.
+    """
+
+    activation_ranges: InputRanges = "output"
+    weight_ranges: Ranges = "output"
+    rounding: Rounding = "gptq"
+    ridge: float | None = 1.0
+    by_output: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to search a block.
+
+    folding: how outlier channels are moved into weights. variant: how every group of linears is ranged and rounded.
+    objective: what errors at a token count for.
+    learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
+    vision: what tower and projector are optimised for.
+    leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
+    questions: how many of the samples' texts are asked about each sample's pictures (`cross_questions.py`); 1 for its own
+    only.
+    undecided: how many are also asked about mixtures of its pictures with others (`mixup.py`); 0 for none.
+    scrambled: how many texts with words drawn anew are run about each sample's pictures (`random_words.py`); 0 for none.
+    seed: of everything drawn at random.
+    """
+
+    folding: Folding = "search"
+    variant: Variant = Variant()
+    objective: Objective = "plain"
+    learn_steps: int = 0
+    vision: VisionTarget = "language"
+    leverage: bool = True
+    questions: int = 1
+    undecided: int = 0
+    scrambled: int = 0
+    seed: int = 0
+
+    def two_sided(self) -> bool:
+        """Whether rounding needs to know in which directions outputs matter."""
+        return self.variant.rounding == "two-sided"
+
+    def by_output(self) -> bool:
+        """Whether folding factors count errors of outputs by their gradients."""
+        return self.two_sided() and self.variant.by_output
+
+    def ways_back(self) -> int:
+        """How often gradients are taken through the float model."""
+        return 2 if self.two_sided() and self.leverage else 1
+
+    def for_vision(self) -> Method:
+        """The same for a block of tower or projector."""
+        if self.vision == "language":
+            return self
+        if self.vision == "own":
+            own = replace(self.variant, rounding="gptq") if self.two_sided() else self.variant
+            return replace(self, objective="plain", variant=own)
+        return replace(self, folding="none", variant=NEAREST, objective="plain", learn_steps=0)
+
+
+NEAREST = Variant(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)
+# The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
+# activations: those samples hold no value beyond the largest ones seen.
+EXPECTED = Variant(activation_ranges="expected", weight_ranges="covering")
+FAST = Method("expected", EXPECTED)
+# With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
+# data for so many directions, the logits.
+TWO_SIDED = replace(EXPECTED, rounding="two-sided", ridge=0.3)
+FULL = Method("expected", TWO_SIDED, "kl+logits", learn_steps=24, questions=8, undecided=4, scrambled=16)

@@ -1,0 +1,1 @@
+"""What quantization errors cost the model's output: gradients through the float model."""

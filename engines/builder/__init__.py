@@ -1,0 +1,1 @@
+"""TensorRT engines from graphs, in a process of their own."""

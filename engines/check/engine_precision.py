@@ -1,0 +1,142 @@
+"""Reads a built plan and says which operand types each linear is really executed with.
+
+TensorRT-RTX plans carry readable programs: a header, typed descriptors of all tensors, and `main` with every operation, its
+inputs and the ONNX nodes it came from. INT8 products appear as `fully_connected`, INT4 ones as `runtime_fusion` with a gemm
+backbone; the fused inside of such a fusion is a program of its own (marked by its constants' region) and is not
+what decides. The text is undocumented (seen in TensorRT-RTX 1.7): where none is found, that is an error, not a pass.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.errors import UserError
+
+_DESCRIPTORS, _MAIN, _END = b"\ndescriptors {\n", b"\nmain {\n", b"\n}\n"
+_FUSION_MARK = b"name=runtime-fusion-consts"
+_TENSOR = re.compile(rb'tensor=\{[^\n]*?name="([^"]+)"[^\n]*?type=(\w+)')
+_GEMM = re.compile(rb"^\s*(fully_connected|runtime_fusion)=\{ ([^\n]*)$", re.MULTILINE)
+_INPUTS = re.compile(rb" input(?:_args)?=\{([^}]*)\}")
+_OUTPUTS = re.compile(rb" output(?:_args)?=\{([^}]*)\}")
+_LAYER = re.compile(rb"\[ONNX Layer: ([^\]]+)\]")
+_QUOTED = re.compile(rb'"([^"]+)"')
+_INDEX_TYPES = {"int64", "int32", "bool"}
+MAX_PROGRAM_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One matrix product of the engine: the linears it computes and the types of its operands and result."""
+
+    linears: tuple[str, ...]
+    operands: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class LinearCheck:
+    """What was planned for a linear and what the engine executes: "int4 x half", "int8 x int8", or what it found."""
+
+    linear: str
+    planned: str
+    executed: str
+    passed: bool
+
+
+def read_gemms(plan: Path) -> list[Gemm]:
+    """Every matrix product that the plan's programs execute.
+
+    Raises UserError when the file holds no program text this reader knows.
+    """
+    gemms: list[Gemm] = []
+    programs: list[tuple[bytes, bytes, bytes]] = []
+    if plan.stat().st_size:  # an empty file cannot be mapped
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            programs = list(_programs(data))
+    if not programs:
+        raise UserError(
+            f"{plan.name}: holds no readable program, so what it executes cannot be proven; "
+            "build with TensorRT-RTX 1.7, the version whose plans this check knows"
+        )
+    for header, descriptors, main in programs:
+        if _FUSION_MARK not in header:
+            gemms += _gemms(descriptors, main)
+    return gemms
+
+
+def check_plan(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCheck]:
+    """Compares every planned linear with what the plan executes, in the plan's order of linears."""
+    executed: dict[str, list[Gemm]] = {}
+    for gemm in read_gemms(plan):
+        for linear in gemm.linears:
+            executed.setdefault(linear, []).append(gemm)
+    return [_check(name, scheme, executed.get(name, [])) for name, scheme in planned.items()]
+
+
+def require_integer(plan: Path, checks: list[LinearCheck]) -> None:
+    """Raises UserError naming the first linear that does not run on integers."""
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{plan.name}: {len(failed)} of {len(checks)} planned linears do not run as planned; {first.linear} was planned "
+            f"{first.planned} but the engine executes {first.executed}; report this with the TensorRT version"
+        )
+
+
+def _programs(data: mmap.mmap) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """(header, descriptors, main) of each program in the plan."""
+    at = data.find(_DESCRIPTORS)
+    while at >= 0:
+        header_start = data.rfind(b"header {", max(0, at - MAX_PROGRAM_BYTES), at)
+        end = data.find(_END, at)
+        main = data.find(_MAIN, at)
+        if end < 0 or main < 0 or header_start < 0 or main - at > MAX_PROGRAM_BYTES:
+            return
+        main_end = data.find(_END, main)
+        yield data[header_start:at], data[at:end], data[main:main_end]
+        at = data.find(_DESCRIPTORS, main_end)
+
+
+def _gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
+    types = {name: kind.decode() for name, kind in _TENSOR.findall(descriptors)}
+    found = []
+    for kind, text in _GEMM.findall(main):
+        inputs, outputs = _INPUTS.search(text), _OUTPUTS.search(text)
+        if inputs is None or outputs is None or (kind == b"runtime_fusion" and b"backbone=gemm" not in text):
+            continue
+        operand_types = [types.get(n, "unknown") for n in _QUOTED.findall(inputs.group(1))]
+        output_types = [types.get(n, "unknown") for n in _QUOTED.findall(outputs.group(1))]
+        # Index and shape arguments, and the alpha and beta of a plain product, are not operands.
+        operands = operand_types[:2] if kind == b"fully_connected" else [t for t in operand_types if t not in _INDEX_TYPES]
+        linears = tuple(name.decode() for name in _LAYER.findall(text))
+        found.append(Gemm(linears, tuple(operands), output_types[0] if output_types else "unknown"))
+    return found
+
+
+def _check(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
+    if not gemms:
+        return LinearCheck(name, scheme.name, "nothing under this name", False)
+    wanted = _is_int8 if scheme.group_size is None else _is_int4
+    passed = scheme.deployable and all(wanted(g) for g in gemms)
+    shown = next((g for g in gemms if not wanted(g)), gemms[0])
+    return LinearCheck(name, scheme.name, _describe(shown), passed)
+
+
+def _is_int4(gemm: Gemm) -> bool:
+    """A half (or bfloat16) activation against an int4 weight, dequantized inside the product."""
+    return len(gemm.operands) >= 2 and gemm.operands[1] == "int4" and gemm.operands[0] in ("half", "bfloat16", "bf16")
+
+
+def _is_int8(gemm: Gemm) -> bool:
+    """Two int8 operands and a float result: a half result would hold raw sums and overflow."""
+    return gemm.operands[:2] == ("int8", "int8") and gemm.output in ("float", "int32")
+
+
+def _describe(gemm: Gemm) -> str:
+    return " x ".join(gemm.operands[:2]) + f" -> {gemm.output}"

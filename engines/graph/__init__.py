@@ -1,0 +1,1 @@
+"""ONNX graphs: declared as float modules, rewritten to Q/DQ, written."""

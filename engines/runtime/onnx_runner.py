@@ -1,0 +1,247 @@
+"""Runs an export's ONNX graphs on ONNX Runtime: on CPU as their float32 twins, with CUDA as they are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.backend import gpu_present
+from qvlm_export.engines.manifest import Manifest, verified_file
+from qvlm_export.engines.runtime.float32_graph import to_float32
+
+# Below this size a weight travels inside the graph; above, ONNX Runtime is given the array itself.
+INLINE_BYTES = 1024
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# With one of these on the CPU, weights or caches would travel to the GPU and back at every token, which is slower than no
+# GPU. Arithmetic on shapes ONNX Runtime leaves on the CPU by itself.
+HEAVY_OPS = frozenset(
+    {"Attention", "Conv", "Gemm", "MatMul", "QuantizeLinear", "DequantizeLinear", "TensorScatter"}
+    | {"LayerNormalization", "RMSNormalization", "RotaryEmbedding"}
+)
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+# ONNX Runtime's errors have no class in common; RuntimeError is what its CUDA code raises.
+_ORT_ERRORS = (
+    errors.EPFail,
+    errors.Fail,
+    errors.InvalidArgument,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NoSuchFile,
+    errors.NotImplemented,
+    errors.RuntimeException,
+    RuntimeError,
+)
+
+Cache = list[ort.OrtValue]
+
+
+class NoCudaError(UserError):
+    """CUDA cannot be used for these graphs; the reason goes behind "CUDA: "."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What is asked of ONNX Runtime and the machine before and while CUDA is used. Tests hand in others.
+
+    memory: where caches live, in ONNX Runtime's word.
+    """
+
+    providers: Callable[[], Sequence[str]] = ort.get_available_providers
+    gpu: Callable[[], bool] = gpu_present
+    create: Callable[..., ort.InferenceSession] = ort.InferenceSession
+    memory: str = "cuda"
+
+    def obstacle(self) -> str | None:
+        """Why CUDA is not tried, None when it is; empty where nobody would expect it."""
+        if CUDA in self.providers():
+            return None if self.gpu() else "no NVIDIA GPU is here"
+        return "for the GPU, install onnxruntime-gpu in place of onnxruntime" if self.gpu() else ""
+
+
+class OnnxRunner:
+    """Two sessions, vision and language. Caches belong to the caller; `step` writes into them."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        vision: ort.InferenceSession,
+        language: ort.InferenceSession,
+        device: str = "cpu",
+        memory: str = "cpu",
+    ) -> None:
+        self.device, self._memory = device, memory
+        self._manifest, self._vision, self._language = manifest, vision, language
+        self._types = {given.name: _NUMPY[given.type] for given in (*vision.get_inputs(), *language.get_inputs())}
+
+    def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """float32 [n, 3, R, R] -> [n * tokens, hidden] in the graph's float type; one dummy row for no image."""
+        if len(pixel_values) == 0:
+            return np.zeros((1, self._manifest.config.text.hidden_size), np.float32)
+        pixels = np.ascontiguousarray(pixel_values, self._types["pixel_values"])
+        with _errors_in_words(self.device):
+            embeds: np.ndarray = self._vision.run(["image_embeds"], {"pixel_values": pixels})[0]
+        return embeds
+
+    def new_cache(self, batch: int) -> Cache:
+        """Empty caches, one key and one value a layer: [batch, kv_heads, max_length, head_dim] in the graph's float type."""
+        text, length = self._manifest.config.text, self._manifest.limits.max_length
+        shape, dtype = (batch, text.num_kv_heads, length, text.head_dim), self._types["past_key_values.0.key"]
+        with _errors_in_words(self.device):
+            return [
+                ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._memory, 0) for _ in range(2 * text.num_layers)
+            ]
+
+    def step(
+        self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Cache
+    ) -> np.ndarray:
+        """One pass, writing into `cache`. ids, positions: int64 [B, S]; index: int64 [B] -> logits float32 [B, S, vocab].
+
+        Every cache is bound as input and output at once: ONNX Runtime then scatters in place instead of copying it.
+        """
+        binding = self._language.io_binding()
+        given = {"input_ids": ids, "image_embeds": embeds, "position_ids": positions, "write_index": index}
+        with _errors_in_words(self.device):
+            for name, array in given.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(array, self._types[name]))
+            for number, value in enumerate(cache):
+                name = f"key_values.{number // 2}.{('key', 'value')[number % 2]}"
+                binding.bind_ortvalue_input(f"past_{name}", value)
+                binding.bind_ortvalue_output(f"present_{name}", value)
+            binding.bind_output("logits")
+            self._language.run_with_iobinding(binding)
+            logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        return logits.astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Gives the memory of both sessions back."""
+        del self._vision, self._language
+
+
+@contextmanager
+def _errors_in_words(device: str) -> Iterator[None]:
+    try:
+        yield
+    except _ORT_ERRORS as error:
+        cure = "" if device == "cpu" else "; use --runtime onnxruntime:cpu"
+        raise UserError(f"ONNX Runtime failed on {device.upper()} ({_first_line(error)}){cure}") from error
+
+
+def open_runner(
+    manifest: Manifest, threads: int | None = None, fast: bool = False, cuda: Cuda | None = None
+) -> tuple[OnnxRunner, str]:
+    """A runner, and why it does not use CUDA; empty when it does, or when there is nothing to say. cuda: None for CPU.
+
+    CUDA runs the float16 graphs as they are written, if it has a kernel for every product, and only after a first pass
+    through both; whatever goes wrong on the way leaves the CPU. fast: see `open_twin`.
+    """
+    files = [
+        (verified_file(manifest, f"{part}_onnx"), verified_file(manifest, f"{part}_data")) for part in ("vision", "language")
+    ]
+    reason = "" if cuda is None else cuda.obstacle()
+    if cuda is not None and reason is None:
+        try:
+            return _open_on_cuda(manifest, [graph for graph, _ in files], cuda), ""
+        except NoCudaError as error:
+            reason = f"CUDA: {error}"
+    vision, language = (open_twin(graph, data, threads, fast) for graph, data in files)
+    return OnnxRunner(manifest, vision, language), reason or ""
+
+
+def _open_on_cuda(manifest: Manifest, graphs: Sequence[Path], cuda: Cuda) -> OnnxRunner:
+    """A runner that has passed one token and one picture. Raises NoCudaError."""
+    if manifest.float_type == "bfloat16":
+        raise NoCudaError("numpy has no bfloat16 to hand over")
+    vision, language = (_cuda_session(graph, cuda.create) for graph in graphs)
+    config = manifest.config
+    try:
+        runner = OnnxRunner(manifest, vision, language, "cuda", cuda.memory)
+        embeds = runner.embed_images(np.zeros((1, 3, config.vision.image_size, config.vision.image_size), np.float32))
+        zero = np.zeros((1, 1), np.int64)
+        runner.step(zero, embeds, zero, zero[0], runner.new_cache(1))
+    except UserError as error:
+        raise NoCudaError(_first_line(error.__cause__ or error)) from error
+    return runner
+
+
+def _cuda_session(graph: Path, create: Callable[..., ort.InferenceSession]) -> ort.InferenceSession:
+    """A session over the graph as it is written, all heavy nodes on the GPU. Raises NoCudaError."""
+    options = _options(fast=False)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        # Without enable_fallback=0 it would print on stdout and go on with the CPU.
+        session = create(str(graph), options, providers=[CUDA, CPU], enable_fallback=0)
+        assigned = session.get_provider_graph_assignment_info()
+    except _ORT_ERRORS as error:
+        raise NoCudaError(_first_line(error)) from error
+    if CUDA not in session.get_providers():
+        raise NoCudaError("its libraries cannot be loaded")
+    if left := ops_outside(assigned, CUDA) & HEAVY_OPS:
+        raise NoCudaError(f"this ONNX Runtime has no kernel for {', '.join(sorted(left))}")
+    return session
+
+
+def ops_outside(assigned: Sequence[Any], provider: str) -> set[str]:
+    """Types of the nodes that ONNX Runtime gave to another provider. assigned: its OrtEpAssignedSubgraph objects."""
+    return {node.op_type for subgraph in assigned if subgraph.ep_name != provider for node in subgraph.get_nodes()}
+
+
+def open_twin(
+    graph: Path, data: Path, threads: int | None = None, fast: bool = False, profile: Path | None = None
+) -> ort.InferenceSession:
+    """A CPU session over the float32 twin of a written graph.
+
+    fast: INT4 products round their activations to 8 bits, block by block, which no engine does, and decode faster.
+    profile: how the file of ONNX Runtime's profile begins, None for none.
+
+    Integer weights are mapped from `data` by ONNX Runtime itself; widened float weights are handed over in memory.
+    """
+    model, widened = to_float32(ir.load(graph))
+    large = {name: array for name, array in widened.items() if array.nbytes > INLINE_BYTES}
+    for name, array in large.items():
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            data.name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
+        )
+    options = _options(fast)
+    # x64 processors without VNNI add pairs of INT8 products in 16 bits, which overflow; this keeps them exact there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent.resolve()))
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
+    options.add_external_initializers(list(large), values)
+    proto = ir.to_proto(model).SerializeToString()
+    try:
+        return ort.InferenceSession(
+            proto,
+            options,
+            providers=[CPU],
+            # It would merge the quantizers that the twin keeps apart so that INT8 products fuse.
+            disabled_optimizers=["CommonSubexpressionElimination"],
+        )
+    except (errors.Fail, errors.InvalidGraph) as error:
+        raise UserError(f"{graph}: ONNX Runtime cannot load it ({_first_line(error)}); export again") from error
+
+
+def _options(fast: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # 0: INT4 products with float activations, as the engine computes them. 4: with activations rounded to int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if fast else "0")
+    return options
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Reading checkpoints of every model family and layout."""

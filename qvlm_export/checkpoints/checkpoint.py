@@ -1,0 +1,84 @@
+"""Opens a checkpoint: finds its folder, reads its configuration, and checks every tensor's name and shape.
+
+No weight is read here; only headers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.families import find_family, find_layout, renamer
+from qvlm_export.checkpoints.hub import find_folder, read_config
+from qvlm_export.checkpoints.model_config import model_config
+from qvlm_export.checkpoints.weights import open_weights
+from qvlm_export.engines.config import ModelConfig
+from qvlm_export.engines.graph.float_graphs import TIED_HEAD, expected_shapes
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint, as llava-hf would have written it. `hf_config` is `config_json` as transformers completes it."""
+
+    name: str
+    folder: Path
+    config_json: dict[str, Any]
+    hf_config: PreTrainedConfig
+    config: ModelConfig
+    source: TensorSource
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Opens `--model`: an alias, a local folder, or a Hugging Face id.
+
+    Raises UserError for whatever keeps it from being a LLaVA with complete, well-formed weights.
+    """
+    folder = find_folder(model)
+    where, stored = str(folder / "config.json"), read_config(folder)
+    layout = find_layout(stored)
+    config_json = stored if layout.convert is None else layout.convert(stored, folder)
+    hf_config = completed_config(config_json, where)
+    config = model_config(hf_config, where)
+    source = open_weights(folder, renamer(layout))
+    if layout.open_source is not None:
+        source = layout.open_source(source, stored, folder)
+    check_tensors(source, config, folder)
+    return Checkpoint(model, folder, config_json, hf_config, config, source)
+
+
+def completed_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """A config.json of llava-hf's form as transformers completes it. Raises UserError for one that it cannot read."""
+    family = find_family(config_json, where)
+    try:
+        return family.config_class.from_dict(dict(config_json))
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{where}: not a valid configuration ({words}); download it again") from error
+
+
+def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> None:
+    """Every tensor the graphs need must be there, of the right shape and of a float type."""
+    for name, wanted in expected_shapes(config).items():
+        if name not in source:
+            if name == TIED_HEAD:
+                raise UserError(f"{folder}: lacks {name} though config.json does not tie it to the embeddings")
+            raise UserError(f"{folder}: lacks the tensor {name}; the checkpoint is incomplete, download it again")
+        if source.shape(name) != wanted:
+            raise UserError(
+                f"{folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(wanted)}; "
+                "weights and config do not belong together"
+            )
+        if source.dtype(name) not in _FLOATS:
+            raise UserError(
+                f"{folder}: {name} is {source.dtype(name)}; give an unquantized checkpoint (float16, bfloat16 or float32)"
+            )

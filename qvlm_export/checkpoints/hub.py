@@ -1,0 +1,63 @@
+"""Where checkpoints come from: folders, aliases, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.aliases import ALIASES, TINY
+
+_DOWNLOAD = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+_DOWNLOAD_TORCH = ["pytorch_model*.bin"]  # only where a repository has no safetensors
+
+
+def find_folder(model: str, option: str = "--model") -> Path:
+    """The folder of an alias, a path or a Hugging Face id (downloaded, or taken from its cache). option: begins errors."""
+    if model == TINY:
+        return Path(str(files("qvlm_export") / "tiny"))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{option} {model}: is a file; give the checkpoint's folder")
+    repository = ALIASES[model].repository if model in ALIASES else model
+    if repository.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"{option} {model}: no such folder, and neither an alias (see --list-models) nor a Hugging Face id")
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_DOWNLOAD))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=_DOWNLOAD_TORCH))
+        return folder
+    except HFValidationError as error:
+        raise UserError(f"{option} {model}: no such folder, and not a Hugging Face id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{option} {model}: cannot be downloaded from Hugging Face ({first_line(error)}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") -> dict[str, Any]:
+    """A JSON file as a dictionary. Raises UserError when it is missing or no JSON object."""
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({first_line(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; download it again")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

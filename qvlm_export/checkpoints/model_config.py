@@ -1,0 +1,160 @@
+"""From a configuration of transformers to the numbers that the graphs need; what they cannot express is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qvlm_export.calibrate.blockwise.blocks import feature_layers, has_class_token, keeps_class_token, projects_once
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.families import Family, find_family
+from qvlm_export.engines.config import ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
+from qvlm_export.engines.graph.layers import ACTIVATIONS
+
+ROPE_TYPES = ("default",)
+ANYRES = "anyres_max_"  # how LLaVA-OneVision begins vision_aspect_ratio
+
+
+def model_config(config: PreTrainedConfig, where: str) -> ModelConfig:
+    """The numbers that the graphs need. Raises UserError for a value the graphs cannot express."""
+    family = find_family({"model_type": config.model_type}, where)
+    vision, text = config.vision_config, config.text_config
+    _require(vision.model_type in family.towers, where, "vision_config.model_type", vision.model_type, family.towers)
+    _require(text.model_type in family.decoders, where, "text_config.model_type", text.model_type, family.decoders)
+    _require_sizes(config, where)
+    return ModelConfig(
+        vision=_vision_config(config, where),
+        projector=_projector_config(config, where),
+        text=_text_config(config, where),
+        image_token_id=config.image_token_index,
+        tiles=_tile_config(config, family, where) if family.tiled else None,
+    )
+
+
+def _vision_config(config: PreTrainedConfig, where: str) -> VisionConfig:
+    vision, clip = config.vision_config, has_class_token(config)
+    act, layer = vision.hidden_act, config.vision_feature_layer
+    _require(act in ACTIVATIONS, where, "vision_config.hidden_act", act, tuple(ACTIVATIONS))
+    whole = isinstance(layer, int) or (len(layer) > 0 and all(isinstance(one, int) for one in layer))
+    _require(whole, where, "vision_feature_layer", layer, ("a layer, or several",))
+    layers = feature_layers(config)
+    reachable = all(0 < n <= vision.num_hidden_layers for n in layers)
+    _require(reachable, where, "vision_feature_layer", layer, ("a layer of the tower",))
+    if not clip:  # without a class token "default" would drop the first patch
+        strategy = config.vision_feature_select_strategy
+        _require(strategy == "full", where, "vision_feature_select_strategy", strategy, ("full",))
+    patch, size = vision.patch_size, vision.image_size
+    _require(size % patch == 0 or not clip, where, "vision_config.image_size", size, (f"a multiple of patch_size {patch}",))
+    return VisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_layers=max(layers),
+        num_heads=vision.num_attention_heads,
+        image_size=size,
+        patch_size=patch,
+        layer_norm_eps=vision.layer_norm_eps,
+        hidden_act=act,
+        keep_class_token=clip and keeps_class_token(config),
+        feature_layers=layers,
+        class_token=clip,
+        pre_norm=clip,
+        patch_bias=not clip,
+    )
+
+
+def _projector_config(config: PreTrainedConfig, where: str) -> ProjectorConfig:
+    act = config.projector_hidden_act
+    _require(act in ACTIVATIONS or projects_once(config), where, "projector_hidden_act", act, tuple(ACTIVATIONS))
+    return ProjectorConfig(
+        hidden_act=act,
+        bias=getattr(config, "multimodal_projector_bias", True),  # VIP-LLaVA's always has one
+        num_linears=1 if projects_once(config) else 2,
+        norm_eps=getattr(config, "projector_layernorm_eps", None),
+    )
+
+
+def _text_config(config: PreTrainedConfig, where: str) -> TextConfig:
+    text = config.text_config
+    _require(text.hidden_act == "silu", where, "text_config.hidden_act", text.hidden_act, ("silu",))
+    rope = text.rope_parameters
+    _require(rope["rope_type"] in ROPE_TYPES, where, "text_config.rope_type", rope["rope_type"], ROPE_TYPES)
+    turned = rope.get("partial_rotary_factor", 1.0)
+    _require(turned == 1.0, where, "text_config.partial_rotary_factor", turned, (1.0,))
+    window, kinds = getattr(text, "sliding_window", None), set(getattr(text, "layer_types", None) or ())
+    _require(len(kinds) < 2, where, "text_config.layer_types", sorted(kinds), ("layers of one kind",))
+    whole = window is None or (isinstance(window, int) and window > 0)
+    _require(whole, where, "text_config.sliding_window", window, ("whole numbers above 0", "null"))
+    qwen = text.model_type == "qwen2"
+    bias = getattr(text, "attention_bias", qwen)
+    return TextConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=_head_dim(text),
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        max_position_embeddings=text.max_position_embeddings,
+        attention_bias=bias,
+        mlp_bias=getattr(text, "mlp_bias", False),
+        tie_word_embeddings=config.tie_word_embeddings,
+        output_bias=bias and not qwen,
+        sliding_window=window,
+    )
+
+
+def _tile_config(config: PreTrainedConfig, family: Family, where: str) -> TileConfig:
+    side, points = config.vision_config.image_size, config.image_grid_pinpoints
+    good = bool(points) and all(
+        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(n, int) and n > 0 and n % side == 0 for n in p)
+        for p in points
+    )
+    _require(good, where, "image_grid_pinpoints", points, (f"pairs of multiples of the tower's {side} pixels",))
+    clip = has_class_token(config)
+    strategy = config.vision_feature_select_strategy
+    _require(not (clip and keeps_class_token(config)), where, "vision_feature_select_strategy", strategy, ("default",))
+    ratio = getattr(config, "vision_aspect_ratio", None)
+    limit = None if ratio is None else str(ratio).removeprefix(ANYRES)
+    _require(limit is None or (limit.isdecimal() and int(limit) > 0), where, "vision_aspect_ratio", ratio, (f"{ANYRES}N",))
+    return TileConfig(
+        pinpoints=tuple((height, width) for height, width in points),
+        max_tiles=None if limit is None else int(limit),
+        single_when_many=family.single_when_many,
+    )
+
+
+def _require_sizes(config: PreTrainedConfig, where: str) -> None:
+    """Counts must be whole and positive, and token ids must be rows of the embedding table.
+
+    That heads divide widths and that head_dim is even was checked by transformers.
+    """
+    vision, text = config.vision_config, config.text_config
+    common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name, part, keys in (
+        ("vision_config", vision, (*common, "image_size", "patch_size")),
+        ("text_config", text, (*common, "num_key_value_heads", "vocab_size", "max_position_embeddings")),
+    ):
+        for key in keys:
+            value = getattr(part, key)
+            _require(isinstance(value, int) and value > 0, where, f"{name}.{key}", value, ("whole numbers above 0",))
+    _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    _require(heads % groups == 0, where, "text_config.num_key_value_heads", groups, (f"divisors of {heads} heads",))
+    _require(_head_dim(text) > 0, where, "text_config.head_dim", _head_dim(text), ("whole numbers above 0",))
+    rows = (f"token ids below vocab_size {text.vocab_size}",)
+    token, pad = config.image_token_index, text.pad_token_id
+    _require(0 <= token < text.vocab_size, where, "image_token_index", token, rows)
+    _require(pad is None or abs(pad) < text.vocab_size, where, "text_config.pad_token_id", pad, rows)
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    stored = getattr(text, "head_dim", None)
+    return int(text.hidden_size // text.num_attention_heads if stored is None else stored)
+
+
+def _require(holds: bool, where: str, key: str, got: Any, allowed: tuple[Any, ...]) -> None:
+    if not holds:
+        raise UserError(f"{where}: {key} is {got!r}; this family supports {', '.join(str(a) for a in allowed)}")

@@ -1,0 +1,80 @@
+"""Old checkpoints in torch's own format, read without running the code a pickle may carry."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from qvlm_export.calibrate.checkpoint.safetensors_source import OpenedFile, indexed_files
+from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
+
+SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class TorchSource:
+    """A TensorSource over `pytorch_model*.bin`. Files are mapped into memory, so opening them reads no weights."""
+
+    def __init__(self, folder: Path, rename: Callable[[str], str | None]) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._where: dict[str, OpenedFile] = {}
+        for path in indexed_files(folder, SINGLE_FILE, INDEX_FILE):
+            file = OpenedFile(path)
+            for stored, tensor in _load(path).items():
+                name = rename(stored)
+                if name is not None:
+                    self._tensors[name], self._where[name] = tensor, file
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        kind = self._tensors[name].dtype
+        return np.dtype(ml_dtypes.bfloat16) if kind == torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
+
+    def files(self) -> list[Path]:
+        return [file.path for file in dict.fromkeys(self._where.values())]
+
+    def load(self, name: str) -> np.ndarray:
+        self._where[name].check_unchanged()
+        tensor = self._tensors[name].detach()  # numpy refuses a stored Parameter
+        if tensor.dtype == torch.bfloat16:
+            bits: np.ndarray = tensor.view(torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        array: np.ndarray = tensor.numpy()
+        return array
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Files from before torch 1.6 are no zip files and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: is damaged or holds more than tensors, and was not opened, as it could run code; "
+            "download it again, or convert it to safetensors where you trust it"
+        ) from error
+    except DAMAGED_FILE_ERRORS as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable torch checkpoint ({first}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no dictionary of tensors; give a folder with model weights")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            raise UserError(f"{path}: {name!r} is no plain tensor; give a folder with unquantized model weights")
+    return content
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized

@@ -1,0 +1,238 @@
+"""The command `qvlm-export`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qvlm_export.cli.common import OneLineErrors, errors_as_lines
+
+EXAMPLES = """
+Examples:
+
+  qvlm-export --model tiny --out engine.plan
+
+  qvlm-export --model llava-13b --out engine.plan --calib-data mine.jsonl
+
+  qvlm-export --model ./my-llava --out out/int8.plan --scheme int8 --target sm89 --target sm120
+
+  qvlm-export --model llava-7b --out engine.plan --dry-run
+
+  qvlm-export --list-models
+"""
+
+LIST_WIDTH = 140  # of --list-models: a name that is cut helps nobody
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def print_models(wanted: bool) -> None:
+    """The aliases of --model with the sizes that follow from their geometry; ends the program."""
+    if not wanted:
+        return
+    from qvlm_export.pipeline.planning.model_sizes import model_sizes
+
+    table = Table(title="--model takes tiny, a Hugging Face id, a folder, or", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("alias", "repository", "parameters", "float16", "int4", "image tokens"):
+        table.add_column(column, justify="left" if column in ("alias", "repository") else "right", no_wrap=True)
+    for size in model_sizes():
+        sizes = (megabytes(size.float16_bytes), megabytes(size.int4_bytes), f"{size.image_tokens}")
+        table.add_row(size.alias, size.repository, f"{size.parameters / 1e9:.2f} B", *sizes)
+    console = Console(markup=False, highlight=False)
+    Console(markup=False, highlight=False, width=max(console.width, LIST_WIDTH)).print(table)
+    raise typer.Exit
+
+
+@app.command(epilog=EXAMPLES, cls=OneLineErrors)
+def main(
+    model: Annotated[str, typer.Option(help="an alias of --list-models, a Hugging Face id, or a local folder")],
+    out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
+    scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
+    recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
+    calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
+    effort: Annotated[
+        str, typer.Option(help="rtn (round to nearest), fast (fold, GPTQ) or full (more prompts, two-sided, learned)")
+    ] = "rtn",
+    backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
+    target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted export")] = False,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB that calibration may take; activations beyond it lie on disk")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where calibration computes: cpu, cuda, or auto")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
+    list_models: Annotated[  # noqa: ARG001  (its callback does it)
+        bool, typer.Option("--list-models", is_eager=True, callback=print_models, help="show the aliases and their sizes")
+    ] = False,
+) -> None:
+    """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
+    with errors_as_lines():
+        from qvlm_export.pipeline.export import export
+        from qvlm_export.pipeline.planning.export_plan import ExportOptions, estimate_export, plan_export
+        from qvlm_export.pipeline.progress import Reporter
+
+        options = ExportOptions(
+            model=model,
+            out=out,
+            scheme=scheme,
+            recipe=recipe,
+            calib_data=calib_data,
+            samples=samples,
+            effort=effort,
+            backend=backend,
+            targets=tuple(target or ()),
+            max_length=max_length,
+            max_batch=max_batch,
+            work_dir=work_dir,
+            resume=resume,
+            memory=memory,
+            device=device,
+        )
+        if dry_run:
+            plan = plan_export(options)
+            content = plan_summary(plan, estimate_export(plan))
+            show = show_plan
+        else:
+            content = result_summary(export(options, Reporter(quiet=as_json)))
+            show = show_result
+        if as_json:
+            print(json.dumps(content, indent=1))
+        else:
+            show(content, Console(markup=False, highlight=False))
+
+
+def plan_summary(plan: Any, estimated: Any) -> dict[str, Any]:
+    """What `--dry-run` says."""
+    counts: dict[str, int] = {}
+    for linear in plan.linears.values():
+        counts[linear.name] = counts.get(linear.name, 0) + 1
+    return {
+        "model": plan.checkpoint.name,
+        "backend": plan.backend.name,
+        "targets": list(plan.backend.targets),
+        "max_length": plan.limits.max_length,
+        "max_batch": plan.limits.max_batch,
+        "linears": counts,
+        "calibration_data": str(plan.options.calib_data or "built-in") if plan.samples else None,
+        "calibration_samples": len(plan.samples),
+        "parts": {
+            part: {
+                "float16_bytes": sizes.float16_bytes,
+                "weights_bytes": sizes.planned_bytes,
+                "compression": round(sizes.compression, 2),
+            }
+            for part, sizes in plan.sizes.items()
+        },
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": estimated.memory_bytes,
+        "build_memory_bytes": estimated.build_memory_bytes,
+        "seconds": estimated.seconds,
+        "calibration_floor_seconds": estimated.floor_seconds,
+        "estimate": estimated.in_words(),
+        "block_forwards": round(plan.cost.forwards),
+    }
+
+
+def show_plan(content: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{content['model']}: what would be written", title_justify="left")
+    for column in ("part", "float16", "weights", "compression"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, sizes in content["parts"].items():
+        weights = megabytes(sizes["weights_bytes"])
+        table.add_row(part, megabytes(sizes["float16_bytes"]), weights, f"{sizes['compression']:.2f}x")
+    console.print(table)
+    linears = ", ".join(f"{count} {name}" for name, count in content["linears"].items()) or "none"
+    console.print(f"quantized linears: {linears}")
+    console.print(f"backend: {content['backend']} {' '.join(content['targets'])}")
+    console.print(f"longest sequence: {content['max_length']} tokens, batch {content['max_batch']}")
+    console.print(f"calibration: {content['calibration_data'] or 'not needed'}, {content['calibration_samples']} samples")
+    console.print(content["estimate"])
+    console.print(f"disk needed: {megabytes(content['disk_bytes'])}. Nothing was written.")
+
+
+def result_summary(result: Any) -> dict[str, Any]:
+    """What the export says when it is done."""
+    manifest = result.manifest
+    folder = manifest.path.parent
+    builds = {Path(r.plan).name: {"seconds": round(r.seconds, 2), "peak_bytes": r.peak_bytes} for r in result.reports}
+    files = {
+        role: {**entry, **builds.get(entry["name"], {}), "path": str(folder / entry["name"])}
+        for role, entry in manifest.files.items()
+    }
+    return {
+        "manifest": str(manifest.path),
+        "scheme": manifest.scheme,
+        "files": files,
+        "compression": compression(manifest),
+        "schemes": {part: dict(_schemes(manifest.linears, part)) for part in ("language", "vision")},
+        "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
+        "plan_check": [dict(check) for check in manifest.plan_check],
+        "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
+        "processor_seconds": {stage: round(seconds, 2) for stage, seconds in result.processor_seconds.items()},
+        "peak_bytes": result.peak_bytes,
+        "backend": dict(manifest.backend),
+    }
+
+
+def _schemes(linears: Mapping[str, str], part: str) -> Counter[str]:
+    """How many linears of a part have which scheme."""
+    language = part == "language"
+    return Counter(scheme for name, scheme in linears.items() if name.startswith("language_model.") == language)
+
+
+def compression(manifest: Any) -> dict[str, float]:
+    """By part: bytes of the weights in float16 over bytes of the weights written."""
+    from qvlm_export.pipeline.planning.export_plan import float16_bytes
+
+    float16 = float16_bytes(manifest.config)
+    return {part: round(float16[part] / manifest.files[f"{part}_data"]["bytes"], 2) for part in float16}
+
+
+def show_result(content: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"exported as {content['scheme']}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("file", "size", "scheme", "to fp16", "seconds", "memory"):
+        table.add_column(column, justify="left" if column in ("file", "scheme") else "right", no_wrap=column != "scheme")
+    for role, entry in content["files"].items():
+        part, _, kind = role.partition("_")
+        schemes = ", ".join(content["schemes"].get(part, {})) or "float16"
+        table.add_row(
+            entry["name"],
+            megabytes(entry["bytes"]) if "bytes" in entry else "",
+            schemes if kind in ("plan", "onnx") else "",
+            f"{content['compression'][part]:.2f}x less" if kind == "data" else "",
+            f"{entry['seconds']:.1f}" if "seconds" in entry else "",
+            megabytes(entry["peak_bytes"]) if "peak_bytes" in entry else "",
+        )
+    console.print(table)
+    console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
+    console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
+    if content["backend"]["version"] is not None and content["linears"]["planned"]:
+        _show_check(content, console)
+    seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())
+    console.print(f"seconds: {seconds}; peak memory {megabytes(content['peak_bytes'])}")
+
+
+def _show_check(content: dict[str, Any], console: Console) -> None:
+    """What the engine check found, by kind of product; X.json lists it linear by linear."""
+    linears = content["linears"]
+    console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
+    kinds = Counter((check["planned"], check["executed"]) for check in content["plan_check"])
+    for (planned, executed), count in sorted(kinds.items()):
+        console.print(f"  {count} {planned}: {executed}")
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

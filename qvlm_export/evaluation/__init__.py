@@ -1,0 +1,1 @@
+"""Benchmarks asked of any form of the model."""

@@ -1,0 +1,1 @@
+"""The benchmarks' official files and scores."""

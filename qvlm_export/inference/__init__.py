@@ -1,0 +1,1 @@
+"""An export, or a checkpoint in torch, as a model that answers."""

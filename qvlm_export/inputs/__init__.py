@@ -1,0 +1,1 @@
+"""Pictures and prompts to model inputs."""

@@ -1,0 +1,1 @@
+"""Float, fake-quantized, graph and engine compared on the same samples."""

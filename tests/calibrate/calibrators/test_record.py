@@ -1,0 +1,305 @@
+"""The record: errors by modality, and what became of every linear, computed here a second time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_export import make_sample, plan_of
+
+from qvlm_export.calibrate.augmentation.prompts import labels_of
+from qvlm_export.calibrate.blockwise.blocks import make_blocks
+from qvlm_export.calibrate.blockwise.forward import plain_step, walk_language, walk_vision
+from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
+from qvlm_export.calibrate.calibrators.block_search import BlockSearch
+from qvlm_export.calibrate.calibrators.linear_record import Fidelity, linear_record
+from qvlm_export.calibrate.calibrators.record import errors_by_label, with_partition
+from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.calibrators.rtn_baseline import Baseline, round_to_nearest
+from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
+from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.config import NEAREST, Method, Variant
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, recorded, simulated_step
+from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_printed
+from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
+from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+
+SIMPLE = Method(folding="none", variant=Variant())
+
+
+def answered(checkpoint: Checkpoint) -> list[Sample]:
+    """Samples with no, one and two pictures, the last three tokens being the answer."""
+    made = [make_sample(checkpoint, words=w, images=n, seed=s) for s, (w, n) in enumerate([(9, 1), (6, 0), (12, 2)])]
+    return [Sample(s.input_ids, s.pixel_values, len(s.input_ids) - 3) for s in made]
+
+
+def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> Calibration:
+    return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, preset), samples)
+
+
+def calibrated(checkpoint: Checkpoint, preset: str, folder: Path, method: Any) -> CalibratedCheckpoint:
+    writer = CalibratedWriter(folder)
+    job = job_of(checkpoint, preset, answered(checkpoint))
+    writer.finish(checkpoint.config_json, method(job, writer, lambda *_: None))
+    return CalibratedCheckpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llava: Any) -> Checkpoint:
+    return open_checkpoint(str(llava(dtype="float32")))
+
+
+@pytest.fixture(scope="module")
+def int4(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> CalibratedCheckpoint:
+    """Nothing is folded, so that weights can be compared with the source."""
+    folder = tmp_path_factory.mktemp("record")
+    return calibrated(checkpoint, "int4", folder, lambda *given: calibrate_searched(*given, method=SIMPLE))
+
+
+def layers_of(found: CalibratedCheckpoint) -> list[dict[str, Any]]:
+    return [layer for block in found.summary["blocks"] for layer in block["layers"]]
+
+
+def linears_of(found: CalibratedCheckpoint) -> dict[str, dict[str, Any]]:
+    return {name: linear for layer in layers_of(found) for name, linear in layer["linears"].items()}
+
+
+def test_errors_by_label_against_a_loop() -> None:
+    torch.manual_seed(0)
+    wanted = [torch.randn(1, 5, 3), torch.randn(2, 4, 3)]
+    outputs = [x + 0.1 * torch.randn_like(x) for x in wanted]
+    labels = [torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1])]
+    sums = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
+    for output, exact, label in zip(outputs, wanted, labels, strict=True):
+        for row in range(len(exact)):
+            for token in range(exact.shape[1]):
+                mine = sums[int(label[token if len(label) > 1 else 0])]
+                mine[0] += float((output[row, token] - exact[row, token]).square().sum())
+                mine[1] += float(exact[row, token].square().sum())
+    found = errors_by_label(outputs, wanted, labels)
+    assert found == pytest.approx(
+        {name: a / b for name, (a, b) in zip(("image", "prompt", "answer"), sums.values(), strict=True)}
+    )
+
+
+def test_rounding_to_nearest_is_what_the_absmax_calibrator_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """On the first block, whose inputs are the same; with so few samples all of them are compared."""
+    samples = answered(checkpoint)
+    found = calibrated(checkpoint, "int8", tmp_path / "searched", calibrate_searched)
+    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_absmax)
+    blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(nearest)
+    first = blocks.vision_layers[0].prefix
+    outputs: dict[str, list[torch.Tensor]] = {}
+    float_step, nearest_step = plain_step(checkpoint.source), simulated_step(nearest, source)
+    for name, of, step in (("wanted", checkpoint.source, float_step), ("given", source, nearest_step)):
+        kept = recorded(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
+        walk_vision(blocks, of, samples, kept)
+    labels = [torch.zeros(1, dtype=torch.int64)] * 2
+    wanted = errors_by_label(outputs[f"given {first}"], outputs[f"wanted {first}"], labels)
+    compared = found.summary["blocks"][0]["compared"]
+    assert compared["inputs"] == 2
+    assert compared["nearest"] == pytest.approx(wanted, rel=1e-4)
+    assert compared["searched"]["image"] > 0
+    assert compared["searched"] == found.summary["blocks"][0]["errors"]
+
+
+def test_few_inputs_are_compared_spread_evenly() -> None:
+    module = torch.nn.Linear(4, 4)
+    pairs = [(torch.full((1, 2, 4), float(n)), torch.full((1, 2, 4), float(n))) for n in range(20)]
+    given: list[float] = []
+
+    def run(part: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        given.append(float(x[0, 0, 0]))
+        return part.proj(x)
+
+    assert round_to_nearest(module, {}, run, pairs) == Baseline((), ())
+    holder = torch.nn.Module()
+    holder.proj = module
+    with torch.no_grad():
+        found = round_to_nearest(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
+    assert found.numbers == (0, 3, 6, 9, 12, 15, 18)
+    assert given == [*found.numbers, *found.numbers]
+
+
+def test_what_linears_give_against_their_float_outputs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of the first block, whose input is exact; all of so few rows are looked at."""
+    found = calibrated(checkpoint, "int8", tmp_path, lambda *given: calibrate_searched(*given, method=SIMPLE))
+    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    first = blocks.vision_layers[0]
+    layer = first.module.get_submodule("self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2).clone()))
+    walk_vision(blocks, checkpoint.source, answered(checkpoint), plain_step(checkpoint.source))
+    rows, name = torch.cat(read), f"{first.prefix}.self_attn.q_proj"
+    linear, weight = found.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
+    wanted = rows @ weight.T
+    given = fake_quantize(rows, linear.input_scale, 8) @ torch.from_numpy(linear.dequantized()).T
+    db = 10 * math.log10(float(wanted.square().sum() / (given - wanted).square().sum()))
+    assert linears_of(found)[name]["sqnr_db"] == pytest.approx(db, abs=1e-3)
+
+
+def test_a_label_without_tokens_is_left_out() -> None:
+    x = torch.ones(1, 2, 1)
+    assert errors_by_label([x], [x], [torch.tensor([1, 2])]) == {"prompt": 0.0, "answer": 0.0}
+
+
+def test_labels_are_in_the_order_of_the_inputs(checkpoint: Checkpoint) -> None:
+    blocks, samples = make_blocks(checkpoint.hf_config), answered(checkpoint)
+    prompts = [[sample] for sample in samples]
+    decoder = labels_of(blocks.text_layers[1], blocks, prompts)
+    for sample, labels in zip(samples, decoder, strict=True):
+        wanted = np.where(sample.input_ids == checkpoint.config.image_token_id, 0, 1)
+        wanted[-3:] = 2
+        assert labels.tolist() == wanted.tolist()
+    for block in (blocks.vision_layers[0], blocks.projector):
+        assert [x.tolist() for x in labels_of(block, blocks, prompts)] == [[TokenLabel.IMAGE]] * 2
+
+
+def test_every_block_has_errors_of_its_modalities(int4: CalibratedCheckpoint) -> None:
+    for block in int4.summary["blocks"]:
+        decoder = block["name"].startswith("language_model")
+        assert list(block["errors"]) == (["image", "prompt", "answer"] if decoder else ["image"])
+        values = block["errors"].values()
+        assert 0 < min(values) <= block["error"] * 1.0001
+        assert max(values) >= block["error"] * 0.9999  # the whole is a weighted mean of its parts
+        if not decoder:
+            assert block["errors"]["image"] == pytest.approx(block["error"], rel=1e-5)
+
+
+def test_every_planned_linear_once_in_order(int4: CalibratedCheckpoint) -> None:
+    assert set(linears_of(int4)) == set(int4.schemes)
+    assert len(linears_of(int4)) == sum(len(layer["linears"]) for layer in layers_of(int4))
+    shared = next(layer for layer in layers_of(int4) if len(layer["linears"]) == 3)
+    assert [name.rpartition(".")[2] for name in shared["linears"]] == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_linears_against_what_is_stored(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
+    for name, record in linears_of(int4).items():
+        linear, weight = int4.linear(name), checkpoint.source.load(f"{name}.weight").astype(np.float64)
+        error = linear.dequantized() - weight
+        assert record["weight_sqnr_db"] == pytest.approx(10 * math.log10((weight**2).sum() / (error**2).sum()), rel=1e-5)
+        stored = linear.codes.size * linear.scheme.weight_bits + 8 * linear.scale.nbytes
+        assert record["bits_per_weight"] == pytest.approx(stored / linear.codes.size)
+        assert record["input_scale"] == linear.input_scale
+        assert record["scheme"].split(" ")[0] == linear.scheme.name
+        assert (record["covered"] is None) == (linear.scheme.activation_bits is None)
+    assert {record["scheme"] for record in linears_of(int4).values()} == {"W8A8", "W4A16 g128"}
+
+
+def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows kept on their way through the search give the same coverage and entropy as the histograms."""
+    kept: list[dict[str, torch.Tensor]] = []
+    choose = BlockSearch._quantize_group
+
+    def watching(self: BlockSearch, candidate: Any, group: Any, *rest: Any) -> None:
+        kept.append({group.linears[0]: rest[1].clone()})  # the rows seen, after those wanted
+        choose(self, candidate, group, *rest)
+
+    monkeypatch.setattr(BlockSearch, "_quantize_group", watching)
+    job = job_of(checkpoint, "int8", answered(checkpoint))
+
+    class Nothing(CalibratedWriter):
+        def __init__(self) -> None: ...
+        def write_shard(self, *_: object) -> None: ...
+
+    summary = calibrate_searched(job, Nothing(), lambda *_: None, SIMPLE)
+    layers = [layer for block in summary["blocks"] for layer in block["layers"]]
+    for layer, rows in zip(layers, kept, strict=True):
+        ((first, seen),) = rows.items()
+        name, record = next(iter(layer["linears"].items()))
+        assert name.endswith(first)
+        assert record["covered"] == pytest.approx(127 * record["input_scale"] / float(seen.abs().max()))
+        assert layer["bits"] == 8
+        assert layer["entropy"] == pytest.approx(
+            entropy_nats(soft_code_distribution(seen, record["input_scale"], 8)), abs=0.01
+        )
+    assert any(linear["covered"] < 0.99 for layer in layers for linear in layer["linears"].values())
+
+
+def test_largest_inputs_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
+    """Of the first decoder layer's first linears, which only a norm stands before."""
+    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    samples = answered(checkpoint)
+    first = blocks.text_layers[0]
+    first.module.get_submodule("self_attn.q_proj").register_forward_pre_hook(lambda _, args: read.append(args[0][0].clone()))
+    source = DequantizedSource(int4)
+    step = simulated_step(int4, source)
+    walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
+    wanted = [0.0, 0.0, 0.0]
+    for rows, labels in zip(read, labels_of(first, blocks, [[s] for s in samples]), strict=True):
+        for row, label in zip(rows, labels, strict=True):
+            wanted[int(label)] = max(wanted[int(label)], float(row.abs().max()))
+    layer = next(x for x in layers_of(int4) if f"{first.prefix}.self_attn.q_proj" in x["linears"])
+    assert layer["largest"] == pytest.approx(dict(zip(("image", "prompt", "answer"), wanted, strict=True)), rel=1e-4)
+    tower = layers_of(int4)[0]
+    assert list(tower["largest"]) == ["image"]
+
+
+def test_boundaries_follow_the_papers_rule() -> None:
+    """Two more than the median belong to what is before them, across blocks in memory never."""
+    entropies = {"a": [1.0, 3.0, 3.0], "b": [3.0, 1.0]}
+    blocks = [
+        {"name": name, "layers": [{"linears": {f"{name}.{k}": {}}, "bits": 8, "entropy": e} for k, e in enumerate(values)]}
+        for name, values in entropies.items()
+    ]
+    blocks[0]["layers"][1]["entropy"] = 3.5
+    marked, thresholds = with_partition(blocks)
+    assert thresholds == {"8": median([1.0, 3.5, 3.0, 3.0, 1.0])}
+    assert [[layer["starts_block"] for layer in block["layers"]] for block in marked] == [[True, False, False], [True, True]]
+
+
+def test_blocks_start_with_a_boundary(int4: CalibratedCheckpoint) -> None:
+    assert all(block["layers"][0]["starts_block"] for block in int4.summary["blocks"])
+    assert set(int4.summary["entropy_thresholds"]) == {"4", "8"}
+
+
+def test_sqnr_of_nothing_and_of_the_exact_weight() -> None:
+    weight = torch.tensor([[1.0, -2.0]])
+    assert sqnr_db(weight, weight) is None
+    assert sqnr_db(torch.zeros(1, 2), weight) is None
+    assert sqnr_db(weight, weight * 0.9) == pytest.approx(20.0, abs=1e-5)
+
+
+def test_inputs_that_are_all_zero() -> None:
+    linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
+    record = linear_record(linear, Fidelity(None, None), 0.0)
+    assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_record_is_json_without_infinities(int4: CalibratedCheckpoint) -> None:
+    json.dumps(int4.summary, allow_nan=False)
+
+
+def test_learning_moves_the_ranges_that_are_recorded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    method = Method(folding="none", variant=NEAREST, learn_steps=32)
+    found = calibrated(checkpoint, "sim-w4a4", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
+    assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in found.summary["blocks"])
+    for name, record in linears_of(found).items():
+        assert record["input_scale"] == found.input_scale(name)
+
+
+def test_the_printed_method_keeps_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    found = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_printed)
+    assert found.summary["samples"] == 3
+    assert "entropy_thresholds" in found.summary
+
+
+def test_a_picture_with_nan_is_named_before_the_search(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    samples = answered(checkpoint)
+    samples[2].pixel_values[1, 0, 0, 0] = np.nan
+    job = job_of(checkpoint, "int4", samples)
+    with pytest.raises(
+        UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of sample 3 are not finite"
+    ):
+        calibrate_searched(job, CalibratedWriter(tmp_path / "c"), lambda *_: None, SIMPLE)

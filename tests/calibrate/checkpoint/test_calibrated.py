@@ -1,0 +1,302 @@
+"""The calibrated checkpoint: bit-exact round trips, what is refused, and that transformers loads it as it is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import decompress_module
+from safetensors import safe_open
+from small_export import briefly_full, calibrate, module_of, open_small, plan_of
+from transformers import LlavaForConditionalGeneration
+
+from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.checkpoint.calibrated import (
+    CalibratedCheckpoint,
+    CalibratedWriter,
+    QuantizedLinear,
+    quantization_config,
+)
+from qvlm_export.calibrate.checkpoint.scheme import ACTIVATION_BITS, GROUPED_BITS, W8A8, WEIGHT_BITS, LinearScheme
+from qvlm_export.calibrate.errors import UserError
+
+W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
+W3A16, W3A8, W6A6, W8A16 = (
+    LinearScheme(3, None, 64),
+    LinearScheme(3, 8, 64),
+    LinearScheme(6, 6, None),
+    LinearScheme(8, None, None),
+)
+SUMMARY = {"method": "by hand"}
+
+
+def random_linear(scheme, seed=0, shape=(6, 128)):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int8)
+    dtype = np.float16 if scheme.group_size else np.float32
+    scale = rng.uniform(0.001, 0.1, scheme.scale_shape(shape)).astype(dtype)
+    return QuantizedLinear(scheme, codes, scale, None if scheme.activation_bits is None else 0.0625)
+
+
+def write_by_hand(folder, linears, floats=None):
+    writer = CalibratedWriter(folder)
+    for number, (name, linear) in enumerate(linears.items()):
+        writer.write_shard(f"block.{number}", {name: linear}, {})
+    writer.write_shard("rest", {}, floats or {})
+    writer.finish({"model_type": "llava"}, SUMMARY)
+    return folder
+
+
+def assert_equal(got, wanted):
+    assert got.scheme == wanted.scheme
+    assert got.input_scale == wanted.input_scale
+    for mine, theirs in ((got.codes, wanted.codes), (got.scale, wanted.scale)):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "linears",
+    [
+        {"a.b": random_linear(W4A16)},
+        {"a.b": random_linear(W8A8)},
+        {"a.b": random_linear(W4A16, 1), "a.c": random_linear(W8A8, 2), "d": random_linear(W4A16, 3, (2, 192))},
+        {"a.b": random_linear(W3A16, 1, (3, 192)), "a.c": random_linear(W3A8, 2)},
+        {"a.b": random_linear(W6A6, 1, (3, 77)), "a.c": random_linear(W8A16, 2), "d": random_linear(W3A8, 3)},
+    ],
+    ids=["W4A16", "W8A8", "mixed", "three bits", "simulated"],
+)
+def test_linears_come_back_bit_equal(tmp_path, linears):
+    floats = {"a.norm.weight": np.arange(5, dtype=np.float16), "a.b.bias": np.arange(6, dtype=np.float32)}
+    checkpoint = CalibratedCheckpoint(write_by_hand(tmp_path, linears, floats))
+    assert set(checkpoint.schemes) == set(linears)
+    assert checkpoint.summary == SUMMARY
+    for name, linear in linears.items():
+        assert_equal(checkpoint.linear(name), linear)
+        np.testing.assert_array_equal(checkpoint.linear(name).dequantized(), linear.dequantized())
+    for name, array in floats.items():
+        assert checkpoint.floats.dtype(name) == array.dtype
+        np.testing.assert_array_equal(checkpoint.floats.load(name), array)
+
+
+def test_dequantized_multiplies_each_group_by_its_own_scale():
+    codes = np.array([[1] * 64 + [2] * 64, [-8] * 64 + [7] * 64], np.int8)
+    scale = np.array([[0.5, 0.25], [1.0, 2.0]], np.float16)
+    weight = QuantizedLinear(W4A16, codes, scale, None).dequantized()
+    assert weight.dtype == np.float32
+    np.testing.assert_array_equal(weight[:, [0, 63, 64, 127]], [[0.5, 0.5, 0.5, 0.5], [-8, -8, 14, 14]])
+
+
+def test_a_folder_without_index_is_refused(tmp_path):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        CalibratedCheckpoint(folder)
+
+
+@pytest.mark.parametrize("files_written", range(6))
+def test_a_kill_before_the_last_file_leaves_a_folder_that_is_refused(tmp_path, monkeypatch, files_written):
+    real, finished = os.replace, []
+
+    def replace(temporary, path):
+        if len(finished) == files_written:
+            raise KeyboardInterrupt
+        finished.append(path.name)
+        real(temporary, path)
+
+    linears = {"a.b": random_linear(W8A8), "a.c": random_linear(W4A16)}  # two shards, one of floats, three JSON files
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_by_hand(tmp_path, linears, {"n": np.ones(3)})
+    monkeypatch.undo()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        CalibratedCheckpoint(tmp_path)
+    write_by_hand(tmp_path, linears, {"n": np.ones(3)})
+    assert_equal(CalibratedCheckpoint(tmp_path).linear("a.b"), linears["a.b"])
+
+
+def test_a_writer_takes_the_index_of_an_earlier_run_away(tmp_path):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    CalibratedWriter(folder).write_shard("block.0", {"a.b": random_linear(W8A8, seed=1)}, {})
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        CalibratedCheckpoint(folder)
+
+
+def test_no_temporary_file_is_left(tmp_path):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "calibration.json",
+        "config.json",
+        "model-block.0.safetensors",
+        "model-rest.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_another_record_version_is_refused(tmp_path):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    record = json.loads((folder / "calibration.json").read_text())
+    (folder / "calibration.json").write_text(json.dumps({**record, "version": 2}))
+    with pytest.raises(UserError, match=r"calibration.json: record version 2, this program reads 1; calibrate again"):
+        CalibratedCheckpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"7",
+        b'{"version": 1}',
+        b'{"version": 1, "summary": {}, "linears": {"a.b": {"bits": 8}}}',
+        b'{"version": 1, "summary": {}, "linears": {"a.b": 8}}',
+        b'{"version": 1, "summary": {}, "linears": [1]}',
+        b'{"version": 1, "summary": {}, "linears": {"a.b": {"weight_bits": 5, "activation_bits": 8, "group_size": null}}}',
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(tmp_path, content):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    (folder / "calibration.json").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(folder / "calibration.json"))) as caught:
+        CalibratedCheckpoint(folder)
+    assert "calibrate again" in str(caught.value)
+
+
+def test_a_missing_record_is_refused_by_name(tmp_path):
+    folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
+    (folder / "calibration.json").unlink()
+    with pytest.raises(UserError, match=re.escape(str(folder / "calibration.json"))):
+        CalibratedCheckpoint(folder)
+
+
+NAMINGS = {
+    "language_model.model.layers.1.self_attn.q_proj": [
+        "language_model.model.layers.{}.self_attn.q_proj",
+        "model.language_model.layers.{}.self_attn.q_proj",
+    ],
+    "vision_tower.vision_model.encoder.layers.1.mlp.fc1": [
+        "vision_tower.vision_model.encoder.layers.{}.mlp.fc1",
+        "model.vision_tower.encoder.layers.{}.mlp.fc1",
+        "model.vision_tower.vision_model.encoder.layers.{}.mlp.fc1",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "spellings"), NAMINGS.items())
+def test_a_target_matches_its_linear_in_every_naming_and_no_other(name, spellings):
+    (target,) = quantization_config({name: W8A8})["config_groups"]["group_0"]["targets"]
+    pattern = re.compile(target.removeprefix("re:"))
+    for spelling in spellings:
+        assert pattern.match(spelling.format(1))
+        for other in (0, 10, 11, "1x", "x1"):
+            assert not pattern.match(spelling.format(other))
+        assert not pattern.match(spelling.format(1) + ".weight")
+        assert not pattern.match("other." + spelling.format(1))
+        assert not pattern.match(spelling.format(1).replace(".q_proj", ".k_proj").replace(".fc1", ".fc2"))
+
+
+def test_the_projector_is_matched_with_and_without_model():
+    (target,) = quantization_config({"multi_modal_projector.linear_1": W8A8})["config_groups"]["group_0"]["targets"]
+    pattern = re.compile(target.removeprefix("re:"))
+    assert pattern.match("multi_modal_projector.linear_1")
+    assert pattern.match("model.multi_modal_projector.linear_1")
+    assert not pattern.match("model.multi_modal_projector.linear_10")
+
+
+def test_one_group_for_each_scheme():
+    wide = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+    activations = [{"num_bits": 6}, {"num_bits": 8}, None]
+    config = quantization_config({"a.x": W6A6, "a.y": W3A8, "a.z": W8A16})
+    groups = sorted(config["config_groups"].values(), key=lambda g: g["targets"])
+    assert [(g["format"], g["weights"]["num_bits"]) for g in groups] == [
+        ("int-quantized", 6),
+        ("pack-quantized", 3),
+        ("int-quantized", 8),
+    ]
+    for group, wanted in zip(groups, activations, strict=True):
+        common = {"type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+        assert group["input_activations"] == (wanted and {**common, **wanted})
+    config = quantization_config({"a.x": W8A8, "a.y": W4A16, "a.z": wide, "a.w": W4A16})
+    groups = config["config_groups"].values()
+    assert config["format"] == "mixed-precision"
+    assert [(g["format"], g["weights"].get("group_size"), len(g["targets"])) for g in groups] == [
+        ("pack-quantized", 64, 2),
+        ("pack-quantized", 128, 1),
+        ("int-quantized", None, 1),
+    ]
+    assert quantization_config({"a.y": W4A16, "a.z": wide})["format"] == "pack-quantized"
+
+
+def every_scheme(checkpoint):
+    """A plan in which the linears take turns with all bits there are, groups of 128 and 64 included."""
+    schemes = [
+        LinearScheme(weight, activation, group)
+        for weight in WEIGHT_BITS
+        for activation in ACTIVATION_BITS
+        for group in ((128, 64) if weight <= GROUPED_BITS else (None,))
+    ]
+    names = plan_of(checkpoint, "int8")
+    assert len(names) >= len(schemes)
+    return dict(zip(names, itertools.cycle(schemes), strict=False))
+
+
+@pytest.fixture(
+    scope="module", params=["int4", "int8", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16", "every scheme", "int8 full"]
+)
+def loaded(request, llava, tmp_path_factory):
+    """A calibrated checkpoint and the model, with loading info, that transformers makes of it."""
+    checkpoint = open_small(llava())
+    folder = tmp_path_factory.mktemp("calibrated")
+    preset = request.param.removesuffix(" full")
+    plan = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
+    calibrated = calibrate(
+        checkpoint, plan, folder, calibrator=calibrate_absmax if preset == request.param else briefly_full
+    )
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return calibrated, model, info
+
+
+def test_transformers_finds_every_tensor_and_no_other(loaded):
+    _, _, info = loaded
+    assert {key: set(names) for key, names in info.items() if key != "error_msgs"} == {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+    }
+    assert list(info["error_msgs"]) == []
+
+
+def test_transformers_computes_with_the_same_weights(loaded):
+    calibrated, model, _ = loaded
+    planned = {id(module_of(model, name)): name for name in calibrated.schemes}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert hasattr(module, "quantization_scheme") == (id(module) in planned)
+    for name in calibrated.schemes:
+        module = module_of(model, name)
+        linear = calibrated.linear(name)
+        inputs = module.quantization_scheme.input_activations
+        assert (inputs and inputs.num_bits) == linear.scheme.activation_bits
+        assert module.quantization_scheme.weights.num_bits == linear.scheme.weight_bits
+        if linear.input_scale is not None:
+            assert module.input_scale.tolist() == [linear.input_scale]
+        decompress_module(module)
+        np.testing.assert_array_equal(module.weight.detach().numpy(), linear.dequantized())
+
+
+def test_every_stored_tensor_is_in_the_index(loaded):
+    calibrated, _, _ = loaded
+    index = json.loads((calibrated.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    stored = {}
+    for path in calibrated.folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            stored |= dict.fromkeys(file.keys(), path.name)
+    assert index == stored

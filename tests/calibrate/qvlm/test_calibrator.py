@@ -1,0 +1,210 @@
+"""Q-VLM as printed: pieces of a block against the whole, the search against trying everything, the run as users see it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from quantized_module import quantized_output
+from small_export import make_sample, mixed_samples, plan_of
+from torch import nn
+
+from qvlm_export.calibrate.blockwise.blocks import linear_of, make_blocks, resident
+from qvlm_export.calibrate.blockwise.forward import plain_step, walk_language, walk_vision
+from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
+from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, recorded, simulated_step
+from qvlm_export.calibrate.quantization.observers import histogram_of
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_printed, measure_inputs, search_block
+from qvlm_export.calibrate.qvlm.clip_candidates import Clips, PlannedLayer
+from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, linear_outputs, relative_error, replayed
+from qvlm_export.calibrate.qvlm.partition import LayerInput, entropy_blocks
+from qvlm_export.checkpoints.checkpoint import open_checkpoint
+
+W4A4 = LinearScheme(4, 4, 64)
+LAST = "language_model.model.layers.1"
+
+
+def block_of(checkpoint, kind):
+    """A block, batches of it, and how to run it."""
+    blocks, generator = make_blocks(checkpoint.hf_config), torch.Generator().manual_seed(0)
+    if kind == "decoder":
+        batches = [torch.randn(1, n, 256, generator=generator) for n in (7, 12)]
+
+        def run(module, x):
+            rope = blocks.rotary(x, position_ids=torch.arange(x.shape[1])[None])
+            return module(x, attention_mask=None, position_embeddings=rope)
+
+        return blocks.text_layers[1], batches, run
+    batches = [torch.randn(n, 9, 128, generator=generator) for n in (1, 2)]
+    if kind == "projector":
+        return blocks.projector, batches, lambda module, x: module(x)
+    return blocks.vision_layers[1], batches, lambda module, x: module(x, attention_mask=None)
+
+
+def chain_of(module, batches, run, plan):
+    """Float outputs, and the layers of the module with the ranges of what they are given."""
+    groups = groups_of(module)
+    given = {g: [] for g in groups}
+    handles = [
+        linear_of(module, g.linears[0]).register_forward_pre_hook(lambda _, x, g=g: given[g].append(x[0].flatten(0, -2)))
+        for g in groups
+    ]
+    outputs, wanted = linear_outputs(module, [n for g in groups for n in g.linears], run, batches)
+    for handle in handles:
+        handle.remove()
+    layers = []
+    for group in groups:
+        histogram = histogram_of(torch.cat(given[group]))
+        linears = {name: linear_of(module, name) for name in group.linears}
+        ranges = {c: c.activation_amax(histogram) for c in PAPER_CLIPS}
+        mine = {name: plan[name] for name in group.linears if name in plan}
+        weights = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in mine.items() for c in PAPER_CLIPS}
+        layers.append(PlannedLayer(linears, mine, ranges, weights))
+    return outputs, wanted, {g: torch.cat(rows) for g, rows in given.items()}, layers
+
+
+@pytest.mark.parametrize("kind", ["decoder", "tower", "projector"])
+def test_a_block_in_pieces_is_the_block(llava, kind):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    block, batches, run = block_of(checkpoint, kind)
+    with resident(block, checkpoint.source) as module, torch.inference_mode():
+        outputs, _, given, layers = chain_of(module, batches, run, {})
+        before = dict(module.named_modules())
+        with replayed(module, [tuple(layer.linears) for layer in layers], run, batches) as replay:
+            done = ()
+            for layer, rows in zip(layers, given.values(), strict=True):
+                np.testing.assert_allclose(replay.given(done), rows, atol=1e-5)
+                done = (*done, layer.output(replay.given(done), Clips()))
+            assert not any(isinstance(m, nn.Linear) for m in module.modules())
+            finished = replay.finish(done)
+        assert dict(module.named_modules()) == before
+    for got, wanted in zip(finished, outputs, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_the_search_of_a_block_is_the_best_of_all_ranges_of_activations_then_of_weights(llava):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    block, batches, run = block_of(checkpoint, "decoder")
+    plan = {"mlp.gate_proj": W4A4, "mlp.up_proj": W8A8, "mlp.down_proj": W4A4}  # attention stays float
+    with resident(block, checkpoint.source) as module, torch.inference_mode():
+        module.mlp.down_proj.weight[3, 5] = 2.0  # worth clipping
+        _, wanted, _, layers = chain_of(module, batches, run, plan)
+        layers = layers[2:]
+        noisy = [x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) for x in batches]
+        with replayed(module, [tuple(layer.linears) for layer in layers], run, noisy) as replay:
+            found = search_block(layers, replay, (), wanted)
+
+        def error(chosen):
+            return relative_error(
+                quantized_output(module, noisy, run, layers=layers, chosen=chosen, last=["mlp.down_proj"]), wanted
+            )
+
+        pairs = list(itertools.product(PAPER_CLIPS, repeat=2))
+        activations = min(pairs, key=lambda p: error([Clips(p[0]), Clips(p[1])]))
+        both = {p: [Clips(a, w) for a, w in zip(activations, p, strict=True)] for p in pairs}
+        best = min(both.values(), key=error)
+        assert list(found.clips) == best
+        assert found.error == pytest.approx(error(best), rel=1e-4)
+        assert found.first_error == pytest.approx(error([Clips(), Clips()]), rel=1e-4)
+    assert found.error < found.first_error
+    assert found.layer_forwards == 2 * (5 + 25)
+
+
+def calibrated(checkpoint, plan, folder, *, method=calibrate_printed, samples=None):
+    chosen = mixed_samples(checkpoint)[:3] if samples is None else samples
+    job = Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
+    writer, seen = CalibratedWriter(folder), []
+    summary = method(job, writer, lambda *step: seen.append(step))
+    writer.finish(checkpoint.config_json, summary)
+    assert [step[0] for step in seen] == list(range(1, job.blocks.count() + 1))
+    return CalibratedCheckpoint(folder)
+
+
+@pytest.mark.parametrize(("preset", "method"), [("sim-w4a4", calibrate_printed), ("int4", calibrate_percentile)])
+def test_the_record_says_what_the_checkpoint_does(llava, tmp_path, preset, method):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    found = calibrated(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", method=method)
+    blocks = found.summary["blocks"]
+    layers = [layer for block in blocks for layer in block["layers"]]
+    assert sorted(n for layer in layers for n in layer["linears"]) == sorted(make_blocks(checkpoint.hf_config).quantizable())
+    depths = [len(block["layers"]) for block in blocks]
+    assert max(depths) == (3 if method is calibrate_printed else 1)
+    for block, depth in zip(blocks, depths, strict=True):
+        passes = 1 + (found.schemes[block["layers"][0]["linears"][0]].activation_bits is not None)
+        assert block["layer_forwards"] == passes * sum(5**d for d in range(1, depth + 1))
+        assert block["error_after"] <= block["error_before"]
+        assert len({n.split("layers.")[-1].split(".")[0] for layer in block["layers"] for n in layer["linears"]}) == 1
+
+    # The last recorded error is what a simulation of the checkpoint makes of the last linear.
+    samples, outputs = mixed_samples(checkpoint)[:3], []
+    source = DequantizedSource(found)
+    for step in (plain_step(checkpoint.source), simulated_step(found, source)):
+        seen = {}
+        at = source if outputs else checkpoint.source
+        model = make_blocks(checkpoint.hf_config)
+        watched = recorded(step, lambda prefix, out, seen=seen: seen.update({prefix: out}))
+        handle = model.text_layers[-1].module.mlp.down_proj.register_forward_hook(
+            lambda _, __, out, seen=seen: seen.setdefault("down", []).append(out[0])
+        )
+        walk_language(model, at, samples, walk_vision(model, at, samples, watched), watched)
+        handle.remove()
+        outputs.append({"down": torch.cat(seen["down"])})
+    assert relative_error(outputs[1], outputs[0]) == pytest.approx(blocks[-1]["error_after"], rel=1e-3)
+
+
+def test_block_forwards_and_bytes_are_the_same_twice(llava, tmp_path):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    plan = {n: s for n, s in plan_of(checkpoint, "int8").items() if n.startswith(LAST)}
+    samples = mixed_samples(checkpoint)[1:3]
+    one, two = (calibrated(checkpoint, plan, tmp_path / name, samples=samples) for name in ("one", "two"))
+    for path in one.folder.iterdir():
+        assert path.read_bytes() == (two.folder / path.name).read_bytes(), path.name
+    forwards = sum(block["layer_forwards"] for block in one.summary["blocks"])
+    # Both samples pass 2 decoder layers, the one with pictures 3 vision layers and the projector, twice.
+    assert one.summary["block_forwards"] == 2 * (2 * 2 + 4) + forwards * 2 / 4
+    assert set(one.schemes) == set(plan)
+
+
+def test_blocks_end_with_the_module_and_thresholds_are_by_bits():
+    entropies = [("a", 4, 1.0), ("a", 4, 3.0), ("b", 4, 3.0), ("b", 4, 3.0), ("b", 8, 4.0), ("b", 8, 6.0)]
+    inputs = [LayerInput(block, ("x",), bits, entropy, {}) for block, bits, entropy in entropies]
+    blocks, thresholds = entropy_blocks(inputs)
+    assert thresholds == {"4": 3.0, "8": 5.0}
+    assert [(b.start, b.stop) for b in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6)]
+    assert entropy_blocks([]) == ((), {})
+
+
+def test_inputs_are_measured_on_the_float_model(llava):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    plan = {f"{LAST}.mlp.up_proj": W4A4, f"{LAST}.self_attn.o_proj": LinearScheme(8, 8, None)}
+    samples = mixed_samples(checkpoint)
+    inputs, forwards = measure_inputs(Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples))
+    assert [(x.block, x.linears, x.num_bits) for x in inputs] == [
+        (LAST, ("self_attn.o_proj",), 8),
+        (LAST, ("mlp.gate_proj", "mlp.up_proj"), 4),
+    ]
+    assert forwards == 3 * 3 + 3 + 2 * 4
+    for x in inputs:
+        assert 0 < x.entropy < x.num_bits * math.log(2)
+        amax = [x.ranges[clip] for clip in PAPER_CLIPS]
+        assert amax == sorted(amax, reverse=True)
+        assert amax[-1] < amax[0]
+
+
+def test_what_cannot_be_calibrated_is_named(llava, tmp_path):
+    checkpoint = open_checkpoint(str(llava(dtype="float32")))
+    text = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
+    with pytest.raises(UserError, match=r"^vision_tower.*no calibration sample reached it"):
+        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=text)
+    good, bad = (make_sample(checkpoint, words=8, images=1, seed=seed) for seed in range(2))
+    bad.pixel_values[0, 0, 0, 0] = np.nan
+    name = r"^vision_tower\.vision_model\.encoder\.layers\.0\.self_attn\.q_proj: activations of batch 1 are not finite"
+    with pytest.raises(UserError, match=name):
+        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=[good, bad])

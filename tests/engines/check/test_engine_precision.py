@@ -1,0 +1,124 @@
+"""Built plans: what the engine really executes, for linears that run on integers and for some that only look like it."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import onnx_ir as ir
+import pytest
+from small_export import LIMITS, PARTS, calibrate, of_part, open_small, plan_of, write_quantized
+from small_graphs import INPUTS, LINEAR, build, int4_model, int8_model
+
+from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.backend import choose_backend
+from qvlm_export.engines.builder.build import BuildJob, build_engines, language_profile, vision_profile
+from qvlm_export.engines.check.engine_precision import LinearCheck, check_plan, read_gemms, require_integer
+
+W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+
+
+@pytest.fixture(scope="module")
+def built(llava, tmp_path_factory):
+    """(preset, part) -> the plan's file and its planned linears; the decoder in both presets."""
+    checkpoint = open_small(llava())
+    profiles = {"vision": vision_profile(checkpoint.config, LIMITS), "language": language_profile(checkpoint.config, LIMITS)}
+    folder = tmp_path_factory.mktemp("plans")
+    found, jobs = {}, []
+    for preset in ("int4", "int8"):
+        calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), folder / f"{preset}.calibrated")
+        for part in PARTS if preset == "int4" else ("language",):
+            onnx_file = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / preset)
+            jobs.append(BuildJob(str(onnx_file), str(onnx_file.with_suffix(".plan")), profiles[part]))
+            found[preset, part] = (onnx_file.with_suffix(".plan"), of_part(calibrated.schemes, part))
+    build_engines(choose_backend("tensorrt-rtx", ("sm89",)), jobs, lambda *_: None)
+    return found
+
+
+EXECUTED = {
+    ("int4", "vision"): ("W8A8", "int8 x int8 -> float", 20),
+    ("int4", "language"): ("W4A16", "half x int4 -> half", 14),
+    ("int8", "language"): ("W8A8", "int8 x int8 -> float", 14),
+}
+
+
+@pytest.mark.parametrize("case", EXECUTED, ids="-".join)
+def test_every_planned_linear_runs_on_integers(built, case):
+    plan, planned = built[case]
+    scheme, executed, count = EXECUTED[case]
+    checks = check_plan(plan, planned)
+    assert checks == [LinearCheck(name, scheme, executed, True) for name in planned]
+    assert len(checks) == count
+    require_integer(plan, checks)
+
+
+def test_linears_that_are_not_planned_run_in_half(built):
+    plan, _ = built["int4", "language"]
+    heads = [gemm for gemm in read_gemms(plan) if "language_model.lm_head" in gemm.linears]
+    assert [gemm.operands[:2] for gemm in heads] == [("half", "half")]
+
+
+def test_the_check_does_not_take_one_scheme_for_the_other(built):
+    plan, planned = built["int4", "language"]
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W8A8)))
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
+    plan, planned = built["int8", "language"]
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W4A16)))
+    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
+
+
+def test_a_planned_linear_that_the_plan_lacks_fails(built):
+    plan, planned = built["int4", "language"]
+    name = "language_model.model.layers.7.mlp.up_proj"
+    checks = check_plan(plan, planned | {name: W4A16})
+    assert checks[-1] == LinearCheck(name, "W4A16", "nothing under this name", False)
+    with pytest.raises(UserError, match=re.escape(f"language.plan: 1 of 15 planned linears do not run as planned; {name}")):
+        require_integer(plan, checks)
+
+
+WRONG = {
+    # model, what was planned, what is executed
+    "int4-per-channel": (lambda: int4_model(block_size=None), W4A16, "half x half -> half"),
+    "int8-per-channel-activation": (lambda: int8_model(activation_scales=INPUTS), W8A8, "float x int8 -> half"),
+    "int8-half-sums": (lambda: int8_model(dequantize_type="float16"), W8A8, "int8 x int8 -> half"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_linear_that_builds_but_does_not_run_as_planned_is_found(tmp_path, case):
+    make, scheme, executed = WRONG[case]
+    build(make(), tmp_path)
+    checks = check_plan(tmp_path / "small.plan", {LINEAR: scheme})
+    assert checks == [LinearCheck(LINEAR, scheme.name, executed, False)]
+    with pytest.raises(UserError) as caught:
+        require_integer(tmp_path / "small.plan", checks)
+    message = str(caught.value)
+    assert message.startswith(
+        f"small.plan: 1 of 1 planned linears do not run as planned; {LINEAR} was planned {scheme.name}"
+    )
+    assert executed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", ["int4", "int8"])
+def test_the_same_linears_in_the_right_form_pass(tmp_path, case):
+    model, scheme = (int4_model(block_size=128), W4A16) if case == "int4" else (int8_model(), W8A8)
+    build(model, tmp_path)
+    assert [check.passed for check in check_plan(tmp_path / "small.plan", {LINEAR: scheme})] == [True]
+
+
+@pytest.mark.parametrize("content", [random.Random(0).randbytes(100_000), b"x", b""], ids=["random", "one-byte", "empty"])
+def test_a_file_without_programs_proves_nothing(tmp_path, content):
+    path = tmp_path / "random.plan"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^random\.plan: holds no readable program, so what it executes cannot be proven"):
+        check_plan(path, {LINEAR: W8A8})
+
+
+def test_a_plan_that_is_cut_off_does_not_pass(built, tmp_path):
+    plan, planned = built["int8", "language"]
+    text = plan.read_bytes()
+    (tmp_path / "cut.plan").write_bytes(text[: text.index(b"fully_connected=")])
+    with pytest.raises(UserError, match=r"cut\.plan"):
+        require_integer(tmp_path / "cut.plan", check_plan(tmp_path / "cut.plan", planned))

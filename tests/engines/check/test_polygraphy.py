@@ -1,0 +1,235 @@
+"""Polygraphy for real: its comparator, the files it reads back, the lines a user pastes, and its own tools on our graphs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from damage import copy_export, edit_weight, zero
+from polygraphy.comparator import RunResults
+from polygraphy.json import load_json
+from shell import run_shell
+
+import qvlm_export
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.check.metrics import sqnr_db
+from qvlm_export.engines.check.polygraphy import (
+    RTX_SWITCH,
+    RunnerPair,
+    engine_runners,
+    quiet,
+    save_case,
+    session_runners,
+    twin_runners,
+    write_twin,
+)
+from qvlm_export.engines.manifest import read_manifest
+from qvlm_export.engines.runtime.open import open_session
+from qvlm_export.validation.validate import read_samples
+
+DOWN = "language_model.model.layers.1.mlp.down_proj"
+SCHEMES = ("int4", "int8")
+
+
+@pytest.fixture(scope="module")
+def manifests(llava, tmp_path_factory):
+    """Exports by scheme, without engines."""
+    made = {}
+    for scheme in SCHEMES:
+        plan = tmp_path_factory.mktemp(scheme) / "export" / "e.plan"
+        qvlm_export.export(str(llava()), plan, scheme=scheme, backend="onnx", samples=4, max_length=128)
+        made[scheme] = read_manifest(plan.with_suffix(".json"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def sample(manifests):
+    return read_samples(manifests["int4"], None, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(manifests, sample, tmp_path_factory):
+    """What --save-polygraphy leaves, by scheme, in a folder whose name needs quoting."""
+    return {
+        scheme: save_case(
+            manifest, sample, tmp_path_factory.mktemp(scheme) / "it's a folder", [session_runners(manifest)], False
+        )
+        for scheme, manifest in manifests.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_comparator_finds_session_and_graph_alike(saved, scheme):
+    verdicts = saved[scheme].verdicts
+    assert [(v.part, v.output) for v in verdicts] == [("vision", "image_embeds"), ("language", "logits")]
+    for verdict in verdicts:
+        assert verdict.runners == ("graph", "session")
+        assert verdict.passed
+        assert verdict.snr_db > 25
+
+
+def test_the_comparator_finds_a_damaged_graph_apart(manifests, sample, tmp_path):
+    plan = copy_export(manifests["int8"].path.with_suffix(".plan"), tmp_path / "damaged")
+    edit_weight(plan.with_suffix(".onnx"), f"{DOWN}.weight_codes", np.uint8, zero)
+    damaged = session_runners(read_manifest(plan.with_suffix(".json")))
+    verdicts = save_case(manifests["int8"], sample, tmp_path / "case", [damaged], False).verdicts
+    assert [v.passed for v in verdicts] == [True, False]
+    assert verdicts[1].snr_db < 20
+
+
+def test_saved_files_are_those_of_polygraphy_and_hold_the_run(saved, manifests, sample):
+    folder, manifest = saved["int4"].folder, manifests["int4"]
+    (vision,) = load_json(str(folder / "vision" / "inputs.json"))
+    np.testing.assert_array_equal(vision["pixel_values"], sample.pixel_values)
+    (language,) = load_json(str(folder / "language" / "inputs.json"))
+    types = {entry["name"]: entry["type"] for entry in manifest.interface["language"]["inputs"]}
+    assert {name: array.dtype.name for name, array in language.items()} == types
+    np.testing.assert_array_equal(language["input_ids"], sample.input_ids[None])
+    golden = {
+        name: RunResults.load(str(folder / part / "outputs.json"))[0][1][0][name]
+        for part, name in (("vision", "image_embeds"), ("language", "logits"))
+    }
+    np.testing.assert_array_equal(language["image_embeds"], golden["image_embeds"].astype(np.float16))
+    with open_session(manifest, "onnxruntime:cpu", threads=1) as session:
+        assert sqnr_db(session.runner.embed_images(sample.pixel_values), golden["image_embeds"]) > 25
+        assert sqnr_db(session.logits(sample.input_ids[None], sample.pixel_values), golden["logits"]) > 25
+
+
+@pytest.mark.parametrize(("scheme", "line"), [("int4", 0), ("int4", 1), ("int8", 1)])
+def test_the_printed_line_passes(saved, scheme, line):
+    assert len(saved[scheme].commands) == 2
+    result = run_shell(saved[scheme].commands[line])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASSED | simple | All outputs matched" in result.stdout
+
+
+def test_the_printed_line_fails_on_a_damaged_graph(manifests, sample, tmp_path):
+    case = save_case(manifests["int4"], sample, tmp_path / "case", [], False)
+    edit_weight(tmp_path / "case" / "language" / "model.onnx", f"{DOWN}.weight_codes", np.uint8, zero)
+    result = run_shell(case.commands[1])
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Mismatched outputs: ['logits']" in result.stdout
+
+
+@pytest.mark.parametrize(("backend", "switch"), [("tensorrt-rtx", f"{RTX_SWITCH}=1"), ("tensorrt", None)])
+def test_lines_for_the_engine_name_plan_inputs_and_runtime(manifests, sample, tmp_path, backend, switch):
+    plans = {f"{part}_plan": {"name": f"e {part}.plan"} for part in ("vision", "language")}
+    manifest = manifests["int4"]
+    for entry in plans.values():
+        (manifest.path.parent / entry["name"]).touch()
+    manifest = replace(manifest, backend={"name": backend}, files={**manifest.files, **plans})
+    commands = save_case(manifest, sample, tmp_path / "a case", [], True).commands
+    assert len(commands) == 4
+    for part, command in (("vision", commands[1]), ("language", commands[3])):
+        words = shlex.split(command)
+        assert (words.pop(0) if switch else None) == switch
+        assert words[:6] == ["polygraphy", "run", str(manifest.file(f"{part}_plan")), "--model-type", "engine", "--trt"]
+        for option, kind in (("--load-inputs", "inputs"), ("--load-outputs", "outputs")):
+            assert Path(words[words.index(option) + 1]) == tmp_path / "a case" / part / f"{kind}.json"
+        assert words[-4:] == ["--compare", "snr", "--snr-threshold", "20"]
+
+
+def test_the_engine_line_reaches_tensorrt_rtx(manifests, sample, tmp_path):
+    """Without a driver the engine cannot run, but the line must be one that Polygraphy understands."""
+    pytest.importorskip("tensorrt_rtx")
+    plans = {f"{part}_plan": {"name": f"{part}.plan"} for part in ("vision", "language")}
+    manifest = manifests["int4"]
+    for entry in plans.values():
+        (manifest.path.parent / entry["name"]).write_bytes(b"no plan")
+    manifest = replace(manifest, backend={"name": "tensorrt-rtx"}, files={**manifest.files, **plans})
+    result = run_shell(save_case(manifest, sample, tmp_path / "case", [], True).commands[3])
+    assert result.returncode == 1
+    assert "unrecognized arguments" not in result.stderr
+    assert "Could not deserialize engine" in result.stdout + result.stderr
+
+
+def test_a_pair_of_runners_computes_what_the_session_does(manifests, sample):
+    manifest = manifests["int4"]
+    text_only = replace(sample, input_ids=sample.input_ids[-5:], pixel_values=sample.pixel_values[:0], answer_start=5)
+    with RunnerPair(manifest, session_runners(manifest)) as pair, open_session(manifest, "onnxruntime:cpu") as session:
+        for given in (sample, text_only, sample):
+            pixels = given.pixel_values if len(given.pixel_values) else None
+            wanted = session.logits(given.input_ids[None], pixels)[0]
+            found = pair.logits(given)
+            assert (found.dtype, found.shape) == (np.float32, wanted.shape)
+            np.testing.assert_allclose(found, wanted, atol=5e-3 * np.abs(wanted).max())
+
+
+def test_the_written_twin_is_float32_with_one_output(saved, manifests):
+    model = ir.load(saved["int4"].folder / "language" / "model.onnx")
+    shipped = ir.load(manifests["int4"].file("language_onnx"))
+    assert [v.name for v in model.graph.outputs] == ["logits"]
+    assert [v.name for v in model.graph.inputs] == [v.name for v in shipped.graph.inputs]
+    assert ir.DataType.FLOAT16 not in {v.dtype for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    for name, value in shipped.graph.initializers.items():
+        if name.endswith("weight_codes"):
+            np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), value.const_value.numpy())
+
+
+def test_polygraphy_keeps_quiet(manifests, sample, tmp_path, capfd):
+    save_case(manifests["int4"], sample, tmp_path, [session_runners(manifests["int4"])], False)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_what_polygraphy_refuses_is_one_line():
+    from polygraphy.logger import G_LOGGER
+
+    with pytest.raises(UserError, match=r"^Polygraphy: no such thing; its own") as caught, quiet():
+        G_LOGGER.critical("no such\nthing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_process_stays_with_one_tensorrt(manifests, monkeypatch):
+    from polygraphy import config
+
+    monkeypatch.setenv(RTX_SWITCH, "0")
+    monkeypatch.setattr(config, "USE_TENSORRT_RTX", False)
+    with pytest.raises(UserError, match="another TensorRT"):
+        engine_runners(replace(manifests["int4"], backend={"name": "tensorrt-rtx"}))
+
+
+def test_twins_open_from_the_folder_they_were_written_to(manifests, tmp_path):
+    (tmp_path / "vision").mkdir()
+    write_twin(manifests["int4"].file("vision_onnx"), tmp_path / "vision" / "model.onnx", "image_embeds")
+    with quiet(), twin_runners(tmp_path)["vision"] as runner:
+        assert list(runner.get_input_metadata()) == ["pixel_values"]
+
+
+@pytest.mark.parametrize(("scheme", "part"), [("int4", "vision"), ("int4", "language"), ("int8", "language")])
+class TestTools:
+    """Polygraphy's tools take the shipped float16 graphs as they are; the vision graph is the same in both schemes."""
+
+    def test_inspect_model(self, manifests, scheme, part):
+        graph = manifests[scheme].file(f"{part}_onnx")
+        result = run_shell(f"polygraphy inspect model {graph} --show layers attrs")
+        assert result.returncode == 0, result.stdout + result.stderr
+        shipped = ir.load(graph)
+        assert f"---- {len(list(shipped.graph))} Node(s) ----" in result.stdout
+        for node in shipped.graph:
+            if node.op_type == "QuantizeLinear":
+                assert node.name in result.stdout
+
+    def test_check_lint(self, manifests, scheme, part, tmp_path):
+        pytest.importorskip("onnx_graphsurgeon")
+        graph = manifests[scheme].file(f"{part}_onnx")
+        result = run_shell(f"polygraphy check lint {graph} -o {tmp_path / 'lint.json'}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        report = json.loads((tmp_path / "lint.json").read_text())
+        assert report["summary"]["failing"] == []
+        assert len(report["summary"]["passing"]) == len(list(ir.load(graph).graph))
+        assert [e for e in report["lint_entries"] if e["level"] != "warning" or "TensorScatter" not in e["message"]] == []
+
+    def test_surgeon_sanitize(self, manifests, scheme, part, tmp_path):
+        pytest.importorskip("onnx_graphsurgeon")
+        graph, out = manifests[scheme].file(f"{part}_onnx"), tmp_path / "sane.onnx"
+        result = run_shell(f"polygraphy surgeon sanitize {graph} --fold-constants --save-external-data -o {out}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        kept = ("QuantizeLinear", "DequantizeLinear", "MatMul", "Attention", "TensorScatter")
+        counts = [{op: sum(node.op_type == op for node in ir.load(path).graph) for op in kept} for path in (graph, out)]
+        assert counts[0] == counts[1]  # folding constants leaves the integers integers

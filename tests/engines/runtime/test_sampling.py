@@ -1,0 +1,99 @@
+"""Token choice against slow, independent formulations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.runtime.sampling import Sampling, pick_token
+
+logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
+
+
+def shares(logits: np.ndarray, sampling: Sampling, seen: list[int], draws: int = 4000) -> np.ndarray:
+    random = np.random.default_rng(0)
+    picked = [pick_token(logits, seen, sampling, random) for _ in range(draws)]
+    return np.bincount(picked, minlength=len(logits)) / draws
+
+
+def test_greedy_takes_the_largest():
+    logits = np.array([0.1, 3.0, 2.9], np.float32)
+    assert pick_token(logits, [], Sampling(), np.random.default_rng(0)) == 1
+
+
+def test_temperature_gives_the_softmax():
+    logits = np.array([0.0, 1.0, 2.0], np.float32)
+    wanted = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
+    assert np.abs(shares(logits, Sampling(temperature=0.5), []) - wanted).max() < 0.02
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    got = shares(logits, Sampling(temperature=1.0, top_p=0.6), [])
+    assert np.abs(got - np.array([0.625, 0.375, 0, 0])).max() < 0.02
+
+
+@settings(deadline=None, max_examples=60)
+@given(logit_lists, st.floats(0.05, 1.0))
+def test_top_p_never_picks_outside_the_nucleus(values, top_p):
+    logits = np.array(values, np.float32)
+    probability = np.exp(logits.astype(np.float64) - logits.max())
+    probability /= probability.sum()
+    nucleus, total = set(), 0.0
+    for token in sorted(range(len(values)), key=lambda t: (-probability[t], t)):
+        if total >= top_p:
+            break
+        nucleus.add(token)
+        total += probability[token]
+    random = np.random.default_rng(1)
+    picked = {pick_token(logits, [], Sampling(temperature=1.0, top_p=top_p), random) for _ in range(30)}
+    assert picked <= nucleus
+
+
+def test_repetition_penalty_works_on_both_signs():
+    logits = np.array([2.0, 1.5, -1.0, -1.2], np.float32)
+    penalised = Sampling(repetition_penalty=2.0)
+    assert pick_token(logits, [0], penalised, np.random.default_rng(0)) == 1
+    negative = np.array([-1.0, -1.5], np.float32)
+    assert pick_token(negative, [0], penalised, np.random.default_rng(0)) == 1
+    assert logits[0] == np.float32(2.0)  # the caller's array is left alone
+
+
+@settings(deadline=None, max_examples=30)
+@given(logit_lists, st.integers(0, 2**31))
+def test_same_seed_same_tokens(values, seed):
+    logits, sampling = np.array(values, np.float32), Sampling(temperature=1.0, top_p=0.9)
+    runs = [[pick_token(logits, [0], sampling, np.random.default_rng(seed)) for _ in range(5)] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+        {"seed": -1},
+    ],
+)
+def test_bad_settings_are_named(changes):
+    with pytest.raises(UserError, match=f"^{next(iter(changes))} .*: must be "):
+        Sampling(**changes)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30])
+@pytest.mark.filterwarnings("error")
+def test_the_coldest_temperatures_are_greedy(temperature):
+    logits = np.array([1.0, 5.0, -3.0], np.float32)
+    assert pick_token(logits, [], Sampling(temperature=temperature), np.random.default_rng(0)) == 1

@@ -1,0 +1,394 @@
+"""What a user reads when an engine cannot run here, and what the runner does with device memory: without a GPU, on fakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import IntEnum
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_export import open_small
+
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.config import Limits
+from qvlm_export.engines.manifest import Manifest, describe_file
+from qvlm_export.engines.runtime.device import Device, UnusableEngineError
+from qvlm_export.engines.runtime.open import Machine, open_session
+from qvlm_export.engines.runtime.tensorrt_runner import TensorRTRunner
+
+VERSION, CAPABILITY = "1.7.1.116", "sm89"
+PLANS = (b"vision", b"language")
+LIMITS = Limits(max_length=16, max_batch=2, max_images=1)
+
+
+class Validity(IntEnum):
+    """As TensorRT-RTX numbers its findings."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+
+
+class FakeDevice:
+    """Device memory as a dictionary. `unfreed` is what was not given back."""
+
+    stream = 7
+
+    def __init__(self):
+        self.memory, self.next, self.closed = {}, 1000, False
+
+    @property
+    def unfreed(self):
+        return sorted(self.memory)
+
+    def allocate(self, count_bytes):
+        self.next += 1000
+        self.memory[self.next] = count_bytes
+        return self.next
+
+    def holds(self, pointer):
+        return pointer in self.memory
+
+    def free(self, pointer):
+        del self.memory[pointer]
+
+    def upload(self, pointer, array):
+        assert self.memory[pointer] >= array.nbytes
+
+    def download(self, array, pointer):
+        assert self.memory[pointer] >= array.nbytes
+        array[...] = 0
+
+    def synchronize(self):
+        pass
+
+    def capability(self):
+        return CAPABILITY
+
+    def close(self):
+        self.memory.clear()
+        self.closed = True
+
+
+class FakeContext:
+    """Remembers shapes and addresses; `runs` holds the addresses of every execution."""
+
+    def __init__(self, config, accepts=True):
+        self.config, self.accepts, self.shapes, self.addresses, self.runs = config, accepts, {}, {}, []
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return self.accepts
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def get_tensor_shape(self, name):
+        text = self.config.text
+        return (*self.shapes["input_ids"], text.vocab_size) if name == "logits" else (1, text.hidden_size)
+
+    def execute_async_v3(self, stream):
+        assert stream == FakeDevice.stream
+        self.runs.append(dict(self.addresses))
+        return True
+
+
+class FakeEngine:
+    """Half precision but for logits and indices. context: what it makes, None for want of memory."""
+
+    def __init__(self, context):
+        self._context = context
+
+    def get_tensor_dtype(self, name):
+        half = name.startswith(("past_", "image_embeds", "pixel"))
+        return SimpleNamespace(name="HALF" if half else "FLOAT" if name == "logits" else "INT64")
+
+    def create_execution_context(self):
+        return self._context
+
+
+class FakeTensorRT:
+    """The module. plans: bytes that it takes; validity: what its look at a plan finds (None: it offers none)."""
+
+    __version__ = VERSION
+    EngineInvalidityDiagnostics = Validity
+
+    class ILogger:
+        ERROR, INFO = 1, 3
+
+    def __init__(self, config, plans=(), validity=None, says="Error Code 6: engine is not compatible", memory=True):
+        self.contexts = [FakeContext(config) for _ in plans]
+        engines = dict(zip(plans, map(FakeEngine, self.contexts if memory else [None] * len(plans)), strict=True))
+
+        class Runtime:
+            def __init__(self, logger):
+                self._logger = logger
+
+            def deserialize_cuda_engine(self, data):
+                if data not in engines:
+                    self._logger.log(FakeTensorRT.ILogger.INFO, "Loaded engine size: 0 MiB")
+                    if says:
+                        self._logger.log(FakeTensorRT.ILogger.ERROR, says)
+                return engines.get(data)
+
+        class LookingRuntime(Runtime):
+            def get_engine_validity(self, _):
+                return None, validity
+
+        self.Runtime = Runtime if validity is None else LookingRuntime
+
+
+@pytest.fixture
+def manifest(llava, tmp_path):
+    """An export whose engines are the bytes b"vision" and b"language"."""
+    files = {}
+    for part in ("vision", "language"):
+        (tmp_path / f"{part}.plan").write_bytes(part.encode())
+        files[f"{part}_plan"] = describe_file(tmp_path / f"{part}.plan")
+    return Manifest(
+        path=tmp_path / "x.json",
+        model={},
+        config=open_small(llava()).config,
+        limits=LIMITS,
+        float_type="float16",
+        scheme="int4",
+        linears={},
+        calibration={},
+        backend={"name": "tensorrt-rtx", "version": VERSION, "targets": ["sm80", CAPABILITY]},
+        plan_check=(),
+        interface={},
+        versions={},
+        files=files,
+    )
+
+
+def open_engine(trt, device=None):
+    """For `Machine`: engines of the fake module on the fake device."""
+    return lambda manifest, name: TensorRTRunner(manifest, name, lambda _: trt, lambda: device or FakeDevice())
+
+
+def machine_of(engine, **changes):
+    return Machine(**({"installed": lambda _: True, "gpu": lambda: True, "open_engine": engine} | changes))
+
+
+def refused(manifest, machine, runtime="tensorrt-rtx"):
+    with pytest.raises(UserError) as caught:
+        open_session(manifest, runtime, machine=machine)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+CURE = "; export again here, or use --runtime onnxruntime"
+
+
+@pytest.mark.parametrize("validity", [None, Validity.VERSION_MISMATCH, Validity.MALFORMED_ENGINE])
+def test_a_plan_of_another_version(manifest, validity):
+    older = replace(manifest, backend={**manifest.backend, "version": "1.6.0.23"})
+    machine = machine_of(open_engine(FakeTensorRT(manifest.config, validity=validity)))
+    assert refused(older, machine) == (
+        f"--runtime tensorrt-rtx: vision.plan: was built with tensorrt-rtx 1.6.0.23, here is {VERSION}, and a plan runs on "
+        f"the version that built it{CURE}"
+    )
+
+
+@pytest.mark.parametrize("validity", [None, Validity.UNSUPPORTED_CC])
+def test_a_plan_for_another_gpu(manifest, validity):
+    other = replace(manifest, backend={**manifest.backend, "targets": ["sm120", "sm121"]})
+    machine = machine_of(open_engine(FakeTensorRT(manifest.config, validity=validity)))
+    wanted = f"--runtime tensorrt-rtx: vision.plan: was built for sm120, sm121, the GPU here is {CAPABILITY}{CURE}"
+    assert refused(other, machine) == wanted
+
+
+def test_the_full_tensorrt_gives_its_own_words(manifest):
+    built = replace(manifest, backend={"name": "tensorrt", "version": VERSION, "targets": []})
+    said = refused(built, machine_of(open_engine(FakeTensorRT(manifest.config))), "tensorrt")
+    assert said == (
+        f"--runtime tensorrt: vision.plan: tensorrt {VERSION} does not take it on this GPU, {CAPABILITY} "
+        f"(Error Code 6: engine is not compatible){CURE}"
+    )
+    silent = machine_of(open_engine(FakeTensorRT(manifest.config, says="")))
+    assert "(no reason given)" in refused(built, silent, "tensorrt")
+
+
+def test_all_that_tensorrt_rtx_finds_is_said(manifest):
+    found = Validity.OLD_CUDA_DRIVER | Validity.INSUFFICIENT_GPU_MEMORY
+    said = refused(manifest, machine_of(open_engine(FakeTensorRT(manifest.config, validity=found))))
+    assert "driver of this machine is too old for it; update the driver; this GPU has too little free memory" in said
+
+
+def test_a_plan_for_the_gpu_it_was_built_on_is_not_called_one_for_another(manifest):
+    current = replace(manifest, backend={**manifest.backend, "targets": ["current"]})
+    said = refused(current, machine_of(open_engine(FakeTensorRT(manifest.config))))
+    assert f"does not take it on this GPU, {CAPABILITY} (Error Code 6" in said
+
+
+def test_no_memory_for_the_context(manifest):
+    trt = FakeTensorRT(manifest.config, plans=PLANS, memory=False)
+    assert "vision.plan: no memory on this GPU for its execution context" in refused(manifest, machine_of(open_engine(trt)))
+
+
+def test_no_gpu(manifest):
+    machine = machine_of(open_engine(FakeTensorRT(manifest.config)), gpu=lambda: False)
+    wanted = "--runtime tensorrt-rtx: no NVIDIA GPU is here; use --runtime onnxruntime"
+    assert refused(manifest, machine) == wanted
+
+
+def test_no_tensorrt(manifest):
+    machine = machine_of(open_engine(None), installed=lambda module: module != "tensorrt_rtx")
+    wanted = "--runtime tensorrt-rtx: tensorrt-rtx is not installed; use --runtime onnxruntime"
+    assert refused(manifest, machine) == wanted
+
+
+def test_another_tensorrt_than_the_one_asked_for(manifest):
+    wanted = "--runtime tensorrt: this export's engine is for tensorrt-rtx; use --runtime onnxruntime"
+    assert refused(manifest, machine_of(open_engine(None)), "tensorrt") == wanted
+
+
+def test_no_bindings_for_device_memory(manifest):
+    def load():
+        raise ImportError("No module named 'cuda'")
+
+    def engine(manifest, name):
+        return TensorRTRunner(manifest, name, lambda _: FakeTensorRT(manifest.config), lambda: Device(load))
+
+    said = refused(manifest, machine_of(engine))
+    assert said == f"--runtime tensorrt-rtx: cuda-bindings is not installed (pip install cuda-bindings){CURE}"
+
+
+def test_a_runtime_that_does_not_load(manifest):
+    def load(module):
+        raise OSError(f"lib{module}.so: cannot open shared object file")
+
+    said = refused(manifest, machine_of(lambda manifest, name: TensorRTRunner(manifest, name, load)))
+    assert "tensorrt-rtx cannot be loaded (libtensorrt_rtx.so: cannot open shared object file)" in said
+
+
+def test_what_cuda_reports_is_named():
+    class Error(IntEnum):
+        cudaErrorMemoryAllocation = 2  # noqa: N815
+
+    runtime = SimpleNamespace(cudaStreamCreate=lambda: (Error.cudaErrorMemoryAllocation, None))
+    with pytest.raises(
+        UnusableEngineError, match=r"^the GPU reports cudaErrorMemoryAllocation; export with a smaller --max"
+    ):
+        Device(lambda: runtime)
+
+
+@pytest.mark.parametrize("role", ["vision_plan", "language_plan"])
+def test_a_changed_plan_is_refused_before_tensorrt_sees_it(manifest, role):
+    path = manifest.file(role)
+    path.write_bytes(path.read_bytes()[::-1])
+    trt, device = FakeTensorRT(manifest.config, plans=PLANS), FakeDevice()
+    for runtime in ("tensorrt-rtx", "auto"):  # not even auto makes light of it
+        said = refused(manifest, machine_of(open_engine(trt, device)), runtime)
+        assert said.startswith(f"{path}: its sha256 is ")
+        assert device.closed
+
+
+def test_auto_goes_on_with_the_graph_and_says_why(manifest):
+    """There is no graph beside these plans, which the refusal shows to have been reached."""
+    older = replace(manifest, backend={**manifest.backend, "version": "1.6.0.23"})
+    said = refused(older, machine_of(open_engine(FakeTensorRT(manifest.config))), "auto")
+    assert "has no vision_onnx" in said
+    nowhere = machine_of(open_engine(FakeTensorRT(manifest.config)), installed=lambda module: module != "onnxruntime")
+    assert refused(older, nowhere, "auto").startswith("vision.plan: was built with tensorrt-rtx 1.6.0.23, here is")
+
+
+@pytest.fixture
+def opened(manifest):
+    """A session on fake engines: session, contexts of vision and language, device."""
+    trt, device = FakeTensorRT(manifest.config, plans=PLANS), FakeDevice()
+    with open_session(manifest, machine=machine_of(open_engine(trt, device))) as session:
+        yield session, *trt.contexts, device
+
+
+def test_an_engine_that_runs_is_taken(opened):
+    session, *_ = opened
+    assert (session.runner.name, session.runner.device) == ("tensorrt-rtx", "cuda")
+    assert session.why == "a GPU and the runtime are here"
+
+
+def test_past_and_present_are_one_buffer_of_device_memory(opened):
+    session, _, language, device = opened
+    sequences = session.start([np.arange(5, 9), np.arange(5, 8)])
+    list(session.generate(sequences, 3, frozenset()))
+    text = session.manifest.config.text
+    names = [f"key_values.{i}.{kind}" for i in range(text.num_layers) for kind in ("key", "value")]
+    assert len(language.runs) == 3  # the prompt and two tokens; the third is read from the last logits
+    for run in language.runs:
+        assert [run[f"past_{name}"] for name in names] == [run[f"present_{name}"] for name in names]
+        assert len({run[f"past_{name}"] for name in names}) == len(names)
+    shape = (2, text.num_kv_heads, LIMITS.max_length, text.head_dim)
+    assert {language.shapes[f"past_{name}"] for name in names} == {shape}
+    assert {device.memory[language.runs[0][f"past_{name}"]] for name in names} == {2 * int(np.prod(shape))}
+
+
+def test_a_cache_is_given_back_with_its_sequences(opened):
+    session, _, _, device = opened
+    before = None
+    for _ in range(3):
+        sequences = session.start([np.arange(5, 9)])
+        del sequences
+        before = before or device.unfreed
+        assert device.unfreed == before
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_cache_that_does_not_fit_gives_back_what_it_got(opened, monkeypatch):
+    session, _, _, device = opened
+    before, left = device.unfreed, iter([None] * 3)
+
+    def allocate(count_bytes):
+        if next(left, "none") == "none":
+            raise UserError("the GPU reports cudaErrorMemoryAllocation")
+        return FakeDevice.allocate(device, count_bytes)
+
+    monkeypatch.setattr(device, "allocate", allocate)
+    with pytest.raises(UserError, match="cudaErrorMemoryAllocation"):
+        session.start([np.arange(5, 9)])
+    assert device.next > max(before, default=0)
+    assert device.unfreed == before
+
+
+def test_nothing_is_written_beyond_the_cache(opened):
+    session, _, language, _ = opened
+    sequences = session.start([np.arange(5, 5 + 10)])
+    ran = len(language.runs)
+    with pytest.raises(UserError, match="context would be 17 tokens long, the engine was built for 16"):
+        session.extend(sequences, [np.arange(5, 12)])
+    assert len(language.runs) == ran
+
+
+def test_a_shape_that_the_engine_refuses_is_named(opened):
+    session, _, language, _ = opened
+    language.accepts = False
+    with pytest.raises(UserError, match=r"^input_ids: shape \[1, 4\] is outside what the engine was built for$"):
+        session.start([np.arange(5, 9)])
+
+
+def test_a_failed_run_says_what_tensorrt_said(opened):
+    session, _, language, _ = opened
+    language.execute_async_v3 = lambda _: False
+    with pytest.raises(UserError, match=r"^TensorRT could not run the engine \(no reason given\)$"):
+        session.start([np.arange(5, 9)])
+
+
+def test_closing_gives_the_device_back(opened):
+    session, _, _, device = opened
+    session.start([np.arange(5, 9)])
+    session.runner.close()
+    assert (device.closed, device.unfreed) == (True, [])
+    session.runner.close = lambda: None  # the fixture closes too
+
+
+def test_the_real_tensorrt_rtx_is_spoken_to_rightly_and_prints_nothing(manifest, capfd):
+    """Its own word on bytes that are no engine; the fakes above are made after it."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    built = replace(manifest, backend={**manifest.backend, "version": trt.__version__})
+    said = refused(built, machine_of(open_engine(trt)))
+    assert said == f"--runtime tensorrt-rtx: vision.plan: TensorRT-RTX does not take it for an engine{CURE}"
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")

@@ -1,0 +1,33 @@
+"""A module with some of its linears quantized in place: the slow reference of searches that replay it in pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from qvlm_export.calibrate.blockwise.blocks import linear_of
+from qvlm_export.calibrate.quantization.fake_quantized import fake_quantized_inputs
+from qvlm_export.calibrate.quantization.quantizer import activation_scale, round_to_codes, weight_scale
+from qvlm_export.calibrate.qvlm.joint_search import linear_outputs
+
+
+def quantized_output(module, batches, run, *, layers, chosen, last):
+    """Output of the linears `last` with these ranges: rounded weights and fake-quantized inputs in the module itself."""
+    kept, quantizers = {}, {}
+    for layer, clips in zip(layers, chosen, strict=True):
+        for name, scheme in layer.plan.items():
+            linear = linear_of(module, name)
+            kept[name] = linear.weight.clone()
+            rows = linear.weight.reshape(linear.out_features, -1, scheme.group_size or linear.in_features)
+            amax = torch.from_numpy(np.quantile(rows.abs(), clips.weight.percentile, axis=2, method="inverted_cdf"))
+            scale = weight_scale(amax if scheme.group_size else amax[:, 0], scheme)
+            codes = round_to_codes(linear.weight, scale, scheme).float().reshape(rows.shape)
+            linear.weight.copy_((codes * scale.float().reshape(*amax.shape, 1)).reshape(linear.weight.shape))
+            if scheme.activation_bits:
+                amax = layer.ranges[clips.activation]
+                quantizers[name] = activation_scale(amax, scheme.activation_bits), scheme.activation_bits
+    with fake_quantized_inputs(module, quantizers):
+        _, outputs = linear_outputs(module, last, run, batches)
+    for name, weight in kept.items():
+        linear_of(module, name).weight.copy_(weight)
+    return outputs

@@ -1,0 +1,323 @@
+"""The layout of LLaVA's authors: config.json, tower, tables, tokenizer, conversation, pictures; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from commands import Edit, assert_refused, copy_checkpoint, export_onnx, put
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from qvlm_export.checkpoints import hub
+from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, grown, tower_config
+from qvlm_export.checkpoints.author_processor import conversation_of
+from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
+from qvlm_export.checkpoints.checkpoint import open_checkpoint
+from qvlm_export.inputs.samples import encode, load_processor
+from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
+
+Write = Callable[[str], Path]
+QUESTION = [{"role": "user", "text": "What is it?", "images": 1}]
+BOS, IMAGE = 1, "<image>"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may need the network."""
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("no network here")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """written(kind) -> a folder, made once. Do not write to it."""
+
+    def write(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind) / kind
+        write_original(folder, kind)
+        return folder
+
+    return cache(write)
+
+
+def copied(source: Path, tmp_path: Path, config: Edit | None = None) -> Path:
+    """A copy that may be written to, the tower beside it."""
+    shutil.copytree(source.parent / f"{source.name}-{TOWER}", tmp_path / f"{source.name}-{TOWER}")
+    return copy_checkpoint(source, tmp_path / source.name, config)
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+# Tokens and conversations
+
+
+def encoded_apart(prompt: str, tokenizer: sentencepiece.SentencePieceProcessor, image: int) -> list[int]:
+    """As LLaVA encodes a prompt: each text between pictures alone, the first with BOS, by sentencepiece itself."""
+    ids = [BOS]
+    for number, text in enumerate(prompt.split(IMAGE)):
+        ids += ([image] if number else []) + tokenizer.encode(text)
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["v1.5", "v1.3", "v1.6-vicuna", "v1.6-mistral"])
+@pytest.mark.parametrize("question", ["What is it?", " two  spaces", "Où est\nle chat ?", "1234 🙂"])
+def test_tokens_are_those_of_sentencepiece(written: Write, kind: str, question: str) -> None:
+    """A tokenizer that is not legacy needs a space behind the picture for it, which the template writes."""
+    folder = written(kind)
+    processor = load_processor(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    prompt = chat_text(processor, [{"role": "user", "text": question, "images": 1}])
+    _, ids = encode(processor, prompt, [noise(20, 30)])
+    image = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    first = int((ids == image).argmax())
+    once = [int(t) for n, t in enumerate(ids) if t != image or n == first]
+    assert once == encoded_apart(prompt.replace(f"{IMAGE} \n", f"{IMAGE}\n"), reference, image)
+
+
+A_CHAT = "A chat between a curious {} and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+POLITE = A_CHAT + "polite answers to the {}'s questions. "
+REST = "What is it? ASSISTANT: A ring.</s>USER: Sure? ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("v1.5", POLITE.format("user", "user") + "USER: <image> \n" + REST),
+        ("v1.3", POLITE.format("human", "human") + "USER: <image>\n" + REST),
+        ("v1", POLITE.format("human", "human") + "USER: <im_start><image><im_end>\n" + REST),
+        ("v1.6-mistral", "[INST] <image>\nWhat is it? [/INST] A ring.</s>[INST] Sure? [/INST]"),
+    ],
+)
+def test_conversations(written: Write, kind: str, wanted: str) -> None:
+    turns = [*QUESTION, {"role": "assistant", "text": "A ring."}, {"role": "user", "text": "Sure?"}]
+    assert chat_text(load_processor(written(kind)), turns) == wanted
+
+
+def test_which_conversation() -> None:
+    for config, name in (
+        ({"model_type": "llava", "mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
+        ({"model_type": "llava"}, "llava_v1"),
+        ({"model_type": "llava", "mm_projector_type": "linear"}, "llava_v1"),
+        ({"model_type": "llava_mistral", "mm_projector_type": "mlp2x_gelu"}, "mistral_instruct"),
+    ):
+        assert conversation_of(config) == CONVERSATIONS[name]
+
+
+def test_start_and_end_of_pictures_are_tokens(written: Write) -> None:
+    processor = load_processor(written("v1"))
+    _, ids = encode(processor, chat_text(processor, QUESTION), [noise(20, 30)])
+    image = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    assert image == VOCABULARY + 3
+    first, last = np.flatnonzero(ids == image)[[0, -1]]
+    assert (ids[first - 1], ids[last + 1]) == (VOCABULARY + 1, VOCABULARY + 2)
+
+
+# Pictures
+
+
+def test_pictures_are_padded_with_the_mean_colour(written: Write) -> None:
+    """v1.5: a wide picture in the middle of a square, nothing cut off."""
+    processor = load_processor(written("v1.5"))
+    wide = Image.new("RGB", (96, 24), (250, 10, 20))
+    pixels, _ = encode(processor, chat_text(processor, QUESTION), [wide])
+    mean = np.array(processor.image_processor.image_mean)
+    colours = pixels[0].transpose(1, 2, 0) * np.array(processor.image_processor.image_std) + mean
+    wanted = np.floor(mean * 255) / 255
+    np.testing.assert_allclose(colours[2], np.broadcast_to(wanted, (48, 3)), atol=0.01)
+    np.testing.assert_allclose(colours[24], np.broadcast_to(np.array([250, 10, 20]) / 255, (48, 3)), atol=0.01)
+
+
+def test_pictures_are_cropped_before_1_5(written: Write) -> None:
+    processor = load_processor(written("v1.3"))
+    wide = Image.new("RGB", (96, 24), (250, 10, 20))
+    wide.paste((0, 255, 0), (0, 0, 24, 24))  # cut off
+    pixels, _ = encode(processor, chat_text(processor, QUESTION), [wide])
+    assert pixels.shape == (1, 3, 32, 32)
+    colours = pixels[0, 1] * processor.image_processor.image_std[1] + processor.image_processor.image_mean[1]
+    np.testing.assert_allclose(colours, 10 / 255, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+def test_transformers_loads_what_an_export_keeps(written: Write, tmp_path: Path, kind: str) -> None:
+    own = load_processor(written(kind))
+    own.save_pretrained(tmp_path)
+    kept = AutoProcessor.from_pretrained(tmp_path)
+    text = chat_text(own, QUESTION)
+    assert chat_text(kept, QUESTION) == text
+    given, wanted = (p(images=[noise(40, 70)], text=[text], return_tensors="np") for p in (kept, own))
+    for key in ("input_ids", "pixel_values"):
+        np.testing.assert_array_equal(given[key], wanted[key])
+
+
+# Configuration and weights
+
+
+@pytest.mark.parametrize(("tower", "side", "tokens"), [(n, s, (s // 14) ** 2) for n, s in TOWERS.items()])
+def test_openai_s_towers_need_no_download(tmp_path: Path, tower: str, side: int, tokens: int) -> None:
+    config = tower_config(tower, tmp_path)
+    assert (config["image_size"], config["hidden_size"], config["num_hidden_layers"]) == (side, 1024, 24)
+    assert {224: 256, 336: 576}[side] == tokens
+
+
+def test_the_published_config_of_llava_1_5(tmp_path: Path) -> None:
+    """As liuhaotian/llava-v1.5-7b has it."""
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+        "image_aspect_ratio": "pad", "image_grid_pinpoints": None, "max_length": 4096, "max_position_embeddings": 4096,
+        "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "use_cache": True, "use_mm_proj": True, "vocab_size": 32000,
+    }  # fmt: skip
+    converted = convert_config(config, tmp_path)
+    assert converted["text_config"]["vocab_size"] == 32064
+    assert converted["image_token_index"] == 32000
+    assert (converted["vision_feature_layer"], converted["vision_feature_select_strategy"]) == (-2, "default")
+    assert converted["vision_config"]["image_size"] == 336
+    assert (converted["model_type"], converted["projector_hidden_act"]) == ("llava", "gelu")
+
+
+def test_tables_grow_by_one_row_at_least() -> None:
+    assert [grown(n) for n in (32000, 32003, 63, 64, 127)] == [32064, 32064, 64, 128, 128]
+
+
+def test_weights_are_read_from_both_folders(written: Write) -> None:
+    opened = open_checkpoint(str(written("v1.5")))
+    tower = "vision_tower.vision_model.embeddings.class_embedding"
+    table = "language_model.model.embed_tokens.weight"
+    assert opened.source.dtype(tower) == np.float32  # CLIP's own
+    assert opened.source.dtype(table) == np.float16
+    assert opened.source.shape(table) == (512, 256)
+    loaded = opened.source.load(table)
+    assert loaded.shape == (512, 256)
+    np.testing.assert_allclose(loaded[480:], np.broadcast_to(loaded[:480].astype(np.float32).mean(0), (32, 256)), atol=1e-3)
+    assert not any(name.startswith(("text_model", "logit_scale")) or "inv_freq" in name for name in opened.source)
+    assert list(opened.source) == list(dict.fromkeys(opened.source))
+
+
+def test_weights_of_a_tower_inside_come_first(written: Write, tmp_path: Path) -> None:
+    """A tower that was trained too must not be replaced by the one it began as."""
+    folder = copied(written("v1.6-vicuna"), tmp_path, put("", "mm_vision_tower", str(tmp_path / f"v1.6-vicuna-{TOWER}")))
+    (own,) = [t for f in folder.glob("*.safetensors") for n, t in load_file(f).items() if n.endswith("class_embedding")]
+    torch.save({"vision_model.embeddings.class_embedding": own + 1}, tmp_path / f"v1.6-vicuna-{TOWER}" / "pytorch_model.bin")
+    found = open_checkpoint(str(folder)).source.load("vision_tower.vision_model.embeddings.class_embedding")
+    np.testing.assert_array_equal(found, own.numpy())
+
+
+@pytest.mark.parametrize("named", ["openai/v1.5-small-clip", "{tmp}/v1.5-small-clip", "v1.5-small-clip"])
+def test_where_a_tower_is_looked_for(written: Write, tmp_path: Path, named: str) -> None:
+    folder = copied(written("v1.5"), tmp_path, put("", "mm_vision_tower", named.format(tmp=tmp_path)))
+    assert open_checkpoint(str(folder)).config.vision.image_size == 48
+
+
+def test_a_tower_is_downloaded_where_it_is_not_here(written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, asked = written("v1.5"), []
+
+    def download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, tuple(allow_patterns)))
+        return str(source.parent / f"v1.5-{TOWER}")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    folder = copy_checkpoint(source, tmp_path / "alone", put("", "mm_vision_tower", "someone/her-clip"))
+    assert open_checkpoint(str(folder)).config.vision.num_layers == 3
+    assert {repository for repository, _ in asked} == {"someone/her-clip"}
+    assert any("pytorch_model*.bin" in patterns for _, patterns in asked)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c.pop("mm_vision_tower"), ["names no mm_vision_tower", "such as openai/clip-vit-large-patch14-336"]),
+        (put("", "mm_vision_tower", None), ["names no mm_vision_tower"]),
+        (put("", "mm_vision_tower", 7), ["names no mm_vision_tower"]),
+        (put("", "mm_vision_tower", "./no/such"), ["mm_vision_tower ./no/such: no such folder"]),
+        (put("", "mm_projector_type", "mlp3x_gelu"), ['mm_projector_type is "mlp3x_gelu"', "linear, mlp2x_gelu"]),
+        (put("", "mm_projector_type", ["linear"]), ['mm_projector_type is ["linear"]', "linear, mlp2x_gelu"]),
+        (put("", "mm_projector_type", None), ["mm_projector_type is linear, but the weights have a second", "mlp2x_gelu"]),
+        (put("", "mm_vision_select_feature", "cls"), ['mm_vision_select_feature is "cls"', "patch, cls_patch"]),
+        (put("", "mm_vision_select_layer", -9), ["vision_feature_layer is -9", "layer of the tower"]),
+        (put("", "image_aspect_ratio", "stretch"), ['image_aspect_ratio is "stretch"', "square, pad, anyres"]),
+        (put("", "image_aspect_ratio", "anyres"), ["mm_patch_merge_type is null", "spatial_unpad"]),
+        (put("", "model_type", "llava_mpt"), ['model_type is "llava_mpt"', "llava, llava_llama, llava_mistral"]),
+        (put("", "vocab_size", 500), ["has 480 rows", "vocab_size 500", "do not belong together"]),
+        (put("", "vocab_size", "many"), ['vocab_size is "many"', "whole numbers"]),
+        (put("", "hidden_size", 512), ["has shape", "config.json says"]),
+        (put("", "mm_use_im_start_end", True), ["mm_use_im_start_end", "<im_start> and <im_end>", "added_tokens.json"]),
+        (put("", "rope_scaling", {"type": "linear", "factor": 2.0}), ["rope_type is 'linear'", "default"]),
+    ],
+)
+def test_config_that_cannot_be_used(written: Write, absent: Path, tmp_path: Path, edit: Edit, words: list[str]) -> None:
+    assert_refused(export_onnx(copied(written("v1.5"), tmp_path, edit), absent), *words)
+
+
+def test_a_projector_of_two_linears_is_not_completed(written: Write, absent: Path, tmp_path: Path) -> None:
+    """The identity is for checkpoints that say linear."""
+    folder = copied(written("v1.3"), tmp_path, put("", "mm_projector_type", "mlp2x_gelu"))
+    assert_refused(export_onnx(folder, absent), "lacks the tensor multi_modal_projector.linear_2.weight")
+
+
+def tower(folder: Path) -> Path:
+    return folder.parent / f"v1.5-{TOWER}"
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "tokenizer.model").unlink(), ["holds no tokenizer.model", "add it"]),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"\0" * 99), ["its tokenizer cannot be loaded", "download it again"]),
+        (lambda f: (f / "tokenizer.model").write_bytes(b""), ["tokenizer"]),
+        (lambda f: (f / "tokenizer_config.json").write_text("["), ["tokenizer_config.json: not readable as JSON"]),
+        (lambda f: (f / "added_tokens.json").write_text('{"<a>": 480, "<b>": 481}'), ["482 tokens", "vocab_size 480"]),
+        (lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink(), ["pytorch_model-00002-of-00002.bin", "missing"]),
+        (lambda f: (tower(f) / "pytorch_model.bin").unlink(), ["small-clip", "no weights"]),
+        (lambda f: (tower(f) / "config.json").write_text("{"), ["small-clip/config.json: not readable as JSON"]),
+        (lambda f: edit_json(tower(f) / "config.json", model_type="siglip"), ["is a 'siglip'", "supported with CLIP"]),
+        (lambda f: edit_json(tower(f) / "config.json", vision_config=None), ["has shape"]),
+        (lambda f: (tower(f) / "preprocessor_config.json").unlink(), ["no preprocessor_config.json", "CLIP tower"]),
+        (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: cannot be downloaded"]),
+    ],
+)
+def test_files_that_cannot_be_used(
+    written: Write, absent: Path, tmp_path: Path, damage: Callable[[Path], object], words: list[str]
+) -> None:
+    folder = copied(written("v1.5"), tmp_path)
+    damage(folder)
+    assert_refused(export_onnx(folder, absent), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_config.json", ["a LoRA adapter", "merge it into its base model"]),
+        ("mm_projector.bin", ["a pretrained projector alone", "finetuned model"]),
+    ],
+)
+def test_parts_of_a_model(written: Write, absent: Path, tmp_path: Path, name: str, words: list[str]) -> None:
+    folder = copied(written("v1.5"), tmp_path)
+    for path in folder.glob("pytorch_model*"):
+        path.unlink()
+    (folder / name).write_text("{}")
+    assert_refused(export_onnx(folder, absent), "no model weights", *words)

@@ -1,0 +1,77 @@
+"""The prompt of one question: in the checkpoint's own conversation, or in a named one with its own text for a picture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from qvlm_export.checkpoints.chat_templates import CHOICES, CONVERSATIONS, chat_template, picture_text, prompt_text
+from qvlm_export.checkpoints.hub import find_folder
+from qvlm_export.inputs.samples import load_processor
+
+HUMAN = "A chat between a curious human and an artificial intelligence assistant. "
+USER = "A chat between a curious user and an artificial intelligence assistant. "
+POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions. "
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_processor(find_folder("tiny"))
+
+
+def with_template(tiny, template):
+    """A processor whose turns look otherwise."""
+
+    def apply(messages, add_generation_prompt):
+        return tiny.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+    return SimpleNamespace(chat_template=template, apply_chat_template=apply, image_token="<image>")
+
+
+@pytest.mark.parametrize(
+    ("conversation", "wanted"),
+    [
+        ("own", "USER: <image>\nWhat? ASSISTANT:"),
+        ("vicuna_v1", USER + POLITE.format("user") + "USER: <image>\nWhat? ASSISTANT:"),
+        ("llava_v1", HUMAN + POLITE.format("human") + "USER: <image>\nWhat? ASSISTANT:"),
+        ("mistral_instruct", "[INST] <image>\nWhat? [/INST]"),
+    ],
+)
+def test_prompts(tiny, conversation, wanted):
+    assert prompt_text(tiny, "What?", 1, conversation) == wanted
+    assert prompt_text(tiny, "What?", 0, conversation) == wanted.replace("<image>\n", "")
+    assert conversation in CHOICES
+
+
+ONEVISION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<image>{% endif %}"
+    "{% endfor %}{% for c in m.content %}{% if c.type == 'text' %}{{ '\n' + c.text }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (chat_template(CONVERSATIONS["llava_v1"], "<image>\n"), "<image>\n"),
+        (chat_template(CONVERSATIONS["vicuna_v1"], "<image> \n"), "<image> \n"),
+        (chat_template(CONVERSATIONS["llava_v1"], "<im_start><image><im_end>\n"), "<im_start><image><im_end>\n"),
+        (ONEVISION, "<image>\n"),
+        (None, "<image>\n"),
+    ],
+)
+def test_the_text_of_a_picture_is_the_checkpoints_own(tiny, template, wanted):
+    """So that tokens around it, and the space that stands for Llama's, are there in every conversation, and once."""
+    processor = with_template(tiny, template)
+    assert picture_text(processor) == wanted
+    assert prompt_text(processor, "A?", 2, "mistral_instruct") == f"[INST] {wanted}{wanted}A? [/INST]"
+
+
+def test_a_named_conversation_is_what_its_checkpoints_template_writes(tiny):
+    for name in CONVERSATIONS:
+        processor = with_template(tiny, chat_template(CONVERSATIONS[name], "<image> \n"))
+        for pictures in (0, 1, 2):
+            assert prompt_text(processor, "A?", pictures) == prompt_text(processor, "A?", pictures, name)

@@ -1,0 +1,287 @@
+"""Checkpoints of every kind: each must come out of an export with the logits that transformers gives for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from commands import copy_checkpoint, export_to
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+import qvlm_export
+from qvlm_export.calibrate.checkpoint.safetensors_source import SafetensorsSource
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints import hub as hub_module
+from qvlm_export.checkpoints.chat_templates import chat_text
+from qvlm_export.checkpoints.checkpoint import open_checkpoint
+from qvlm_export.checkpoints.families import find_layout, renamer
+from qvlm_export.checkpoints.hub import find_folder
+from qvlm_export.checkpoints.torch_source import TorchSource
+from qvlm_export.engines.graph.float_graphs import expected_shapes
+from qvlm_export.inputs.samples import encode, load_processor
+
+Llava = Callable[..., Path]
+UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
+
+
+def relative_l2(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def question(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [1, S] and pixels of a question about a picture of noise."""
+    noise = np.random.default_rng(0).integers(0, 255, (70, 60, 3), dtype=np.uint8)
+    processor = load_processor(folder)
+    text = chat_text(processor, [{"role": "user", "text": "What color is the ring?", "images": 1}])
+    pixels, ids = encode(processor, text, [Image.fromarray(noise)])
+    return ids[None], pixels
+
+
+def reference_logits(folder: Path) -> np.ndarray:
+    """transformers in float32, on the same question."""
+    ids, pixels = question(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
+    return logits
+
+
+def exported_logits(folder: Path, out: Path) -> np.ndarray:
+    """The float16 export, computed by ONNX Runtime."""
+    export_to(folder, out / "x.plan", "--backend", "onnx", "--scheme", "fp16")
+    with qvlm_export.load(out / "x.plan", "onnxruntime") as model:
+        return model.logits(*question(folder))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return tensors
+
+
+def renamed(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+    """A copy of the checkpoint whose tensors have other names."""
+    copy_checkpoint(source, folder)
+    tensors = {rename(name): tensor for name, tensor in weights(folder).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def legacy_name(name: str) -> str:
+    """As the llava-hf repositories store it."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def module_name(name: str) -> str:
+    """As transformers 5 names its modules."""
+    return {"language_model.lm_head.weight": "lm_head.weight"}.get(name, "model." + name.replace("_model.model.", "_model."))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"dtype": "float32"},
+        {"max_shard_size": "1MB"},
+        {"tie": True},
+        {"kv_heads": 4},
+        {"text": {"attention_bias": True, "mlp_bias": True}},
+        {"text": {"head_dim": 32, "num_attention_heads": 8}},
+        {"multimodal_projector_bias": False},
+        {"vision_feature_select_strategy": "full"},
+        {"vision_feature_layer": -1},
+        {"vision_feature_layer": 2},
+    ],
+    ids=repr,
+)
+def test_logits_of_every_kind_of_checkpoint(llava: Llava, tmp_path: Path, changes: dict[str, object]) -> None:
+    model = llava(**changes)
+    if "vision_feature_select_strategy" in changes:
+        model = copy_checkpoint(model, tmp_path / "checkpoint")
+        path = model / "processor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(model)) <= 5e-3
+
+
+def test_the_measure_tells_models_apart(llava: Llava) -> None:
+    assert relative_l2(reference_logits(llava(seed=1)), reference_logits(llava())) > 0.5
+
+
+def test_shards_were_really_several(llava: Llava) -> None:
+    assert len(list(llava(max_shard_size="1MB").glob("model-*.safetensors"))) >= 3
+
+
+@pytest.mark.parametrize("rename", [legacy_name, module_name])
+def test_tensor_names_of_all_times(llava: Llava, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    model = renamed(llava(), tmp_path / "checkpoint", rename)
+    stored = set(weights(model))
+    assert {legacy_name: f"vision_tower.vision_model.{CLASS}", module_name: f"model.vision_tower.{CLASS}"}[rename] in stored
+    assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava())) <= 5e-3
+
+
+CLASS = "embeddings.class_embedding"
+
+
+@pytest.mark.parametrize("form", ["one file", "two files", "parameters", "before torch 1.6"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_torch_files(llava: Llava, tmp_path: Path, form: str, dtype: str) -> None:
+    model = copy_checkpoint(llava(dtype=dtype), tmp_path / "checkpoint")
+    tensors = weights(model)
+    (model / "model.safetensors").unlink()
+    if form == "two files":
+        write_torch_shards(model, tensors)
+    elif form == "parameters":
+        torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, model / "pytorch_model.bin")
+    else:
+        torch.save(tensors, model / "pytorch_model.bin", _use_new_zipfile_serialization=form == "one file")
+    source = open_checkpoint(str(model)).source
+    assert isinstance(source, TorchSource)
+    assert source.dtype(UP_PROJ) == np.dtype(dtype if dtype == "float16" else ml_dtypes.bfloat16)
+    assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava(dtype=dtype))) <= 5e-3
+
+
+def write_torch_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    weight_map = {}
+    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        name = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({key: tensors[key] for key in part}, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_safetensors_come_before_torch_files(llava: Llava, tmp_path: Path) -> None:
+    """Nothing of a pickle is touched where safetensors are there."""
+    model = copy_checkpoint(llava(), tmp_path / "checkpoint")
+    (model / "pytorch_model.bin").write_text("nonsense")
+    assert isinstance(open_checkpoint(str(model)).source, SafetensorsSource)
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(llava: Llava, tmp_path: Path) -> None:
+    model = copy_checkpoint(llava(), tmp_path / "checkpoint")
+    extra = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(37)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32),
+    }
+    save_file(weights(model) | extra, model / "model.safetensors", {"format": "pt"})
+    assert not any(name.endswith(("position_ids", "inv_freq")) for name in open_checkpoint(str(model)).source)
+
+
+def test_every_expected_tensor_is_named_by_the_real_model(llava: Llava) -> None:
+    """The graphs ask for transformers' own parameters, less those of tower layers behind the feature."""
+    rename = renamer(find_layout({}))
+    opened = open_checkpoint(str(llava()))
+    model = LlavaForConditionalGeneration.from_pretrained(llava())
+    unused = ("vision_tower.vision_model.encoder.layers.3.", "vision_tower.vision_model.post_layernorm.")
+    wanted = {str(rename(name)): tuple(p.shape) for name, p in model.named_parameters()}
+    assert expected_shapes(opened.config) == {n: s for n, s in wanted.items() if not n.startswith(unused)}
+
+
+def test_head_may_be_stored_though_it_is_tied(llava: Llava, tmp_path: Path) -> None:
+    """The stored head is used then, as transformers does when both are there and differ."""
+    model = copy_checkpoint(llava(), tmp_path / "checkpoint", lambda config: config.update(tie_word_embeddings=True))
+    assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava())) <= 5e-3
+
+
+def test_head_may_not_be_missing_when_it_is_not_tied(llava: Llava, tmp_path: Path) -> None:
+    def untie(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+
+    model = copy_checkpoint(llava(tie=True), tmp_path / "checkpoint", untie)
+    with pytest.raises(UserError, match=r"lacks language_model.lm_head.weight though config.json does not tie it"):
+        open_checkpoint(str(model))
+
+
+def test_opening_reads_no_weights(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(SafetensorsSource, "load", refuse)
+    opened = open_checkpoint(str(llava()))
+    assert opened.config.text.num_layers == 2
+    assert opened.config.vision.num_layers == 3
+    assert opened.config_json["model_type"] == "llava"
+
+
+# Where models come from
+
+
+class Hub:
+    """Stands for Hugging Face: remembers what was asked for, and has one repository."""
+
+    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
+        self.folder, self.files = folder, files
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
+        self.asked.append((repository, allow_patterns))
+        for name in self.files:
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (self.folder / name).touch()
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "repository"),
+    [
+        ("llava-7b", "llava-hf/llava-1.5-7b-hf"),
+        ("llava-13b", "llava-hf/llava-1.5-13b-hf"),
+        ("someone/her-llava", "someone/her-llava"),
+    ],
+)
+def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str) -> None:
+    hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
+    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
+    assert find_folder(model) == tmp_path
+    assert [name for name, _ in hub.asked] == [repository]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.model"}
+
+
+def test_torch_files_are_downloaded_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
+    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
+    find_folder("someone/old")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model-00001-of-00002.bin"}
+
+
+def test_a_folder_comes_before_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "someone" / "llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("someone/llava") == Path("someone/llava")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("cannot reach the hub"),
+        OSError("connection reset"),
+        RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404"),
+    ],
+)
+def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(hub_module, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"--model a/b: cannot be downloaded .*check the name and the network"):
+        find_folder("a/b")
+
+
+@pytest.mark.parametrize("model", ["llava-70b", "./a/b", "/a/b", "~/a", "a/b/c", ""])
+def test_names_that_are_neither_folder_nor_repository(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such folder|holds no config.json"):
+        open_checkpoint(model)
+
+
+def test_a_name_that_hugging_face_does_not_allow() -> None:
+    with pytest.raises(UserError, match="--model a b/c: no such folder, and not a Hugging Face id"):
+        find_folder("a b/c")

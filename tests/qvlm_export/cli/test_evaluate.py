@@ -1,0 +1,344 @@
+"""`qvlm-eval` as its users see it: every task on real files, every rung, killed runs, shards, torchrun, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from commands import assert_refused
+from eval_sets import FORM, eval_json, make_sets, of_task, run_eval
+from paths import ROOT
+from typer.testing import CliRunner
+
+import qvlm_export
+from qvlm_export.cli.evaluate import app
+from qvlm_export.evaluation import distributed as processes
+from qvlm_export.evaluation.predictions import read_predictions
+
+COUNT = 60
+TASKS = ("scienceqa", "vqav2", "vizwiz", "hateful-memes")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return make_sets(tmp_path_factory.mktemp("sets"), COUNT)
+
+
+@pytest.fixture(scope="module")
+def whole(sets, tmp_path_factory):
+    """The tiny model on all questions of every task, in one run each: what other runs must equal."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        task: eval_json("tiny", *of_task(sets, task), *FORM, "--device", "cpu", "--predictions", folder / f"{task}.jsonl")
+        for task in TASKS
+    }
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """The tiny model's int8 export, which takes four questions at once, without engines."""
+    path = tmp_path_factory.mktemp("export") / "e" / "tiny.plan"
+    qvlm_export.export("tiny", path, scheme="int8", backend="onnx", samples=8, max_batch=4)
+    return path
+
+
+def facts(content):
+    """What two runs of the same thing have in common."""
+    return {
+        key: content[key]
+        for key in ("task", "split", "rung", "questions", "answers", "metrics", "counts", "unparsed", "failed")
+    }
+
+
+def answers(path):
+    return read_predictions(Path(path)).answers
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_answers_all_its_questions(whole, task):
+    content = whole[task]
+    assert (content["task"], content["rung"], content["runtime"]) == (task, "torch", "cpu")
+    assert (content["questions"], content["answers"], content["failed"], content["unparsed"]) == (COUNT, COUNT, {}, 0)
+    assert len(answers(content["predictions"])) == COUNT
+
+
+def test_the_tiny_model_scores_above_90_percent_on_scienceqa(whole):
+    content = whole["scienceqa"]
+    assert content["metrics"]["Avg"] > 0.9
+    assert content["counts"]["IMG"] == COUNT - 1
+    assert content["counts"]["NO"] == 1
+    assert content["counts"]["G1-6"] + content["counts"]["G7-12"] == COUNT
+
+
+def test_the_tiny_model_answers_vqa_and_knows_nothing_of_hate(whole):
+    assert whole["vqav2"]["metrics"]["overall"] > 0.9
+    assert whole["vizwiz"]["metrics"]["other"] > 0.9
+    assert whole["vizwiz"]["metrics"]["unanswerable"] == 0.0  # it was never told of blurred pictures
+    assert 0.3 < whole["hateful-memes"]["metrics"]["ROC-AUC"] < 0.7
+
+
+def test_the_table_is_for_people(sets, tmp_path):
+    result = run_eval("tiny", *of_task(sets, "scienceqa"), *FORM, "--limit", 4, "--predictions", tmp_path / "p.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "scienceqa test, torch: 4 of 4 questions" in result.stdout
+    for words in ("NAT", "G7-12", "Avg", "unparsed answers, counted as wrong: 0", "p.jsonl"):
+        assert words in result.stdout
+
+
+def test_a_killed_run_goes_on(sets, whole, tmp_path):
+    """The file is cut in the middle of a line, as a kill leaves it; only what is missing is asked."""
+    path = tmp_path / "p.jsonl"
+    full = Path(whole["vqav2"]["predictions"]).read_bytes()
+    path.write_bytes(full[: len(full) // 2])
+    kept = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
+    again = eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--predictions", path)
+    assert facts(again) == facts(whole["vqav2"])
+    assert path.read_bytes().startswith(kept)
+    before = path.stat().st_mtime_ns
+    result = run_eval("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--predictions", path)
+    assert "60 of 60 answers are there already" in " ".join(result.stderr.split())
+    assert path.stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_says_that_it_goes_on(sets, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvlm_export.evaluation.evaluate.ask_all", interrupted)
+    result = run_eval("tiny", *of_task(sets, "vqav2"), "--predictions", tmp_path / "p.jsonl")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+
+
+def test_predictions_of_another_run_are_refused(sets, whole):
+    path = whole["scienceqa"]["predictions"]
+    before = Path(path).read_bytes()
+    common = ("tiny", *of_task(sets, "scienceqa"), "--device", "cpu", "--predictions", path)
+    for arguments, words in (
+        ([], ["form was v1.3, now it is v1.5"]),
+        ([*FORM, "--limit", 3], ["limit was None, now it is 3"]),
+        ([*FORM, "--shard", "1/2"], ["shard was 1/1, now it is 1/2"]),
+        ([*FORM, "--conversation", "vicuna_v1"], ["conversation was own"]),
+        ([*FORM, "--max-new-tokens", 5], ["max_new_tokens was 1024, now it is 5"]),
+    ):
+        assert_refused(run_eval(*common, *arguments), "answers of another run", *words)
+    assert Path(path).read_bytes() == before
+
+
+def test_shards_merge_exactly(sets, whole, tmp_path):
+    common = (*of_task(sets, "vizwiz"), *FORM)
+    parts = []
+    for part in (1, 2, 3):
+        path = tmp_path / f"{part}.jsonl"
+        found = eval_json("tiny", *common, "--device", "cpu", "--shard", f"{part}/3", "--predictions", path)
+        assert (found["shard"], found["answers"]) == ([part, 3], COUNT // 3)
+        parts += ["--merge", path]
+    merged = eval_json(*common, *parts, "--predictions", tmp_path / "all.jsonl")
+    assert facts(merged) == facts(whole["vizwiz"])
+    assert answers(tmp_path / "all.jsonl") == answers(whole["vizwiz"]["predictions"])
+    assert_refused(run_eval(*common, *parts[:4]), "shard 3/3 is missing")
+    assert_refused(run_eval(*of_task(sets, "vizwiz"), *parts), "made with form v1.3, not v1.5")
+    assert_refused(run_eval(*of_task(sets, "vqav2"), *FORM, *parts), "lack an answer")
+    few = run_eval(*common, *parts, "--limit", 5)
+    assert_refused(few, "made with limit None, not 5")
+
+
+def test_two_processes_of_torchrun_split_a_set(sets, whole, tmp_path, monkeypatch):
+    """The first is this one, in the environment that torchrun makes, as starting three that import torch takes long."""
+    path = tmp_path / "p.jsonl"
+    arguments = ["tiny", *map(str, of_task(sets, "vqav2")), *FORM, "--device", "cpu", "--predictions", str(path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(minutes=3))
+    second = subprocess.Popen(
+        [sys.executable, "-m", "qvlm_export.cli.evaluate", *arguments, "--json"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    found = eval_json(*arguments)
+    assert (second.communicate(timeout=60)[0], second.returncode) == ("", 0)  # one process of the two prints
+    assert facts(found) == facts(whole["vqav2"])
+    assert answers(path) == answers(whole["vqav2"]["predictions"])
+    halves = [answers(tmp_path / f"p.{part}-of-2.jsonl") for part in (1, 2)]
+    assert [len(half) for half in halves] == [COUNT // 2] * 2
+    assert halves[0] | halves[1] == answers(path)
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "wanted"), [(None, "1", "1"), (None, "5", "1"), ("4,6,7,2", "2", "7"), ("GPU-a,GPU-b", "0", "GPU-a")]
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, rank, wanted):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4 if visible is None else visible.count(",") + 1)
+    processes.use_own_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # alone, it is left as it is
+    for name, value in {"WORLD_SIZE": "8", "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    processes.use_own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+
+
+def test_rungs_of_an_export(sets, plan, tmp_path):
+    """The graph is what an export is asked through without a GPU; simulation says the same, but for rounding ties."""
+    common = (plan, *of_task(sets, "scienceqa"), *FORM, "--limit", 12)
+    graph = eval_json(*common, "--predictions", tmp_path / "graph.jsonl")
+    simulated = eval_json(*common, "--rung", "simulated", "--device", "cpu", "--predictions", tmp_path / "simulated.jsonl")
+    assert (graph["rung"], simulated["rung"]) == ("graph", "simulated")
+    assert graph["metrics"]["Avg"] > 0.85
+    first, second = answers(tmp_path / "graph.jsonl"), answers(tmp_path / "simulated.jsonl")
+    assert sum(first[one] == second[one] for one in first) >= 11
+    reference = eval_json(*common, "--rung", "torch", "--device", "cpu", "--predictions", tmp_path / "torch.jsonl")
+    assert reference["rung"] == "torch"
+    calibrated = plan.with_suffix(".calibrated")
+    alone = eval_json(calibrated, *common[1:], "--device", "cpu", "--predictions", tmp_path / "alone.jsonl")
+    assert alone["rung"] == "simulated"
+    one = eval_json(*common[:-1], 3, "--batch", 1, "--predictions", tmp_path / "one.jsonl")
+    few = answers(tmp_path / "one.jsonl")
+    assert one["answers"] == 3
+    assert all(few[q] == first[q] for q in few)
+
+
+def test_a_larger_batch_in_torch(sets, whole, tmp_path):
+    path = tmp_path / "p.jsonl"
+    eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--batch", 20, "--predictions", path)
+    assert answers(path) == answers(whole["vqav2"]["predictions"])
+
+
+def test_rungs_that_are_not_there(sets, plan, tmp_path):
+    common = (*of_task(sets, "scienceqa"), "--predictions", tmp_path / "p.jsonl")
+    for subject, arguments, words in (
+        (plan, ["--rung", "engine"], ["--rung engine", "has no engine"]),
+        (plan, ["--rung", "graph", "--runtime", "tensorrt"], ["--runtime tensorrt", "onnxruntime"]),
+        (plan, ["--rung", "best"], ["--rung best: unknown"]),
+        (plan, ["--batch", 5], ["--batch 5", "takes 4", "--max-batch 5"]),
+        (plan.with_suffix(".calibrated"), ["--rung", "graph"], ["is a calibrated checkpoint"]),
+        ("tiny", ["--rung", "simulated"], ["is no export"]),
+        ("tiny", ["--device", "tpu"], ["--device tpu: unknown"]),
+        (tmp_path / "none.plan", [], ["no such manifest"]),
+        ("./none", [], ["no such folder"]),
+    ):
+        assert_refused(run_eval(subject, *common, *arguments, "--json"), *words)
+        assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_more_shards_than_questions(sets, tmp_path):
+    common = (*of_task(sets, "vqav2"), *FORM, "--limit", 2)
+    parts = []
+    for part in (1, 2, 3):
+        parts += ["--merge", tmp_path / f"{part}.jsonl"]
+        found = eval_json("tiny", *common, "--shard", f"{part}/3", "--predictions", parts[-1])
+        assert found["answers"] == int(part < 3)
+    assert eval_json(*common, *parts)["answers"] == 2
+
+
+def test_submissions(sets, tmp_path):
+    asked = json.loads((sets / "vqav2" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
+    common = ("tiny", *of_task(sets, "vqav2"), *FORM, "--split", "test-dev")
+    path = tmp_path / "vqa.json"
+    found = eval_json(*common, "--predictions", tmp_path / "a.jsonl", "--submission", path)
+    assert (found["metrics"], found["submission"]) == (None, str(path))
+    rows = json.loads(path.read_text())
+    assert {row["question_id"] for row in rows} == {q["question_id"] for q in asked}
+    assert sum(bool(row["answer"]) for row in rows) == len(asked) // 2  # test-dev is a part of test
+    assert all(set(row) == {"question_id", "answer"} for row in rows)
+    path = tmp_path / "vizwiz.json"
+    arguments = ("--split", "test", "--predictions", tmp_path / "b.jsonl", "--submission", path)
+    result = run_eval("tiny", *of_task(sets, "vizwiz"), *FORM, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "answers of this split are not public" in result.stdout
+    rows = json.loads(path.read_text())
+    assert len(rows) == COUNT // 10
+    assert all(row["image"].startswith("VizWiz_test_") and row["answer"] for row in rows)
+    assert_refused(
+        run_eval(*common, "--predictions", tmp_path / "c.jsonl"), "--split test-dev", "not public", "--submission"
+    )
+    assert_refused(run_eval(*common, "--submission", tmp_path / "d.json", "--limit", 2), "--submission", "--limit")
+    assert_refused(run_eval("tiny", *of_task(sets, "scienceqa"), "--submission", path), "scienceqa has none")
+    assert_refused(run_eval(*common, "--submission", tmp_path / "no" / "d.json"), "--submission", "folder")
+    assert not (tmp_path / "d.json").exists()
+
+
+def test_an_unreadable_picture_is_counted_and_named(sets, whole, tmp_path):
+    """And once it can be read, the same command asks for it alone."""
+    data = tmp_path / "scienceqa"
+    shutil.copytree(sets / "scienceqa", data)
+    first, second = list(answers(whole["scienceqa"]["predictions"]))[:2]
+    broken = [data / "images" / "test" / one / "image.png" for one in (first, second)]
+    broken[0].write_bytes(b"no picture")
+    broken[1].unlink()
+    command = ("tiny", "--task", "scienceqa", "--data", data, *FORM, "--limit", 20, "--predictions", tmp_path / "p.jsonl")
+    result = run_eval(*command)
+    assert result.exit_code == 1, result.stderr
+    assert "not asked, counted as wrong: 2" in result.stdout
+    for path in broken:
+        assert f"{path.parent.name}/image.png" in result.stdout
+    content = eval_json(*command, code=1)
+    assert set(content["failed"]) == {first, second}
+    assert (content["answers"], content["counts"]["Avg"]) == (20, 20)
+    for path in broken:
+        shutil.copy(sets / path.relative_to(tmp_path), path)
+    mended = eval_json(*command)
+    assert mended["failed"] == {}
+    assert mended["metrics"]["Avg"] == pytest.approx(content["metrics"]["Avg"] + 2 / 20)
+
+
+def test_a_directory_without_pictures_is_refused(sets, tmp_path):
+    shutil.copytree(sets / "vizwiz", tmp_path / "v", ignore=shutil.ignore_patterns("*.jpg"))
+    result = run_eval("tiny", "--task", "vizwiz", "--data", tmp_path / "v", "--predictions", tmp_path / "p.jsonl")
+    assert_refused(result, "holds no ", "VizWiz_val_00000000.jpg")
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--task and --data"]),
+        (["tiny", "--task", "vqa", "--data", "."], ["--task vqa: unknown", "scienceqa, vqav2, vizwiz, hateful-memes"]),
+        (["tiny", "--task", "vqav2", "--data", "none"], ["--data none: there is no such directory"]),
+        (["tiny", "--task", "vqav2", "--data", "."], ["holds no v2_OpenEnded_mscoco_val2014_questions.json"]),
+        (["tiny", "--task", "vizwiz", "--data", "."], ["holds no val.json"]),
+        (["tiny", "--task", "hateful-memes", "--data", "."], ["holds no dev.jsonl"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--split", "dev"], ["--split dev: unknown", "test-dev"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--form", "v2"], ["--form v2: unknown"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--conversation", "x"], ["--conversation x: unknown"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--shard", "3"], ["--shard 3", "1/4"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--shard", "3/2"], ["--shard 3/2"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--limit", "0"], ["--limit 0"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--limit", "many"], ["--limit", "--help"]),
+        (["tiny", "--task", "vqav2", "--data", ".", "--questions", "x"], ["--questions: vqav2"]),
+    ],
+)
+def test_bad_arguments(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_eval(*arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_model_or_predictions(sets):
+    assert_refused(run_eval(*of_task(sets, "vqav2")), "give a model or an export, or --merge")
+
+
+def test_answers_are_kept_beside_by_default(sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--limit", 2)
+    assert content["predictions"] == "tiny.vqav2-val.torch.jsonl"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.vqav2-val.torch.jsonl"]
+
+
+def test_the_command_shows_examples():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "qvlm-eval engine.plan --task scienceqa --data ScienceQA" in result.stdout

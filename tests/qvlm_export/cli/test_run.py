@@ -1,0 +1,192 @@
+"""qvlm-run: an answer on stdout, or one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import PICTURE, assert_refused, export_to, run_model
+from PIL import Image
+from typer.testing import CliRunner
+
+import qvlm_export
+from qvlm_export.cli.run import app
+from qvlm_export.engines.manifest import sealed
+
+Llava = Callable[..., Path]
+ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")
+SCRIPT = Path(sys.executable).with_name("qvlm-run")
+RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"
+
+
+@pytest.fixture(scope="module")
+def exported(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan of a float16 export, graphs only. Do not write beside it."""
+    plan = tmp_path_factory.mktemp("run") / "x.plan"
+    export_to(llava(), plan, "--backend", "onnx", "--scheme", "fp16", "--max-length", "256")
+    return plan
+
+
+@pytest.fixture
+def mine(exported: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    shutil.copytree(exported.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "x.plan"
+
+
+def test_answers(exported: Path) -> None:
+    result = run_model(exported, *ASK)
+    assert (result.exit_code, result.stderr) == (0, f"{RUNTIME}cut off: --max-new-tokens allows no more\n")
+    with qvlm_export.load(exported) as model:
+        wanted = model.generate("What color is the ring?", [Image.open(PICTURE)], max_new_tokens=6)
+    assert result.stdout == wanted + "\n"
+    assert len(wanted) > 3
+
+
+def test_real_command(exported: Path, tmp_path: Path) -> None:
+    """From elsewhere, with nothing but the answer on stdout and nothing but the runtime on stderr."""
+    arguments = [exported, "--prompt", "What?", "--max-new-tokens", "3"]
+    command = [sys.executable, SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert (done.returncode, done.stderr) == (0, f"{RUNTIME}cut off: --max-new-tokens allows no more\n")
+    assert done.stdout == run_model(*arguments).stdout
+
+
+def test_json(exported: Path) -> None:
+    result = run_model(exported, *ASK, "--json")
+    content = json.loads(result.stdout)
+    assert (content["runtime"], content["device"]) == ("onnxruntime", "cpu")
+    assert content["answer"] == run_model(exported, *ASK).stdout.removesuffix("\n")
+    assert content["ended"] == "max_new_tokens"
+
+
+def test_the_picture_matters(exported: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 50), (10, 200, 10)).save(tmp_path / "green.png")
+    answers = {
+        run_model(exported, "--prompt", "What?", *pictures, "--max-new-tokens", "12").stdout
+        for pictures in ((), ("--image", PICTURE), ("--image", tmp_path / "green.png"))
+    }
+    assert len(answers) == 3
+
+
+def test_manifest_for_an_argument(exported: Path) -> None:
+    assert run_model(exported.with_suffix(".json"), *ASK).stdout == run_model(exported, *ASK).stdout
+
+
+def test_as_many_pictures_as_the_export_takes(exported: Path) -> None:
+    four = ["--image", str(PICTURE)] * 4
+    assert run_model(exported, "--prompt", "What?", "--max-new-tokens", "2", *four).exit_code == 0
+    refused = run_model(exported, "--prompt", "What?", "--image", PICTURE, *four, "--json")
+    assert_refused(refused, "5 images at once", "built for 4")
+
+
+def test_help_shows_examples() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "qvlm-run engine.plan --image photo.png --prompt" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["Missing argument", "--help"]),
+        (["x.plan"], ["give --prompt, or --chat"]),
+        (["x.plan", "--prompt", "a", "--chat"], ["give --prompt, or --chat"]),
+        (["x.plan", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "greater than or equal to 1"]),
+        (["x.plan", "--prompt", "a", "--temperature", "nan"], ["temperature nan", "must be 0"]),
+        (["x.plan", "--prompt", "a", "--top-p", "0"], ["top_p 0.0", "must be above 0"]),
+        (["x.plan", "--prompt", "a", "--seed", "-1"], ["seed -1", "must be 0 or more"]),
+        (["/no/such.plan", "--prompt", "a"], ["/no/such.json", "no such manifest"]),
+        (["/no/such.onnx", "--prompt", "a"], ["/no/such.onnx", "give the .plan"]),
+        (["/no", "--prompt", "a"], ["/no:", "give the .plan"]),
+    ],
+)
+def test_unusable_arguments(arguments: list[str], words: list[str]) -> None:
+    assert_refused(CliRunner().invoke(app, arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "<image> What?", "--image", str(PICTURE)], ["2 times <image> for 1 pictures", "leave <image> out"]),
+        (["--prompt", "<image> What?"], ["1 times <image> for 0 pictures"]),
+        (["--prompt", "\udcff"], ["half a surrogate pair", "UTF-8"]),
+        (["--prompt", "word " * 300], ["tokens long", "built for 256"]),
+        (["--prompt", "a", "--image", "/no/such.png"], ["--image: there is no picture /no/such.png", "check the path"]),
+        (["--prompt", "a", "--image", __file__], ["--image:", "is not a picture"]),
+        (["--prompt", "a", "--image", "/"], ["--image: / cannot be read", "Is a directory"]),
+        (["--prompt", "a", "--runtime", "cuda"], ["--runtime cuda"]),
+    ],
+)
+def test_bad_question(exported: Path, arguments: list[str], words: list[str]) -> None:
+    assert_refused(run_model(exported, *arguments), *words)
+    assert_refused(run_model(exported, *arguments, "--json"), *words)
+
+
+def test_options_reach_the_model(exported: Path) -> None:
+    """Each changes the answer in the way it must."""
+    ask = ("--prompt", "What?", "--max-new-tokens", "40")
+    plain = run_model(exported, *ask).stdout
+    assert run_model(exported, *ask, "--temperature", "2", "--seed", "1").stdout != plain
+    assert run_model(exported, *ask, "--temperature", "2", "--top-p", "1e-9").stdout == plain  # one token is left to choose
+    assert run_model(exported, *ask, "--repetition-penalty", "100").stdout != plain
+    word = plain.split()[1]
+    stopped = run_model(exported, *ask, "--stop", "never said", "--stop", word).stdout
+    assert stopped == plain[: plain.index(word)] + "\n"
+    assert run_model(exported, *ask, "--runtime", "onnxruntime:cpu").stdout == plain
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"])
+def test_file_of_the_export_is_missing(mine: Path, name: str) -> None:
+    (mine.parent / name).unlink()
+    assert_refused(run_model(mine, *ASK), str(mine.parent / name))
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_file_of_the_export_is_cut_off(mine: Path, name: str, kept: float) -> None:
+    path = mine.parent / name
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    assert_refused(run_model(mine, *ASK), f"{path}: has {int(len(data) * kept)} bytes", f"says {len(data)}", "incomplete")
+
+
+def test_processor_is_missing(mine: Path) -> None:
+    shutil.rmtree(mine.parent / "x.processor")
+    assert_refused(run_model(mine, *ASK), "x.processor: is missing", "keep the files of an export together")
+
+
+def test_processor_is_damaged(mine: Path) -> None:
+    path = mine.parent / "x.processor" / "tokenizer.json"
+    path.write_text("{")
+    assert_refused(run_model(mine, *ASK), f"{path}: has 1 bytes", "incomplete, export again")
+
+
+def test_processor_of_an_export_without_a_record_of_it_is_damaged(mine: Path) -> None:
+    path = mine.with_suffix(".json")
+    content = json.loads(path.read_text())
+    del content["files"]["processor"]["files"]
+    path.write_text(json.dumps(sealed(content)))
+    assert run_model(mine, *ASK).exit_code == 0
+    (mine.parent / "x.processor" / "tokenizer.json").write_text("{")
+    assert_refused(run_model(mine, *ASK), "x.processor", "cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["not a readable manifest", "export again"]),
+        ("[]", ["no manifest of qvlm-export"]),
+        ('{"format": "other"}', ["no manifest of qvlm-export"]),
+        ('{"format": "qvlm-export", "version": 99}', ["manifest version 99", "update qvlm-export"]),
+        ('{"format": "qvlm-export", "version": 1}', ["was changed since the export", "export again"]),
+    ],
+)
+def test_damaged_manifest(mine: Path, content: str, words: list[str]) -> None:
+    mine.with_suffix(".json").write_text(content)
+    assert_refused(run_model(mine, *ASK), str(mine.with_suffix(".json")), *words)

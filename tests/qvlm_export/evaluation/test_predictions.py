@@ -1,0 +1,160 @@
+"""Files of predictions: killed at any byte they go on, of another run they are refused, shards merge exactly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.evaluation.predictions import (
+    Header,
+    PredictionWriter,
+    merge_predictions,
+    read_predictions,
+    write_predictions,
+)
+from qvlm_export.evaluation.tasks.task import Answer
+
+HEADER = Header({"task": "scienceqa", "model": "a" * 64, "limit": None})
+ANSWERS = {"1": Answer("The answer is A."), "2": Answer("Zürich \ud83d"), "3": Answer(choices=(-0.5, -2.0)), "4": Answer("")}
+
+
+def write(path, answers=ANSWERS, header=HEADER):
+    with PredictionWriter(path, header) as writer:
+        writer.begin()
+        for one, answer in answers.items():
+            writer.add({one: answer})
+    return path
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path / "new" / "p.jsonl")
+    found = read_predictions(path)
+    assert (found.header, found.answers, found.size) == (HEADER, ANSWERS, path.stat().st_size)
+    assert path.read_bytes().isascii()
+
+
+@settings(max_examples=30)  # each syncs a file many times
+@given(st.dictionaries(st.text(min_size=1), st.builds(Answer, text=st.text())), st.integers(min_value=0))
+def test_any_text_and_any_cut(tmp_path_factory, answers, cut):
+    """A kill may leave any number of bytes behind the header; what is whole counts, and the rest is written again."""
+    path = write(tmp_path_factory.mktemp("p") / "p.jsonl", answers)
+    whole, first = path.read_bytes(), len(HEADER.line())
+    path.write_bytes(whole[: first + cut % (len(whole) - first + 1)])
+    with PredictionWriter(path, HEADER) as writer:
+        assert dict(list(answers.items())[: len(writer.answers)]) == writer.answers
+        writer.begin()
+        for one in list(answers)[len(writer.answers) :]:
+            writer.add({one: answers[one]})
+    assert path.read_bytes() == whole
+
+
+def test_a_batch_is_on_disk_when_it_is_added_and_nothing_before(tmp_path):
+    path = tmp_path / "new" / "p.jsonl"
+    with PredictionWriter(path, HEADER) as writer:
+        assert not path.parent.exists()
+        writer.add({"1": ANSWERS["1"]})
+        assert read_predictions(path).answers == {"1": ANSWERS["1"]}
+
+
+def test_what_could_not_be_asked_is_asked_again(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"1": Answer("A"), "2": Answer(failed="unreadable")})
+    with PredictionWriter(path, HEADER) as writer:
+        assert writer.answers == {"1": Answer("A")}
+        writer.add({"2": Answer("B")})
+    assert read_predictions(path).answers == {"1": Answer("A"), "2": Answer("B")}
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (Header({**HEADER.fingerprint, "model": "b" * 64}), ["model was aaaaaaaaaaaa…, now it is bbbbbbbbbbbb…"]),
+        (Header({**HEADER.fingerprint, "limit": 5}), ["limit was None, now it is 5"]),
+        (Header({**HEADER.fingerprint, "more": 1}), ["more was None, now it is 1"]),
+        (Header({"task": "scienceqa"}), ["model was"]),
+        (Header(HEADER.fingerprint, (1, 2)), ["shard was 1/1, now it is 1/2"]),
+    ],
+)
+def test_another_run_is_refused_and_its_file_stays(tmp_path, header, words):
+    path = write(tmp_path / "p.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        PredictionWriter(path, header)
+    assert all(word in str(caught.value) for word in [*words, "--predictions"]), caught.value
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["holds no predictions"]),
+        (b"no newline", ["holds no predictions"]),
+        (b"[]\n", ["is no file of predictions"]),
+        (b'{"format": "other"}\n', ["is no file of predictions"]),
+        (b"\xff\xfe\n", ["is no file of predictions"]),
+        (HEADER.line().encode() + b'{"id": "1"}\n{"id": "1"}\n', ["p.jsonl:3", "question 1 a second time"]),
+        (HEADER.line().encode() + b"{nonsense\n{}\n", ["p.jsonl:2", "no prediction"]),
+        (HEADER.line().encode() + b'{"id": 1}\n', ["p.jsonl:2", "no prediction"]),
+        (HEADER.line().encode() + b'{"id": "1", "text": 3}\n', ["p.jsonl:2", "no prediction"]),
+        (HEADER.line().encode() + b'{"id": "1", "choices": ["x"]}\n', ["p.jsonl:2", "no prediction"]),
+        (HEADER.line().replace('"version": 1', '"version": 9').encode(), ["version 9"]),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, content, words):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_predictions(tmp_path / "p.jsonl")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        PredictionWriter(tmp_path, HEADER)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        PredictionWriter(tmp_path / "file" / "p.jsonl", HEADER)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_predictions(tmp_path / "none.jsonl")
+
+
+def shards(folder, count=3, total=10):
+    answers = {str(n): Answer(f"text {n}") for n in range(total)}
+    paths = []
+    for part in range(1, count + 1):
+        own = {one: answers[one] for one in list(answers)[part - 1 :: count]}
+        paths.append(write(folder / f"{part}.jsonl", own, Header(HEADER.fingerprint, (part, count))))
+    return paths, answers
+
+
+def test_shards_merge_into_one_run(tmp_path):
+    paths, answers = shards(tmp_path)
+    merged = merge_predictions(paths[::-1], list(answers))
+    assert list(merged.answers.items()) == list(answers.items())
+    assert merged.header == HEADER
+    write_predictions(tmp_path / "whole.jsonl", merged)
+    assert (tmp_path / "whole.jsonl").read_bytes() == write(tmp_path / "one.jsonl", answers).read_bytes()
+
+
+def test_shards_that_are_not_of_one_run(tmp_path):
+    paths, answers = shards(tmp_path)
+    ids = list(answers)
+    (tmp_path / "more").mkdir()
+    others, _ = shards(tmp_path / "more", count=2)
+    strange = write(tmp_path / "s.jsonl", {}, Header({**HEADER.fingerprint, "model": "c"}, (3, 3)))
+    for given_paths, words in (
+        (paths[:2], ["shard 3/3 is missing"]),
+        ([*paths, paths[0]], ["shard 1/3, which is given twice"]),
+        ([paths[0], others[1]], ["is a shard of 2", "one of 3"]),
+        ([*paths[:2], strange], ["model was c", "one run only"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            merge_predictions(given_paths, ids)
+        assert all(word in str(caught.value) for word in words), caught.value
+    lines = paths[1].read_text().splitlines(keepends=True)
+    paths[1].write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="1 of 10 questions lack an answer, such as 7"):
+        merge_predictions(paths, ids)
+    assert json.loads(lines[-1])["id"] == "7"

@@ -1,0 +1,217 @@
+"""The torch rungs: sessions over the checkpoint and over its simulated quantization, against transformers and the walk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import copy_checkpoint, set_weight
+from small_export import calibrate, make_sample, open_small, plan_of
+from transformers import LlavaForConditionalGeneration
+
+from qvlm_export.calibrate.blockwise.blocks import make_blocks
+from qvlm_export.calibrate.blockwise.forward import walk_language, walk_vision
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, open_head, simulated_step
+from qvlm_export.checkpoints.aliases import ALIASES
+from qvlm_export.evaluation import subjects as rungs
+from qvlm_export.evaluation.subjects import find_subject, folder_identity, open_rung
+from qvlm_export.inference import torch_runner
+from qvlm_export.inference.torch_runner import SLOTS_AT_ONCE, SlotCache, check_device
+from qvlm_export.inputs.samples import load_processor
+
+NO_STOP = frozenset({-1})
+
+
+@pytest.fixture(scope="module")
+def folder(llava):
+    return llava(text={"num_hidden_layers": 3})
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    with open_rung(find_subject(str(folder), "auto"), device="cpu") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def samples(folder):
+    """Without a picture, with one, and with one again at another length."""
+    checkpoint = open_small(folder)
+    return [make_sample(checkpoint, words=w, images=i, seed=s) for s, (w, i) in enumerate([(9, 1), (6, 0), (14, 1)])]
+
+
+def given(sample):
+    found = {
+        "input_ids": torch.from_numpy(sample.input_ids)[None],
+        "attention_mask": torch.ones(1, len(sample.input_ids)).long(),
+    }
+    return found | ({"pixel_values": torch.from_numpy(sample.pixel_values)} if len(sample.pixel_values) else {})
+
+
+def pixels(samples):
+    return np.concatenate([s.pixel_values for s in samples if len(s.pixel_values)])
+
+
+def test_logits_are_transformers_own(model, reference, samples):
+    for sample in samples:
+        shown = sample.pixel_values if len(sample.pixel_values) else None
+        with torch.no_grad():
+            wanted = reference(**given(sample)).logits.numpy()
+        assert np.allclose(model.logits(sample.input_ids[None], shown), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_a_batch_of_unequal_lengths_generates_what_transformers_does(model, reference, samples):
+    """Through the cache: the rows are padded on the right, the cache grows, and no row may see another's padding."""
+    sequences = model.session.start([s.input_ids for s in samples], pixels(samples))
+    for _ in model.session.generate(sequences, 12, NO_STOP):
+        pass
+    for sample, tokens in zip(samples, sequences.tokens, strict=True):
+        with torch.no_grad():
+            wanted = reference.generate(**given(sample), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert tokens == wanted[0].tolist()
+
+
+def test_a_next_turn_computes_what_the_whole_does(model, samples):
+    whole = samples[2].input_ids
+    sequences = model.session.start([whole[:-5]], samples[2].pixel_values)
+    model.session.extend(sequences, [whole[-5:]])
+    wanted = model.logits(whole[None], samples[2].pixel_values)[0, -1]
+    assert np.allclose(sequences.logits[0], wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_cache_keeps_what_it_holds_when_it_grows():
+    cache = SlotCache()
+    first, second = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 4)
+    cache.begin(torch.tensor([[0, 1, 2], [0, 1, 2]]))
+    cache.update(first, -first, 0)
+    far = SLOTS_AT_ONCE + 7
+    cache.begin(torch.tensor([[3, far], [1, 2]]))
+    keys, values = cache.update(second, -second, 0)
+    assert keys.shape == (2, 1, far + 1, 4)
+    assert torch.equal(keys[0, :, :3], first[0])
+    assert torch.equal(keys[0, 0, 3], second[0, 0, 0])
+    assert torch.equal(keys[0, 0, far], second[0, 0, 1])
+    assert torch.equal(keys[1, 0, 1:3], second[1, 0])  # overwritten
+    assert torch.equal(keys[1, 0, 0], first[1, 0, 0])
+    assert torch.equal(values, -keys)
+
+
+@pytest.mark.parametrize("preset", ["int8", "sim-w4a8"])
+def test_simulated_logits_are_those_of_the_walk(folder, samples, tmp_path, preset):
+    checkpoint = open_small(folder)
+    calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", samples)
+    load_processor(folder).save_pretrained(tmp_path / "c")
+    blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(calibrated)
+    step = simulated_step(calibrated, source)
+    hidden = walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
+    head = open_head(source, checkpoint.config.text.rms_norm_eps)
+    subject = find_subject(str(tmp_path / "c"), "auto")
+    assert subject.rung == "simulated"
+    with open_rung(subject, device="cpu") as opened:
+        for number, sample in enumerate(samples):
+            wanted = head(hidden[number]).numpy()
+            shown = sample.pixel_values if len(sample.pixel_values) else None
+            got = opened.logits(sample.input_ids[None], shown)[0]
+            assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+        got = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
+    with open_rung(find_subject(str(folder), "torch"), device="cpu") as opened:
+        unquantized = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
+    assert np.abs(got - unquantized).max() > 1e-3 * np.abs(unquantized).max()
+
+
+def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
+    checkpoint = open_small(folder)
+    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "x.calibrated", samples)
+    with pytest.raises(UserError, match="no processor is in it or beside it"):
+        open_rung(find_subject(str(tmp_path / "x.calibrated"), "auto"))
+    load_processor(folder).save_pretrained(tmp_path / "x.processor")
+    open_rung(find_subject(str(tmp_path / "x.calibrated"), "auto")).session.runner.close()
+    assert CalibratedCheckpoint(tmp_path / "x.calibrated").schemes
+
+
+def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor(folder, samples, tmp_path):
+    checkpoint = open_small(folder)
+    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "c", samples)
+    processor = load_processor(folder)
+    processor.image_processor.crop_size = {"height": 64, "width": 64}
+    processor.save_pretrained(tmp_path / "c")
+    with pytest.raises(UserError, match=r"do processor and config\.json belong together"):
+        open_rung(find_subject(str(tmp_path / "c"), "auto"), device="cpu")
+    config = tmp_path / "c" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": "wide", "x": '))
+    with pytest.raises(UserError, match="not a valid configuration"):
+        find_subject(str(tmp_path / "c"), "auto")
+
+
+def test_a_damaged_weight_is_named(llava, tmp_path):
+    copy = copy_checkpoint(llava(), tmp_path / "m")
+    set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        open_rung(find_subject(str(copy), "auto"))
+
+
+def test_fewer_bits_of_float_are_used_throughout(folder, samples, model, monkeypatch):
+    """As on a GPU, where weights, caches and activations are of 16 bits: nothing may meet a float32 by mistake."""
+    monkeypatch.setitem(torch_runner.DTYPES, "cpu", torch.bfloat16)
+    wanted = model.session.start([s.input_ids for s in samples], pixels(samples)).logits
+    with open_rung(find_subject(str(folder), "auto"), device="cpu") as narrow:
+        assert {p.dtype for p in narrow.session.runner._blocks.text_layers[0].module.parameters()} == {torch.bfloat16}
+        sequences = narrow.session.start([s.input_ids for s in samples], pixels(samples))
+        assert np.linalg.norm(sequences.logits - wanted) < 0.1 * np.linalg.norm(wanted)
+        assert len(list(narrow.session.generate(sequences, 3, NO_STOP))) == 3
+
+
+def test_weights_are_given_back(folder):
+    opened = open_rung(find_subject(str(folder), "auto"), device="cpu")
+    blocks = opened.session.runner._blocks
+    assert not any(p.is_meta for p in blocks.text_layers[0].module.parameters())
+    opened.session.runner.close()
+    assert all(p.is_meta for p in blocks.text_layers[0].module.parameters())
+
+
+def test_identity_sees_a_changed_weight_and_a_changed_template(llava, tmp_path):
+    copy = copy_checkpoint(llava(), tmp_path / "m")
+    before = folder_identity(copy)
+    assert folder_identity(llava()) == before  # not a matter of place
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    changed = folder_identity(copy)
+    assert changed != before
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert folder_identity(copy) not in (before, changed)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_device("auto") == "cpu"
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        check_device("cuda")
+    with pytest.raises(UserError, match="--device tpu: unknown"):
+        check_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_device("auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("alias", "batch", "length"),
+    [("llava-7b", 8, 4096), ("llava-next-7b", 2, 4096), ("llava-next-llama3-8b", 1, 4096), ("llava-onevision-7b", 1, 4096)],
+)
+def test_what_a_model_takes_at_once_in_torch(alias, batch, length):
+    """Logits of all positions are kept, so that long prompts of tiles go few at a time; context as far as the model goes."""
+    limits = rungs._bare(Path(alias), ALIASES[alias].config, None).limits
+    assert (limits.max_batch, limits.max_length) == (batch, length)
+    longer = replace(ALIASES[alias].config, text=replace(ALIASES[alias].config.text, max_position_embeddings=32768))
+    assert rungs._bare(Path(alias), longer, 5).limits.max_batch == 5
+    largest = longer.most_image_tokens
+    assert rungs._bare(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)

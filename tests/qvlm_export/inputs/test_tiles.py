@@ -1,0 +1,130 @@
+"""Where features of tiles go: against the model code of transformers, at the sizes of the published checkpoints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlavaNextProcessor
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from qvlm_export.calibrate.blockwise.forward import place
+from qvlm_export.calibrate.checkpoint.samples import Placement, join_placements, placed
+from qvlm_export.checkpoints.aliases import ALIASES
+from qvlm_export.engines.config import ModelConfig
+from qvlm_export.inputs.processors import LlavaOnevisionProcessor
+from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
+
+NEXT, ONEVISION = ALIASES["llava-next-7b"].config, ALIASES["llava-onevision-7b"].config
+WIDTH = 3
+SIZES = st.tuples(st.integers(8, 3000), st.integers(8, 3000))
+
+
+def model_of(config: ModelConfig) -> Any:
+    """What the model code asks of its model."""
+    assert config.tiles is not None
+    vision = SimpleNamespace(image_size=config.vision.image_size, patch_size=config.vision.patch_size)
+    return SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=[list(p) for p in config.tiles.pinpoints])
+    )
+
+
+def packed(config: ModelConfig, sizes: list[tuple[int, int]], tiles: torch.Tensor, newline: torch.Tensor) -> np.ndarray:
+    """transformers: tiles float32 [tiles, patches, width] -> [image tokens, width]."""
+    split = torch.split(tiles, tile_counts(config, sizes))
+    if config is NEXT:
+        found, _ = LlavaNextModel.pack_image_features(model_of(config), split, sizes, "default", newline)
+    else:
+        found, _ = LlavaOnevisionModel.pack_image_features(model_of(config), split, sizes, newline, "anyres_max_9")
+    return torch.cat(found).numpy()
+
+
+def features(config: ModelConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, config.vision.num_patches, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+
+
+@pytest.mark.parametrize("config", [NEXT, ONEVISION], ids=["next", "onevision"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sizes=st.lists(SIZES, min_size=1, max_size=2))
+def test_placement_is_that_of_the_model_code(config: ModelConfig, sizes: list[tuple[int, int]]) -> None:
+    tiles, newline = features(config, sum(tile_counts(config, sizes)))
+    wanted = packed(config, sizes, tiles, newline)
+    placement = place_tiles(config, sizes)
+    rows = tiles.flatten(0, 1)
+    np.testing.assert_allclose(placed(torch.cat([rows, newline[None]]).numpy(), placement), wanted, atol=1e-4)
+    np.testing.assert_allclose(place(rows, newline[None], placement).numpy(), wanted, atol=1e-4)
+    assert (placement.rows >= -1).all()
+    np.testing.assert_allclose(placement.weights.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [NEXT, ONEVISION], ids=["next", "onevision"])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(size=SIZES)
+def test_image_tokens_are_as_many_as_the_processor_writes(config: ModelConfig, size: tuple[int, int]) -> None:
+    """And never more than the largest that limits are made for."""
+    assert config.tiles is not None
+    side, patches = config.vision.image_size, config.vision.num_patches
+    pinpoints = SimpleNamespace(image_grid_pinpoints=[list(p) for p in config.tiles.pinpoints])
+    if config is NEXT:
+        processor = LlavaNextProcessor.__new__(LlavaNextProcessor)
+        processor.patch_size, processor.num_additional_image_tokens = config.vision.patch_size, 0
+    else:
+        processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+        processor.num_image_tokens, processor.vision_aspect_ratio = patches, "anyres_max_9"
+    processor.image_processor = pinpoints
+    tokens = len(place_tiles(config, [size]))
+    assert tokens == processor._get_number_of_features(*size, side, side)
+    assert tokens <= config.most_image_tokens
+    assert tile_counts(config, [size])[0] <= config.most_tiles
+
+
+def test_the_largest_pictures() -> None:
+    assert (NEXT.most_tiles, NEXT.most_image_tokens) == (5, 2928)
+    assert len(place_tiles(NEXT, [(1000, 1000)])) == 2928
+    assert ONEVISION.most_tiles == 37
+    sizes = [(64 * h, 64 * w) for h in range(1, 40, 3) for w in range(1, 40, 3)]
+    largest = max(len(place_tiles(ONEVISION, [size])) for size in sizes)
+    assert 0.9 * ONEVISION.most_image_tokens < largest <= ONEVISION.most_image_tokens
+
+
+def test_single_tiles_end_with_the_newline() -> None:
+    placement = place_tiles(ONEVISION, [(50, 60), (500, 60)])
+    patches = ONEVISION.vision.num_patches
+    assert placement.rows[:, 0].tolist() == [*range(patches), -1, *range(patches, 2 * patches), -1]
+
+
+def test_padding_of_the_processor_is_left_out() -> None:
+    pixels = np.arange(2 * 5).reshape(2, 5, 1, 1, 1) * np.ones((1, 1, 3, 2, 2))
+    assert select_tiles(pixels, [3, 5])[:, 0, 0, 0].tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+
+
+def test_placements_of_several_prompts() -> None:
+    """As if each had run alone, whatever k its rows have, pictures without a placement among them."""
+    generator = np.random.default_rng(0)
+    sums = Placement(generator.integers(-1, 6, (5, 4)), generator.random((5, 4), np.float32))
+    single = Placement(generator.integers(-1, 3, (4, 1)), np.ones((4, 1), np.float32))
+    embeds, newline = generator.random((6 + 3 + 2, WIDTH), np.float32), generator.random((1, WIDTH), np.float32)
+    joined = join_placements([sums, single, None], [6, 3, 2])
+    assert joined is not None
+    parts = [
+        placed(np.concatenate([embeds[:6], newline]), sums),
+        placed(np.concatenate([embeds[6:9], newline]), single),
+        embeds[9:],
+    ]
+    got = placed(np.concatenate([embeds, newline]), joined)
+    np.testing.assert_allclose(got, np.concatenate(parts), rtol=1e-6)
+    assert join_placements([None, None], [6, 3]) is None
+
+
+def test_the_type_of_the_engine_is_kept() -> None:
+    embeds = np.ones((4, WIDTH), np.float16)
+    for rows in ([[0], [-1]], [[0, 1], [2, -1]]):
+        weights = np.full(np.shape(rows), 1 / len(rows[0]), np.float32)
+        assert placed(embeds, Placement(np.array(rows), weights)).dtype == np.float16

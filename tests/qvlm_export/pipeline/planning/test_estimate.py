@@ -1,0 +1,170 @@
+"""Estimates: from counts and rates, monotonous, said in words, and --memory that keeps its promise or refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import assert_refused, export_onnx, read_files
+
+from qvlm_export.calibrate.blockwise.resume import MEMORY_BYTES
+from qvlm_export.calibrate.calibrators.cost import Cost
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.engines.backend import choose_backend
+from qvlm_export.engines.builder import rate as build_rate
+from qvlm_export.engines.graph.weight_sizes import Sizes
+from qvlm_export.pipeline.planning.estimate import (
+    activations_bytes,
+    build_bytes,
+    check_memory,
+    duration,
+    estimate,
+    memory_needed,
+)
+from qvlm_export.pipeline.planning.machine import BUILT_BYTES, Machine, measure_machine
+
+Llava = Callable[..., Path]
+W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+MACHINE = Machine(2e11, 5e10, 1e11, 3e8, 5e8, 1e9, 1e9, 5e8, 2, built_bytes=1e8)
+SIZES = {"vision": Sizes(10**9, 5 * 10**8), "language": Sizes(25 * 10**9, 65 * 10**8, 6 * 10**9)}
+
+
+def test_seconds_are_counts_by_rates():
+    cost = Cost(flops=2e13, single_flops=1e12, shared_flops=3e12, rounded=1.2e10, elements=1e9)
+    found = estimate(cost, {"a": W4A16}, SIZES, 10**9, MACHINE, builds=True)
+    assert found.seconds["calibrate"] == pytest.approx(100 + 20 + 30 + 13 + 20 + 26 + 14)
+    assert found.floor_seconds == pytest.approx(100 + 20 + 30)
+    gib = 7e9 / 2**30
+    assert found.seconds["graph"] == pytest.approx(12 + gib + 14, rel=0.01)
+    assert found.seconds["check"] == pytest.approx(7 + 0.5 * gib, rel=0.01)
+    assert found.seconds["build"] == pytest.approx(0.5 + 0.02 + 60 + 0.4 * 10, rel=0.01)
+    assert found.memory_bytes == memory_needed(Cost(), 0) + 65 * 10**8  # the plan is mapped when it is checked
+    assert "estimated: " in found.in_words()
+    assert "engine build" in found.in_words()
+
+
+def test_half_the_processor_takes_twice_the_time_but_for_the_disk():
+    cost = Cost(flops=2e13, single_flops=1e12, rounded=1.2e10)
+    busy = replace(MACHINE, share=0.5)
+    found = estimate(cost, {"a": W4A16}, SIZES, 10**9, busy, builds=False)
+    assert found.seconds["calibrate"] == pytest.approx(2 * (100 + 20 + 20) + 26 + 14)
+    assert found.floor_seconds == pytest.approx(100 + 20)
+    assert found.seconds["graph"] == pytest.approx(2 * (12 + 7e9 / 2**30) + 14, rel=0.01)
+    assert found.seconds["check"] == pytest.approx(2 * 14)
+
+
+def test_what_is_in_memory_need_not_be_read_and_new_memory_must_be_found():
+    """Of 25 + 1 GB of weights a quarter lies in memory; 5 GB are free, which two threads find at 1 GB/s."""
+    empty = estimate(Cost(), {"a": W4A16}, SIZES, 10**9, MACHINE, builds=False)
+    warm = replace(MACHINE, cached=0.25, free_bytes=5 * 10**9, found_bytes=5e8)
+    found = estimate(Cost(), {"a": W4A16}, SIZES, 10**9, warm, builds=False)
+    assert empty.seconds["calibrate"] == pytest.approx(26 + 14)
+    assert found.seconds["calibrate"] == pytest.approx(0.75 * 26 + 14 + 5)
+    plenty = replace(warm, cached=1.0, free_bytes=10**12)  # no more is used than what is written
+    assert estimate(Cost(), {"a": W4A16}, SIZES, 10**9, plenty, builds=False).seconds["calibrate"] == pytest.approx(14 + 7)
+
+
+def test_writing_is_measured_by_no_more_than_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**25))
+    largest = [0]
+
+    def fsync(descriptor: int) -> None:
+        largest.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(2**20))
+    assert measure_machine(tmp_path, [weights]).written_bytes > 0
+    assert max(largest) == 2**23
+
+
+def test_what_lies_in_memory_is_asked_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot say counts as one that must read."""
+    weights = [tmp_path / "a", tmp_path / "b"]
+    for path, size in zip(weights, (3 * 2**20, 2**20), strict=True):
+        path.write_bytes(bytes(size))
+    asked: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[bytearray], start: int, _flags: int) -> int:
+        asked.append(start)
+        if os.fstat(descriptor).st_size == 2**20:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert measure_machine(tmp_path, weights).cached == pytest.approx(0.75)
+    assert all(0 <= start < 3 * 2**20 for start in asked)
+    assert len(set(asked)) > 100
+
+
+def test_a_machine_with_too_little_memory_is_refused(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**16)  # 256 MiB
+    assert_refused(export_onnx(llava(), absent), "calibration needs about 0.7 GiB", "has 0.2 GiB", "--effort rtn")
+    with pytest.raises(
+        UserError, match=r"the engine build needs about 1\.0 GiB .* has 0\.2 GiB; export with --backend onnx"
+    ):
+        check_memory(2**20, 2**30)
+    check_memory(2**28, 2**28)
+
+
+def test_nothing_to_calibrate_takes_no_time():
+    found = estimate(Cost(), {}, SIZES, 10**9, MACHINE, builds=False)
+    assert set(found.seconds) == {"graph", "check"}
+    assert found.build_memory_bytes == 0
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (90, "90 s"), (150, "2 min"), (7300, "2.0 h")])
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_rates_are_measured_and_nothing_is_left(tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(2**20))
+    machine = measure_machine(tmp_path / "not" / "there", [weights])
+    assert all(value > 0 for name, value in vars(machine).items() if name != "cached")
+    assert 0 <= machine.cached <= 1
+    assert machine.flops >= 0.5 * machine.single_flops
+    assert machine.share <= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("int4", [True, False])
+def test_what_tensorrt_builds_a_second_is_measured(int4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By engines of INT4 weights where the plan has them, for otherwise a target may have none; not for small plans."""
+    monkeypatch.setattr(build_rate, "WIDTH", 512)
+    backend = choose_backend("tensorrt-rtx", ())
+    parts = {"language": Sizes(2**31, 2**29, 2**28 if int4 else 0)}
+    assert build_bytes(backend, parts) != BUILT_BYTES
+    assert 1e6 < build_bytes(backend, parts) < 1e10
+    small = {"language": Sizes(2**28, 2**26, 2**26)}
+    assert build_bytes(backend, small) == build_bytes(choose_backend("onnx", ()), parts) == BUILT_BYTES
+
+
+def test_memory_left_for_activations():
+    cost = Cost(memory_bytes=2**30)
+    needed = memory_needed(cost, 1)
+    assert activations_bytes(None, "rtn", cost, 1) == MEMORY_BYTES
+    assert activations_bytes(4, "rtn", cost, 1) == (4 * 2**30 - needed) // 2
+    with pytest.raises(UserError, match=r"--memory 1: --effort fast needs about 1\.7 GiB.*--samples, or --effort rtn"):
+        activations_bytes(1, "fast", cost, 1)
+
+
+def test_activations_on_disk_give_the_same_bytes(llava: Llava, tmp_path: Path) -> None:
+    """--memory decides where they lie, not what they are."""
+    least = memory_needed(Cost(), 1) / 2**30 + 0.05  # all but nothing is left for them
+    for folder, arguments in (("all", ()), ("disk", ("--memory", f"{least:.3f}"))):
+        result = export_onnx(llava(), tmp_path / folder / "x.plan", "--scheme", "int8", *arguments)
+        assert result.exit_code == 0, result.stderr
+    assert read_files(tmp_path / "all") == read_files(tmp_path / "disk")
+
+
+def test_too_little_memory_is_refused_before_any_work(llava: Llava, absent: Path) -> None:
+    assert_refused(export_onnx(llava(), absent, "--memory", "0.1"), "--memory 0.1", "needs about 0.7 GiB", "--samples")

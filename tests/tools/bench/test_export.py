@@ -1,0 +1,59 @@
+"""The benchmarks of whole exports and of one block: what they measure is what ran."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from matplotlib.axes import Axes
+
+from tools.bench import block as bench_block
+from tools.bench import export as bench_export
+
+SCRIPT = """
+import json, os
+held = bytearray(200 * 2**20)
+with open({path!r}, "wb") as file:
+    file.write(bytes(30 * 2**20))
+    os.fsync(file.fileno())
+total = 0
+for i in range(3_000_000):
+    total += i
+print(json.dumps({{"total": total}}))
+"""
+
+
+def test_a_command_is_measured_as_a_whole(tmp_path):
+    found = bench_export.measured([sys.executable, "-c", SCRIPT.format(path=str(tmp_path / "written"))])
+    assert found["said"] == {"total": sum(range(3_000_000))}
+    assert found["peak_bytes"] > 200 * 2**20
+    assert 0 < found["cpu_seconds"] <= found["wall_seconds"] * 1.2 + 0.2
+    assert found["written_bytes"] <= 31 * 2**20
+
+
+def test_a_command_that_fails_ends_the_benchmark():
+    with pytest.raises(SystemExit, match="ended with code 3"):
+        bench_export.measured([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
+    """A line for each kind of processor, from the smallest model to the largest."""
+    rows = [{"effort": "rtn", "parameters": n * 10**9, "cpu_seconds": 30.0 * n, "peak_bytes": n * 2**30} for n in (13, 1, 7)]
+    machines = ["2 cores, x86_64", "2 cores, x86_64", "2 cores, x86_64, AVX512"]
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1])) or plot(*args, label=label))
+    bench_export.plot([row | {"machine": m} for row, m in zip(rows, machines, strict=True)], tmp_path / "plot.png")
+    assert drawn[::2] == [("rtn", [1, 13]), ("rtn, AVX512", [7])]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_block_of_a_geometry_is_searched(monkeypatch):
+    monkeypatch.setitem(bench_block.GEOMETRIES, "small", bench_block.replace(bench_block.GEOMETRIES["100m"], **SMALL))
+    monkeypatch.setattr(bench_block, "WIDTH", 64)
+    row = bench_block.bench("small", "fast", samples=2, tokens=40)
+    assert row["flops"] > row["single_flops"] > 0
+    assert 0 < row["error"] < 0.1
+    assert row["cpu_seconds"] >= 0
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 128, "heads": 4, "kv_heads": 4}

@@ -1,0 +1,234 @@
+"""Every family on a small random model of its true structure: against transformers, on ONNX Runtime, as engines.
+
+    python -m tools.families.check --out docs/families.md
+
+Errors are relative: the L2 norm of the difference of all logits over that of transformers' logits, the worst of several
+pictures. Engines are TensorRT-RTX plans for sm89, read back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import qvlm_export
+from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
+from qvlm_export.calibrate.blockwise.forward import Step, final_logits, plain_step, walk_language, walk_vision
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, simulated_step, with_rounded_tables
+from qvlm_export.checkpoints.chat_templates import chat_text
+from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.engines.check.graph_weights import wrong_weights
+from qvlm_export.engines.runtime.session import Session
+from qvlm_export.inputs.samples import encode_pictures, load_processor
+from tools.families.random_families import KINDS, write_family
+from tools.families.random_original import ORIGINALS, write_original
+
+SAMPLES = 4  # of the package's own scenes, to calibrate with
+# Heights and widths: wide, small, nearly square and large, two of unlike shape.
+PICTURES = ([(60, 90)], [(30, 20)], [(200, 210)], [(40, 300), (90, 80)])
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in both forms: as the model's code wants it, and as ours."""
+
+    given: dict[str, Any]
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint, questions to it, transformers' model in float32 and its logits for each: float32 [S, vocab]."""
+
+    checkpoint: Checkpoint
+    questions: list[Question]
+    reference: torch.nn.Module
+    wanted: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kind of checkpoint came to. Errors are relative; int4: of the graph against the simulation in torch."""
+
+    kind: str
+    repositories: str
+    torch: float
+    fp16: float
+    int4: float
+    integer: int
+    planned: int
+
+
+def make_cases(checkpoint: Checkpoint) -> list[Question]:
+    """A question about each of PICTURES, through the checkpoint's own processor."""
+    processor, rng, cases = load_processor(checkpoint.folder), np.random.default_rng(0), []
+    for sizes in PICTURES:
+        images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+        text = chat_text(processor, [{"role": "user", "text": "What color is it?", "images": len(images)}])
+        given = processor(images=[images], text=[text], return_tensors="pt")
+        encoded = encode_pictures(processor, checkpoint.config, text, images)
+        sample = Sample(encoded.input_ids, encoded.pixel_values, len(encoded.input_ids), encoded.placement)
+        cases.append(Question(dict(given), sample))
+    return cases
+
+
+def reference_logits(model: torch.nn.Module, case: Question) -> np.ndarray:
+    """transformers in float32: [S, vocab]."""
+    with torch.inference_mode():
+        logits: np.ndarray = model(**case.given).logits[0].numpy()
+    return logits
+
+
+def walked_logits(blocks: ModelBlocks, source: TensorSource, epsilon: float, sample: Sample, step: Step) -> np.ndarray:
+    """The model block by block: [S, vocab]."""
+    features = walk_vision(blocks, source, [sample], step)
+    hidden = walk_language(blocks, source, [sample], features, step)
+    return final_logits(source, hidden, epsilon)[0].numpy()
+
+
+def simulated_logits(checkpoint: Checkpoint, folder: Path) -> Callable[[Sample], np.ndarray]:
+    """The calibrated checkpoint in torch, as its float16 graph computes it."""
+    calibrated = CalibratedCheckpoint(folder)
+    source = DequantizedSource(calibrated, "float16")
+    blocks = with_rounded_tables(make_blocks(checkpoint.hf_config), "float16")
+    step, epsilon = simulated_step(calibrated, source), checkpoint.config.text.rms_norm_eps
+    return lambda sample: walked_logits(blocks, source, epsilon, sample, step)
+
+
+def session_logits(session: Session, sample: Sample) -> np.ndarray:
+    """An export: [S, vocab]."""
+    logits: np.ndarray = session.logits(sample.input_ids[None], sample.pixel_values, sample.placement)[0]
+    return logits
+
+
+def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def torch_error(case: Kept) -> float:
+    """The walk through the checkpoint, block by block."""
+    opened = case.checkpoint
+    blocks, step = make_blocks(opened.hf_config), plain_step(opened.source)
+    return max(
+        relative(walked_logits(blocks, opened.source, opened.config.text.rms_norm_eps, question.sample, step), wanted)
+        for question, wanted in zip(case.questions, case.wanted, strict=True)
+    )
+
+
+def fp16_error(case: Kept) -> float:
+    """The float16 export on ONNX Runtime."""
+    plan = case.checkpoint.folder / "fp16.plan"
+    qvlm_export.export(case.checkpoint.folder, plan, scheme="fp16", backend="onnx")
+    with qvlm_export.load(plan, "onnxruntime:cpu") as model:
+        return max(
+            relative(session_logits(model.session, question.sample), wanted)
+            for question, wanted in zip(case.questions, case.wanted, strict=True)
+        )
+
+
+def int4_error(case: Kept) -> float:
+    """An export with an INT4 decoder on ONNX Runtime, against its simulation in torch.
+
+    The tower stays float: its INT8 roundings fall either way where sums are added in another order, and the error would be
+    that of a few ties. That its integers are the calibrated ones is looked at in the graph: `wrong_integers`.
+    """
+    folder = case.checkpoint.folder
+    recipe, plan = folder / "float_tower.yaml", folder / "int4.plan"
+    recipe.write_text('base: int4\nrules: [{match: "[vm]*", scheme: float}]\n')
+    result = qvlm_export.export(folder, plan, recipe=recipe, backend="onnx", samples=SAMPLES)
+    simulated = simulated_logits(case.checkpoint, result.manifest.file("calibrated"))
+    with qvlm_export.load(plan, "onnxruntime:cpu") as model:
+        found = [(session_logits(model.session, q.sample), simulated(q.sample)) for q in case.questions]
+    return max(relative(got, wanted) for got, wanted in found)
+
+
+def build_engine(case: Kept) -> tuple[int, int]:
+    """The default export with TensorRT-RTX engines: planned linears, and how many run on the calibrated integers."""
+    folder = case.checkpoint.folder
+    made = qvlm_export.export(folder, folder / "engine.plan", backend="tensorrt-rtx", targets=("sm89",), samples=SAMPLES)
+    manifest = made.manifest
+    calibrated = CalibratedCheckpoint(manifest.file("calibrated"))
+    wrong = {
+        found.linear
+        for part in ("vision", "language")
+        for found in wrong_weights(manifest.file(f"{part}_onnx"), calibrated, _of_part(manifest.linears, part))
+    }
+    return len(manifest.linears), sum(check.passed and check.linear not in wrong for check in made.checks)
+
+
+def _of_part(linears: Iterable[str], part: str) -> list[str]:
+    return [name for name in linears if name.startswith("language_model.") == (part == "language")]
+
+
+def check(kind: str, case: Kept) -> Row:
+    """All of a row."""
+    planned, integer = build_engine(case)
+    return Row(kind, ALL[kind], torch_error(case), fp16_error(case), int4_error(case), integer, planned)
+
+
+ALL = {**{name: kind.repositories for name, kind in KINDS.items()}, **{n: o.repositories for n, o in ORIGINALS.items()}}
+
+
+def make(folder: Path, kind: str) -> Kept:
+    """Writes a checkpoint of a kind and asks transformers, in float32."""
+    if kind in ORIGINALS:
+        reference = write_original(folder, kind)
+    else:
+        write_family(folder, kind)
+        reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = open_checkpoint(str(folder))
+    questions = make_cases(checkpoint)
+    return Kept(checkpoint, questions, reference, [reference_logits(reference, question) for question in questions])
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| built like | torch, block by block | fp16 graph | int4 graph, against its simulation | engine: integer linears |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        errors = " | ".join(f"{error:.1e}" for error in (row.torch, row.fp16, row.int4))
+        lines.append(f"| {row.repositories} | {errors} | {row.integer} of {row.planned} |")
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+def replaced(text: str, rows: list[Row]) -> str:
+    """A document with a new table between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + table(rows) + END + rest.partition(END)[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a Markdown file with the two marks")
+    parser.add_argument("--kinds", nargs="*", choices=ALL, default=list(ALL))
+    parser.add_argument("--keep", type=Path, help="keep the checkpoints here")
+    args = parser.parse_args()
+    rows = []
+    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as place:
+        for kind in args.kinds:
+            folder = Path(place) / kind
+            rows.append(check(kind, make(folder, kind)))
+            print(rows[-1], flush=True)
+    args.out.write_text(replaced(args.out.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Where the error comes from: the tiny LLaVA with only some of its linears quantized, and who pays for it.
+
+    python -m tools.study.parts --out docs/parts.md
+
+Calibrates with `--effort fast` on the benchmark's first 64 samples and judges as the benchmark does. Beside KL and SQNR
+stands the share of the KL divergence that its ten worst answer tokens have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.engines.check.metrics import kl_divergence, sqnr_db
+from tools.bench.data import calibration_file, evaluation_file, load_samples, make_data
+from tools.bench.ours import judged, opened, plan_of, reference_logits
+from tools.bench.tables import number
+
+COLUMNS = ("W8A8", "W4A16")
+PARTS: Mapping[str, str] = {
+    "everything": "",
+    "vision tower": "^vision_tower",
+    "projector": "^multi_modal_projector",
+    "decoder: q, k, v": r"^language_model.*\.[qkv]_proj$",
+    "decoder: o": r"^language_model.*\.o_proj$",
+    "decoder: gate, up": r"^language_model.*\.(gate|up)_proj$",
+    "decoder: down": r"^language_model.*\.down_proj$",
+}
+WORST = 10
+HEAD = """# Where the error comes from
+
+`python -m tools.study.parts --out docs/parts.md`: the tiny model with only a part of its linears quantized (`--effort fast`,
+the benchmark's first 64 samples and 1,000 unseen questions, as in [methods.md](methods.md)). KL in nats a token / SQNR of
+the logits in dB / the share of all KL that the {worst} worst of {tokens} answer tokens have.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
+    parser.add_argument("--data", type=Path, default=Path("build/bench/data"))
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration set")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    make_data(args.model, args.data)
+    samples, evaluation = load_samples(calibration_file(args.data, args.seed)), load_samples(evaluation_file(args.data))
+    checkpoint, blocks = opened(args.model)
+    reference = reference_logits(args.model, evaluation)
+    lines = [f"| quantized | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for part, pattern in PARTS.items():
+        entries = []
+        for column in COLUMNS:
+            plan = {n: s for n, s in plan_of(checkpoint, blocks, column).items() if re.search(pattern, n)}
+            torch.manual_seed(args.seed)
+            job = Calibration(blocks, checkpoint.source, plan, samples)
+            logits, _, _ = judged(job, checkpoint, calibrate_searched, evaluation)
+            divergence = np.sort(kl_divergence(reference, logits))
+            share = divergence[-WORST:].sum() / divergence.sum()
+            entries.append(f"{number(float(divergence.mean()))} / {sqnr_db(reference, logits):.1f} / {100 * share:.0f} %")
+        lines.append(f"| {part} | {' | '.join(entries)} |")
+        print(lines[-1], flush=True)
+    args.out.write_text(HEAD.format(worst=WORST, tokens=f"{len(reference):,}") + "\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
