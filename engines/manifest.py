@@ -73,10 +73,10 @@ def write_manifest(manifest: Manifest) -> None:
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     del content["path"]
     content = json.loads(json.dumps(content))  # as it will be read, tuples turned to lists
-    write_json(manifest.path, sealed(content))
+    write_json(manifest.path, seal(content))
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's content with the sha256 of everything else in it."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
@@ -96,7 +96,7 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(
             f"{path}: manifest version {content.get('version')}, this program reads {VERSION}; update qvlm-export"
         )
-    if content.get("sha256") != sealed(content)["sha256"]:
+    if content.get("sha256") != seal(content)["sha256"]:
         raise UserError(f"{path}: was changed since the export wrote it, or copied in part; export again")
     try:
         return Manifest(
@@ -155,7 +155,7 @@ def describe(path: Path, stop: Event | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def described_meanwhile(paths: Mapping[str, Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+def describe_in_background(paths: Mapping[str, Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
     """Describes finished files on a thread of its own; what is yielded waits for that and gives it by the same names.
 
     Hashing gigabytes takes a core that a build, which has its own process, does not use. Leaving ends it.
@@ -175,7 +175,7 @@ def _names_inside(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
-def verified_file(manifest: Manifest, role: str) -> Path:
+def verify_file(manifest: Manifest, role: str) -> Path:
     """The path of a file or folder about to be opened, every sha256 compared first unless of more than VERIFY_AT_OPEN_BYTES.
 
     Raises UserError when it was changed. Hashing gigabytes at every start would cost seconds; `qvlm-inspect --verify` does.

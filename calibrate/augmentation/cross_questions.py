@@ -13,18 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from qvlm_export.calibrate.augmentation.prompts import interchangeable
+from qvlm_export.calibrate.augmentation.prompts import group_by_image_tokens
 from qvlm_export.calibrate.checkpoint.samples import Sample
 
 
-def recombine(samples: Sequence[Sample], questions: int, image_token_id: int, seed: int = 0) -> list[list[Sample]]:
+def cross_pair_prompts(samples: Sequence[Sample], questions: int, image_token_id: int, seed: int = 0) -> list[list[Sample]]:
     """Up to `questions` prompts about the pictures of every sample: its own, and others' texts, each as often as others.
 
     Pictures change places only between samples with as many image tokens, so every prompt keeps its length; a sample
     without pictures, or with pictures unlike all others, stays alone. The same seed, the same prompts.
     """
     prompts = [[sample] for sample in samples]
-    for members in interchangeable(samples, image_token_id):
+    for members in group_by_image_tokens(samples, image_token_id):
         order = np.random.default_rng(seed).permutation(members).tolist()
         for place, number in enumerate(order):
             texts = {samples[number].input_ids.tobytes()}

@@ -18,18 +18,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from qvlm_export.calibrate.augmentation.cross_questions import recombine
+from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
 from qvlm_export.calibrate.checkpoint.samples import Sample
 
-RATE = 0.5  # of the words of a text
+REPLACED_SHARE = 0.5  # of the words of a text
 
 
-def scrambled(
+def replace_words(
     samples: Sequence[Sample], count: int, odds: np.ndarray, image_token_id: int, seed: int
 ) -> list[tuple[Sample, int]]:
     """Up to `count` texts about each sample's pictures, and that sample's number. The same seed, the same prompts.
 
-    odds: float [vocabulary], how likely each token is drawn; see `odds_of`. What all samples have is the template: it stays,
+    odds: float [vocabulary], how likely each token is drawn; see `embedding_norm_weights`. What all samples have is the
+    template: it stays,
     and is not drawn.
     """
     if not count or not samples:
@@ -40,17 +41,17 @@ def scrambled(
         return []
     draw, shares = np.random.default_rng(seed), odds[words] / odds[words].sum()
     found = []
-    for number, (own, *others) in enumerate(recombine(samples, count + 1, image_token_id, seed)):
+    for number, (own, *others) in enumerate(cross_pair_prompts(samples, count + 1, image_token_id, seed)):
         for text in others or [own]:
             ids = text.input_ids.copy()
-            replaced = (draw.random(len(ids)) < RATE) & np.isin(ids, words)
+            replaced = (draw.random(len(ids)) < REPLACED_SHARE) & np.isin(ids, words)
             ids[replaced] = draw.choice(words, int(replaced.sum()), p=shares)
             found.append((replace(text, input_ids=ids), number))
     return found
 
 
-def odds_of(embeddings: np.ndarray) -> np.ndarray:
-    """What `scrambled` draws by, float64 [vocabulary]. embeddings: float32 [vocabulary, hidden]."""
+def embedding_norm_weights(embeddings: np.ndarray) -> np.ndarray:
+    """What `replace_words` draws by, float64 [vocabulary]. embeddings: float32 [vocabulary, hidden]."""
     return np.asarray(np.square(embeddings).sum(axis=1, dtype=np.float64))
 
 

@@ -45,7 +45,7 @@ class _Item:
         return torch.from_numpy(content).view(kind).reshape(self.shape)
 
 
-class Activations(Sequence[torch.Tensor]):
+class CachedActivations(Sequence[torch.Tensor]):
     """float32 tensors, made one at a time from what is kept."""
 
     def __init__(self, items: Sequence[_Item]) -> None:
@@ -58,23 +58,23 @@ class Activations(Sequence[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Activations: ...
+    def __getitem__(self, index: slice) -> CachedActivations: ...
 
-    def __getitem__(self, index: int | slice) -> torch.Tensor | Activations:
-        return Activations(self._items[index]) if isinstance(index, slice) else self._items[index].read()
+    def __getitem__(self, index: int | slice) -> torch.Tensor | CachedActivations:
+        return CachedActivations(self._items[index]) if isinstance(index, slice) else self._items[index].read()
 
     def described(self) -> list[dict[str, Any]]:
         """Shape, type and place of each tensor, for JSON."""
         return [{"shape": list(item.shape), "dtype": item.dtype, "offset": item.offset} for item in self._items]
 
 
-def narrowed(tensor: torch.Tensor) -> torch.Tensor:
+def to_16_bits(tensor: torch.Tensor) -> torch.Tensor:
     """float16, or bfloat16 where a value is beyond float16."""
     half = tensor.half()
     return half if bool(torch.isfinite(half).all()) else tensor.bfloat16()
 
 
-def store(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_bytes: int) -> Activations:
+def cache_activations(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_bytes: int) -> CachedActivations:
     """Writes the tensors to `path` as they come; those that together fit into `memory_bytes` stay in memory, too.
 
     narrow: 16 bits instead of 32. A kill leaves no half file at `path`.
@@ -83,7 +83,7 @@ def store(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_b
     offset, temporary = 0, path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for output in outputs:
-            kept = (narrowed(output) if narrow else output).contiguous()
+            kept = (to_16_bits(output) if narrow else output).contiguous()
             dtype = str(kept.dtype).removeprefix("torch.")
             if kept.numel():
                 file.write(kept.flatten().view(torch.uint8).numpy().data)
@@ -93,14 +93,14 @@ def store(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_b
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return Activations(items)
+    return CachedActivations(items)
 
 
-def stored(described: Sequence[dict[str, Any]], path: Path) -> Activations:
-    """What `store` wrote to `path`, as `described` says."""
-    return Activations([_Item(tuple(d["shape"]), d["dtype"], d["offset"], path, None) for d in described])
+def open_cached_activations(described: Sequence[dict[str, Any]], path: Path) -> CachedActivations:
+    """What `cache_activations` wrote to `path`, as `described` says."""
+    return CachedActivations([_Item(tuple(d["shape"]), d["dtype"], d["offset"], path, None) for d in described])
 
 
-def shapes_only(described: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+def zeros_of_cached_shapes(described: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
     """Zeros of these shapes that take no memory: for whoever looks at the shapes of what nobody needs any more."""
     return [torch.zeros(()).expand(d["shape"]) for d in described]

@@ -19,12 +19,12 @@ class Batches:
     members: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
 
-    def merged(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def merge(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs [n_i, tokens, width] -> batches [sum of n_i, tokens, width]."""
-        return list(self.merging(inputs))
+        return list(self.iter_merged(inputs))
 
-    def merging(self, inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """As `merged`, one at a time."""
+    def iter_merged(self, inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `merge`, one at a time."""
         return (torch.cat([inputs[i] for i in batch]) for batch in self.members)
 
     def split(self, merged: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ class Batches:
         return [outputs[i] for i in range(len(self.counts))]
 
 
-def batches_of(inputs: Sequence[torch.Tensor]) -> Batches:
+def batch_by_length(inputs: Sequence[torch.Tensor]) -> Batches:
     """Groups inputs [n, tokens, width] of equal tokens, in the order of their first member, up to BATCH_TOKENS."""
     open_batches: dict[int, list[int]] = {}
     members: list[list[int]] = []
@@ -50,7 +50,7 @@ def batches_of(inputs: Sequence[torch.Tensor]) -> Batches:
     return Batches(tuple(tuple(batch) for batch in members), tuple(t.shape[0] for t in inputs))
 
 
-def parted(things: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[list[_T]]:
+def split_by_size(things: Sequence[_T], sizes: Sequence[int], most: int) -> Iterator[list[_T]]:
     """As many things at a time, in order, as have no more than `most` together; a single larger one goes alone."""
     part: list[_T] = []
     total = 0

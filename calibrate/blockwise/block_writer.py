@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.blockwise.activation_cache import Activations
+from qvlm_export.calibrate.blockwise.activation_cache import CachedActivations
 from qvlm_export.calibrate.blockwise.blocks import Block, check_finite
 from qvlm_export.calibrate.blockwise.forward import Run, Step
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress, _check_output
-from qvlm_export.calibrate.blockwise.resume import Entry
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, _check_output
+from qvlm_export.calibrate.blockwise.resume import FinishedBlock
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, QuantizedLinear
 
 
@@ -22,15 +22,15 @@ class BlockWriter:
     records: of the blocks so far, those of an interrupted run first. Blocks that such a run finished are not computed again.
     """
 
-    def __init__(self, job: Calibration, writer: CalibratedWriter, progress: Progress) -> None:
+    def __init__(self, job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> None:
         self._job, self._writer, self._progress = job, writer, progress
         self._done = 0
         self._written: set[str] = set()
         self.records: list[dict[str, Any]] = []
-        blocks = {b.prefix: b for b in (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)}
+        blocks = {b.prefix: b for b in job.blocks.all()}
         for entry in () if job.work is None else job.work.entries:
             block = blocks[entry.name]
-            schemes = {f"{block.prefix}.{name}": scheme for name, scheme in job.plan_of(block).items()}
+            schemes = {f"{block.prefix}.{name}": scheme for name, scheme in job.block_schemes(block).items()}
             writer.adopt_shard(entry.shard, schemes)
             self._finished(block, entry.record)
 
@@ -50,15 +50,15 @@ class BlockWriter:
 
         return resumed
 
-    def keep(
+    def store_outputs(
         self, block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int] | None = None
-    ) -> Activations | list[torch.Tensor]:
+    ) -> CachedActivations | list[torch.Tensor]:
         """The outputs of a block as they are to be gone on with. Raises UserError when one is not finite.
 
         samples: the number of the sample that each is of, once or twice over; None for those that the block is shown.
         """
-        checked = _checked(block, outputs, self._job.shown(block) if samples is None else samples)
-        return list(checked) if self._job.work is None else self._job.work.keep(checked)
+        checked = _checked(block, outputs, self._job.sample_numbers(block) if samples is None else samples)
+        return list(checked) if self._job.work is None else self._job.work.store_outputs(checked)
 
     def write(
         self,
@@ -66,13 +66,13 @@ class BlockWriter:
         linears: Mapping[str, QuantizedLinear],
         changed: Mapping[str, np.ndarray] | None = None,
         *,
-        outputs: Activations | Sequence[torch.Tensor] = (),
+        outputs: CachedActivations | Sequence[torch.Tensor] = (),
         record: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a finished block.
 
         linears: by name inside the block. changed: float tensors that differ from the source (folded norms, biases).
-        outputs: as `keep` gave them, none when no later block needs them.
+        outputs: as `store_outputs` gave them, none when no later block needs them.
         """
         self.note(block, self.write_shard(block, linears, changed), outputs, record)
 
@@ -88,24 +88,24 @@ class BlockWriter:
         self,
         block: Block,
         shard: str,
-        outputs: Activations | Sequence[torch.Tensor] = (),
+        outputs: CachedActivations | Sequence[torch.Tensor] = (),
         record: Mapping[str, Any] | None = None,
     ) -> None:
         """The second half of `write`, in the order of the blocks."""
         if self._job.work is not None:
-            described = outputs.described() if isinstance(outputs, Activations) else []
+            described = outputs.described() if isinstance(outputs, CachedActivations) else []
             blocks = self._job.blocks
             # A projector may read several layers of the tower: their outputs stay until it is done.
             features = {layer.prefix for n, layer in enumerate(blocks.vision_layers, start=1) if n in blocks.features}
             needed = features if block in blocks.vision_layers else set()
-            self._job.work.finish(Entry(block.prefix, shard, described, dict(record or {})), needed)
+            self._job.work.finish(FinishedBlock(block.prefix, shard, described, dict(record or {})), needed)
         self._finished(block, dict(record or {}))
 
     def _finished(self, block: Block, record: dict[str, Any]) -> None:
         self._written |= set(block.tensor_names())
         self.records.append(record)
         self._done += 1
-        self._progress(self._done, self._job.blocks.count(), block.prefix)
+        self._progress(self._done, self._job.blocks.num_blocks(), block.prefix)
 
     def write_rest(self) -> None:
         """Copies what no block holds (embeddings, norms, lm_head, unused vision layers), a shard for each component."""

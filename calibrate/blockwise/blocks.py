@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.numerics.activation_functions import with_steady_activations
-from qvlm_export.calibrate.numerics.matmul import with_quick_linears
+from qvlm_export.calibrate.numerics.activation_functions import use_deterministic_activations
+from qvlm_export.calibrate.numerics.matmul import use_onednn_linears
 from qvlm_export.calibrate.numerics.threads import one_thread
 
 # Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
@@ -65,37 +65,44 @@ class ModelBlocks:
     sliding_window: int | None = None
     final_epsilon: float = 1e-6
 
+    def vision(self) -> tuple[Block, ...]:
+        """Tower layers and projector, in the order they run."""
+        return (*self.vision_layers, self.projector)
+
+    def all(self) -> tuple[Block, ...]:
+        """Every block that a calibration pass visits, in the order they run."""
+        return (*self.vision(), *self.text_layers)
+
     def quantizable(self) -> list[str]:
-        """Canonical names of every linear that can be planned, in the order they run. lm_head is not among them."""
-        blocks = (*self.vision_layers, self.projector, *self.text_layers)
-        return [name for block in blocks for name in block.linear_names()]
+        """Canonical names of every linear that can be quantized, in the order they run. lm_head is not among them."""
+        return [name for block in self.all() for name in block.linear_names()]
 
     def text_width(self) -> int:
         """Of the decoder's hidden states."""
         return self.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
 
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Tokens of a picture in the tower."""
         return int(self.entries[0].module.get_parameter("position_embedding.weight").shape[0])
 
-    def count(self) -> int:
-        """Blocks that a calibration pass visits."""
-        return len(self.vision_layers) + 1 + len(self.text_layers)
+    def num_blocks(self) -> int:
+        """How many blocks a calibration pass visits."""
+        return len(self.all())
 
 
 def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     """Splits a model of this configuration into blocks, without weights. Vision layers after the features are left out."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
-    with_quick_linears(model)
-    with_steady_activations(model)
+    use_onednn_linears(model)
+    use_deterministic_activations(model)
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
     entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints
     features = feature_layers(config)
     projector = model.model.multi_modal_projector
-    if projects_once(config):
-        projector = OneLinear(projector.linear_1)
+    if has_single_linear_projector(config):
+        projector = SingleLinearProjector(projector.linear_1)
     return ModelBlocks(
         entries=tuple(Block(f"{vision}.{name}", getattr(tower, name)) for name in entries if hasattr(tower, name)),
         vision_layers=tuple(
@@ -113,7 +120,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     )
 
 
-class OneLinear(nn.Module):
+class SingleLinearProjector(nn.Module):
     """A projector of one linear, as LLaVA had before 1.5."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -126,7 +133,7 @@ class OneLinear(nn.Module):
         return projected
 
 
-def projects_once(config: PreTrainedConfig) -> bool:
+def has_single_linear_projector(config: PreTrainedConfig) -> bool:
     """Whether the projector is a single linear.
 
     transformers knows two, so such a checkpoint says that nothing is between them ("linear") and that the second is the
@@ -152,7 +159,7 @@ def feature_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(feature if feature >= 0 else total + 1 + feature for feature in chosen)
 
 
-def linear_of(module: nn.Module, name: str) -> nn.Linear:
+def get_linear(module: nn.Module, name: str) -> nn.Linear:
     """The linear `name` inside a block's module."""
     layer = module.get_submodule(name)
     if not isinstance(layer, nn.Linear):
@@ -161,18 +168,18 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
 
 
 @contextmanager
-def resident(block: Block, source: TensorSource) -> Iterator[nn.Module]:
+def load_block(block: Block, source: TensorSource) -> Iterator[nn.Module]:
     """The block's module with float32 weights from `source`, emptied again on leaving.
 
     Raises UserError naming the tensor when a weight is NaN or infinite.
     """
     state = {name: load_finite(source, f"{block.prefix}.{name}") for name, _ in block.module.named_parameters()}
-    with filled(block, state) as module:
+    with fill_block(block, state) as module:
         yield module
 
 
 @contextmanager
-def filled(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+def fill_block(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
     """The block's module with these tensors, by name inside it; emptied again on leaving."""
     module = block.module
     module.load_state_dict(state, strict=False, assign=True)
@@ -209,7 +216,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 @contextmanager
-def steady_threads(blocks: ModelBlocks) -> Iterator[None]:
+def deterministic_threads(blocks: ModelBlocks) -> Iterator[None]:
     """One thread inside for a model of small blocks, else as many as torch has."""
     largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
     with nullcontext() if largest >= SMALL_BLOCK else one_thread():

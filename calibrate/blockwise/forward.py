@@ -6,19 +6,20 @@ The one forward pass of calibration, of its simulation and of validation: tower,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite, resident
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_block, load_finite
 from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 
 NEWLINE = "image_newline"
-TABLE, FINAL_NORM, HEAD = (
+EMBEDDING, FINAL_NORM, HEAD = (
     "language_model.model.embed_tokens.weight",
     "language_model.model.norm.weight",
     "language_model.lm_head.weight",
@@ -30,22 +31,24 @@ Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 Step = Callable[[Block, Sequence[torch.Tensor], Run], Sequence[torch.Tensor]]
 
 
-def plain_step(source: TensorSource) -> Step:
+def float_step(source: TensorSource) -> Step:
     """A step that only computes."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
-        with resident(block, source) as module, torch.inference_mode():
+        with load_block(block, source) as module, torch.inference_mode():
             return [run(module, x) for x in inputs]
 
     return step
 
 
-def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step) -> list[torch.Tensor]:
+def run_vision_blocks(
+    blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step
+) -> list[torch.Tensor]:
     """Tower and projector over all pictures: one [image tokens, hidden] a sample."""
     pixels = [torch.from_numpy(s.pixel_values) for s in samples]
     batches: Sequence[torch.Tensor] = [p for p in pixels if len(p)]
     for entry in blocks.entries:
-        batches = plain_step(source)(entry, batches, lambda module, x: module(x))
+        batches = float_step(source)(entry, batches, lambda module, x: module(x))
     after = {0: batches}
     for number, block in enumerate(blocks.vision_layers, start=1):
         batches = step(block, batches, lambda module, x: module(x, attention_mask=None))
@@ -58,12 +61,14 @@ def walk_vision(blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sam
     newline = load_finite(source, NEWLINE)[None] if NEWLINE in source else torch.zeros(0, 1)
     features = iter(batches)
     return [
-        place(next(features).flatten(0, 1), newline, s.placement) if len(s.pixel_values) else torch.zeros(0, 1)
+        place_image_features(next(features).flatten(0, 1), newline, s.placement)
+        if len(s.pixel_values)
+        else torch.zeros(0, 1)
         for s in samples
     ]
 
 
-def place(features: torch.Tensor, newline: torch.Tensor, placement: Placement | None) -> torch.Tensor:
+def place_image_features(features: torch.Tensor, newline: torch.Tensor, placement: Placement | None) -> torch.Tensor:
     """Features [n * tokens, hidden] of pictures or tiles -> one row for each image token. newline: [1, hidden]."""
     if placement is None:
         return features
@@ -72,13 +77,13 @@ def place(features: torch.Tensor, newline: torch.Tensor, placement: Placement | 
     return (chosen * weights[..., None]).sum(1) if chosen.shape[1] > 1 else chosen[:, 0]
 
 
-def walk_language(
+def run_decoder_blocks(
     blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: Sequence[torch.Tensor], step: Step
 ) -> Sequence[torch.Tensor]:
     """The decoder layers over all samples: hidden states [1, S, hidden] before the final norm."""
-    table = load_finite(source, TABLE)
+    table = load_finite(source, EMBEDDING)
     hidden: Sequence[torch.Tensor] = [
-        embed(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)
+        embed_tokens(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)
     ]
     del table
 
@@ -86,7 +91,7 @@ def walk_language(
         positions = torch.arange(x.shape[1], device=x.device)[None]
         with one_thread():  # as in `activation_functions.py`
             rope = blocks.rotary(x, position_ids=positions)
-        mask = window_mask(x.shape[1], blocks.sliding_window, x.device)
+        mask = sliding_window_mask(x.shape[1], blocks.sliding_window, x.device)
         out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         return out
 
@@ -95,7 +100,7 @@ def walk_language(
     return hidden
 
 
-def window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
+def sliding_window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
     """Which positions see which, bool [1, 1, S, S]; None where the causal mask, the modules' own, says it all."""
     if window is None or length <= window:
         return None
@@ -104,7 +109,7 @@ def window_mask(length: int, window: int | None, device: torch.device | None = N
     return ((age >= 0) & (age < window))[None, None]
 
 
-def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:
+def embed_tokens(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:
     """Token embeddings [1, S, hidden] with the image features in the places of the image tokens."""
     ids = torch.from_numpy(sample.input_ids)
     embeds = table[ids]
@@ -118,9 +123,22 @@ def embed(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch
     return embeds[None]
 
 
-def final_logits(source: TensorSource, hidden: Sequence[torch.Tensor], epsilon: float) -> list[torch.Tensor]:
-    """Final RMSNorm and head: logits float32 [S, vocab] a sample."""
-    gain = load_finite(source, FINAL_NORM)
-    head = load_finite(source, HEAD if HEAD in source else TABLE)
-    with torch.inference_mode():
-        return [product(torch.nn.functional.rms_norm(h[0], gain.shape, gain, epsilon), head.T) for h in hidden]
+@dataclass(frozen=True)
+class LanguageHead:
+    """Final RMSNorm and lm_head. gain: [hidden]; weight: [vocab, hidden]; epsilon: of the norm."""
+
+    gain: torch.Tensor
+    weight: torch.Tensor
+    epsilon: float
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Decoder output [..., hidden] -> logits [..., vocab], of the same dtype; gradients pass."""
+        return matmul(nn.functional.rms_norm(hidden, self.gain.shape, self.gain, self.epsilon), self.weight.T)
+
+
+def load_head(source: TensorSource, epsilon: float) -> LanguageHead:
+    """The model's head in float32; where embeddings are tied, their table is its weight.
+
+    Raises UserError naming the tensor that holds NaN or infinity.
+    """
+    return LanguageHead(load_finite(source, FINAL_NORM), load_finite(source, HEAD if HEAD in source else EMBEDDING), epsilon)

@@ -10,7 +10,7 @@ import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
 from qvlm_export.calibrate.blockwise.offload import CPU
-from qvlm_export.calibrate.blockwise.resume import Work
+from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import MAX_FLOAT16, LinearScheme
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
@@ -21,7 +21,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationJob:
     """What to calibrate: the model's blocks, its tensors, the scheme of each planned linear, the samples.
 
     work: where finished blocks are noted, and found again; None for a calibration that starts and ends in one go. device:
@@ -30,28 +30,28 @@ class Calibration:
 
     blocks: ModelBlocks
     source: TensorSource
-    plan: Mapping[str, LinearScheme]
+    schemes: Mapping[str, LinearScheme]
     samples: Sequence[Sample]
-    work: Work | None = None
+    work: CalibrationWork | None = None
     device: torch.device = CPU
 
-    def shown(self, block: Block) -> list[int]:
+    def sample_numbers(self, block: Block) -> list[int]:
         """The number of the sample that each input of a block is of: tower and projector see only those with pictures."""
         everyone = block in self.blocks.text_layers
         return [number for number, sample in enumerate(self.samples) if everyone or len(sample.pixel_values)]
 
-    def plan_of(self, block: Block) -> dict[str, LinearScheme]:
+    def block_schemes(self, block: Block) -> dict[str, LinearScheme]:
         """The planned linears of one block, by their names inside it."""
         start = f"{block.prefix}."
-        return {name.removeprefix(start): s for name, s in self.plan.items() if name.startswith(start)}
+        return {name.removeprefix(start): s for name, s in self.schemes.items() if name.startswith(start)}
 
 
-def asks_for_pictures(blocks: ModelBlocks, plan: Mapping[str, LinearScheme], *, searched: bool) -> str | None:
+def find_linear_needing_images(blocks: ModelBlocks, plan: Mapping[str, LinearScheme], *, searched: bool) -> str | None:
     """A planned linear of tower or projector whose quantization depends on samples; None when there is none.
 
     searched: whether weights do, too, and not only ranges of activations.
     """
-    for block in (*blocks.vision_layers, blocks.projector):
+    for block in blocks.vision():
         for name, scheme in plan.items():
             if name.startswith(f"{block.prefix}.") and (searched or scheme.activation_bits is not None):
                 return name
@@ -66,7 +66,7 @@ def check_outputs(block: Block, outputs: Iterable[torch.Tensor], samples: Sequen
 
 def _check_output(block: Block, sample: int, output: torch.Tensor) -> None:
     if not is_finite(output):
-        raise not_finite(block.prefix, sample)
+        raise non_finite_error(block.prefix, sample)
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -74,7 +74,7 @@ def is_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(math.isfinite(bound) for bound in values.aminmax())  # both NaN if any value is
 
 
-def not_finite(layer: str, sample: int, largest: float | None = None) -> UserError:
+def non_finite_error(layer: str, sample: int, largest: float | None = None) -> UserError:
     """What to say of activations of the sample with this number. largest: where they are, but too large to be squared."""
     wrong = "are not finite" if largest is None else f"reach {largest:.0e}, which is too large to calibrate on"
     return UserError(

@@ -9,45 +9,45 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.batching import batches_of
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, filled, load_finite, resident
+from qvlm_export.calibrate.blockwise.batching import batch_by_length
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, fill_block, load_block, load_finite
 from qvlm_export.calibrate.blockwise.forward import Run, Step
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 
 CPU = torch.device("cpu")
 # A block -> its module with weights on the device, for as long as the context is open.
-Resident = Callable[[Block], AbstractContextManager[nn.Module]]
+BlockLoader = Callable[[Block], AbstractContextManager[nn.Module]]
 
 
-def on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def move_tensors(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors in the memory of `device`; themselves where they are there already."""
     return [tensor.to(device) for tensor in tensors]
 
 
 @contextmanager
-def residents(
+def open_block_loader(
     blocks: ModelBlocks, source: TensorSource, device: torch.device, backwards: bool = False
-) -> Iterator[Resident]:
+) -> Iterator[BlockLoader]:
     """Makes blocks resident in the order they run, or the last first.
 
     On a CPU reading a block takes a hundredth of the time it computes, so nothing is read ahead and one block is in memory;
     on a GPU two are.
     """
     if device.type == "cpu":
-        yield lambda block: resident(block, source)
+        yield lambda block: load_block(block, source)
         return
     with ThreadPoolExecutor(1) as uploader:
-        order = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+        order = blocks.all()
         yield _Uploads(order[::-1] if backwards else order, source, device, uploader).resident
 
 
-def batched_step(resident: Resident, device: torch.device) -> Step:
+def batched_step(resident: BlockLoader, device: torch.device) -> Step:
     """A step that only computes, inputs of equal length together."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches = batches_of(inputs)
+        batches = batch_by_length(inputs)
         with resident(block) as module:
-            return batches.split([run(module, x).cpu() for x in on(device, batches.merged(inputs))])
+            return batches.split([run(module, x).cpu() for x in move_tensors(device, batches.merge(inputs))])
 
     return step
 
@@ -69,7 +69,7 @@ class _Uploads:
         state = self._upload(block) if coming is None else coming.result()
         if (behind := self._behind.get(block.prefix)) is not None:
             self._coming = {behind.prefix: self._uploader.submit(self._upload, behind)}
-        with filled(block, state) as module:
+        with fill_block(block, state) as module:
             del state
             yield module
 

@@ -18,18 +18,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qvlm_export.calibrate.blockwise.activation_cache import Activations, shapes_only, store, stored
+from qvlm_export.calibrate.blockwise.activation_cache import (
+    CachedActivations,
+    cache_activations,
+    open_cached_activations,
+    zeros_of_cached_shapes,
+)
 from qvlm_export.calibrate.checkpoint.calibrated import write_json
 from qvlm_export.calibrate.errors import UserError
 
 MEMORY_BYTES = 2 * 2**30  # of activations, when nobody says
 MEASURED = ".safetensors"
-Named = dict[str, list[torch.Tensor]]
+NamedTensors = dict[str, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A finished block. outputs: described as `Activations` does. record: for the calibration record."""
+class FinishedBlock:
+    """A finished block. outputs: described as `CachedActivations` does. record: for the calibration record."""
 
     name: str
     shard: str
@@ -37,7 +42,7 @@ class Entry:
     record: dict[str, Any]
 
 
-class Work:
+class CalibrationWork:
     """Finished blocks in the order they were computed. Made once a calibration; reads what an earlier one left.
 
     narrow: outputs are kept in 16 bits. memory_bytes: beyond so many the outputs of a block lie on disk only.
@@ -49,12 +54,12 @@ class Work:
         self.entries = _read_entries(self._folder)
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
 
-    def remembered(self, name: str, compute: Callable[[], Named]) -> Named:
+    def load_or_compute(self, name: str, compute: Callable[[], NamedTensors]) -> NamedTensors:
         """What `compute` returns, or returned when an earlier run called it for this `name`."""
-        recalled = self.recalled(name)
-        return self.remember(name, compute()) if recalled is None else recalled
+        recalled = self.load(name)
+        return self.save(name, compute()) if recalled is None else recalled
 
-    def recalled(self, name: str) -> Named | None:
+    def load(self, name: str) -> NamedTensors | None:
         """What was remembered for this `name`, None when nothing was."""
         path = self._measured(name)
         if not path.exists():
@@ -63,12 +68,12 @@ class Work:
             stored = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
-        found: Named = {}
+        found: NamedTensors = {}
         for key in sorted(stored):
             found.setdefault(key.rpartition("/")[0], []).append(stored[key])
         return found
 
-    def remember(self, name: str, measured: Named) -> Named:
+    def save(self, name: str, measured: NamedTensors) -> NamedTensors:
         """Keeps it on disk for a run to come; returns it."""
         path = self._measured(name)
         temporary = path.with_name(path.name + ".tmp")
@@ -79,11 +84,11 @@ class Work:
         os.replace(temporary, path)
         return measured
 
-    def forget(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """The opposite."""
         self._measured(name).unlink(missing_ok=True)
 
-    def forget_all(self, start: str) -> None:
+    def delete_all(self, start: str) -> None:
         """The opposite, of all names that start so."""
         for path in self._folder.glob(f"{start}*{MEASURED}"):
             path.unlink()
@@ -97,14 +102,14 @@ class Work:
         if number is None:
             return None
         described, path = self.entries[number].outputs, self._activations(number)
-        return stored(described, path) if path.exists() else shapes_only(described)
+        return open_cached_activations(described, path) if path.exists() else zeros_of_cached_shapes(described)
 
-    def keep(self, outputs: Iterable[torch.Tensor]) -> Activations:
+    def store_outputs(self, outputs: Iterable[torch.Tensor]) -> CachedActivations:
         """Keeps what the block being computed returns; hands back what is to be gone on with."""
         path = self._activations(len(self.entries))
-        return store(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
+        return cache_activations(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
 
-    def finish(self, entry: Entry, needed: Collection[str] = ()) -> None:
+    def finish(self, entry: FinishedBlock, needed: Collection[str] = ()) -> None:
         """Notes a finished block, whose shard and outputs are written. Outputs of earlier blocks go, but those `needed`."""
         number = len(self.entries)
         write_json(self._folder / f"{number:04}.json", {"number": number, **vars(entry)})
@@ -118,22 +123,22 @@ class Work:
         return self._folder / f"{number:04}.activations"
 
 
-def count_finished(folder: Path) -> int:
+def count_finished_blocks(folder: Path) -> int:
     """How many blocks of a work folder are finished."""
     return len(_read_entries(folder / "blocks"))
 
 
 def holds_work(folder: Path) -> bool:
     """Whether a work folder holds anything that would have to be computed again."""
-    return count_finished(folder) > 0 or any((folder / "blocks").glob(f"*{MEASURED}"))
+    return count_finished_blocks(folder) > 0 or any((folder / "blocks").glob(f"*{MEASURED}"))
 
 
-def _read_entries(folder: Path) -> list[Entry]:
-    entries: list[Entry] = []
+def _read_entries(folder: Path) -> list[FinishedBlock]:
+    entries: list[FinishedBlock] = []
     while (path := folder / f"{len(entries):04}.json").exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            entry = Entry(*(content[key] for key in ("name", "shard", "outputs", "record")))
+            entry = FinishedBlock(*(content[key] for key in ("name", "shard", "outputs", "record")))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path}: is damaged ({error!r}); delete {folder.parent} and begin anew") from error
         entries.append(entry)

@@ -17,10 +17,10 @@ class TokenLabel(IntEnum):
     ANSWER = 2
 
 
-ALL = tuple(TokenLabel)
+ALL_LABELS = tuple(TokenLabel)
 
 
-def token_labels(sample: Sample, image_token_id: int) -> torch.Tensor:
+def label_tokens(sample: Sample, image_token_id: int) -> torch.Tensor:
     """The TokenLabel of every token of a sample, int64 [S]."""
     ids = torch.from_numpy(sample.input_ids)
     labels = torch.full(ids.shape, int(TokenLabel.PROMPT))

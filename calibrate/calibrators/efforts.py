@@ -1,7 +1,41 @@
-"""calibrate/calibrators/efforts.py"""
+"""The efforts of `--effort`, a row each: the one table of what a user can choose and what is then done."""
 
 from __future__ import annotations
 
-from qvlm_export.calibrate.quantization.config import FAST, FULL
+from dataclasses import dataclass
+from typing import Any
 
-METHODS = {"fast": FAST, "full": FULL}
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
+from qvlm_export.calibrate.calibrators.search import calibrate_search
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
+from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+
+
+@dataclass(frozen=True)
+class Effort:
+    """One value of `--effort`. summary: for help texts. config: of the block-wise search; None for round-to-nearest."""
+
+    name: str
+    summary: str
+    config: SearchConfig | None = None
+
+
+EFFORTS = {
+    effort.name: effort
+    for effort in (
+        Effort("rtn", "absmax ranges, round to nearest"),
+        Effort("fast", "equalization, GPTQ towards the float model's output", FAST),
+        Effort("full", "more prompts, Kronecker-factored rounding weighted by gradients, learned rounding", FULL),
+    )
+}
+DEFAULT_EFFORT = "rtn"
+
+
+def run_effort(name: str, job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """Calibrates with the effort of this name into `writer`'s folder; returns the summary for the record.
+
+    Raises UserError naming tensor or layer when weights or activations are not finite.
+    """
+    config = EFFORTS[name].config
+    return calibrate_rtn(job, writer, progress) if config is None else calibrate_search(job, writer, progress, config)

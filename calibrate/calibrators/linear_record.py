@@ -14,7 +14,7 @@ JUDGED_ROWS = 256  # outputs, or a few more, which say as much as all of them
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class LinearSqnr:
     """SQNR of a linear in dB, None where nothing differs or nobody looked: of its weight against the float one as folded,
     and of what it gives, on some inputs from the quantized prefix, against what it gives in the float model."""
 
@@ -22,14 +22,14 @@ class Fidelity:
     output_db: float | None = None
 
 
-def weight_fidelity(weight: torch.Tensor, linear: QuantizedLinear) -> Fidelity:
+def measure_weight_sqnr(weight: torch.Tensor, linear: QuantizedLinear) -> LinearSqnr:
     """Of some outputs, spread evenly. weight: floats of any type [out, in], of which `linear` was made."""
     step = max(1, len(weight) // JUDGED_ROWS)
     some = replace(linear, codes=linear.codes[::step], scale=linear.scale[::step])
-    return Fidelity(sqnr_db(weight[::step].float().cpu(), torch.from_numpy(some.dequantized())))
+    return LinearSqnr(sqnr_db(weight[::step].float().cpu(), torch.from_numpy(some.dequantized())))
 
 
-def linear_record(linear: QuantizedLinear, fidelity: Fidelity, amax: float | None) -> dict[str, Any]:
+def make_linear_record(linear: QuantizedLinear, fidelity: LinearSqnr, amax: float | None) -> dict[str, Any]:
     """One linear. amax: largest magnitude that it read, None where nobody looked.
 
     bits_per_weight: codes as the scheme has them, and scales. covered: the part of the input's largest magnitude that its

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.forward import Run
-from qvlm_export.calibrate.blockwise.shared_inputs import Group
+from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput
 
-PAIRS = ("self_attn",)  # attention returns its weights, too
+RETURNS_PAIR = ("self_attn",)  # attention returns its weights, too
 # By the name of a linear, or of a module that returns what its last linear does: its output for every batch.
-Outputs = dict[str, Sequence[torch.Tensor]]
+CachedOutputs = dict[str, Sequence[torch.Tensor]]
 
 
 @contextmanager
-def recalled(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
+def replace_with_cached(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
     """Inside, modules in `known` hand out these outputs, the next one at each call, whatever they are given."""
     replaced = {name: module.get_submodule(name) for name in known}
     for name, outputs in known.items():
-        module.set_submodule(name, _Recalled(outputs, pair=name in PAIRS))
+        module.set_submodule(name, _Recalled(outputs, pair=name in RETURNS_PAIR))
     try:
         yield
     finally:
@@ -30,36 +30,38 @@ def recalled(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> 
             module.set_submodule(name, layer)
 
 
-def is_known(name: str, known: Collection[str]) -> bool:
+def is_cached(name: str, known: Collection[str]) -> bool:
     """Whether a linear need not compute: its output is known, or that of the module it is in."""
     return name in known or name.partition(".")[0] in known
 
 
-def without(known: Outputs, ends: str | None) -> Outputs:
-    """`known` but for what led to the output of the module `ends`, which nobody needs once that is known."""
+def drop_inside(known: CachedOutputs, ends: str | None) -> CachedOutputs:
+    """`known` but for what led to the output of the module `enclosing_module`, which nobody needs once that is known."""
     return known if ends is None else {name: outputs for name, outputs in known.items() if name.partition(".")[0] != ends}
 
 
-def as_batches(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def split_rows(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """float32 [tokens of all inputs, out] -> [B, tokens, out] of every input."""
     shapes = [x.shape[:-1] for x in inputs]
     parts = rows.split([shape.numel() for shape in shapes])
     return [part.reshape(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def reaching(module: nn.Module, group: Group, run: Run, inputs: Sequence[torch.Tensor], known: Outputs) -> torch.Tensor:
+def run_until(
+    module: nn.Module, group: SharedInput, run: Run, inputs: Sequence[torch.Tensor], known: CachedOutputs
+) -> torch.Tensor:
     """What the group's linears are given, float32 [tokens of all inputs, in], without running what comes after."""
     rows = {group: list[torch.Tensor]()}
-    with watched({group: module.get_submodule(group.linears[0])}, rows, stop=True), recalled(module, known):
+    with record_inputs({group: module.get_submodule(group.linears[0])}, rows, stop=True), replace_with_cached(module, known):
         for x in inputs:
-            with suppress(Reached):
+            with suppress(StopForward):
                 run(module, x)
     return torch.cat(rows[group])
 
 
-def resumed(module: nn.Module, run: Run, inputs: Sequence[torch.Tensor], known: Outputs) -> list[torch.Tensor]:
+def run_from_cached(module: nn.Module, run: Run, inputs: Sequence[torch.Tensor], known: CachedOutputs) -> list[torch.Tensor]:
     """What the module returns for every input."""
-    with recalled(module, known):
+    with replace_with_cached(module, known):
         return [run(module, x) for x in inputs]
 
 
@@ -75,19 +77,22 @@ class _Recalled(nn.Module):
         return (output, None) if self._pair else output
 
 
-class Reached(Exception):  # noqa: N818 - no error
+class StopForward(Exception):  # noqa: N818 - no error
     """A forward pass has come to the layer whose input is wanted."""
 
 
 @contextmanager
-def watched(layers: Mapping[Group, nn.Module], rows: dict[Group, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
-    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by `Reached`."""
+def record_inputs(
+    layers: Mapping[SharedInput, nn.Module], rows: dict[SharedInput, list[torch.Tensor]], stop: bool = False
+) -> Iterator[None]:
+    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by
+    `StopForward`."""
 
-    def keeper(group: Group) -> Callable[..., None]:
+    def keeper(group: SharedInput) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             rows[group].append(args[0].flatten(0, -2))
             if stop:
-                raise Reached
+                raise StopForward
 
         return hook
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block
-from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
+from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
-from qvlm_export.calibrate.calibrators.block_search import BlockSearch, relative_error
-from qvlm_export.calibrate.calibrators.linear_record import linear_record
-from qvlm_export.calibrate.calibrators.rtn_baseline import Baseline
+from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
+from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
+from qvlm_export.calibrate.calibrators.rtn_baseline import RtnBaseline
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
-from qvlm_export.calibrate.qvlm.partition import LayerInput, entropy_blocks
+from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 
-Judged = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
+BlockOutputs = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def block_record(block: Block, search: BlockSearch, judged: Judged, nearest: Baseline) -> dict[str, Any]:
+def make_block_record(block: Block, search: BlockSearch, judged: BlockOutputs, nearest: RtnBaseline) -> dict[str, Any]:
     """One block. Errors are squared, of its output against the float model's, relative to that; None where not searched.
 
     judged: of every input what is wanted of the block, its output, float32 [n, tokens, width], and TokenLabel int64
@@ -37,23 +37,23 @@ def block_record(block: Block, search: BlockSearch, judged: Judged, nearest: Bas
     some = [[part[number] for number in nearest.numbers] for part in judged]
     compared = {
         "inputs": len(nearest.numbers),
-        "nearest": errors_by_label(nearest.outputs, some[0], some[2]),
-        "searched": errors_by_label(some[1], some[0], some[2]),
+        "nearest": compute_errors_by_label(nearest.outputs, some[0], some[2]),
+        "searched": compute_errors_by_label(some[1], some[0], some[2]),
     }
     return {
         "name": block.prefix,
         "searched": best is not None,
         "compared": compared,
         "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
-        "error": relative_error(outputs, wanted),
-        "errors": errors_by_label(outputs, wanted, labels),
-        "layers": layer_records(block, search),
+        "error": weighted_relative_error(outputs, wanted),
+        "errors": compute_errors_by_label(outputs, wanted, labels),
+        "layers": make_layer_records(block, search),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }
 
 
-def errors_by_label(
+def compute_errors_by_label(
     outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
 ) -> dict[str, float]:
     """Squared error relative to the squared size of what is wanted, for the tokens of each label that occurs.
@@ -69,7 +69,7 @@ def errors_by_label(
     return {label.name.lower(): float(wrong[label] / size[label].clamp(min=1e-30)) for label in TokenLabel if label in found}
 
 
-def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
+def make_layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
     """The block's layers that hold quantized linears, in the order they are computed.
 
     bits: of the layer's input, of its weights where that stays float. entropy: of the codes of the input as the search saw
@@ -80,7 +80,7 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
     if best is None:
         return []
     records = []
-    for group in groups_of(search.module):
+    for group in find_shared_inputs(search.module):
         found = {name: best.found[name] for name in group.linears if name in best.found}
         if not found:
             continue
@@ -90,7 +90,7 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
         widest = max(found, key=lambda name: bits[name])
         scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
         linears = {
-            f"{block.prefix}.{name}": linear_record(linear, best.fidelity[name], inputs.amax)
+            f"{block.prefix}.{name}": make_linear_record(linear, best.fidelity[name], inputs.amax)
             for name, linear in found.items()
         }
         entropy = histogram_entropy(inputs, scale, bits[widest])
@@ -99,7 +99,7 @@ def layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
     return records
 
 
-def with_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def mark_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The records with `starts_block` in every layer, and h0 in nats by bits.
 
     By the paper's rule over all layers' entropies, their median as h0: what it would have searched jointly. The search
@@ -110,7 +110,7 @@ def with_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
         for block in blocks
         for layer in block["layers"]
     ]
-    parts, thresholds = entropy_blocks(layers)
+    parts, thresholds = partition_by_entropy(layers)
     starts = iter([k in {part.start for part in parts} for k in range(len(layers))])
     marked = [
         {**block, "layers": [{**layer, "starts_block": next(starts)} for layer in block["layers"]]} for block in blocks

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, as_tensor, check_finite, linear_of
-from qvlm_export.calibrate.blockwise.forward import Run, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress, check_weight
-from qvlm_export.calibrate.blockwise.offload import residents
-from qvlm_export.calibrate.calibrators.linear_record import linear_record, weight_fidelity
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, as_tensor, check_finite, get_linear
+from qvlm_export.calibrate.blockwise.forward import Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, check_weight
+from qvlm_export.calibrate.blockwise.offload import open_block_loader
+from qvlm_export.calibrate.calibrators.linear_record import make_linear_record, measure_weight_sqnr
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.threads import one_thread
-from qvlm_export.calibrate.quantization.observers import input_amax
+from qvlm_export.calibrate.quantization.observers import observe_amax
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
 
 
-def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Quantizes every planned linear into `writer`'s folder; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
@@ -38,11 +38,11 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         with resident(block) as module, torch.inference_mode():
-            with input_amax(module) as amax:
-                outputs = shards.keep(block, (run(module, x.to(job.device)) for x in inputs))
+            with observe_amax(module) as amax:
+                outputs = shards.store_outputs(block, (run(module, x.to(job.device)) for x in inputs))
             rounded = {
-                name: _quantize(f"{block.prefix}.{name}", linear_of(module, name).weight, scheme, amax.get(name))
-                for name, scheme in job.plan_of(block).items()
+                name: _quantize(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme, amax.get(name))
+                for name, scheme in job.block_schemes(block).items()
             }
         record = _record(block, rounded, sum(len(x) for x in inputs))
         shards.write(block, {name: one.linear for name, one in rounded.items()}, outputs=outputs, record=record)
@@ -50,12 +50,12 @@ def calibrate_absmax(job: Calibration, writer: CalibratedWriter, progress: Progr
 
     walked, rest = _parted(job)
     resumable = shards.resumable(step)
-    with residents(walked, job.source, job.device) as resident:
+    with open_block_loader(walked, job.source, job.device) as resident:
         if walked.text_layers:
-            features = walk_vision(walked, job.source, job.samples, resumable)
-            walk_language(walked, job.source, job.samples, features, resumable)
-        elif len(rest) < job.blocks.count():
-            walk_vision(walked, job.source, job.samples, resumable)
+            features = run_vision_blocks(walked, job.source, job.samples, resumable)
+            run_decoder_blocks(walked, job.source, job.samples, features, resumable)
+        elif len(rest) < job.blocks.num_blocks():
+            run_vision_blocks(walked, job.source, job.samples, resumable)
     _quantize_rest(job, shards, [block for block in rest if not shards.finished(block)])
     shards.write_rest()
     return {
@@ -81,10 +81,10 @@ def _record(block: Block, rounded: Mapping[str, _Rounded], forwards: int) -> dic
     return {"name": block.prefix, "linears": linears, "forwards": forwards}
 
 
-def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
+def _parted(job: CalibrationJob) -> tuple[ModelBlocks, list[Block]]:
     """The blocks that samples must run through, and those behind the last quantized activation, where none is looked at."""
-    vision, text = [*job.blocks.vision_layers, job.blocks.projector], job.blocks.text_layers
-    looks = [any(s.activation_bits is not None for s in job.plan_of(block).values()) for block in (*vision, *text)]
+    vision, text = job.blocks.vision(), job.blocks.text_layers
+    looks = [any(s.activation_bits is not None for s in job.block_schemes(block).values()) for block in (*vision, *text)]
     count = max((number + 1 for number, needed in enumerate(looks) if needed), default=0)
     if count == 0:
         return replace(job.blocks, text_layers=()), [*vision, *text]
@@ -92,12 +92,12 @@ def _parted(job: Calibration) -> tuple[ModelBlocks, list[Block]]:
     return replace(job.blocks, text_layers=text[:walked]), list(text[walked:])
 
 
-def _quantize_rest(job: Calibration, shards: BlockWriter, blocks: list[Block]) -> None:
+def _quantize_rest(job: CalibrationJob, shards: BlockWriter, blocks: list[Block]) -> None:
     """Blocks without quantized activations: read, rounded and written, several at a time, so that nobody waits."""
 
     def written(block: Block) -> tuple[str, dict[str, Any]]:
         rounded = {}
-        for name, scheme in job.plan_of(block).items():
+        for name, scheme in job.block_schemes(block).items():
             weight_name = f"{block.prefix}.{name}.weight"
             array = job.source.load(weight_name)
             check_finite(weight_name, array)
@@ -120,4 +120,4 @@ def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
     check_weight(name, weight)
     linear = quantize_linear(weight, scheme, amax)
-    return _Rounded(linear, linear_record(linear, weight_fidelity(weight, linear), amax))
+    return _Rounded(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))

@@ -13,87 +13,101 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.augmentation.cross_questions import recombine
-from qvlm_export.calibrate.augmentation.mixup import runs_of as undecided_runs
-from qvlm_export.calibrate.augmentation.mixup import with_undecided
-from qvlm_export.calibrate.augmentation.prompts import Mixed, Prompts, flat, labels_of, shown
-from qvlm_export.calibrate.augmentation.random_words import odds_of, scrambled
-from qvlm_export.calibrate.blockwise.batching import Batches, batches_of
+from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
+from qvlm_export.calibrate.augmentation.mixup import add_mixup_prompts
+from qvlm_export.calibrate.augmentation.mixup import count_mixup_forwards as undecided_runs
+from qvlm_export.calibrate.augmentation.prompts import (
+    MixupSample,
+    Prompts,
+    flatten_prompts,
+    image_features_of_prompts,
+    label_block_inputs,
+)
+from qvlm_export.calibrate.augmentation.random_words import embedding_norm_weights, replace_words
+from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
-from qvlm_export.calibrate.blockwise.blocks import Block, linear_of, load_finite, steady_threads
-from qvlm_export.calibrate.blockwise.forward import TABLE, Run, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress, asks_for_pictures, check_outputs, check_weight
-from qvlm_export.calibrate.blockwise.offload import CPU, on, residents
-from qvlm_export.calibrate.blockwise.token_kinds import token_labels
+from qvlm_export.calibrate.blockwise.blocks import Block, deterministic_threads, get_linear, load_finite
+from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import (
+    CalibrationJob,
+    Progress,
+    check_outputs,
+    check_weight,
+    find_linear_needing_images,
+)
+from qvlm_export.calibrate.blockwise.offload import CPU, move_tensors, open_block_loader
+from qvlm_export.calibrate.blockwise.token_kinds import label_tokens
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.record import block_record, with_partition
-from qvlm_export.calibrate.calibrators.rtn_baseline import round_to_nearest
+from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
+from qvlm_export.calibrate.calibrators.rtn_baseline import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.config import FAST, FULL, Method
-from qvlm_export.calibrate.sensitivity.block_backward import Influence, Weights, within
-from qvlm_export.calibrate.sensitivity.measure import measure_influence, runs_of
+from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
+from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
 # How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
 MEASURE_UNITS, SEARCH_UNITS = 10, 40
 _T = TypeVar("_T")
 
 
-def calibrate_searched(
-    job: Calibration, writer: CalibratedWriter, progress: Progress, method: Method = FAST
+def calibrate_search(
+    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: SearchConfig
 ) -> dict[str, Any]:
     """Quantizes every planned linear into `writer`'s folder; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
     _check_pictures(job)
-    begun, searched = _units(method, job), SEARCH_UNITS * job.blocks.count()
+    begun, searched = _units(method, job), SEARCH_UNITS * job.blocks.num_blocks()
     whole = sum(begun.values()) + searched
     shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
     prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
-    texts, pictures_of = flat(prompts)
+    texts, pictures_of = flatten_prompts(prompts)
     others = _scrambled(job, method)
     texts, pictures_of = [*texts, *(text for text, _ in others)], [*pictures_of, *(number for _, number in others)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        plan, half = job.plan_of(block), len(inputs) // 2
+        plan, half = job.block_schemes(block), len(inputs) // 2
         own = method if block in job.blocks.text_layers else method.for_vision()
         with resident(block) as module, torch.no_grad():
             for name in plan:
-                check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
-            numbers = pictures_of if block in job.blocks.text_layers else job.shown(block)
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
+            numbers = pictures_of if block in job.blocks.text_layers else job.sample_numbers(block)
             check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
-            batches = batches_of(inputs[:half])
+            batches = batch_by_length(inputs[:half])
             mean = [torch.ones(1, len(text.input_ids)) for text, _ in others] if block in job.blocks.text_layers else []
-            counted = {} if own.objective == "plain" else _of_block(influence.tokens, block, batches, mean)
-            counts = {name: on(job.device, parts) for name, parts in counted.items()}
-            metrics = _inside(influence.outputs, block) if own.two_sided() else {}
-            labels = labels_of(block, job.blocks, prompts)
-            kinds = [*labels, *(token_labels(text, job.blocks.image_token_id) for text, _ in others)][:half]
+            counted = {} if own.token_weighting == "plain" else _of_block(influence.tokens, block, batches, mean)
+            counts = {name: move_tensors(job.device, parts) for name, parts in counted.items()}
+            metrics = _inside(influence.outputs, block) if own.needs_output_hessians() else {}
+            labels = label_block_inputs(block, job.blocks, prompts)
+            kinds = [*labels, *(label_tokens(text, job.blocks.image_token_id) for text, _ in others)][:half]
             marks = _marks(batches, inputs[:half], numbers, kinds)
             search = BlockSearch(module, plan, run, own, counts, *marks, metrics, block.prefix)
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
-            nearest = round_to_nearest(module, plan, run, pairs, job.device)
-            found = search.search(*(on(job.device, batches.merged(part)) for part in (inputs[:half], inputs[half:])))
-            exact, rounded = (on(CPU, batches.split(part)) for part in found)
+            nearest = run_rtn_baseline(module, plan, run, pairs, job.device)
+            found = search.search(
+                *(move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
+            )
+            exact, rounded = (move_tensors(CPU, batches.split(part)) for part in found)
             changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-            record = block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), nearest)
-        outputs = shards.keep(block, [*exact, *rounded], numbers)
+            record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), nearest)
+        outputs = shards.store_outputs(block, [*exact, *rounded], numbers)
         shards.write(block, search.found(), changed, outputs=outputs, record=record)
         return outputs
 
-    with steady_threads(job.blocks), residents(job.blocks, job.source, job.device) as resident:
-        features = walk_vision(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
+    with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
+        features = run_vision_blocks(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
         halves = (features[: len(job.samples)], features[len(job.samples) :])
-        spread = [image for half in halves for image in shown(texts, pictures_of, half)]
-        walk_language(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))
+        spread = [image for half in halves for image in image_features_of_prompts(texts, pictures_of, half)]
+        run_decoder_blocks(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))
     shards.write_rest()
     return {
         "method": asdict(method),
         "samples": len(job.samples),
         "prompts": len(texts),
-        "undecided": sum(isinstance(text, Mixed) for text in texts),
+        "undecided": sum(isinstance(text, MixupSample) for text in texts),
         "scrambled": len(others),
         "tokens": sum(len(s.input_ids) for s in texts),
         **_totals(job, method, prompts, shards.records),
@@ -107,26 +121,28 @@ def _marks(
     [B, tokens]. numbers, kinds: of every input, a single label standing for all tokens."""
     pictures = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
     labels = [kind.expand(x.shape[:2]) for kind, x in zip(kinds, inputs, strict=True)]
-    return batches.merged(pictures), batches.merged(labels)
+    return batches.merge(pictures), batches.merge(labels)
 
 
-def _check_pictures(job: Calibration) -> None:
+def _check_pictures(job: CalibrationJob) -> None:
     """Before anything is measured, which takes long."""
-    name = asks_for_pictures(job.blocks, job.plan, searched=True)
+    name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
     if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
         raise UserError(f"{name}: no calibration sample has a picture, so nothing reaches it; add samples with pictures")
 
 
-def _units(method: Method, job: Calibration) -> dict[str, int]:
+def _units(method: SearchConfig, job: CalibrationJob) -> dict[str, int]:
     """How progress counts what is measured before the first block."""
-    count = job.blocks.count()
+    count = job.blocks.num_blocks()
     return {
-        "undecided": MEASURE_UNITS * count if method.undecided else 0,
-        "influence": MEASURE_UNITS * count if method.objective != "plain" else 0,
+        "undecided": MEASURE_UNITS * count if method.mixup_prompts else 0,
+        "influence": MEASURE_UNITS * count if method.token_weighting != "plain" else 0,
     }
 
 
-def _prepared(job: Calibration, method: Method, progress: Callable[[int, str], None]) -> tuple[Prompts, Influence]:
+def _prepared(
+    job: CalibrationJob, method: SearchConfig, progress: Callable[[int, str], None]
+) -> tuple[Prompts, Sensitivity]:
     """What the blocks are searched on, and what errors there count. progress: (units done, what is measured)."""
     units = _units(method, job)
 
@@ -136,25 +152,25 @@ def _prepared(job: Calibration, method: Method, progress: Callable[[int, str], N
     def probed(share: float) -> None:
         progress(units["undecided"] + int(share * units["influence"]), "influence")
 
-    asked = recombine(job.samples, method.questions, job.blocks.image_token_id, method.seed)
-    with steady_threads(job.blocks):
-        prompts = with_undecided(job, asked, method.undecided, method.seed, looked)
-        return prompts, measure_influence(job, prompts, method, probed)
+    asked = cross_pair_prompts(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    with deterministic_threads(job.blocks):
+        prompts = add_mixup_prompts(job, asked, method.mixup_prompts, method.seed, looked)
+        return prompts, measure_sensitivity(job, prompts, method, probed)
 
 
-def _scrambled(job: Calibration, method: Method) -> list[tuple[Sample, int]]:
+def _scrambled(job: CalibrationJob, method: SearchConfig) -> list[tuple[Sample, int]]:
     """Texts with words drawn anew, and the number of the sample whose pictures each is about."""
-    if not method.scrambled:
+    if not method.random_word_prompts:
         return []
-    odds = odds_of(load_finite(job.source, TABLE).numpy())
-    return scrambled(job.samples, method.scrambled, odds, job.blocks.image_token_id, method.seed)
+    odds = embedding_norm_weights(load_finite(job.source, EMBEDDING).numpy())
+    return replace_words(job.samples, method.random_word_prompts, odds, job.blocks.image_token_id, method.seed)
 
 
-def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(job: CalibrationJob, method: SearchConfig, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Of all blocks, for the record."""
-    marked, thresholds = with_partition(records)
-    looked = undecided_runs(job, method.undecided, method.seed)
-    forwards, backwards = runs_of(job, prompts, method)
+    marked, thresholds = mark_partition(records)
+    looked = undecided_runs(job, method.mixup_prompts, method.seed)
+    forwards, backwards = count_passes(job, prompts, method)
     return {
         "block_forwards": round(sum(b["forwards"] for b in records)) + looked + forwards,
         "block_backwards": sum(b["backwards"] for b in records) + backwards,
@@ -164,21 +180,16 @@ def _totals(job: Calibration, method: Method, prompts: Prompts, records: list[di
 
 
 def _of_block(
-    tokens: Weights, block: Block, batches: Batches, others: Sequence[torch.Tensor]
+    tokens: TokenWeights, block: Block, batches: Batches, others: Sequence[torch.Tensor]
 ) -> dict[str, list[torch.Tensor]]:
     """What tokens count in one block, in its batches, by names inside it and under "" for its output. others: the same for
     every linear, of the inputs behind those that were measured."""
-    return {name: batches.merged([*weights, *others]) for name, weights in _inside(tokens, block).items()}
+    return {name: batches.merge([*weights, *others]) for name, weights in _inside(tokens, block).items()}
 
 
 def _inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
     """What belongs to one block, by names inside it."""
-    return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in within(named, block).items()}
-
-
-def calibrate_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """`calibrate_searched` on more prompts, rounding towards the answers."""
-    return calibrate_searched(job, writer, progress, FULL)
+    return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in select_block(named, block).items()}
 
 
 def _stored(tensor: torch.Tensor, source: np.dtype) -> np.ndarray:

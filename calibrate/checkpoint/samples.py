@@ -38,7 +38,7 @@ class Sample:
     placement: Placement | None = None
 
 
-def placed(embeds: np.ndarray, placement: Placement | None) -> np.ndarray:
+def place_features(embeds: np.ndarray, placement: Placement | None) -> np.ndarray:
     """image_embeds [n, hidden] as the vision graph puts them out -> one row for each image token, of the same type."""
     if placement is None:
         return embeds

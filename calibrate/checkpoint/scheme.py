@@ -78,7 +78,7 @@ class LinearScheme:
 W8A8 = LinearScheme(weight_bits=8, activation_bits=8, group_size=None)
 
 
-def bits_of(name: str) -> tuple[int, int | None]:
+def parse_scheme_bits(name: str) -> tuple[int, int | None]:
     """Bits of weights and activations in a name such as W4A16; None for float activations, which are called 16.
 
     Raises SchemeError for bits that no linear can have.
@@ -88,7 +88,7 @@ def bits_of(name: str) -> tuple[int, int | None]:
     return _NAMES[name]
 
 
-def fitted(
+def fit_scheme(
     name: str,
     weight_shape: tuple[int, ...],
     weight_bits: int,

@@ -18,7 +18,7 @@ from qvlm_export.calibrate.numerics.threads import one_thread
 FUNCTIONS = {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
 
 
-class SteadyActivation(nn.Module):
+class DeterministicActivation(nn.Module):
     """`inner`, computed by one thread on a CPU; the way back, too."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -55,8 +55,8 @@ class _OnOneThread(torch.autograd.Function):
         return found, None
 
 
-def with_steady_activations(model: nn.Module) -> None:
+def use_deterministic_activations(model: nn.Module) -> None:
     """Puts a SteadyActivation around each of transformers' activation functions that has no parameters."""
     for name, layer in list(model.named_modules()):
         if name and type(layer) in FUNCTIONS and not list(layer.parameters()):
-            model.set_submodule(name, SteadyActivation(layer))
+            model.set_submodule(name, DeterministicActivation(layer))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qvlm_export.calibrate.numerics.threads import each_on_one_thread, one_thread
+from qvlm_export.calibrate.numerics.threads import map_on_threads, one_thread
 
 LARGE = 2048  # rows from which on pieces are worth it
 BLOCK = 768  # columns at a time
@@ -42,9 +42,7 @@ def _next_rows_(upper: torch.Tensor, start: int, end: int) -> bool:
     def less_known(columns: slice) -> torch.Tensor:
         return torch.addmm(upper[start:end, columns], above, upper[:start, columns], alpha=-1)
 
-    square = torch.cat(
-        each_on_one_thread(less_known, [slice(n, min(n + NARROW, end)) for n in range(start, end, NARROW)]), 1
-    )
+    square = torch.cat(map_on_threads(less_known, [slice(n, min(n + NARROW, end)) for n in range(start, end, NARROW)]), 1)
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(square.mT)
     if int(failed):
@@ -55,5 +53,5 @@ def _next_rows_(upper: torch.Tensor, start: int, end: int) -> bool:
         columns = slice(first, first + PIECE)
         upper[start:end, columns] = torch.linalg.solve_triangular(factor, less_known(columns), upper=False)
 
-    each_on_one_thread(solve_, range(end, len(upper), PIECE))
+    map_on_threads(solve_, range(end, len(upper), PIECE))
     return True

@@ -18,54 +18,54 @@ from torch import nn
 
 from qvlm_export.calibrate.numerics.threads import one_thread
 
-LEAST = 64  # rows, columns and summands below which a call takes what the product gains
+MIN_ONEDNN_SIZE = 64  # rows, columns and summands below which a call takes what the product gains
 
 
-def is_quicker() -> bool:
+def prefers_onednn() -> bool:
     """Whether this processor gains by it: asked of the processor, not measured, so that every run decides alike."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and is_there()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and has_onednn_linear()
 
 
-def is_there() -> bool:
+def has_onednn_linear() -> bool:
     """Whether this torch has oneDNN's linear layer for dense tensors, which is what its own compiler calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b`, of a [..., in] and b [in, out]."""
     if b.dim() == 2 and _is_taken(a, b.mT):
         return _taken(a, b.mT, None)
-    with few_rows_on_one_thread(a, b.shape[-1]):
+    with deterministic_small_matmul(a, b.shape[-1]):
         return a @ b
 
 
-def linear_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def apply_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` of x [..., in], weight [out, in] and bias [out], gradients included."""
     if _is_taken(x, weight):
         return _taken(x, weight, bias)
-    with few_rows_on_one_thread(x, len(weight)):
+    with deterministic_small_matmul(x, len(weight)):
         return nn.functional.linear(x, weight, bias)
 
 
-def few_rows_on_one_thread(x: torch.Tensor, columns: int = LEAST) -> AbstractContextManager[None]:
+def deterministic_small_matmul(x: torch.Tensor, columns: int = MIN_ONEDNN_SIZE) -> AbstractContextManager[None]:
     """For products of x [..., in] with so many columns, and their gradients; few columns are divided as few rows are."""
-    few = x.numel() < LEAST * x.shape[-1] or columns < LEAST
+    few = x.numel() < MIN_ONEDNN_SIZE * x.shape[-1] or columns < MIN_ONEDNN_SIZE
     return one_thread() if few and x.device.type == "cpu" else nullcontext()
 
 
-class QuickLinear(nn.Linear):
-    """A linear layer that computes by `linear_output`."""
+class OneDnnLinear(nn.Linear):
+    """A linear layer that computes by `apply_linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        return linear_output(x, self.weight, self.bias)
+        return apply_linear(x, self.weight, self.bias)
 
 
-def with_quick_linears(model: nn.Module) -> None:
+def use_onednn_linears(model: nn.Module) -> None:
     """Puts a QuickLinear in the place of each linear layer of a model that lies on meta, and has no tensors yet."""
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            quick = QuickLinear(
+            quick = OneDnnLinear(
                 layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
             quick.train(layer.training).requires_grad_(layer.weight.requires_grad)
@@ -76,7 +76,7 @@ def _is_taken(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """x: [..., in]; weight: [out, in]."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    return min(weight.shape) >= LEAST and x.numel() >= LEAST * weight.shape[1] and is_quicker()
+    return min(weight.shape) >= MIN_ONEDNN_SIZE and x.numel() >= MIN_ONEDNN_SIZE * weight.shape[1] and prefers_onednn()
 
 
 def _taken(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def each_on_one_thread(compute: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_Found]:
+def map_on_threads(compute: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_Found]:
     """`compute` of every part, by as many threads as torch has, none of which divides a part."""
     threads = torch.get_num_threads()
     with one_thread():

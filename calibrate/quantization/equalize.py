@@ -12,15 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of
-from qvlm_export.calibrate.blockwise.shared_inputs import Group, Sharing, sharing_of
+from qvlm_export.calibrate.blockwise.blocks import get_linear
+from qvlm_export.calibrate.blockwise.shared_inputs import ChannelSharing, SharedInput, find_channel_sharing
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
-from qvlm_export.calibrate.quantization.config import Folding
-from qvlm_export.calibrate.quantization.expected_error import Noise, best_factors, energies, tail_of, thinned
+from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.quantization.config import Equalization
+from qvlm_export.calibrate.quantization.expected_error import (
+    ErrorModel,
+    compute_residual_energy,
+    fit_tail,
+    optimize_factors,
+    subsample_rows,
+)
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale,
-    column_scales,
+    expand_scales,
     fake_quantize,
     group_amax,
     round_to_codes,
@@ -35,7 +41,7 @@ SMOOTHQUANT_EXPONENT = 0.5  # its paper's
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EqualizationInputs:
     """What a group reads: tokens [n, in]. peak, mean: magnitudes of each channel; rows: some of the tokens, to judge on.
 
     weights: what each token counts, float32 [n]; None for all alike.
@@ -48,39 +54,47 @@ class Inputs:
     weights: torch.Tensor | None = None
 
 
-def inputs_of(tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None = None) -> Inputs:
+def gather_inputs(tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None = None) -> EqualizationInputs:
     """tokens: float32 [tokens, in]; chosen: indices of the rows to judge on; weights: what each token counts."""
-    return Inputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen], weights)
+    return EqualizationInputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen], weights)
 
 
 def choose_factors(
-    folding: Folding, producer: str, inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, *, sharing: Sharing
+    folding: Equalization,
+    producer: str,
+    inputs: EqualizationInputs,
+    weight: torch.Tensor,
+    scheme: LinearScheme,
+    *,
+    sharing: ChannelSharing,
 ) -> torch.Tensor | None:
-    """The factors that `folding` gives a group whose input `producer` makes, None for none; see `method.Folding`."""
+    """The factors that `equalization` gives a group whose input `preceding` makes, None for none; see `method.Folding`."""
     if folding == "none" or (folding == "smoothquant" and producer.startswith(("self_attn", "mlp"))):
         return None
-    peak, size = sharing.reduced(inputs.peak), sharing.reduced(weight.abs().amax(0))
+    peak, size = sharing.reduce(inputs.peak), sharing.reduce(weight.abs().amax(0))
     if folding == "smoothquant":
         return _tidy(_smoothing(peak, size, SMOOTHQUANT_EXPONENT))
     if folding == "expected":
         channels = torch.arange(len(peak), device=peak.device)
         starts = [_smoothing(peak, size, exponent) for exponent in STARTS]
-        energy = energies(inputs.tokens, inputs.weights)
-        noise = Noise(tail_of(inputs.tokens), energy, thinned(weight), scheme)
-        return _tidy(best_factors(noise, starts, sharing.expanded(channels)))
+        energy = compute_residual_energy(inputs.tokens, inputs.weights)
+        noise = ErrorModel(fit_tail(inputs.tokens), energy, subsample_rows(weight), scheme)
+        return _tidy(optimize_factors(noise, starts, sharing.expand(channels)))
     if folding == "awq":
-        mean = sharing.reduced(inputs.mean).clamp(min=1e-6)
+        mean = sharing.reduce(inputs.mean).clamp(min=1e-6)
         return _best([_tidy(mean ** (i / 20)) for i in range(20)], inputs, weight, scheme, sharing)
     return search_factors(inputs, weight, scheme, sharing)
 
 
-def search_factors(inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing) -> torch.Tensor:
+def search_factors(
+    inputs: EqualizationInputs, weight: torch.Tensor, scheme: LinearScheme, sharing: ChannelSharing
+) -> torch.Tensor:
     """Factors s (per producer channel) with the least output error of quantized (W * s) on quantized (x / s).
 
     weight: float32 [out, in] of the group's linears together.
     """
-    peak, mean = sharing.reduced(inputs.peak), sharing.reduced(inputs.mean)
-    size = sharing.reduced(weight.abs().amax(0))
+    peak, mean = sharing.reduce(inputs.peak), sharing.reduce(inputs.mean)
+    size = sharing.reduce(weight.abs().amax(0))
     candidates = [torch.ones_like(peak)]
     for exponent in EXPONENTS:
         candidates += [_tidy(_smoothing(peak, size, exponent)), _tidy(mean.clamp(min=1e-6) ** exponent)]
@@ -93,11 +107,15 @@ def _smoothing(peak: torch.Tensor, size: torch.Tensor, exponent: float) -> torch
 
 
 def _best(
-    candidates: list[torch.Tensor], inputs: Inputs, weight: torch.Tensor, scheme: LinearScheme, sharing: Sharing
+    candidates: list[torch.Tensor],
+    inputs: EqualizationInputs,
+    weight: torch.Tensor,
+    scheme: LinearScheme,
+    sharing: ChannelSharing,
 ) -> torch.Tensor:
     """The candidate factors with the least output error."""
-    wanted = product(inputs.rows, weight.T)
-    errors = [_output_error(inputs, weight, sharing.expanded(c), scheme, wanted) for c in candidates]
+    wanted = matmul(inputs.rows, weight.T)
+    errors = [_output_error(inputs, weight, sharing.expand(c), scheme, wanted) for c in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
@@ -108,15 +126,15 @@ def _tidy(factors: torch.Tensor) -> torch.Tensor:
 
 
 def _output_error(
-    inputs: Inputs, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
+    inputs: EqualizationInputs, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
 ) -> float:
     scaled = weight * factors
     scale = weight_scale(group_amax(scaled, scheme), scheme)
-    rounded = round_to_codes(scaled, scale, scheme).float() * column_scales(scale, weight.shape[1])
+    rounded = round_to_codes(scaled, scale, scheme).float() * expand_scales(scale, weight.shape[1])
     x = inputs.rows / factors
     if scheme.activation_bits is not None:
         x = fake_quantize(x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits)
-    return squared_sum(product(x, rounded.T) - wanted)
+    return squared_sum(matmul(x, rounded.T) - wanted)
 
 
 def _stored_gain(folded: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
@@ -125,16 +143,16 @@ def _stored_gain(folded: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return torch.where((half != 0) & half.isfinite(), half, gain.half()).float()
 
 
-def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:
+def apply_equalization_(module: nn.Module, group: SharedInput, factors: torch.Tensor) -> torch.Tensor:
     """Divides the producer's output channels and multiplies the readers' columns, in place; returns the factors used.
 
     Exact: a norm's new gain is rounded to float16 first (as it will be stored), and the readers are scaled by what that
     really changed.
     """
-    if group.producer is None:
+    if group.preceding is None:
         return torch.ones_like(factors)
-    weight = module.get_parameter(f"{group.producer}.weight")
-    bias = dict(module.named_parameters()).get(f"{group.producer}.bias")
+    weight = module.get_parameter(f"{group.preceding}.weight")
+    bias = dict(module.named_parameters()).get(f"{group.preceding}.bias")
     if weight.ndim > 1:
         weight.div_(factors[:, None])
     else:
@@ -143,7 +161,7 @@ def apply_factors_(module: nn.Module, group: Group, factors: torch.Tensor) -> to
         factors = torch.where(weight != 0, gain / weight, torch.ones_like(gain))
     if bias is not None:
         bias.div_(factors)
-    columns = sharing_of(module, group).expanded(factors)
+    columns = find_channel_sharing(module, group).expand(factors)
     for name in group.linears:
-        linear_of(module, name).weight.mul_(columns)
+        get_linear(module, name).weight.mul_(columns)
     return columns

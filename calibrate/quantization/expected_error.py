@@ -25,24 +25,24 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
-from qvlm_export.calibrate.quantization.hessian import remaining_energy
+from qvlm_export.calibrate.quantization.hessian import gptq_residual_energy
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 
-CONCENTRATION = 10.0
+CLIPPING_WEIGHT = 10.0
 STRETCHES = 64  # of tokens, whose largest values tell how long the tail is
 LARGEST = 8  # of those
-KEPT = 32  # largest values of each channel
+TAIL_VALUES = 32  # largest values of each channel
 _SORTED = 512  # channels at a time
-ROWS = 512  # of a weight; more say the same about its groups
+MAX_ROWS = 512  # of a weight; more say the same about its groups
 STEPS, RATE = 40, 0.1  # of Adam on the logarithms of the factors
 FADE_MEAN, FADE_SQUARE = 0.9, 0.999  # Adam's own
 RANGES = (0.1, 0.125, 0.15, 0.175, *(0.2 + 0.05 * i for i in range(17)), 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
 
 @dataclass(frozen=True)
-class Tail:
+class OutlierTail:
     """The largest magnitudes of each channel, and beyond. top: float32 [KEPT, channels], largest first.
 
     length: float32 [channels], the mean of what a value lies beyond a large one. tokens: how many the values are of.
@@ -65,16 +65,16 @@ class Tail:
         return excess / self.tokens, 2 * beyond.sum(0) / self.tokens
 
 
-def tail_of(rows: torch.Tensor) -> Tail:
+def fit_tail(rows: torch.Tensor) -> OutlierTail:
     """rows: float32 [tokens, channels], samples one behind another."""
     size = rows.abs()
     count = max(1, min(STRETCHES, len(size) // 4))
     stretches = torch.stack([part.amax(0) for part in size.tensor_split(count)])
     largest = stretches.topk(min(LARGEST + 1, count), dim=0).values
     length = (largest[:-1] - largest[-1:]).mean(0) if len(largest) > 1 else largest[0]
-    top = _largest(size, min(KEPT, len(size)))
+    top = _largest(size, min(TAIL_VALUES, len(size)))
     # A channel that hardly varies may do so tomorrow; one that is always 0 has a length above 0 all the same.
-    return Tail(top, torch.maximum(length, 0.05 * top[0]).clamp(min=1e-8), len(size))
+    return OutlierTail(top, torch.maximum(length, 0.05 * top[0]).clamp(min=1e-8), len(size))
 
 
 def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
@@ -92,19 +92,19 @@ def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(found, axis=1)))
 
 
-def energies(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def compute_residual_energy(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """What GPTQ leaves of each input's mean square: 1 / U_jj^2 with U as in `gptq.py`. Scaling inputs scales it alike.
 
     rows: float32 [tokens, in]; weights: what they count, None for all alike.
     """
-    return remaining_energy(product((rows if weights is None else rows * weights[:, None]).T, rows)) / len(rows)
+    return gptq_residual_energy(matmul((rows if weights is None else rows * weights[:, None]).T, rows)) / len(rows)
 
 
 @dataclass(frozen=True)
-class Noise:
+class ErrorModel:
     """Linears that share an input. energy: of each input as rounding meets it, float32 [in]. weight: float32 [out, in]."""
 
-    tail: Tail
+    tail: OutlierTail
     energy: torch.Tensor
     weight: torch.Tensor
     scheme: LinearScheme
@@ -132,7 +132,7 @@ class Noise:
         if bits is None:
             return error
         rounding = (self.read * ranges.square()).sum() / (12 * (2 ** (bits - 1) - 1) ** 2)
-        return error + rounding + CONCENTRATION * (self.read * self.tail.clipped(ranges)[0]).sum()
+        return error + rounding + CLIPPING_WEIGHT * (self.read * self.tail.clipped(ranges)[0]).sum()
 
     def slopes(self, ranges: torch.Tensor) -> tuple[float, torch.Tensor]:
         """`expected` and its derivatives by the logarithms of the ranges, float32 [in].
@@ -156,7 +156,7 @@ class Noise:
         if bits is None:
             return error, slopes
         rounding = self.read * ranges.square() / (12 * (2 ** (bits - 1) - 1) ** 2)
-        clipped, falling = (CONCENTRATION * self.read * part for part in self.tail.clipped(ranges))
+        clipped, falling = (CLIPPING_WEIGHT * self.read * part for part in self.tail.clipped(ranges))
         slopes += 2 * rounding - ranges * falling
         return error + float(rounding.sum() + clipped.sum()), slopes
 
@@ -166,12 +166,12 @@ def _places(sizes: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(sizes.numpy().argmax(-1)) if sizes.device.type == "cpu" else sizes.argmax(-1)
 
 
-def thinned(weight: torch.Tensor) -> torch.Tensor:
+def subsample_rows(weight: torch.Tensor) -> torch.Tensor:
     """At most ROWS rows, evenly spread."""
-    return weight[torch.linspace(0, len(weight) - 1, ROWS).long()] if len(weight) > ROWS else weight
+    return weight[torch.linspace(0, len(weight) - 1, MAX_ROWS).long()] if len(weight) > MAX_ROWS else weight
 
 
-def best_factors(noise: Noise, starts: list[torch.Tensor], expand: torch.Tensor) -> torch.Tensor:
+def optimize_factors(noise: ErrorModel, starts: list[torch.Tensor], expand: torch.Tensor) -> torch.Tensor:
     """The factors with the least expected error, by gradient from the best of `starts`.
 
     starts: float32 [factors]; expand: int64 [in], the factor of each input.
@@ -197,14 +197,14 @@ def best_factors(noise: Noise, starts: list[torch.Tensor], expand: torch.Tensor)
         return found.exp()
 
 
-def best_range(tail: Tail, weight: torch.Tensor, num_bits: int) -> float:
+def choose_expected_scale(tail: OutlierTail, weight: torch.Tensor, num_bits: int) -> float:
     """The static per-tensor scale with the least expected error. weight: float32 [out, in] of all linears that read it."""
     energy, qmax = weight.square().sum(0), 2 ** (num_bits - 1) - 1
     peak = float(tail.top[0].max())
 
     def error(limit: float) -> float:
         rounding = limit**2 * float(energy.sum()) / (12 * qmax**2)
-        return rounding + CONCENTRATION * float((energy * tail.clipped(torch.full_like(energy, limit))[0]).sum())
+        return rounding + CLIPPING_WEIGHT * float((energy * tail.clipped(torch.full_like(energy, limit))[0]).sum())
 
     with one_thread():
         return activation_scale(min((error(peak * part), peak * part) for part in RANGES)[1], num_bits)

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite, resident
-from qvlm_export.calibrate.blockwise.forward import FINAL_NORM, HEAD, TABLE, Run, Step
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_block
+from qvlm_export.calibrate.blockwise.forward import Run, Step
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
-from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
-from qvlm_export.calibrate.numerics.matmul import product
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize
 
 _PIECES = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
@@ -69,7 +67,7 @@ class DequantizedSource:
         return array if self._float_type is None else array.astype(self._float_type)
 
 
-def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) -> Step:
+def fake_quantized_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) -> Step:
     """A step that computes a block as its graph does: weights of `source`, inputs fake-quantized where planned."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -78,13 +76,13 @@ def simulated_step(calibrated: CalibratedCheckpoint, source: DequantizedSource) 
             for name in block.linear_names()
             if name in calibrated.schemes and (quantizer := calibrated.input_quantizer(name)) is not None
         }
-        with resident(block, source) as module, fake_quantized_inputs(module, quantizers), torch.inference_mode():
+        with load_block(block, source) as module, fake_quantize_inputs(module, quantizers), torch.inference_mode():
             return [run(module, x) for x in inputs]
 
     return step
 
 
-def recorded(step: Step, record: Callable[[str, Sequence[torch.Tensor]], None]) -> Step:
+def record_outputs(step: Step, record: Callable[[str, Sequence[torch.Tensor]], None]) -> Step:
     """The same step, whose outputs are shown to record(prefix of the block, outputs)."""
 
     def watched(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
@@ -96,7 +94,7 @@ def recorded(step: Step, record: Callable[[str, Sequence[torch.Tensor]], None]) 
 
 
 @contextmanager
-def fake_quantized_inputs(module: nn.Module, quantizers: Mapping[str, tuple[float, int]]) -> Iterator[None]:
+def fake_quantize_inputs(module: nn.Module, quantizers: Mapping[str, tuple[float, int]]) -> Iterator[None]:
     """Fake-quantizes the inputs of the linears named in `quantizers` while the context is open.
 
     quantizers: name inside `module` -> (scale, bits) of its input.
@@ -113,7 +111,7 @@ def fake_quantized_inputs(module: nn.Module, quantizers: Mapping[str, tuple[floa
             handle.remove()
 
 
-class RoundedTables(nn.Module):
+class RoundedRotary(nn.Module):
     """A rotary embedding whose cos and sin are rounded as a graph stores its tables, float16 by up to 2.4e-4."""
 
     def __init__(self, rotary: nn.Module, float_type: str) -> None:
@@ -125,18 +123,6 @@ class RoundedTables(nn.Module):
         return cos.to(self._dtype).to(cos.dtype), sin.to(self._dtype).to(sin.dtype)
 
 
-def with_rounded_tables(blocks: ModelBlocks, float_type: str) -> ModelBlocks:
+def round_rotary_tables(blocks: ModelBlocks, float_type: str) -> ModelBlocks:
     """The same blocks with the rotary tables of a graph in `float_type`."""
-    return replace(blocks, rotary=RoundedTables(blocks.rotary, float_type))
-
-
-def open_head(source: TensorSource, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Final norm and head, read once: hidden [1, S, hidden] -> logits float32 [S, vocab]."""
-    gain = load_finite(source, FINAL_NORM)
-    head = load_finite(source, HEAD if HEAD in source else TABLE)
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return product(nn.functional.rms_norm(hidden[0], gain.shape, gain, epsilon), head.T)
-
-    return logits
+    return replace(blocks, rotary=RoundedRotary(blocks.rotary, float_type))

@@ -16,7 +16,7 @@ _FILLED = 256  # rows copied at a time
 
 
 @dataclass(frozen=True)
-class Rounder:
+class HessianFactor:
     """What GPTQ needs of a Gram matrix, for all linears that share the input.
 
     order: columns by increasing input energy; they are rounded from the last to the first (act-order). lower: L float64
@@ -27,7 +27,7 @@ class Rounder:
     lower: torch.Tensor
 
 
-def make_rounder(gram: torch.Tensor, damping: float = DAMPING) -> Rounder:
+def factor_hessian(gram: torch.Tensor, damping: float = DAMPING) -> HessianFactor:
     """gram: float32 [in, in]; damped by so much of its mean diagonal, and more until it can be factored.
 
     Raises UserError where it is not finite, as no damping mends that.
@@ -45,12 +45,12 @@ def make_rounder(gram: torch.Tensor, damping: float = DAMPING) -> Rounder:
     while not cholesky_(lower):
         damping *= 10
         _fill_(lower, gram, order, damping)
-    return Rounder(order, lower)
+    return HessianFactor(order, lower)
 
 
-def remaining_energy(gram: torch.Tensor) -> torch.Tensor:
+def gptq_residual_energy(gram: torch.Tensor) -> torch.Tensor:
     """What rounding each column costs for each squared step once GPTQ has made up for it: L_jj^2, float32 [in]."""
-    rounder = make_rounder(gram)
+    rounder = factor_hessian(gram)
     left = torch.empty(len(gram), device=gram.device)
     left[rounder.order] = rounder.lower.diagonal().square().float()
     return left

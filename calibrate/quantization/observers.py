@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.token_kinds import ALL, TokenLabel
+from qvlm_export.calibrate.blockwise.token_kinds import ALL_LABELS, TokenLabel
 from qvlm_export.calibrate.errors import UserError
 
 BINS = 2**14  # on each side of zero
@@ -55,7 +55,7 @@ class Histogram:
         return min((reached + 1) * self.width, self.amax)
 
 
-class InputStatistics:
+class InputObserver:
     """Statistics of one quantizer's input, for each TokenLabel apart, growing batch by batch.
 
     Counts, ranges and histograms do not depend on how the tokens are split into batches: ranges are powers of two, and
@@ -105,33 +105,33 @@ class InputStatistics:
         steps = part.abs().mul_(BINS * 2.0**-self._exponent).int()
         return steps.bitwise_xor_((part < 0).int().neg_()).add_(BINS).flatten()  # ~steps below zero: -1 - steps
 
-    def tokens(self, labels: Iterable[TokenLabel] = ALL) -> int:
+    def tokens(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> int:
         """How many tokens were seen."""
         return int(self._tokens[list(labels)].sum())
 
-    def amax(self, labels: Iterable[TokenLabel] = ALL) -> torch.Tensor:
+    def amax(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> torch.Tensor:
         """Largest magnitude of each channel, float32 [channels]; exact."""
         return self._amax[list(labels)].amax(0)
 
-    def histogram(self, labels: Iterable[TokenLabel] = ALL) -> Histogram:
+    def histogram(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> Histogram:
         """Of all channels together."""
         chosen = list(labels)
         return Histogram(self._counts[chosen].sum(0), 2.0**self._exponent / BINS, float(self._amax[chosen].max()))
 
 
-def histogram_of(values: np.ndarray | torch.Tensor) -> Histogram:
+def make_histogram(values: np.ndarray | torch.Tensor) -> Histogram:
     """The histogram of values that are in memory, float32 of any shape."""
-    return statistics_of_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram()
+    return observe_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram()
 
 
-def statistics_of_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputStatistics:
+def observe_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputObserver:
     """A few rows at a time, as counting takes many times their memory.
 
     name: of the layer that reads them. rows: float32 [tokens, channels]. labels: int64 [tokens], TokenLabel values; None for
     all of one kind. Raises UserError naming the layer when a value is not finite.
     """
     channels = rows.shape[1]
-    statistics = InputStatistics(name, channels)
+    statistics = InputObserver(name, channels)
     kinds = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
     few = max(1, _COUNTED // channels)
     for part, kind in zip(rows.split(few), kinds.split(few), strict=True):
@@ -140,7 +140,7 @@ def statistics_of_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | Non
 
 
 @contextmanager
-def input_amax(module: nn.Module) -> Iterator[dict[str, float]]:
+def observe_amax(module: nn.Module) -> Iterator[dict[str, float]]:
     """Collects max |input| of every linear inside `module` while the context is open."""
     amax: dict[str, float] = {}
 

@@ -108,7 +108,7 @@ def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: floa
     return QuantizedLinear(scheme, codes.numpy(), torch.cat(scales).cpu().numpy(), input_scale)
 
 
-def column_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
+def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     """Scales [out] or [out, groups] spread to float32 [out, columns]."""
     wide = scale.float().reshape(scale.shape[0], -1)
     return wide.repeat_interleave(columns // wide.shape[1], dim=1)

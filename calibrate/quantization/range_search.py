@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale,
-    column_scales,
+    expand_scales,
     fake_quantize,
     group_amax,
     round_to_codes,
@@ -35,7 +35,7 @@ def search_weight_scale(weight: torch.Tensor, gram: torch.Tensor, scheme: Linear
     best_error = torch.full_like(amax, torch.inf)
     for fraction in WEIGHT_FRACTIONS:
         scale = weight_scale(amax * fraction, scheme)
-        error = weight - round_to_codes(weight, scale, scheme).float() * column_scales(scale, weight.shape[1])
+        error = weight - round_to_codes(weight, scale, scheme).float() * expand_scales(scale, weight.shape[1])
         cost = _cost(error, gram, scheme)
         better = cost < best_error
         best_scale = torch.where(better, scale, best_scale)
@@ -63,5 +63,5 @@ def search_activation_scale(inputs: torch.Tensor, wanted: torch.Tensor, weight: 
     for fraction in ACTIVATION_FRACTIONS:
         scale = activation_scale(amax * fraction, num_bits)
         moved = fake_quantize(inputs, scale, num_bits) - wanted
-        best = min(best, (squared_sum(product(moved, weight.T)), scale))
+        best = min(best, (squared_sum(matmul(moved, weight.T)), scale))
     return best[1]

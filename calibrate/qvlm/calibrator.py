@@ -18,39 +18,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.batching import batches_of
+from qvlm_export.calibrate.blockwise.batching import batch_by_length
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
-from qvlm_export.calibrate.blockwise.blocks import Block, linear_of, resident
-from qvlm_export.calibrate.blockwise.forward import Run, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress, check_outputs, check_weight
-from qvlm_export.calibrate.blockwise.shared_inputs import Group, groups_of
+from qvlm_export.calibrate.blockwise.blocks import Block, get_linear, load_block
+from qvlm_export.calibrate.blockwise.forward import Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, check_outputs, check_weight
+from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput, find_shared_inputs
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.observers import InputStatistics
+from qvlm_export.calibrate.quantization.observers import InputObserver
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
-from qvlm_export.calibrate.qvlm.clip_candidates import KINDS, Clips, PlannedLayer, clips_to_try, planned_layer
+from qvlm_export.calibrate.qvlm.clip_candidates import KINDS, Clips, QuantizableLayer, list_clips, make_quantizable_layer
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.joint_search import (
     PAPER_CLIPS,
-    Layer,
     Outputs,
     Replay,
-    linear_outputs,
+    SearchLayer,
+    record_linear_outputs,
     relative_error,
-    replayed,
+    replay_module,
     search_tree,
 )
 from qvlm_export.calibrate.qvlm.partition import (
     Blocks,
     LayerInput,
-    entropy_blocks,
-    layerwise,
+    partition_by_entropy,
+    partition_layerwise,
 )
 
 
 @dataclass(frozen=True)
-class Divided:
+class PartitionedLayers:
     """A model divided into blocks. forwards: block forwards that it took. thresholds: h0 in nats by bits."""
 
     inputs: Sequence[LayerInput]
@@ -59,50 +59,52 @@ class Divided:
     thresholds: Mapping[str, float]
 
 
-def calibrate_printed(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def calibrate_qvlm(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Q-VLM as printed: entropy partition and joint search. Returns the summary for the record.
 
     Cost in block forwards: 2 float runs and up to 155 / 3 for the search, twice that with quantized activations.
     Raises UserError naming tensor or layer when weights or activations are not finite, or the block that no sample reached.
     """
-    inputs, measured = measure_inputs(job)
-    blocks, thresholds = entropy_blocks(inputs)
-    return _calibrate(job, writer, progress, "printed", Divided(inputs, blocks, measured, thresholds))
+    inputs, measured = observe_inputs(job)
+    blocks, thresholds = partition_by_entropy(inputs)
+    return _calibrate(job, writer, progress, "printed", PartitionedLayers(inputs, blocks, measured, thresholds))
 
 
-def calibrate_percentile(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def calibrate_percentile(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """The same candidates and objective, every layer on its own: 2 float runs and 5 or 10 block forwards."""
-    inputs, measured = measure_inputs(job)
-    return _calibrate(job, writer, progress, "percentile", Divided(inputs, layerwise(len(inputs)), measured, {}))
+    inputs, measured = observe_inputs(job)
+    return _calibrate(
+        job, writer, progress, "percentile", PartitionedLayers(inputs, partition_layerwise(len(inputs)), measured, {})
+    )
 
 
 def _calibrate(
-    job: Calibration, writer: CalibratedWriter, progress: Progress, method: str, divided: Divided
+    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: str, divided: PartitionedLayers
 ) -> dict[str, Any]:
     inputs, blocks, forwards = divided.inputs, divided.blocks, float(divided.forwards)
     shards = BlockWriter(job, writer, progress)
-    found: list[BlockFound] = []
+    found: list[BlockResult] = []
 
     def step(block: Block, batches: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
-        half, plan = len(batches) // 2, job.plan_of(block)
+        half, plan = len(batches) // 2, job.block_schemes(block)
         mine = [b for b in blocks if inputs[b.start].block == block.prefix]
-        with resident(block, job.source) as module, torch.inference_mode():
+        with load_block(block, job.source) as module, torch.inference_mode():
             for name in plan:
-                check_weight(f"{block.prefix}.{name}", linear_of(module, name).weight)
-            layers = [[planned_layer(module, inputs[k], plan) for k in b] for b in mine]
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
+            layers = [[make_quantizable_layer(module, inputs[k], plan) for k in b] for b in mine]
             exact, rounded, searched = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
             pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
             linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
-        check_outputs(block, [*exact, *rounded], job.shown(block))
+        check_outputs(block, [*exact, *rounded], job.sample_numbers(block))
         shards.write(block, linears)
         forwards += half + sum(r.layer_forwards for r in searched) * half / max(1, sum(len(b) for b in mine))
         found.extend(searched)
         return [*exact, *rounded]
 
     samples = [*job.samples, *job.samples]
-    features = walk_vision(job.blocks, job.source, samples, step)
-    walk_language(job.blocks, job.source, samples, features, step)
+    features = run_vision_blocks(job.blocks, job.source, samples, step)
+    run_decoder_blocks(job.blocks, job.source, samples, features, step)
     shards.write_rest()
     return {
         "method": method,
@@ -115,7 +117,7 @@ def _calibrate(
 
 
 @dataclass(frozen=True)
-class BlockFound:
+class BlockResult:
     """What the search of a block of layers chose. Errors: of its output, in units of the float output's energy.
 
     outputs: of all layers of the module up to the block's last. first_error: with all ranges whole.
@@ -129,8 +131,8 @@ class BlockFound:
 
 
 def search_block(
-    layers: Sequence[PlannedLayer], replay: Replay, before: Outputs, wanted: Mapping[str, torch.Tensor]
-) -> BlockFound:
+    layers: Sequence[QuantizableLayer], replay: Replay, before: Outputs, wanted: Mapping[str, torch.Tensor]
+) -> BlockResult:
     """Joint search of a block's layers, with inputs from the already quantized layers before.
 
     before: outputs of those in the same module. wanted: the float model's outputs by linear, float32 [tokens, out].
@@ -141,34 +143,34 @@ def search_block(
 
     clips, found = [Clips()] * len(layers), []
     for kind in KINDS:
-        candidates = [clips_to_try(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
+        candidates = [list_clips(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
         if any(len(options) > 1 for options in candidates):
-            chain = [Layer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
+            chain = [SearchLayer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
             found.append(search_tree(chain, error, before))
             clips = [options[k] for options, k in zip(candidates, found[-1].choice, strict=True)]
     forwards = sum(f.layer_forwards for f in found)
-    return BlockFound(tuple(clips), found[-1].outputs, found[0].first_error, found[-1].error, forwards)
+    return BlockResult(tuple(clips), found[-1].outputs, found[0].first_error, found[-1].error, forwards)
 
 
 def _search_module(
     module: nn.Module,
-    blocks: Sequence[Sequence[PlannedLayer]],
+    blocks: Sequence[Sequence[QuantizableLayer]],
     run: Run,
     exact: list[torch.Tensor],
     inputs: list[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[BlockFound]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[BlockResult]]:
     """Searches all blocks of a module; returns the float outputs, the quantized outputs, and what was chosen."""
-    batches, found = batches_of(inputs), list[BlockFound]()
+    batches, found = batch_by_length(inputs), list[BlockResult]()
     layers = [tuple(layer.linears) for block in blocks for layer in block]
-    exact_outputs, wanted = linear_outputs(module, [n for names in layers for n in names], run, batches.merged(exact))
-    with replayed(module, layers, run, batches.merged(inputs)) as replay:
+    exact_outputs, wanted = record_linear_outputs(module, [n for names in layers for n in names], run, batches.merge(exact))
+    with replay_module(module, layers, run, batches.merge(inputs)) as replay:
         for block in blocks:
             found.append(search_block(block, replay, found[-1].outputs if found else (), wanted))
         rounded = replay.finish(found[-1].outputs if found else ())
     return batches.split(exact_outputs), batches.split(rounded), found
 
 
-def _record(layers: Sequence[LayerInput], found: BlockFound) -> dict[str, Any]:
+def _record(layers: Sequence[LayerInput], found: BlockResult) -> dict[str, Any]:
     return {
         "layers": [
             {
@@ -186,7 +188,7 @@ def _record(layers: Sequence[LayerInput], found: BlockFound) -> dict[str, Any]:
     }
 
 
-def measure_inputs(job: Calibration) -> tuple[list[LayerInput], int]:
+def observe_inputs(job: CalibrationJob) -> tuple[list[LayerInput], int]:
     """One float pass: every planned layer's input, in the order of computation, and the block forwards it took.
 
     Raises UserError naming layer and batch when an activation is not finite, or the block that no sample reached.
@@ -196,25 +198,25 @@ def measure_inputs(job: Calibration) -> tuple[list[LayerInput], int]:
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
-        plan = job.plan_of(block)
+        plan = job.block_schemes(block)
         if not inputs and plan:
             raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
-        with resident(block, job.source) as module, torch.inference_mode():
-            groups = [group for group in groups_of(module) if any(name in plan for name in group.linears)]
+        with load_block(block, job.source) as module, torch.inference_mode():
+            groups = [group for group in find_shared_inputs(module) if any(name in plan for name in group.linears)]
             with _gathered(block.prefix, module, groups) as gathered:
                 outputs = [run(module, x) for x in inputs]
-        check_outputs(block, outputs, job.shown(block))
+        check_outputs(block, outputs, job.sample_numbers(block))
         forwards += len(inputs)
         layers.extend(_layer_input(block.prefix, group.linears, plan, gathered[group]) for group in groups)
         return outputs
 
-    features = walk_vision(job.blocks, job.source, job.samples, step)
-    walk_language(job.blocks, job.source, job.samples, features, step)
+    features = run_vision_blocks(job.blocks, job.source, job.samples, step)
+    run_decoder_blocks(job.blocks, job.source, job.samples, features, step)
     return layers, forwards
 
 
 def _layer_input(
-    block: str, linears: tuple[str, ...], plan: Mapping[str, LinearScheme], statistics: InputStatistics
+    block: str, linears: tuple[str, ...], plan: Mapping[str, LinearScheme], statistics: InputObserver
 ) -> LayerInput:
     num_bits = max(plan[name].activation_bits or plan[name].weight_bits for name in linears if name in plan)
     histogram = statistics.histogram()
@@ -223,18 +225,18 @@ def _layer_input(
 
 
 @contextmanager
-def _gathered(prefix: str, module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[Group, InputStatistics]]:
+def _gathered(prefix: str, module: nn.Module, groups: Sequence[SharedInput]) -> Iterator[dict[SharedInput, InputObserver]]:
     """Gathers the statistics of the groups' inputs while the context is open, all tokens as one kind."""
 
-    def watch(statistics: InputStatistics) -> Callable[..., None]:
+    def watch(statistics: InputObserver) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].flatten(0, -2)
             statistics.update(rows, torch.zeros(len(rows), dtype=torch.int64))
 
         return hook
 
-    first = {group: linear_of(module, group.linears[0]) for group in groups}
-    gathered = {g: InputStatistics(f"{prefix}.{g.linears[0]}", x.in_features) for g, x in first.items()}
+    first = {group: get_linear(module, group.linears[0]) for group in groups}
+    gathered = {g: InputObserver(f"{prefix}.{g.linears[0]}", x.in_features) for g, x in first.items()}
     handles = [layer.register_forward_pre_hook(watch(gathered[group])) for group, layer in first.items()]
     try:
         yield gathered

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of
+from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import Run
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.observers import Histogram
@@ -58,7 +58,7 @@ PAPER_CLIPS = tuple(Clip(percentile) for percentile in PERCENTILES)
 
 
 @dataclass(frozen=True)
-class Layer:
+class SearchLayer:
     """A layer of a chain, as the search sees it.
 
     prepare: outputs of all layers before it -> its input. apply: (input, candidate) -> its output, not changed afterwards.
@@ -70,7 +70,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best of a search.
 
     choice: index of each layer's candidate. outputs: of the layers before the block and of the block's with that choice.
@@ -84,14 +84,14 @@ class Found:
     layer_forwards: int
 
 
-def search_tree(layers: Sequence[Layer], error: Callable[[Any], float], before: Outputs = ()) -> Found:
+def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], before: Outputs = ()) -> SearchResult:
     """Tries all combinations; what layers compute for the same candidates before them is computed once.
 
     layers: of the block, in order. error: the block's output, that of its last layer -> what is to be least. before: outputs
     of the layers before the block, already quantized. K candidates cost K + K^2 + .. + K^depth layer forwards, in the
     memory of one output for each layer. The first of equally good combinations wins.
     """
-    best: list[Found] = []
+    best: list[SearchResult] = []
     forwards = 0
 
     def descend(outputs: Outputs, choice: tuple[int, ...]) -> None:
@@ -108,10 +108,10 @@ def search_tree(layers: Sequence[Layer], error: Callable[[Any], float], before: 
             cost = error(output)
             if not best or cost < best[0].error:
                 first = best[0].first_error if best else cost
-                best[:] = [Found(chosen, (*outputs, output), cost, first, 0)]
+                best[:] = [SearchResult(chosen, (*outputs, output), cost, first, 0)]
 
     descend(before, ())
-    return Found(best[0].choice, best[0].outputs, best[0].error, best[0].first_error, forwards)
+    return SearchResult(best[0].choice, best[0].outputs, best[0].error, best[0].first_error, forwards)
 
 
 class _Tap(nn.Module):
@@ -166,11 +166,11 @@ class Replay:
 
 
 @contextmanager
-def replayed(
+def replay_module(
     module: nn.Module, layers: Sequence[tuple[str, ...]], run: Run, inputs: Sequence[torch.Tensor]
 ) -> Iterator[Replay]:
     """Takes the linears of `layers` out of the module while the context is open, and puts them back."""
-    linears = {name: linear_of(module, name) for layer in layers for name in layer}
+    linears = {name: get_linear(module, name) for layer in layers for name in layer}
     taps = {name: _Tap(linear.out_features) for name, linear in linears.items()}
     try:
         for name, tap in taps.items():
@@ -181,7 +181,7 @@ def replayed(
             module.set_submodule(name, linear)
 
 
-def linear_outputs(
+def record_linear_outputs(
     module: nn.Module, names: Sequence[str], run: Run, batches: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Runs the module; returns its outputs, and by name those of its linears, float32 [tokens of all batches, out]."""
@@ -190,7 +190,7 @@ def linear_outputs(
     def keeper(name: str) -> Callable[..., None]:
         return lambda _, __, output: rows[name].append(output.flatten(0, -2))
 
-    handles = [linear_of(module, name).register_forward_hook(keeper(name)) for name in names]
+    handles = [get_linear(module, name).register_forward_hook(keeper(name)) for name in names]
     try:
         outputs = [run(module, x) for x in batches]
     finally:

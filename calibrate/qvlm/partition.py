@@ -57,7 +57,7 @@ def partition_by_rule(
     return tuple(blocks)
 
 
-def layerwise(layers: int) -> Blocks:
+def partition_layerwise(layers: int) -> Blocks:
     """Every layer a block of its own."""
     return tuple(range(k, k + 1) for k in range(layers))
 
@@ -82,16 +82,16 @@ class LayerInput:
     ranges: Mapping[Clip, float]
 
 
-def entropy_blocks(inputs: Sequence[LayerInput]) -> tuple[Blocks, dict[str, float]]:
+def partition_by_entropy(inputs: Sequence[LayerInput]) -> tuple[Blocks, dict[str, float]]:
     """The paper's blocks, and h0 by bits. Its median is over the whole model, hence a pass before the search."""
     if not inputs:
         return (), {}
     entropies, bits = [x.entropy for x in inputs], [x.num_bits for x in inputs]
     thresholds = median_thresholds(entropies, bits)
-    blocks = partition_by_rule(entropy_dependencies(entropies), thresholds, boundaries_of(inputs))
+    blocks = partition_by_rule(entropy_dependencies(entropies), thresholds, find_boundaries(inputs))
     return blocks, {str(b): h for b, h in zip(bits[1:], thresholds, strict=True)}
 
 
-def boundaries_of(inputs: Sequence[LayerInput]) -> set[int]:
+def find_boundaries(inputs: Sequence[LayerInput]) -> set[int]:
     """The numbers of the layers that are the first of their module."""
     return {k for k in range(1, len(inputs)) if inputs[k].block != inputs[k - 1].block}

@@ -15,16 +15,16 @@ from __future__ import annotations
 import torch
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
-from qvlm_export.calibrate.quantization.hessian import Rounder
-from qvlm_export.calibrate.quantization.quantizer import column_scales, stored_weight_scale
+from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.quantization.hessian import HessianFactor
+from qvlm_export.calibrate.quantization.quantizer import expand_scales, stored_weight_scale
 
 BLOCK_COLUMNS = 128
 FAR_COLUMNS = 8 * BLOCK_COLUMNS  # whose debt to the columns beyond them is one product, large enough for `matmul.py`
 FRACTIONS = (0.93, 0.86, 0.8)  # of the whole range of a group
 
 
-def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
+def gptq_round(weight: torch.Tensor, rounder: HessianFactor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
     """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; scale as stored.
 
     Groups keep their scales whatever the order of the columns, so the layout is unchanged. Inside, columns are rows, which
@@ -38,11 +38,11 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     code = torch.empty_like(codes[0])
     for late in range(len(codes), 0, -FAR_COLUMNS):
         early = max(0, late - FAR_COLUMNS)
-        owed = product(upper[early:late, late:].float(), errors[late:])  # (e L) of these columns, [columns, out]
+        owed = matmul(upper[early:late, late:].float(), errors[late:])  # (e L) of these columns, [columns, out]
         for end in range(late, early, -BLOCK_COLUMNS):
             start = max(early, end - BLOCK_COLUMNS)
             own = owed[start - early : end - early]
-            own += product(upper[start:end, end:late].float(), errors[end:late])
+            own += matmul(upper[start:end, end:late].float(), errors[end:late])
             near = upper[start:end, start:end].float().T.contiguous()
             # Rows are taken out once: finding one takes as long as an operation on a short one.
             block = [tensor.unbind() for tensor in (codes[start:end], errors[start:end], own, near, near.diagonal())]
@@ -57,8 +57,8 @@ def gptq_round(weight: torch.Tensor, rounder: Rounder, scale: torch.Tensor, sche
     return restored
 
 
-def search_rounded_scale(
-    weight: torch.Tensor, gram: torch.Tensor, rounder: Rounder, scale: torch.Tensor, scheme: LinearScheme
+def search_gptq_scale(
+    weight: torch.Tensor, gram: torch.Tensor, rounder: HessianFactor, scale: torch.Tensor, scheme: LinearScheme
 ) -> torch.Tensor:
     """Scales as stored: for each output those of FRACTIONS of the range that leave the least error e H e^T.
 
@@ -78,5 +78,5 @@ def search_rounded_scale(
 
 
 def _row_errors(weight: torch.Tensor, gram: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    error = weight - codes.float() * column_scales(scale, weight.shape[1])
-    return (product(error, gram) * error).sum(1)
+    error = weight - codes.float() * expand_scales(scale, weight.shape[1])
+    return (matmul(error, gram) * error).sum(1)

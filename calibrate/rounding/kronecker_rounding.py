@@ -22,24 +22,24 @@ import torch
 from torch import nn
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
-from qvlm_export.calibrate.quantization.hessian import Rounder, make_rounder
-from qvlm_export.calibrate.quantization.quantizer import column_scales
+from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.quantization.hessian import HessianFactor, factor_hessian
+from qvlm_export.calibrate.quantization.quantizer import expand_scales
 from qvlm_export.calibrate.rounding.output_hessian import DAMPING
 
 BLOCK = 128  # rows and columns that anti-diagonals are walked in; between blocks errors go by matrix products
 
 
-def make_row_rounder(metric: torch.Tensor, device: torch.device) -> Rounder:
+def factor_output_hessian(metric: torch.Tensor, device: torch.device) -> HessianFactor:
     """Order of the outputs and M, from the metric as it is kept."""
     kept = metric.to(device).float()
-    gram = kept if len(kept) == kept.shape[1] else product(kept.T, kept)
+    gram = kept if len(kept) == kept.shape[1] else matmul(kept.T, kept)
     size = gram.diagonal().mean().clamp(min=1e-30)
-    return make_rounder(gram / size, DAMPING)
+    return factor_hessian(gram / size, DAMPING)
 
 
-def two_sided_round(
-    weight: torch.Tensor, columns: Rounder, rows: Rounder, scale: torch.Tensor, scheme: LinearScheme
+def kronecker_round(
+    weight: torch.Tensor, columns: HessianFactor, rows: HessianFactor, scale: torch.Tensor, scheme: LinearScheme
 ) -> torch.Tensor:
     """Codes int8 [out, in] for fixed scales. weight: float32 [out, in]; columns: of H; rows: of G; scale as stored.
 
@@ -51,13 +51,13 @@ def two_sided_round(
     across, down = _Factor(columns.lower, wide - into), _Factor(rows.lower, high - out)
     exact, steps = (weight.new_full((high, wide), fill) for fill in (0.0, 1.0))
     exact[high - out :, wide - into :] = weight[rows.order][:, columns.order]
-    steps[high - out :, wide - into :] = column_scales(scale, into)[rows.order][:, columns.order]
+    steps[high - out :, wide - into :] = expand_scales(scale, into)[rows.order][:, columns.order]
     errors, owed = torch.zeros_like(exact), torch.zeros_like(exact)  # E, and E L as far as it is known
     for diagonal in range(high // size + wide // size - 2, -1, -1):
         places = range(max(0, diagonal - wide // size + 1), min(diagonal, high // size - 1) + 1)
         parts = [(slice(n * size, (n + 1) * size), slice((diagonal - n) * size, (diagonal - n + 1) * size)) for n in places]
         for own, part in parts:
-            owed[own, part] = product(errors[own, part.stop :], across.below(part))
+            owed[own, part] = matmul(errors[own, part.stop :], across.below(part))
         blocks = _Blocks(
             torch.stack([exact[at] for at in parts]),
             torch.stack([steps[at] for at in parts]),
@@ -65,7 +65,7 @@ def two_sided_round(
             torch.stack([down.square(own) for own, _ in parts]),
             scheme,
         )
-        pulled = torch.stack([product(down.below(own).T, owed[own.stop :, part]) for own, part in parts])
+        pulled = torch.stack([matmul(down.below(own).T, owed[own.stop :, part]) for own, part in parts])
         found = blocks.rounded(torch.stack([owed[at] for at in parts]), pulled)
         for at, error, whole in zip(parts, *found, strict=True):
             errors[at], owed[at] = error, whole

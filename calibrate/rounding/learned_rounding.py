@@ -17,27 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of
+from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import Run
-from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
+from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import few_rows_on_one_thread, linear_output
+from qvlm_export.calibrate.numerics.matmul import apply_linear, deterministic_small_matmul
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale_nearest,
-    column_scales,
+    expand_scales,
     squared_sum,
     stored_weight_scale,
 )
 
-HELD_BACK = 8  # every eighth picture decides, with all prompts about it; the others teach
+HELD_OUT_EVERY = 8  # every eighth picture decides, with all prompts about it; the others teach
 STEP_TOKENS = 768
-CHECKS = 4  # times that the held-back samples are looked at
+NUM_CHECKS = 4  # times that the held-back samples are looked at
 RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class LearningBatch:
     """x: inputs from the quantized prefix, y: what the float model gives there, float32 [B, tokens, width].
 
     root: of what an error counts, float32 [B, tokens, 1]. group: int64 [B], of each input; those of a group, all prompts
@@ -49,9 +49,9 @@ class Batch:
     root: torch.Tensor
     group: torch.Tensor
 
-    def rows(self, chosen: torch.Tensor) -> Batch:
+    def rows(self, chosen: torch.Tensor) -> LearningBatch:
         """Some of its inputs, by mask or number."""
-        return Batch(self.x[chosen], self.y[chosen], self.root[chosen], self.group[chosen.to(self.group.device)])
+        return LearningBatch(self.x[chosen], self.y[chosen], self.root[chosen], self.group[chosen.to(self.group.device)])
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,19 @@ class LearnedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start, bits = self.get_buffer("start"), self.scheme.activation_bits
         # The value a code stood for at the start stays; other scales may give it another code.
-        moved = self.get_buffer("codes") * column_scales(start / self.scale(), self.columns) + self.offset
-        weight = _rounded(moved).clamp(self.scheme.qmin, self.scheme.qmax) * column_scales(self.scale(), self.columns)
+        moved = self.get_buffer("codes") * expand_scales(start / self.scale(), self.columns) + self.offset
+        weight = _rounded(moved).clamp(self.scheme.qmin, self.scheme.qmax) * expand_scales(self.scale(), self.columns)
         if self.log_input is not None and bits is not None:
             step = self.log_input.exp()
             x = _rounded(x / step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
-        return linear_output(x, weight, self.bias)
+        return apply_linear(x, weight, self.bias)
 
     def quantized(self) -> QuantizedLinear:
         """What has been learned, as it will be stored."""
         with torch.no_grad():
             scale = stored_weight_scale(self.scale(), self.scheme)
             start = self.get_buffer("start")
-            moved = self.get_buffer("codes") * column_scales(start / self.scale(), self.columns) + self.offset
+            moved = self.get_buffer("codes") * expand_scales(start / self.scale(), self.columns) + self.offset
             codes = moved.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
             own = None if self.log_input is None else activation_scale_nearest(float(self.log_input.exp()))
         return QuantizedLinear(self.scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
@@ -139,17 +139,17 @@ def learn_block(
     module: nn.Module,
     found: Mapping[str, QuantizedLinear],
     run: Run,
-    batches: Sequence[Batch],
+    batches: Sequence[LearningBatch],
     *,
     steps: int,
     seed: int,
 ) -> Learned:
     """Learns the linears `found` of a block whose float weights are in `module`.
 
-    batches: see `counted`.
+    batches: see `make_learning_batches`.
     """
     student = copy.deepcopy(module)
-    linears = {name: LearnedLinear(linear_of(student, name), linear) for name, linear in found.items()}
+    linears = {name: LearnedLinear(get_linear(student, name), linear) for name, linear in found.items()}
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, linear)
@@ -169,14 +169,14 @@ def learn_block(
             wrong = (run(student, drawn.x) - drawn.y) * drawn.root
             loss = _squares(wrong) / _squares(drawn.y * drawn.root)
             optimizer.zero_grad()
-            with few_rows_on_one_thread(drawn.x):
+            with deterministic_small_matmul(drawn.x):
                 loss.backward()
         share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         optimizer.step()
         forwards, backwards = forwards + len(drawn.x), backwards + len(drawn.x)
-        if (step + 1) % max(1, steps // CHECKS) == 0:
+        if (step + 1) % max(1, steps // NUM_CHECKS) == 0:
             settled = _settled(student)
             error = _error(settled, run, decide)
             forwards += deciding
@@ -187,7 +187,7 @@ def learn_block(
 
 def _share_ranges(module: nn.Module, linears: Mapping[str, LearnedLinear]) -> None:
     """Linears that read one input with one range go on doing so: the graph quantizes it once."""
-    for group in groups_of(module):
+    for group in find_shared_inputs(module):
         known: dict[tuple[float, int | None], nn.Parameter] = {}
         for linear in (linears[name] for name in group.linears if name in linears):
             if linear.log_input is not None:
@@ -232,31 +232,32 @@ def _settled(student: nn.Module) -> nn.Module:
     return settled
 
 
-def counted(
+def make_learning_batches(
     inputs: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor] | None = None,
     groups: Sequence[torch.Tensor] | None = None,
-) -> list[Batch]:
-    """Batches to learn from, see `Batch`. weights: [B, tokens] of each, None for all alike. groups: None: each its own."""
+) -> list[LearningBatch]:
+    """Batches to learn from, see `LearningBatch`. weights: [B, tokens] of each, None for all alike. groups: None: each its
+    own."""
     if weights is None:
         weights = [torch.ones(x.shape[:2], device=x.device) for x in inputs]
     if groups is None:
         groups = torch.arange(sum(len(x) for x in inputs)).split([len(x) for x in inputs])
-    return [Batch(x, y, w.sqrt()[..., None], g) for x, y, w, g in zip(inputs, wanted, weights, groups, strict=True)]
+    return [LearningBatch(x, y, w.sqrt()[..., None], g) for x, y, w, g in zip(inputs, wanted, weights, groups, strict=True)]
 
 
-def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def _parted(batches: Sequence[LearningBatch]) -> tuple[list[LearningBatch], list[LearningBatch]]:
     """Those that teach and those that decide: of few groups the last one. A single group does both."""
     groups = torch.cat([batch.group for batch in batches]).unique()
-    deciding = groups[HELD_BACK - 1 :: HELD_BACK] if len(groups) >= HELD_BACK else groups[-1:]
+    deciding = groups[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] if len(groups) >= HELD_OUT_EVERY else groups[-1:]
     held = [torch.isin(batch.group, deciding) for batch in batches]
     teach = [batch.rows(~mask) for batch, mask in zip(batches, held, strict=True) if not mask.all()]
     decide = [batch.rows(mask) for batch, mask in zip(batches, held, strict=True) if mask.any()]
     return (teach, decide) if teach and decide else (teach or decide, decide or teach)
 
 
-def _draw(batches: Sequence[Batch], generator: torch.Generator) -> Batch:
+def _draw(batches: Sequence[LearningBatch], generator: torch.Generator) -> LearningBatch:
     """Some inputs of one batch, every input of all batches being as likely."""
     sizes = torch.tensor([float(len(batch.x)) for batch in batches])
     batch = batches[int(torch.multinomial(sizes, 1, generator=generator))]
@@ -269,7 +270,7 @@ def _squares(x: torch.Tensor) -> torch.Tensor:
     return x.square().flatten(0, -2).sum(1).double().cumsum(0)[-1].float()
 
 
-def _error(student: nn.Module, run: Run, batches: Sequence[Batch]) -> float:
+def _error(student: nn.Module, run: Run, batches: Sequence[LearningBatch]) -> float:
     """Squared error relative to the float outputs."""
     with torch.no_grad():
         wrong = sum(squared_sum((run(student, batch.x) - batch.y) * batch.root) for batch in batches)

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
-from qvlm_export.calibrate.quantization.hessian import make_rounder
+from qvlm_export.calibrate.quantization.hessian import factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import squared_sum
 
 DAMPING = 0.1  # of the mean of G's diagonal: its gradients are of few samples
 
-SKETCHED = 1024  # outputs beyond which a sketch of so many rows is kept of their gradients
+SKETCH_ROWS = 1024  # outputs beyond which a sketch of so many rows is kept of their gradients
 
 
-def empty_metric(outputs: int) -> torch.Tensor:
+def empty_output_hessian(outputs: int) -> torch.Tensor:
     """What `add_gradients` adds to: float32 [out, out], or a sketch, bfloat16 [SKETCHED, out] with S^T S about G."""
-    if outputs <= SKETCHED:
+    if outputs <= SKETCH_ROWS:
         return torch.zeros(outputs, outputs)
-    return torch.zeros(SKETCHED, outputs, dtype=torch.bfloat16)
+    return torch.zeros(SKETCH_ROWS, outputs, dtype=torch.bfloat16)
 
 
 def add_gradients(metric: torch.Tensor, gradients: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -29,15 +29,15 @@ def add_gradients(metric: torch.Tensor, gradients: torch.Tensor, generator: torc
     A sketch holds random sums of the gradients (Achlioptas 2003, theorem 1.1), whose products are G's on average.
     """
     if len(metric) == metric.shape[1]:
-        return metric + product(gradients.T, gradients).cpu()
+        return metric + matmul(gradients.T, gradients).cpu()
     signs = torch.randint(0, 2, (len(metric), len(gradients)), generator=generator) * 2.0 - 1.0
-    more = product(signs.to(gradients.device), gradients).cpu() / len(metric) ** 0.5
+    more = matmul(signs.to(gradients.device), gradients).cpu() / len(metric) ** 0.5
     return (metric.float() + more).bfloat16()
 
 
-def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """What `leverages` multiplies inputs by, float32 [in, in], from their Gram matrix, float32 [in, in]."""
-    rounder = make_rounder(gram)
+def invert_cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """What `leverage_scores` multiplies inputs by, float32 [in, in], from their Gram matrix, float32 [in, in]."""
+    rounder = factor_hessian(gram)
     inverse = torch.empty_like(gram)
     with one_thread():
         identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
@@ -45,12 +45,12 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def leverages(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """x^T H^-1 x of every row, float32 [tokens]. rows: float32 [tokens, in]; inverse: as `inverse_factor` gives it."""
-    return product(rows, inverse).square().sum(1)
+def leverage_scores(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """x^T H^-1 x of every row, float32 [tokens]. rows: float32 [tokens, in]; inverse: as `invert_cholesky` gives it."""
+    return matmul(rows, inverse).square().sum(1)
 
 
-def scaled_metric(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def scale_output_hessian(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """The metric of outputs that were divided by factors, float32 [out], which multiplies their gradients."""
     own = factors.to(metric.device)
     if len(metric) == metric.shape[1]:
@@ -58,7 +58,7 @@ def scaled_metric(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return (metric.float() * own).bfloat16()
 
 
-def row_roots(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def root_output_importance(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """What an error of each output counts, as factors of its row, float32 [all outputs], mean square 1; all 1 where nothing
     matters. metrics: of linears that share an input, one after another."""
     sizes = [m.diagonal() if len(m) == m.shape[1] else m.float().square().sum(0) for m in metrics]
@@ -68,7 +68,7 @@ def row_roots(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Te
     return (damped / mean if mean > 0 else torch.ones_like(damped)).sqrt().to(device)
 
 
-def directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:
+def error_directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:
     """D float32 [out, k] with |e D|^2 what an error e does to the answers, DAMPING of its own size included."""
     kept = metric.to(device).float()
     if len(kept) == kept.shape[1]:

@@ -23,26 +23,44 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from qvlm_export.calibrate.augmentation.mixup import features_of
-from qvlm_export.calibrate.augmentation.prompts import Mixed, Prompts, flat, labels_of, shown
-from qvlm_export.calibrate.blockwise.batching import batches_of, parted
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite
-from qvlm_export.calibrate.blockwise.forward import FINAL_NORM, HEAD, TABLE, Run, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration, check_outputs
-from qvlm_export.calibrate.blockwise.offload import residents
-from qvlm_export.calibrate.blockwise.resume import Named, Work
-from qvlm_export.calibrate.blockwise.shared_inputs import linears_of
+from qvlm_export.calibrate.augmentation.mixup import compute_image_features
+from qvlm_export.calibrate.augmentation.prompts import (
+    MixupSample,
+    Prompts,
+    flatten_prompts,
+    image_features_of_prompts,
+    label_block_inputs,
+)
+from qvlm_export.calibrate.blockwise.batching import batch_by_length, split_by_size
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
+from qvlm_export.calibrate.blockwise.forward import Run, load_head, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, check_outputs
+from qvlm_export.calibrate.blockwise.offload import open_block_loader
+from qvlm_export.calibrate.blockwise.resume import CalibrationWork, NamedTensors
+from qvlm_export.calibrate.blockwise.shared_inputs import list_linears
 from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.numerics.matmul import few_rows_on_one_thread, product
+from qvlm_export.calibrate.numerics.matmul import deterministic_small_matmul
 from qvlm_export.calibrate.numerics.memory import trim_heap
-from qvlm_export.calibrate.quantization.config import Method
-from qvlm_export.calibrate.sensitivity.block_backward import FLOOR, Asked, Influence, Weights, take_back
-from qvlm_export.calibrate.sensitivity.tape import Passed, Trail, Visit, forget_trail, is_kept, passed
+from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.sensitivity.block_backward import (
+    MIN_TOKEN_WEIGHT,
+    BackwardRequest,
+    Sensitivity,
+    TokenWeights,
+    backward_block,
+)
+from qvlm_export.calibrate.sensitivity.tape import (
+    RecordedForward,
+    Tape,
+    TapeEntry,
+    delete_tape,
+    fits_in_memory,
+    record_forward,
+)
 
-PART_VALUES = 2**31  # float32 values kept between blocks at a time
+MAX_TAPE_VALUES = 2**31  # float32 values kept between blocks at a time
 _SEEDS = 2**20  # of a part, one for each of its blocks
 
 
@@ -54,9 +72,9 @@ class _Pass:
 
     number: int
     first: int
-    method: Method
+    method: SearchConfig
     visited: Callable[[], None]
-    metrics: dict[str, torch.Tensor] | None
+    output_hessians: dict[str, torch.Tensor] | None
     others: Mapping[int, torch.Tensor]
     keeps: bool
 
@@ -65,34 +83,34 @@ class _Pass:
         seed = self.method.seed + self.number
         return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS + block)
 
-    def asked(self, block: int) -> Asked:
+    def asked(self, block: int) -> BackwardRequest:
         """Of a block on the way back, the last having the highest number."""
-        return Asked(self.metrics, self.method.learn_steps > 0, self.method.leverage, self.drawn(block))
+        return BackwardRequest(self.output_hessians, self.method.learn_steps > 0, self.method.leverage, self.drawn(block))
 
 
-def measure_influence(
-    job: Calibration, prompts: Prompts, method: Method, progress: Callable[[float], None] = lambda _: None
-) -> Influence:
+def measure_sensitivity(
+    job: CalibrationJob, prompts: Prompts, method: SearchConfig, progress: Callable[[float], None] = lambda _: None
+) -> Sensitivity:
     """Nothing for the objective `plain`. Reads the weights twice for every part of the samples, once where
     all that is computed is kept (`trail.is_kept`).
 
     What an interrupted run measured is not measured again. progress: is told which share is done.
     """
-    if method.objective == "plain":
-        return Influence()
+    if method.token_weighting == "plain":
+        return Sensitivity()
     parts = list(_parts(prompts, job.blocks))
     first, found = _recalled(job.work, len(parts))
     if first:
-        forget_trail(job.work, _part_name(first - 1))
+        delete_tape(job.work, _part_name(first - 1))
         progress(first / len(parts))
-    metrics = found.outputs if method.two_sided() else None
+    metrics = found.outputs if method.needs_output_hessians() else None
     others = _other_features(job, prompts) if first < len(parts) else {}
     keeps = _keeps(job, prompts)
     for number in range(first, len(parts)):
         visits = itertools.count(1)
 
         def visited(number: int = number, visits: Iterator[int] = visits) -> None:
-            progress((number + next(visits) / (2 * job.blocks.count())) / len(parts))
+            progress((number + next(visits) / (2 * job.blocks.num_blocks())) / len(parts))
 
         trim_heap()
         before = sum(map(len, parts[:number]))
@@ -102,145 +120,150 @@ def measure_influence(
         _keep(job.work, number, found)
         progress((number + 1) / len(parts))
     tokens = found.tokens
-    if method.objective == "modality":
+    if method.token_weighting == "modality":
         tokens = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in tokens.items()}
-    return Influence({name: _normalised(weights) for name, weights in tokens.items()}, found.outputs)
+    return Sensitivity({name: _normalised(weights) for name, weights in tokens.items()}, found.outputs)
 
 
-def _recalled(work: Work | None, parts: int) -> tuple[int, Influence]:
+def _recalled(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
     """The first part that was not measured yet, and what those before it gave together."""
     for number in reversed(range(parts)) if work is not None else ():
-        if work is not None and (kept := work.recalled(_part_name(number))) is not None:
+        if work is not None and (kept := work.load(_part_name(number))) is not None:
             return number + 1, _unnamed(kept)
-    return 0, Influence()
+    return 0, Sensitivity()
 
 
-def _keep(work: Work | None, number: int, found: Influence) -> None:
+def _keep(work: CalibrationWork | None, number: int, found: Sensitivity) -> None:
     """What all parts up to this one gave together, instead of what those before it did: metrics are large."""
     if work is None:
         return
-    work.remember(_part_name(number), _named(found))
-    forget_trail(work, _part_name(number))
+    work.save(_part_name(number), _named(found))
+    delete_tape(work, _part_name(number))
     if number:
-        work.forget(_part_name(number - 1))
+        work.delete(_part_name(number - 1))
 
 
-def _named(found: Influence) -> Named:
+def _named(found: Sensitivity) -> NamedTensors:
     """As the work folder keeps it."""
     tokens = {f"tokens/{name}": weights for name, weights in found.tokens.items()}
     return tokens | {f"outputs/{name}": [metric] for name, metric in found.outputs.items()}
 
 
-def _unnamed(kept: Named) -> Influence:
-    by_kind: dict[str, Weights] = {"tokens": {}, "outputs": {}}
+def _unnamed(kept: NamedTensors) -> Sensitivity:
+    by_kind: dict[str, TokenWeights] = {"tokens": {}, "outputs": {}}
     for key, tensors in kept.items():
         kind, _, name = key.partition("/")
         by_kind[kind][name] = tensors
-    return Influence(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
+    return Sensitivity(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
 
 
 def _part_name(number: int) -> str:
     return f"influence-{number:04}"
 
 
-def runs_of(job: Calibration, prompts: Prompts, method: Method) -> tuple[int, int]:
+def count_passes(job: CalibrationJob, prompts: Prompts, method: SearchConfig) -> tuple[int, int]:
     """How many prompts and pictures go through a block, forwards and backwards."""
-    if method.objective == "plain":
+    if method.token_weighting == "plain":
         return 0, 0
     pictures, others = (
         (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
         for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
     )
     once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    back = method.ways_back()
+    back = method.num_backward_passes()
     return (1 if _keeps(job, prompts) else 1 + back) * once + others, back * once
 
 
-def _keeps(job: Calibration, prompts: Prompts) -> bool:
+def _keeps(job: CalibrationJob, prompts: Prompts) -> bool:
     pictures = sum(len(sample.pixel_values) for sample in job.samples)
-    return is_kept(job.blocks, pictures, sum(len(text.input_ids) for text in flat(prompts)[0]))
+    return fits_in_memory(job.blocks, pictures, sum(len(text.input_ids) for text in flatten_prompts(prompts)[0]))
 
 
 def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
     """As many samples at a time, with all prompts about their pictures, as memory is meant for."""
-    values = blocks.text_width() * blocks.count()
-    return parted(prompts, [values * sum(len(prompt.input_ids) for prompt in about) for about in prompts], PART_VALUES)
+    values = blocks.text_width() * blocks.num_blocks()
+    return split_by_size(
+        prompts, [values * sum(len(prompt.input_ids) for prompt in about) for about in prompts], MAX_TAPE_VALUES
+    )
 
 
-def _part_influence(job: Calibration, prompts: Prompts, own: _Pass) -> Weights:
+def _part_influence(job: CalibrationJob, prompts: Prompts, own: _Pass) -> TokenWeights:
     blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
-    texts, pictures_of = flat(prompts)
+    texts, pictures_of = flatten_prompts(prompts)
     seeing = replace(job, samples=pictured)
-    trail = Trail(blocks, job.work, _part_name(own.number))
+    trail = Tape(blocks, job.work, _part_name(own.number))
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches, given = batches_of(inputs), [x.clone() if x.is_inference() else x for x in inputs]
+        batches, given = batch_by_length(inputs), [x.clone() if x.is_inference() else x for x in inputs]
         leaves = known = trail.known()
-        kept: list[Passed] = []
+        kept: list[RecordedForward] = []
         if leaves is None:
             with resident(block) as module, torch.set_grad_enabled(own.keeps):
                 if own.keeps:
-                    kept = [passed(module, run, x.to(job.device), linears_of(module)) for x in batches.merging(given)]
+                    kept = [
+                        record_forward(module, run, x.to(job.device), list_linears(module))
+                        for x in batches.iter_merged(given)
+                    ]
                     leaves = [one.out.detach().cpu().clone() for one in kept]
                 else:
-                    leaves = [run(module, x.to(job.device)).cpu() for x in batches.merging(given)]
-            numbers = pictures_of if block in blocks.text_layers else seeing.shown(block)
+                    leaves = [run(module, x.to(job.device)).cpu() for x in batches.iter_merged(given)]
+            numbers = pictures_of if block in blocks.text_layers else seeing.sample_numbers(block)
             check_outputs(block, batches.split(leaves), [own.first + number for number in numbers])
         for leaf in leaves:
             leaf.requires_grad_()
-        trail.add(Visit(block, run, batches, given, leaves, kept), known=known is not None)
+        trail.add(TapeEntry(block, run, batches, given, leaves, kept), known=known is not None)
         own.visited()
         return batches.split(leaves)
 
-    with torch.enable_grad(), residents(blocks, source, job.device) as resident:
-        features = walk_vision(blocks, source, pictured, step)
-        seen = shown(texts, pictures_of, features, own.others)
-        hidden = walk_language(blocks, source, texts, seen, step)
+    with torch.enable_grad(), open_block_loader(blocks, source, job.device) as resident:
+        features = run_vision_blocks(blocks, source, pictured, step)
+        seen = image_features_of_prompts(texts, pictures_of, features, own.others)
+        hidden = run_decoder_blocks(blocks, source, texts, seen, step)
         if not trail.turned():
             _probe(job, texts, hidden, own)
-    found: Weights = {}
-    with torch.enable_grad(), residents(blocks, source, job.device, backwards=True) as resident:
+    found: TokenWeights = {}
+    with torch.enable_grad(), open_block_loader(blocks, source, job.device, backwards=True) as resident:
         while trail.visits:
             if (kept := trail.found()) is None:
-                back = take_back(trail.last(), resident, job.device, own.asked(len(trail.visits)))
+                back = backward_block(trail.last(), resident, job.device, own.asked(len(trail.visits)))
                 trail.leave(_named(back))
             else:
                 back = _unnamed(kept)
                 trail.leave()
             found |= back.tokens
-            if own.metrics is not None:
-                own.metrics.update(back.outputs)
+            if own.output_hessians is not None:
+                own.output_hessians.update(back.outputs)
             own.visited()
     return found
 
 
 def _others(prompts: Prompts) -> list[int]:
     """Numbers of the samples whose pictures others are mixed with."""
-    return sorted({text.other for about in prompts for text in about if isinstance(text, Mixed)})
+    return sorted({text.other for about in prompts for text in about if isinstance(text, MixupSample)})
 
 
-def _other_features(job: Calibration, prompts: Prompts) -> dict[int, torch.Tensor]:
+def _other_features(job: CalibrationJob, prompts: Prompts) -> dict[int, torch.Tensor]:
     """By number of the sample."""
     numbers = _others(prompts)
-    return dict(zip(numbers, features_of(job, [job.samples[n] for n in numbers]), strict=True)) if numbers else {}
+    return dict(zip(numbers, compute_image_features(job, [job.samples[n] for n in numbers]), strict=True)) if numbers else {}
 
 
-def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], own: _Pass) -> None:
+def _probe(job: CalibrationJob, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], own: _Pass) -> None:
     """Gradients of the answers' probed logits by the last block's outputs, left in its leaves."""
-    gain = load_finite(job.source, FINAL_NORM)
-    head = load_finite(job.source, HEAD if HEAD in job.source else TABLE)
+    head = load_head(job.source, job.blocks.final_epsilon)
 
     def logits_of(sample: Sample, states: torch.Tensor) -> torch.Tensor:
         first = max(sample.answer_start - 1, 0)
-        answer = states[0, first : max(first + 1, len(sample.input_ids) - 1)]
-        return product(nn.functional.rms_norm(answer, gain.shape, gain, job.blocks.final_epsilon), head.T)
+        return head.logits(states[0, first : max(first + 1, len(sample.input_ids) - 1)])
 
-    objective, generator = own.method.objective, own.drawn()
+    objective, generator = own.method.token_weighting, own.drawn()
     share = 0.0 if objective == "kl" else 1.0
     if objective == "kl+logits":
         with torch.no_grad():
             curves = [1 - logits_of(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
-        share = float(torch.cat(curves).double().mean()) / len(head)  # the mean trace of diag(p) - p p^T, of the identity's
+        share = float(torch.cat(curves).double().mean()) / len(
+            head.weight
+        )  # the mean trace of diag(p) - p p^T, of the identity's
 
     def signs(like: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1.0
@@ -252,15 +275,15 @@ def _probe(job: Calibration, texts: Sequence[Sample], hidden: Sequence[torch.Ten
             likely = logits.detach().softmax(-1)
             turned = likely.sqrt() * signs(logits)
             probe = probe + turned - likely * turned.sum(-1, keepdim=True)
-        with few_rows_on_one_thread(logits):
+        with deterministic_small_matmul(logits):
             torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
 
 
-def _labels(name: str, job: Calibration, prompts: Prompts) -> list[torch.Tensor]:
+def _labels(name: str, job: CalibrationJob, prompts: Prompts) -> list[torch.Tensor]:
     """TokenLabels of the inputs of a block, or of a linear inside one."""
-    blocks = (*job.blocks.vision_layers, job.blocks.projector, *job.blocks.text_layers)
+    blocks = job.blocks.all()
     owner = next(block for block in blocks if f"{name}.".startswith(f"{block.prefix}."))
-    return labels_of(owner, job.blocks, prompts)
+    return label_block_inputs(owner, job.blocks, prompts)
 
 
 def _by_kind(weights: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -281,4 +304,4 @@ def _normalised(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     mean = sum(float(w.double().sum()) for w in weights) / max(count, 1)
     if not mean > 0.0:
         return [torch.ones_like(w) for w in weights]
-    return [(w / mean + FLOOR) / (1.0 + FLOOR) for w in weights]
+    return [(w / mean + MIN_TOKEN_WEIGHT) / (1.0 + MIN_TOKEN_WEIGHT) for w in weights]

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.batching import Batches
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, linear_of
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, get_linear
 from qvlm_export.calibrate.blockwise.forward import Run
-from qvlm_export.calibrate.blockwise.resume import Named, Work
-from qvlm_export.calibrate.numerics.matmul import few_rows_on_one_thread
+from qvlm_export.calibrate.blockwise.resume import CalibrationWork, NamedTensors
+from qvlm_export.calibrate.numerics.matmul import deterministic_small_matmul
 
-WHOLE_BYTES = 2**29  # of all that a forward pass computes, up to which it is kept for the way back
+MAX_GRAPH_BYTES = 2**29  # of all that a forward pass computes, up to which it is kept for the way back
 
 
 @dataclass(frozen=True)
-class Passed:
+class RecordedForward:
     """One batch through a block, for its gradients: what went in, what each linear read and gave, by name inside the block,
     and what came out."""
 
@@ -33,14 +33,14 @@ class Passed:
 
     def gradients(self, of_out: torch.Tensor, *, last: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """By x and by what each linear gave, for those of `out`. last: nobody asks again."""
-        with few_rows_on_one_thread(self.x):
+        with deterministic_small_matmul(self.x):
             first, *others = torch.autograd.grad(
                 self.out, [self.x, *self.given.values()], of_out, retain_graph=not last, materialize_grads=True
             )
         return first, dict(zip(self.given, others, strict=True))
 
 
-def passed(module: nn.Module, run: Run, x: torch.Tensor, names: Sequence[str]) -> Passed:
+def record_forward(module: nn.Module, run: Run, x: torch.Tensor, names: Sequence[str]) -> RecordedForward:
     """x: float32 [B, tokens, width]. names: of the linears that are asked for."""
     inside, read, given = x.detach().requires_grad_(), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
 
@@ -50,29 +50,29 @@ def passed(module: nn.Module, run: Run, x: torch.Tensor, names: Sequence[str]) -
 
         return hook
 
-    handles = [linear_of(module, name).register_forward_hook(keeper(name)) for name in names]
+    handles = [get_linear(module, name).register_forward_hook(keeper(name)) for name in names]
     try:
-        return Passed(inside, read, given, run(module, inside))
+        return RecordedForward(inside, read, given, run(module, inside))
     finally:
         for handle in handles:
             handle.remove()
 
 
-def is_kept(blocks: ModelBlocks, pictures: int, tokens: int) -> bool:
+def fits_in_memory(blocks: ModelBlocks, pictures: int, tokens: int) -> bool:
     """Whether the model and its inputs are so small that nothing has to be computed again on the way back.
 
     By what linears read and make, and their weights. tokens: of all prompts in the decoder.
     """
     values = 0
-    for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
+    for block in blocks.all():
         linears = [layer for layer in block.module.modules() if isinstance(layer, nn.Linear)]
-        seen = tokens if block in blocks.text_layers else pictures * blocks.patches()
+        seen = tokens if block in blocks.text_layers else pictures * blocks.num_patches()
         values += sum(x.weight.numel() + seen * (x.in_features + x.out_features) for x in linears)
-    return 4 * values <= WHOLE_BYTES
+    return 4 * values <= MAX_GRAPH_BYTES
 
 
 @dataclass(frozen=True)
-class Visit:
+class TapeEntry:
     """A block that ran: its inputs, parts of the leaves before it, which lie in memory once, and the leaves that its outputs
     became, one a batch. passed: every batch, or none where it has to be computed again."""
 
@@ -81,14 +81,14 @@ class Visit:
     batches: Batches
     inputs: list[torch.Tensor]
     leaves: list[torch.Tensor]
-    passed: list[Passed]
+    passed: list[RecordedForward]
 
 
-class Trail:
+class Tape:
     """The visits of one way there, the last of which is taken back first. name: of its files in the work folder."""
 
-    def __init__(self, blocks: ModelBlocks, work: Work | None, name: str) -> None:
-        self.visits: list[Visit] = []
+    def __init__(self, blocks: ModelBlocks, work: CalibrationWork | None, name: str) -> None:
+        self.visits: list[TapeEntry] = []
         self._work, self._name, self._skipped = work, name, False
         # Blocks whose outputs nobody but the block behind them reads.
         passing = [layer for n, layer in enumerate(blocks.vision_layers, start=1) if n not in blocks.features]
@@ -100,11 +100,11 @@ class Trail:
         # In memory of their own: aligned alike wherever they come from, as last bits of products may depend on it.
         return None if recalled is None else [leaf.clone() for leaf in _leaves(recalled)]
 
-    def add(self, visit: Visit, *, known: bool) -> None:
+    def add(self, visit: TapeEntry, *, known: bool) -> None:
         """Behind the others. known: by an interrupted run."""
         number = len(self.visits)
         if self._work is not None and not known:
-            self._work.remember(self._file("there", number), {"leaves": [leaf.detach() for leaf in visit.leaves]})
+            self._work.save(self._file("there", number), {"leaves": [leaf.detach() for leaf in visit.leaves]})
         if self._work is not None and number and self.visits[-1].block.prefix in self._passing:
             for leaf in self.visits[-1].leaves:
                 leaf.untyped_storage().resize_(0)
@@ -114,11 +114,11 @@ class Trail:
         """Whether an interrupted run had begun the way back."""
         return self.found() is not None
 
-    def found(self) -> Named | None:
+    def found(self) -> NamedTensors | None:
         """What an interrupted run found at the last visit on the way back; None when it had not come there."""
         return self._recalled("back", len(self.visits) - 1)
 
-    def last(self) -> Visit:
+    def last(self) -> TapeEntry:
         """The last visit, its inputs in memory, its leaves with their gradients."""
         number = len(self.visits) - 1
         if self._work is not None and number and self.visits[number - 1].block.prefix in self._passing:
@@ -129,7 +129,7 @@ class Trail:
                 self.visits[visit].leaves[place].grad = gradient.clone()
         return self.visits[-1]
 
-    def leave(self, found: Named | None = None) -> None:
+    def leave(self, found: NamedTensors | None = None) -> None:
         """Takes the last visit away. found: there, on the way back; None when that was known already."""
         self.visits.pop()
         number, self._skipped = len(self.visits), found is None
@@ -141,9 +141,9 @@ class Trail:
             for place, leaf in enumerate(passed.leaves)
             if leaf.grad is not None
         }
-        self._work.remember(self._file("pending", number), pending)
-        self._work.remember(self._file("back", number), found)
-        self._work.forget(self._file("pending", number + 1))
+        self._work.save(self._file("pending", number), pending)
+        self._work.save(self._file("back", number), found)
+        self._work.delete(self._file("pending", number + 1))
 
     def _take_out(self, number: int) -> None:
         recalled = self._recalled("there", number)
@@ -152,19 +152,19 @@ class Trail:
             leaf.untyped_storage().resize_(leaf.nbytes)
             leaf.data.copy_(content)  # nobody kept them for a gradient, so that autograd need not be told
 
-    def _recalled(self, way: str, number: int) -> Named | None:
-        return None if self._work is None else self._work.recalled(self._file(way, number))
+    def _recalled(self, way: str, number: int) -> NamedTensors | None:
+        return None if self._work is None else self._work.load(self._file(way, number))
 
     def _file(self, way: str, number: int) -> str:
         return f"{self._name}-{way}-{number:04}"
 
 
-def _leaves(recalled: Named) -> list[torch.Tensor]:
+def _leaves(recalled: NamedTensors) -> list[torch.Tensor]:
     """Of a visit; none where no sample of its part came to the block, as texts without pictures do not to the tower."""
     return recalled.get("leaves", [])
 
 
-def forget_trail(work: Work | None, name: str) -> None:
+def delete_tape(work: CalibrationWork | None, name: str) -> None:
     """Deletes its files."""
     if work is not None:
-        work.forget_all(f"{name}-")
+        work.delete_all(f"{name}-")

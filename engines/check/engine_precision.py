@@ -69,7 +69,7 @@ def read_gemms(plan: Path) -> list[Gemm]:
     return gemms
 
 
-def check_plan(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCheck]:
+def check_engine_precision(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCheck]:
     """Compares every planned linear with what the plan executes, in the plan's order of linears."""
     executed: dict[str, list[Gemm]] = {}
     for gemm in read_gemms(plan):
@@ -78,7 +78,7 @@ def check_plan(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCh
     return [_check(name, scheme, executed.get(name, [])) for name, scheme in planned.items()]
 
 
-def require_integer(plan: Path, checks: list[LinearCheck]) -> None:
+def require_integer_products(plan: Path, checks: list[LinearCheck]) -> None:
     """Raises UserError naming the first linear that does not run on integers."""
     failed = [c for c in checks if not c.passed]
     if failed:

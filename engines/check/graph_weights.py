@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
-from qvlm_export.engines.runtime.onnx_runner import open_twin
+from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 PARTS = ("vision", "language")
 _QUANTIZERS = ("DequantizeLinear", "Clip", "QuantizeLinear")
@@ -114,7 +114,7 @@ def run_blocks(
         probe = graph.with_name(f".{graph.stem}.probe.onnx")
         try:
             ir.save(model, probe)
-            session = open_twin(probe, data)
+            session = open_float32_session(probe, data)
         except OSError as error:
             raise UserError(f"{probe}: cannot be written ({error.strerror}); --per-layer needs to write there") from error
         finally:

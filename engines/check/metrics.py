@@ -46,7 +46,7 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a group of tokens adds up to. `not_finite` tokens have a NaN or infinite logit and are in no other sum."""
+    """What a group of tokens adds up to. `non_finite_error` tokens have a NaN or infinite logit and are in no other sum."""
 
     tokens: int = 0
     not_finite: int = 0

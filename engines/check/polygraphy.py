@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qvlm_export.calibrate.checkpoint.samples import Sample, placed
+from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.float32_graph import to_float32
-from qvlm_export.engines.runtime.onnx_runner import open_twin
+from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 OUTPUTS = {"vision": "image_embeds", "language": "logits"}
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
@@ -72,7 +72,7 @@ def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) 
     cache = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), narrow)
     return {
         "input_ids": sample.input_ids[None],
-        "image_embeds": placed(image_embeds, sample.placement).astype(narrow),
+        "image_embeds": place_features(image_embeds, sample.placement).astype(narrow),
         "position_ids": np.arange(length, dtype=np.int64)[None],
         "write_index": np.zeros(1, np.int64),
         **{f"past_key_values.{i}.{part}": cache for i in range(text.num_layers) for part in ("key", "value")},
@@ -84,14 +84,14 @@ def no_image(manifest: Manifest) -> np.ndarray:
     return np.zeros((1, manifest.config.text.hidden_size), np.float32)
 
 
-def write_twin(graph: Path, target: Path, output: str) -> None:
+def write_float32_graph(graph: Path, target: Path, output: str) -> None:
     """Writes the float32 twin of a shipped graph, with `output` as its only output, to `target` and `target`.data."""
     model, _ = to_float32(ir.load(graph))
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name == output]
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def twin_runners(folder: Path) -> dict[str, Any]:
+def float32_runners(folder: Path) -> dict[str, Any]:
     """Runners of the written twins, node by node as they stand in the file."""
     import onnxruntime as ort
     from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -112,7 +112,7 @@ def session_runners(manifest: Manifest) -> dict[str, Any]:
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     def opener(part: str) -> Any:
-        return lambda: open_twin(manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data"))
+        return lambda: open_float32_session(manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data"))
 
     return {part: OnnxrtRunner(opener(part), "session") for part in OUTPUTS}
 
@@ -192,8 +192,8 @@ def save_case(manifest: Manifest, sample: Sample, folder: Path, others: Sequence
     """
     for part in parts_of(sample):
         (folder / part).mkdir(parents=True, exist_ok=True)
-        write_twin(manifest.file(f"{part}_onnx"), folder / part / "model.onnx", OUTPUTS[part])
-    golden, verdicts = compare_runs(manifest, sample, twin_runners(folder), others, folder)
+        write_float32_graph(manifest.file(f"{part}_onnx"), folder / part / "model.onnx", OUTPUTS[part])
+    golden, verdicts = compare_runs(manifest, sample, float32_runners(folder), others, folder)
     commands = [line for part, output in golden.items() for line in _commands(manifest, part, folder, output, with_engine)]
     return Saved(folder, tuple(commands), tuple(verdicts))
 

@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import gpu_present
-from qvlm_export.engines.manifest import Manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.float32_graph import to_float32
 
 # Below this size a weight travels inside the graph; above, ONNX Runtime is given the array itself.
@@ -144,10 +144,10 @@ def open_runner(
     """A runner, and why it does not use CUDA; empty when it does, or when there is nothing to say. cuda: None for CPU.
 
     CUDA runs the float16 graphs as they are written, if it has a kernel for every product, and only after a first pass
-    through both; whatever goes wrong on the way leaves the CPU. fast: see `open_twin`.
+    through both; whatever goes wrong on the way leaves the CPU. fast: see `open_float32_session`.
     """
     files = [
-        (verified_file(manifest, f"{part}_onnx"), verified_file(manifest, f"{part}_data")) for part in ("vision", "language")
+        (verify_file(manifest, f"{part}_onnx"), verify_file(manifest, f"{part}_data")) for part in ("vision", "language")
     ]
     reason = "" if cuda is None else cuda.obstacle()
     if cuda is not None and reason is None:
@@ -155,7 +155,7 @@ def open_runner(
             return _open_on_cuda(manifest, [graph for graph, _ in files], cuda), ""
         except NoCudaError as error:
             reason = f"CUDA: {error}"
-    vision, language = (open_twin(graph, data, threads, fast) for graph, data in files)
+    vision, language = (open_float32_session(graph, data, threads, fast) for graph, data in files)
     return OnnxRunner(manifest, vision, language), reason or ""
 
 
@@ -187,17 +187,17 @@ def _cuda_session(graph: Path, create: Callable[..., ort.InferenceSession]) -> o
         raise NoCudaError(_first_line(error)) from error
     if CUDA not in session.get_providers():
         raise NoCudaError("its libraries cannot be loaded")
-    if left := ops_outside(assigned, CUDA) & HEAVY_OPS:
+    if left := find_ops_outside(assigned, CUDA) & HEAVY_OPS:
         raise NoCudaError(f"this ONNX Runtime has no kernel for {', '.join(sorted(left))}")
     return session
 
 
-def ops_outside(assigned: Sequence[Any], provider: str) -> set[str]:
+def find_ops_outside(assigned: Sequence[Any], provider: str) -> set[str]:
     """Types of the nodes that ONNX Runtime gave to another provider. assigned: its OrtEpAssignedSubgraph objects."""
     return {node.op_type for subgraph in assigned if subgraph.ep_name != provider for node in subgraph.get_nodes()}
 
 
-def open_twin(
+def open_float32_session(
     graph: Path, data: Path, threads: int | None = None, fast: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
     """A CPU session over the float32 twin of a written graph.

@@ -36,7 +36,7 @@ class Machine:
 def open_session(
     manifest: Manifest, runtime: str = "auto", threads: int | None = None, fast: bool = False, machine: Machine | None = None
 ) -> Session:
-    """A session on `runtime`. threads, fast: of ONNX Runtime on CPU, see `open_twin`.
+    """A session on `runtime`. threads, fast: of ONNX Runtime on CPU, see `open_float32_session`.
 
     Raises UserError when it cannot run here; with auto, an engine that turns out not to run makes way for the graph.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from qvlm_export.calibrate.checkpoint.samples import Placement, placed
+from qvlm_export.calibrate.checkpoint.samples import Placement, place_features
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.sampling import Sampling, pick_token
@@ -206,7 +206,7 @@ class Session:
             raise UserError(f"{images} images at once, the engine was built for {limits.max_images}")
         if pixel_values is None or not images:
             return self.runner.embed_images(np.zeros((0, 3, 1, 1), np.float32))
-        return placed(embed_tiles(self.runner, self.manifest, pixel_values), placement)
+        return place_features(embed_tiles(self.runner, self.manifest, pixel_values), placement)
 
 
 def embed_tiles(runner: Runner, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import make_log
-from qvlm_export.engines.manifest import Manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.device import Device, UnusableEngineError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -38,7 +38,7 @@ class Engine:
     """
 
     def __init__(self, trt: Any, device: Device, manifest: Manifest, role: str) -> None:
-        plan = verified_file(manifest, role)
+        plan = verify_file(manifest, role)
         self._device, self._log = device, make_log(trt, trt.ILogger.ERROR)
         self._runtime = trt.Runtime(self._log)
         data = plan.read_bytes()

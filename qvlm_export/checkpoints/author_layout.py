@@ -54,7 +54,7 @@ def convert_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     whole = isinstance(vocabulary, int) and vocabulary > 0
     _require(whole, where, "vocab_size", vocabulary, ("whole numbers above 0",))
     text = {key: config[key] for key in TEXT_KEYS if config.get(key) is not None}
-    text |= {"model_type": DECODERS[model_type], "vocab_size": grown(int(vocabulary or 0))}
+    text |= {"model_type": DECODERS[model_type], "vocab_size": pad_rows(int(vocabulary or 0))}
     converted = {
         "model_type": "llava_next" if tiled else "llava",
         "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
@@ -110,7 +110,7 @@ def tower_config(name: str, folder: Path) -> dict[str, Any]:
     return {**content, "model_type": "clip_vision_model"}
 
 
-def grown(vocabulary: int) -> int:
+def pad_rows(vocabulary: int) -> int:
     """Rows of the tables, with at least one more for the image token."""
     return (vocabulary // ROW_STEP + 1) * ROW_STEP
 
@@ -131,7 +131,7 @@ def open_source(own: TensorSource, config: Mapping[str, Any], folder: Path) -> T
     once = projector_type(config, where) == "linear"
     if once and f"{SECOND}.weight" in own:
         raise UserError(f"{where}: mm_projector_type is linear, but the weights have a second; write mlp2x_gelu")
-    return OriginalSource(own, tower, grown(vocabulary), once)
+    return OriginalSource(own, tower, pad_rows(vocabulary), once)
 
 
 def _tower_rename(name: str) -> str | None:

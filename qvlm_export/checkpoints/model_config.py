@@ -6,7 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qvlm_export.calibrate.blockwise.blocks import feature_layers, has_class_token, keeps_class_token, projects_once
+from qvlm_export.calibrate.blockwise.blocks import (
+    feature_layers,
+    has_class_token,
+    has_single_linear_projector,
+    keeps_class_token,
+)
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import Family, find_family
 from qvlm_export.engines.config import ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
@@ -65,11 +70,13 @@ def _vision_config(config: PreTrainedConfig, where: str) -> VisionConfig:
 
 def _projector_config(config: PreTrainedConfig, where: str) -> ProjectorConfig:
     act = config.projector_hidden_act
-    _require(act in ACTIVATIONS or projects_once(config), where, "projector_hidden_act", act, tuple(ACTIVATIONS))
+    _require(
+        act in ACTIVATIONS or has_single_linear_projector(config), where, "projector_hidden_act", act, tuple(ACTIVATIONS)
+    )
     return ProjectorConfig(
         hidden_act=act,
         bias=getattr(config, "multimodal_projector_bias", True),  # VIP-LLaVA's always has one
-        num_linears=1 if projects_once(config) else 2,
+        num_linears=1 if has_single_linear_projector(config) else 2,
         norm_eps=getattr(config, "projector_layernorm_eps", None),
     )
 

@@ -36,7 +36,7 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestion:
     """A question as the model takes it. tails: for each choice where its tokens begin, and the ids of prompt and choice."""
 
     question: Question
@@ -57,7 +57,7 @@ def ask_all(model: LoadedModel, questions: Sequence[Question], manner: Manner) -
     """Yields the answers of one batch after another, by id; questions that cannot be asked come with a reason."""
     limits, tiled = model.manifest.limits, model.manifest.config.tiles is not None
     for chunk in _prepared_ahead(model, questions, manner):
-        ready: list[Asked] = []
+        ready: list[AskedQuestion] = []
         refused: dict[str, Answer] = {}
         for question, prepared in chunk:
             try:
@@ -72,11 +72,11 @@ def ask_all(model: LoadedModel, questions: Sequence[Question], manner: Manner) -
 
 def _prepared_ahead(
     model: LoadedModel, questions: Sequence[Question], manner: Manner
-) -> Iterator[list[tuple[Question, Future[Asked]]]]:
+) -> Iterator[list[tuple[Question, Future[AskedQuestion]]]]:
     """Chunks of questions, which are prepared while the chunk before is answered."""
     size = chunk_size(model.manifest.config, manner.batch)
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
-    waiting: deque[list[tuple[Question, Future[Asked]]]] = deque()
+    waiting: deque[list[tuple[Question, Future[AskedQuestion]]]] = deque()
     try:
         for start in range(0, len(questions), size):
             waiting.append([(q, pool.submit(_asked, model, q, manner)) for q in questions[start : start + size]])
@@ -95,19 +95,19 @@ def chunk_size(config: ModelConfig, batch: int) -> int:
     return max(batch, min(CHUNK_BATCHES * batch, PREPARED_BYTES // (2 * question_bytes)))
 
 
-def _asked(model: LoadedModel, question: Question, manner: Manner) -> Asked:
+def _asked(model: LoadedModel, question: Question, manner: Manner) -> AskedQuestion:
     """Raises UserError for a picture or prompt that cannot be taken, or that leaves no room for an answer."""
     processor, config, where = model.processor, model.manifest.config, f"question {question.id}"
     pictures = [] if question.image is None else [open_image(question.image, question.id)]
     if manner.pad_square:
-        pictures = [squared(picture, processor) for picture in pictures]
+        pictures = [pad_to_square(picture, processor) for picture in pictures]
     text = prompt_text(processor, question.prompt, len(pictures), manner.conversation)
     encoded = encode_pictures(processor, config, text, pictures, where=where)
     whole = [encode_pictures(processor, config, f"{text} {choice}", pictures).input_ids for choice in manner.choices]
     most = model.manifest.limits.max_length
     if max(len(encoded.input_ids) + 1, *map(len, whole), 0) > most:
         raise UserError(f"{where}: is {len(encoded.input_ids)} tokens long, the model takes {most} with the answer")
-    return Asked(question, encoded, tuple((_begin(encoded.input_ids, ids), ids) for ids in whole))
+    return AskedQuestion(question, encoded, tuple((_begin(encoded.input_ids, ids), ids) for ids in whole))
 
 
 def _begin(prompt: np.ndarray, whole: np.ndarray) -> int:
@@ -115,7 +115,7 @@ def _begin(prompt: np.ndarray, whole: np.ndarray) -> int:
     return int((prompt[: len(whole)] == whole[: len(prompt)]).cumprod().sum())
 
 
-def squared(picture: Image.Image, processor: Any) -> Image.Image:
+def pad_to_square(picture: Image.Image, processor: Any) -> Image.Image:
     """As LLaVA-1.5 was evaluated: the picture in the middle of a square of the processor's mean colour."""
     side = max(picture.size)
     colour = tuple(int(255 * value) for value in processor.image_processor.image_mean)
@@ -124,13 +124,13 @@ def squared(picture: Image.Image, processor: Any) -> Image.Image:
     return square
 
 
-def _batches(ready: Sequence[Asked], size: int, max_images: int | None) -> Iterator[list[Asked]]:
+def _batches(ready: Sequence[AskedQuestion], size: int, max_images: int | None) -> Iterator[list[AskedQuestion]]:
     """Prompts of equal length, up to `size` together and with `max_images` pictures at most (None: any number)."""
-    groups: dict[int, list[Asked]] = {}
+    groups: dict[int, list[AskedQuestion]] = {}
     for one in ready:
         groups.setdefault(len(one.ids), []).append(one)
     for group in groups.values():
-        batch: list[Asked] = []
+        batch: list[AskedQuestion] = []
         for one in group:
             images = sum(other.pictures for other in batch) + one.pictures
             if batch and (len(batch) == size or (max_images is not None and images > max_images)):
@@ -140,7 +140,7 @@ def _batches(ready: Sequence[Asked], size: int, max_images: int | None) -> Itera
         yield batch
 
 
-def _shown(model: LoadedModel, batch: Sequence[Asked]) -> tuple[np.ndarray | None, Placement | None]:
+def _shown(model: LoadedModel, batch: Sequence[AskedQuestion]) -> tuple[np.ndarray | None, Placement | None]:
     """The pixels of all prompts, and where their features go."""
     patches = model.manifest.config.vision.tokens_per_image
     placement = join_placements([one.encoded.placement for one in batch], [one.pictures * patches for one in batch])
@@ -148,7 +148,7 @@ def _shown(model: LoadedModel, batch: Sequence[Asked]) -> tuple[np.ndarray | Non
     return (np.concatenate(shown) if shown else None), placement
 
 
-def _answer(model: LoadedModel, batch: Sequence[Asked], max_new_tokens: int) -> dict[str, Answer]:
+def _answer(model: LoadedModel, batch: Sequence[AskedQuestion], max_new_tokens: int) -> dict[str, Answer]:
     """Greedy answers."""
     tokenizer = model.processor.tokenizer
     sequences = model.session.start([one.ids for one in batch], *_shown(model, batch))
@@ -159,7 +159,7 @@ def _answer(model: LoadedModel, batch: Sequence[Asked], max_new_tokens: int) -> 
     return {one.question.id: Answer(text) for one, text in zip(batch, texts, strict=True)}
 
 
-def _choose(model: LoadedModel, batch: Sequence[Asked]) -> dict[str, Answer]:
+def _choose(model: LoadedModel, batch: Sequence[AskedQuestion]) -> dict[str, Answer]:
     """Log-likelihoods of the choices behind each prompt, in nats.
 
     Where every choice is one token behind the prompt, as yes and no mostly are, one pass over the prompts says all.
@@ -174,7 +174,7 @@ def _choose(model: LoadedModel, batch: Sequence[Asked]) -> dict[str, Answer]:
     return {one.question.id: Answer(choices=tuple(row)) for one, row in zip(batch, scores, strict=True)}
 
 
-def _likelihood(model: LoadedModel, one: Asked, start: int, ids: np.ndarray) -> float:
+def _likelihood(model: LoadedModel, one: AskedQuestion, start: int, ids: np.ndarray) -> float:
     logits = model.session.logits(ids[None], *_shown(model, [one]))[0]
     return float(sum(_log_softmax(logits[place - 1])[ids[place]] for place in range(start, len(ids))))
 

@@ -16,7 +16,7 @@ from qvlm_export.checkpoints.chat_templates import CHOICES, OWN
 from qvlm_export.evaluation.ask import Manner, ask_all
 from qvlm_export.evaluation.distributed import gather, world
 from qvlm_export.evaluation.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
-from qvlm_export.evaluation.subjects import IN_TORCH, Subject, find_subject, open_rung
+from qvlm_export.evaluation.subjects import IN_TORCH, EvalModel, find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.memes import HATEFUL_MEMES
 from qvlm_export.evaluation.tasks.scienceqa import SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Question, QuestionSet, Request, Score, Task
@@ -127,7 +127,7 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
         raise UserError("give a model or an export, or --merge with the predictions of its shards")
     if here.size > 1 and options.shard != (1, 1):
         raise UserError("--shard: torchrun splits the questions itself; leave --shard out, or torchrun")
-    subject = find_subject(options.model, options.rung)
+    subject = find_eval_model(options.model, options.rung)
     _check_subject(job, subject)
     shard = options.shard if here.size == 1 else (here.rank + 1, here.size)
     began = time.monotonic()
@@ -181,7 +181,7 @@ def _check_pictures(job: Job) -> None:
         raise UserError(f"--data {job.request.data}: holds no {pictures[0]}, nor the next pictures; unpack them there")
 
 
-def _check_subject(job: Job, subject: Subject) -> None:
+def _check_subject(job: Job, subject: EvalModel) -> None:
     """Raises UserError for options that this model cannot take."""
     options, manifest = job.options, subject.manifest
     if options.pad_square and subject.config.tiles is not None:
@@ -228,7 +228,7 @@ def _data_fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def _fingerprint(job: Job, subject: Subject) -> dict[str, Any]:
+def _fingerprint(job: Job, subject: EvalModel) -> dict[str, Any]:
     """Everything that answers depend on. Not the batch: prompts of one length are computed apart from each other."""
     in_torch = subject.rung in IN_TORCH
     return {
@@ -248,7 +248,7 @@ def _check_data(header: Header, job: Job) -> None:
             raise UserError(f"--merge: the predictions were made with {name} {was}, not {now}; give the same options")
 
 
-def _answers(job: Job, subject: Subject, shard: tuple[int, int], reporter: Reporter) -> Predictions:
+def _answers(job: Job, subject: EvalModel, shard: tuple[int, int], reporter: Reporter) -> Predictions:
     """Asks what is not answered yet. The answers of this shard, in order."""
     path, header = predictions_path(job, subject, shard), Header(_fingerprint(job, subject), shard)
     mine = job.asked[shard[0] - 1 :: shard[1]]
@@ -265,7 +265,7 @@ def _answers(job: Job, subject: Subject, shard: tuple[int, int], reporter: Repor
         return Predictions(header, {question.id: writer.answers[question.id] for question in mine}, 0)
 
 
-def predictions_path(job: Job, subject: Subject, shard: tuple[int, int]) -> Path:
+def predictions_path(job: Job, subject: EvalModel, shard: tuple[int, int]) -> Path:
     """Where answers are kept. The part is in the name, unless the user named the file of a --shard."""
     path = job.options.predictions or Path(f"{subject.name}.{job.task.name}-{job.request.split}.{subject.rung}.jsonl")
     if shard == (1, 1) or (job.options.predictions is not None and job.options.shard == shard):
@@ -273,9 +273,9 @@ def predictions_path(job: Job, subject: Subject, shard: tuple[int, int]) -> Path
     return path.with_name(f"{path.stem}.{shard[0]}-of-{shard[1]}{path.suffix}")
 
 
-def _ask(job: Job, subject: Subject, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter) -> None:
+def _ask(job: Job, subject: EvalModel, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter) -> None:
     options = job.options
-    with open_rung(subject, options.runtime, options.device, options.fast, options.batch) as model:
+    with open_eval_model(subject, options.runtime, options.device, options.fast, options.batch) as model:
         batch = options.batch or model.manifest.limits.max_batch
         manner = Manner(job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, batch)
         with reporter.stage(job.task.name) as stage:

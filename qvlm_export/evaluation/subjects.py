@@ -15,12 +15,12 @@ from transformers import PreTrainedConfig
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import RECORD_FILE, CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, with_rounded_tables
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, round_rotary_tables
 from qvlm_export.checkpoints.checkpoint import Checkpoint, completed_config, open_checkpoint
 from qvlm_export.checkpoints.hub import read_config
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import Limits, ModelConfig
-from qvlm_export.engines.manifest import Manifest, describe_file, read_manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, describe_file, read_manifest, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session
 from qvlm_export.inference.model import LoadedModel
@@ -40,7 +40,7 @@ PIECES, PIECE_BYTES = 64, 2**16  # of every weight file, read to know it again
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """What `qvlm-eval` was given. identity: what tells it from others, for the fingerprint.
 
     manifest: of an export; checkpoint, calibrated: of the torch rungs, what they are opened from.
@@ -64,7 +64,7 @@ class CalibratedModel:
     processor: Path
 
 
-def find_subject(given: str, rung: str) -> Subject:
+def find_eval_model(given: str, rung: str) -> EvalModel:
     """Decides what `given` is: an export (X.plan, X.json), a calibrated checkpoint, or `--model` of an export.
 
     rung: one of RUNGS, or auto for what it is. Opens headers only. Raises UserError where it has no such rung.
@@ -78,10 +78,10 @@ def find_subject(given: str, rung: str) -> Subject:
         _require(rung, (SIMULATED,), f"{given} is a calibrated checkpoint")
         opened = _open_calibrated(path, _processor_beside(path))
         config = model_config(opened.hf_config, str(path / CONFIG_FILE))
-        return Subject(path.name, SIMULATED, folder_identity(path), config, calibrated=opened)
+        return EvalModel(path.name, SIMULATED, folder_identity(path), config, calibrated=opened)
     _require(rung, (TORCH,), f"{given} is no export; export it first, or give X.plan")
     checkpoint = open_checkpoint(given)
-    return Subject(path.name or given, TORCH, checkpoint_identity(checkpoint), checkpoint.config, checkpoint=checkpoint)
+    return EvalModel(path.name or given, TORCH, checkpoint_identity(checkpoint), checkpoint.config, checkpoint=checkpoint)
 
 
 def _require(rung: str, there: tuple[str, ...], what: str) -> None:
@@ -89,21 +89,21 @@ def _require(rung: str, there: tuple[str, ...], what: str) -> None:
         raise UserError(f"--rung {rung}: {what}")
 
 
-def _export_subject(path: Path, rung: str) -> Subject:
+def _export_subject(path: Path, rung: str) -> EvalModel:
     manifest = read_manifest(path.with_suffix(".json"))
     identity, config = str(describe_file(manifest.path)["sha256"]), manifest.config
     if rung == "auto":
         rung = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
     if rung == TORCH:
         checkpoint = open_reference(manifest, None)
-        return Subject(path.stem, TORCH, checkpoint_identity(checkpoint), config, manifest, checkpoint)
+        return EvalModel(path.stem, TORCH, checkpoint_identity(checkpoint), config, manifest, checkpoint)
     if rung == SIMULATED:
         calibrated, reason = open_calibrated(manifest)
         if calibrated is None:
             raise UserError(f"--rung simulated: {reason}")
-        opened = _open_calibrated(calibrated.folder, verified_file(manifest, "processor"))
-        return Subject(path.stem, SIMULATED, identity, config, manifest, calibrated=opened)
-    return Subject(path.stem, rung, identity, config, manifest)
+        opened = _open_calibrated(calibrated.folder, verify_file(manifest, "processor"))
+        return EvalModel(path.stem, SIMULATED, identity, config, manifest, calibrated=opened)
+    return EvalModel(path.stem, rung, identity, config, manifest)
 
 
 def _open_calibrated(folder: Path, processor: Path) -> CalibratedModel:
@@ -144,8 +144,8 @@ def folder_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_rung(
-    subject: Subject, runtime: str = "auto", device: str = "auto", fast: bool = False, batch: int | None = None
+def open_eval_model(
+    subject: EvalModel, runtime: str = "auto", device: str = "auto", fast: bool = False, batch: int | None = None
 ) -> LoadedModel:
     """The model, ready to be asked; close it, as it is a context manager. Raises UserError where it cannot run here.
 
@@ -158,7 +158,7 @@ def open_rung(
     if subject.manifest is None:
         raise RuntimeError(f"{subject}: has nothing to open")
     chosen = _runtime(subject.manifest, subject.rung, runtime)
-    processor = load_processor(verified_file(subject.manifest, "processor"))
+    processor = load_processor(verify_file(subject.manifest, "processor"))
     return LoadedModel(open_session(subject.manifest, chosen, fast=fast), processor)
 
 
@@ -182,14 +182,14 @@ def _float_model(checkpoint: Checkpoint, device: str, batch: int | None) -> Load
     return LoadedModel(Session(_bare(checkpoint.folder, checkpoint.config, batch), runner, "the checkpoint"), processor)
 
 
-def _simulated(model: CalibratedModel, subject: Subject, device: str, batch: int | None) -> LoadedModel:
+def _simulated(model: CalibratedModel, subject: EvalModel, device: str, batch: int | None) -> LoadedModel:
     """The calibrated checkpoint in torch, with the roundings of its graph where it belongs to an export."""
     calibrated, config = model.checkpoint, subject.config
     processor = _fitting_processor(model.processor, config)
     float_type = None if subject.manifest is None else subject.manifest.float_type
     blocks = make_blocks(model.hf_config)
     if float_type is not None:
-        blocks = with_rounded_tables(blocks, float_type)
+        blocks = round_rotary_tables(blocks, float_type)
     quantizers = {name: q for name in calibrated.schemes if (q := calibrated.input_quantizer(name)) is not None}
     runner = TorchRunner(blocks, DequantizedSource(calibrated, float_type), config, quantizers, device)
     return LoadedModel(Session(_bare(calibrated.folder, config, batch), runner, "the calibrated checkpoint"), processor)

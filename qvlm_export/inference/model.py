@@ -14,7 +14,7 @@ from PIL import Image
 from qvlm_export.calibrate.checkpoint.samples import join_placements
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
-from qvlm_export.engines.manifest import Manifest, read_manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.engines.runtime.open import open_session
 from qvlm_export.engines.runtime.sampling import Sampling
 from qvlm_export.engines.runtime.session import Sequences, Session
@@ -272,5 +272,5 @@ def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedM
     if plan.suffix not in (".plan", ".json"):
         raise UserError(f"{plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(plan.with_suffix(".json"))
-    processor = load_processor(verified_file(manifest, "processor"))
+    processor = load_processor(verify_file(manifest, "processor"))
     return LoadedModel(open_session(manifest, runtime, fast=fast), processor)

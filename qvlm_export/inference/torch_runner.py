@@ -12,14 +12,21 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite, resident
-from qvlm_export.calibrate.blockwise.forward import FINAL_NORM, HEAD, NEWLINE, TABLE, Run, walk_vision
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_block, load_finite
+from qvlm_export.calibrate.blockwise.forward import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    NEWLINE,
+    LanguageHead,
+    Run,
+    run_vision_blocks,
+)
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.fake_quantized import fake_quantized_inputs
+from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
 from qvlm_export.engines.config import ModelConfig
 
 SLOTS_AT_ONCE = 256  # by which a cache grows
@@ -77,13 +84,14 @@ class TorchRunner:
     ) -> None:
         """Raises UserError for weights that are not finite."""
         self.device, self._dtype = device, DTYPES[device]
-        self._blocks, self._source, self._epsilon = blocks, source, config.text.rms_norm_eps
+        self._blocks, self._source = blocks, source
         self._held = ExitStack()
         try:
-            for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
+            for block in blocks.all():
                 self._hold(block, quantizers)
-            self._table, self._gain = self._tensor(TABLE), self._tensor(FINAL_NORM)
-            self._head = self._tensor(HEAD) if HEAD in source else self._table
+            self._table = self._tensor(EMBEDDING)
+            weight = self._tensor(HEAD) if HEAD in source else self._table
+            self._head = LanguageHead(self._tensor(FINAL_NORM), weight, config.text.rms_norm_eps)
             self._newline = None if config.tiles is None else load_finite(source, NEWLINE)[None].numpy()
         except BaseException:
             self._held.close()
@@ -91,10 +99,10 @@ class TorchRunner:
         self._rotary = blocks.rotary.to(device)
 
     def _hold(self, block: Block, quantizers: Quantizers) -> None:
-        module = self._held.enter_context(resident(block, self._source)).to(self.device, self._dtype)
+        module = self._held.enter_context(load_block(block, self._source)).to(self.device, self._dtype)
         names = [name for name in block.linear_names() if name in quantizers]
         inside = {name.removeprefix(f"{block.prefix}."): quantizers[name] for name in names}
-        self._held.enter_context(fake_quantized_inputs(module, inside))
+        self._held.enter_context(fake_quantize_inputs(module, inside))
 
     def _tensor(self, name: str) -> torch.Tensor:
         return load_finite(self._source, name).to(self.device, self._dtype)
@@ -112,7 +120,7 @@ class TorchRunner:
             with torch.inference_mode():
                 return [run(block.module, x.to(self.device, self._dtype)) for x in inputs]
 
-        (features,) = walk_vision(self._blocks, self._source, [sample], step)
+        (features,) = run_vision_blocks(self._blocks, self._source, [sample], step)
         rows = features.float().cpu().numpy()
         return rows if self._newline is None else np.concatenate([rows, self._newline])
 
@@ -138,8 +146,7 @@ class TorchRunner:
                 x = block.module(
                     x, attention_mask=seen, position_ids=places, past_key_values=cache, position_embeddings=rope
                 )
-            x = nn.functional.rms_norm(x, self._gain.shape, self._gain, self._epsilon)
-            return (x @ self._head.T).float().cpu().numpy()
+            return self._head.logits(x).float().cpu().numpy()
 
     def _embedded(self, tokens: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Token embeddings with the image rows in the places of the image tokens, in order. [B, S] -> [B, S, hidden]."""

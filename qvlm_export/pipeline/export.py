@@ -20,14 +20,14 @@ from typing import Any
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
-from qvlm_export.engines.manifest import Manifest, describe, describe_file, described_meanwhile, write_manifest
+from qvlm_export.engines.manifest import Manifest, describe, describe_file, describe_in_background, write_manifest
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.planning.estimate import total_sizes
 from qvlm_export.pipeline.planning.export_plan import PARTS, ExportOptions, ExportPlan, estimate_export, plan_export
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import FOLDER_ROLES, file_names, manifest_path, publish
 from qvlm_export.pipeline.stages import FLOAT_TYPE, build, calibrate, stage_key, write_graphs
-from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explained, finished_export, work_folder
+from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
 ESTIMATED_ABOVE_BYTES = 2**30  # of weights: smaller models are done before an estimate is read
@@ -58,19 +58,19 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         reporter.note(estimate_export(plan).in_words())
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(plan.checkpoint, plan.linears, plan.samples, options.effort, plan.device)
-        if options.resume and (finished := finished_export(work, stage_key(plan, fingerprint, PARTS[-1], "build"))):
+        if options.resume and (finished := read_finished_export(work, stage_key(plan, fingerprint, PARTS[-1], "build"))):
             return _published(plan, work, finished, reporter)
         work.begin(fingerprint, options.resume)
         try:
             return _run(plan, work, fingerprint, reporter)
         except (Exception, KeyboardInterrupt) as error:
-            raise explained(error, plan.disk_bytes, work) from error
+            raise explain_failure(error, plan.disk_bytes, work) from error
 
 
 def _run(plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter) -> ExportResult:
     calibrated = calibrate(plan, work, reporter)
     interfaces = write_graphs(plan, calibrated, work, fingerprint, reporter)
-    with described_meanwhile(_finished(plan, work, calibrated)) as described:
+    with describe_in_background(_finished(plan, work, calibrated)) as described:
         reports, checks = build(plan, work, fingerprint, reporter)
         known = described()
     if calibrated is not None and plan.options.work_dir is None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qvlm_export.calibrate.calibrators.efforts import METHODS
+from qvlm_export.calibrate.calibrators.efforts import EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.checkpoints.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ def work_fingerprint(
     parts["the scheme or recipe"] = digest({name: asdict(scheme) for name, scheme in linears.items()})
     if linears:
         parts["the set of samples"] = samples_digest(samples)
-        parts["--effort"] = digest([effort, repr(METHODS.get(effort))])
+        parts["--effort"] = digest([effort, repr(EFFORTS[effort].config)])
         parts["--device"] = device
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return parts | {f"the version of {name}": v for name, v in {"python": platform.python_version(), **versions}.items()}

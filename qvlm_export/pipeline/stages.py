@@ -13,17 +13,15 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.blockwise.resume import Work
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.calibrators.cost import is_narrow
-from qvlm_export.calibrate.calibrators.efforts import METHODS
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
-from qvlm_export.calibrate.calibrators.search import calibrate_full, calibrate_searched
+from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
-from qvlm_export.engines.check.engine_precision import LinearCheck, check_plan, require_integer
+from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
@@ -34,9 +32,6 @@ from qvlm_export.pipeline.publish import file_names
 from qvlm_export.pipeline.work_folder import WorkFolder
 
 FLOAT_TYPE = "float16"
-# What calibration does with the samples: rtn takes absolute maxima and rounds to nearest; fast folds and rounds towards the
-# float model's output; full asks more questions and rounds towards the answers.
-CALIBRATORS = {"rtn": calibrate_absmax, "fast": calibrate_searched, "full": calibrate_full}
 
 
 def stage_key(plan: ExportPlan, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
@@ -62,12 +57,12 @@ def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibra
         )
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
-        narrow = is_narrow(plan.blocks, plan.samples, METHODS.get(options.effort))
-        kept = Work(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
-        job = Calibration(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept, torch.device(plan.device))
+        narrow = is_narrow(plan.blocks, plan.samples, EFFORTS[options.effort].config)
+        kept = CalibrationWork(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
+        job = CalibrationJob(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept, torch.device(plan.device))
         if resumed := work.finished_blocks():
-            reporter.note(f"going on behind block {resumed} of {plan.blocks.count()}")
-        summary = CALIBRATORS[options.effort](job, writer, lambda done, total, _: stage.fraction(done / total))
+            reporter.note(f"going on behind block {resumed} of {plan.blocks.num_blocks()}")
+        summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
     return CalibratedCheckpoint(folder)
@@ -152,7 +147,7 @@ def build(
     with reporter.stage("check"):
         for part, path in paths.items():
             linears = of_part(plan.linears, part)
-            found_in_plan = check_plan(path, linears) if linears else []
-            require_integer(path, found_in_plan)
+            found_in_plan = check_engine_precision(path, linears) if linears else []
+            require_integer_products(path, found_in_plan)
             checks += found_in_plan
     return [found[str(path)] for path in paths.values()], checks

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qvlm_export.calibrate.blockwise.resume import count_finished, holds_work
+from qvlm_export.calibrate.blockwise.resume import count_finished_blocks, holds_work
 from qvlm_export.calibrate.checkpoint.calibrated import write_json
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
@@ -52,7 +52,7 @@ class WorkFolder:
         return calibrated_folder(self.kept)
 
     def finished_blocks(self) -> int:
-        return count_finished(self.state)
+        return count_finished_blocks(self.state)
 
     def unfinished(self) -> bool:
         """Whether an earlier export left something that would have to be computed again."""
@@ -175,7 +175,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def finished_export(work: WorkFolder, key: str) -> Manifest | None:
+def read_finished_export(work: WorkFolder, key: str) -> Manifest | None:
     """The manifest of an export that was killed when all was done but moving it into place."""
     noted = work.stages().get(FINISHED, {})
     if noted.get("key") != key:
@@ -184,7 +184,7 @@ def finished_export(work: WorkFolder, key: str) -> Manifest | None:
     return read_manifest(work.stage / name)
 
 
-def explained(error: BaseException, disk_bytes: int, work: WorkFolder) -> BaseException:
+def explain_failure(error: BaseException, disk_bytes: int, work: WorkFolder) -> BaseException:
     """The error as the user gets it, saying how to go on where work is left; clears away what is of no use.
 
     An error in the input makes the work useless, as it was begun with that input.

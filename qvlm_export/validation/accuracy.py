@@ -23,7 +23,7 @@ NAMED_LAYERS = 3
 
 
 @dataclass(frozen=True)
-class Rung:
+class ModelRun:
     """One form of the model. logits: number of a sample -> float32 [S, vocab]; None where it cannot run, for `reason`."""
 
     name: str
@@ -63,10 +63,10 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class ComparisonChain:
     """All findings. wrong: what in the graph is not as calibrated, of `linears` quantized linears looked at."""
 
-    rungs: tuple[Rung, ...]
+    rungs: tuple[ModelRun, ...]
     comparisons: tuple[Comparison, ...]
     layers: tuple[LayerScore, ...]
     linears: int
@@ -107,7 +107,7 @@ def token_groups(sample: Sample, image_token_id: int) -> dict[str, np.ndarray]:
     return {"image": is_image, "prompt": ~is_image & (following < sample.answer_start), "answer": ~is_image & is_answer}
 
 
-def find_loss(ladder: Ladder) -> Loss | None:
+def find_loss(ladder: ComparisonChain) -> Loss | None:
     """The step that costs most, with the layers known to be behind it; None when no step costs anything.
 
     A graph whose weights are not the calibrated ones is at fault, whatever it costs on these samples.
@@ -135,7 +135,7 @@ def worst_layers(scores: Sequence[tuple[str, float]]) -> tuple[str, ...]:
     return tuple(block for more, block in sorted(added, reverse=True)[:NAMED_LAYERS] if more > 0)
 
 
-def check_thresholds(ladder: Ladder, min_agreement: float | None, max_kl: float | None) -> list[Check]:
+def check_thresholds(ladder: ComparisonChain, min_agreement: float | None, max_kl: float | None) -> list[Check]:
     """Every rung that ran against the checkpoint, on answer tokens: what a user of the model reads."""
     checks = []
     for comparison in ladder.against_float():

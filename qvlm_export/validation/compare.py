@@ -17,23 +17,22 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.forward import Step, plain_step, walk_language, walk_vision
+from qvlm_export.calibrate.blockwise.forward import Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
-from qvlm_export.calibrate.checkpoint.samples import Sample, placed
+from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import (
     DequantizedSource,
-    open_head,
-    recorded,
-    simulated_step,
-    with_rounded_tables,
+    fake_quantized_step,
+    record_outputs,
+    round_rotary_tables,
 )
 from qvlm_export.checkpoints.checkpoint import Checkpoint
 from qvlm_export.engines.check.graph_weights import WrongWeight, run_blocks, wrong_weights
 from qvlm_export.engines.check.metrics import Sums, measure, sqnr_db
 from qvlm_export.engines.check.polygraphy import RunnerPair, engine_runners, language_feed, no_image, vision_feed
-from qvlm_export.engines.manifest import Manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session, embed_tiles
 from qvlm_export.pipeline.progress import Reporter
@@ -44,15 +43,15 @@ from qvlm_export.validation.accuracy import (
     GRAPH,
     GROUPS,
     Comparison,
-    Ladder,
+    ComparisonChain,
     LayerScore,
-    Rung,
+    ModelRun,
     token_groups,
 )
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob:
     """What is compared, on what. per_layer: also look at every block of the graph."""
 
     manifest: Manifest
@@ -65,7 +64,7 @@ class Job:
 Traces = dict[str, dict[str, np.ndarray]]
 
 
-def climb(job: Job, reporter: Reporter) -> Ladder:
+def compare_forms(job: ComparisonJob, reporter: Reporter) -> ComparisonChain:
     """Runs every rung that can run here. Raises UserError when none but the checkpoint can."""
     blocks = make_blocks(job.checkpoint.hf_config)
     calibrated, reason = open_calibrated(job.manifest)
@@ -77,7 +76,7 @@ def climb(job: Job, reporter: Reporter) -> Ladder:
         with reporter.stage("torch") as stage:
             rungs = [*_torch_rungs(job, blocks, calibrated, traces, stage.fraction)]
             if calibrated is None:
-                rungs.append(Rung(FAKE_QUANT, None, reason))
+                rungs.append(ModelRun(FAKE_QUANT, None, reason))
         graph, session = _graph_rung(job.manifest, job.samples, stack)
         rungs = [*rungs, graph, _engine_rung(job.manifest, job.samples, stack)]
         with reporter.stage("compare") as stage:
@@ -86,7 +85,7 @@ def climb(job: Job, reporter: Reporter) -> Ladder:
             traces[GRAPH] = _graph_blocks(job, blocks, session)
     checked = {} if calibrated is None or session is None else calibrated.schemes
     wrong = tuple(_wrong_weights(job.manifest, calibrated)) if calibrated is not None and checked else ()
-    return Ladder(tuple(rungs), tuple(comparisons), tuple(_layer_scores(traces)), len(checked), wrong)
+    return ComparisonChain(tuple(rungs), tuple(comparisons), tuple(_layer_scores(traces)), len(checked), wrong)
 
 
 def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, str]:
@@ -102,19 +101,19 @@ def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, st
         calibrated = CalibratedCheckpoint(manifest.file("calibrated"))
     except UserError as error:
         return None, str(error)
-    verified_file(manifest, "calibrated")
+    verify_file(manifest, "calibrated")
     return calibrated, ""
 
 
 def _torch_rungs(
-    job: Job,
+    job: ComparisonJob,
     blocks: ModelBlocks,
     calibrated: CalibratedCheckpoint | None,
     traces: Traces,
     progress: Callable[[float], None],
-) -> Iterator[Rung]:
-    source, number = job.checkpoint.source, probe(job.samples)
-    total, done = blocks.count() * (1 if calibrated is None else 2), itertools.count(1)
+) -> Iterator[ModelRun]:
+    source, number = job.checkpoint.source, record_traces(job.samples)
+    total, done = blocks.num_blocks() * (1 if calibrated is None else 2), itertools.count(1)
 
     def watch(step: Step, outputs: dict[str, np.ndarray]) -> Step:
         def record(prefix: str, batches: Sequence[torch.Tensor]) -> None:
@@ -124,26 +123,26 @@ def _torch_rungs(
             elif batches:  # none without pictures; the probed sample has the first ones
                 outputs[prefix] = batches[0][: len(job.samples[number].pixel_values)].flatten(0, -2).numpy()
 
-        return recorded(step, record)
+        return record_outputs(step, record)
 
-    yield Rung(FLOAT, _walk(job, blocks, source, watch(plain_step(source), traces[FLOAT])))
+    yield ModelRun(FLOAT, _walk(job, blocks, source, watch(float_step(source), traces[FLOAT])))
     if calibrated is not None:
         float_type = job.manifest.float_type
         rounded = DequantizedSource(calibrated, float_type)
-        step = watch(simulated_step(calibrated, rounded), traces[FAKE_QUANT])
-        yield Rung(FAKE_QUANT, _walk(job, with_rounded_tables(blocks, float_type), rounded, step))
+        step = watch(fake_quantized_step(calibrated, rounded), traces[FAKE_QUANT])
+        yield ModelRun(FAKE_QUANT, _walk(job, round_rotary_tables(blocks, float_type), rounded, step))
 
 
-def probe(samples: Sequence[Sample]) -> int:
+def record_traces(samples: Sequence[Sample]) -> int:
     """The number of the sample whose block outputs are looked at: the first with a picture."""
     return next((number for number, sample in enumerate(samples) if len(sample.pixel_values)), 0)
 
 
-def _walk(job: Job, blocks: ModelBlocks, source: TensorSource, step: Step) -> Callable[[int], np.ndarray]:
-    features = walk_vision(blocks, source, job.samples, step)
-    hidden = walk_language(blocks, source, job.samples, features, step)
-    head = open_head(source, job.checkpoint.config.text.rms_norm_eps)
-    return lambda number: head(hidden[number]).numpy()
+def _walk(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource, step: Step) -> Callable[[int], np.ndarray]:
+    features = run_vision_blocks(blocks, source, job.samples, step)
+    hidden = run_decoder_blocks(blocks, source, job.samples, features, step)
+    head = load_head(source, job.checkpoint.config.text.rms_norm_eps)
+    return lambda number: head.logits(hidden[number][0]).numpy()
 
 
 def graph_obstacle(manifest: Manifest) -> str:
@@ -164,9 +163,9 @@ def engine_obstacle(manifest: Manifest) -> str:
     return reason if runtime == "onnxruntime" else ""
 
 
-def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> tuple[Rung, Session | None]:
+def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> tuple[ModelRun, Session | None]:
     if reason := graph_obstacle(manifest):
-        return Rung(GRAPH, None, reason), None
+        return ModelRun(GRAPH, None, reason), None
     session = stack.enter_context(open_session(manifest, "onnxruntime:cpu"))
 
     def logits(number: int) -> np.ndarray:
@@ -175,22 +174,22 @@ def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack)
         found: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
         return found
 
-    return Rung(GRAPH, logits), session
+    return ModelRun(GRAPH, logits), session
 
 
-def _engine_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> Rung:
+def _engine_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> ModelRun:
     if reason := engine_obstacle(manifest):
-        return Rung(ENGINE, None, reason)
+        return ModelRun(ENGINE, None, reason)
     for role in sorted({"vision_plan", "language_plan"} & set(manifest.files)):
-        verified_file(manifest, role)  # a changed plan is refused; what else keeps it from running is a reason
+        verify_file(manifest, role)  # a changed plan is refused; what else keeps it from running is a reason
     try:
         pair = stack.enter_context(RunnerPair(manifest, engine_runners(manifest)))
     except UserError as error:  # built for other GPUs, or for another version
-        return Rung(ENGINE, None, str(error))
-    return Rung(ENGINE, lambda number: pair.logits(samples[number]))
+        return ModelRun(ENGINE, None, str(error))
+    return ModelRun(ENGINE, lambda number: pair.logits(samples[number]))
 
 
-def _compare(job: Job, rungs: Sequence[Rung], progress: Callable[[float], None]) -> list[Comparison]:
+def _compare(job: ComparisonJob, rungs: Sequence[ModelRun], progress: Callable[[float], None]) -> list[Comparison]:
     """Every rung that runs against the checkpoint and against the rung below it, sample by sample."""
     sums: dict[tuple[str, str], dict[str, Sums]] = {}
     for number, sample in enumerate(job.samples):
@@ -216,14 +215,17 @@ def _wrong_weights(manifest: Manifest, calibrated: CalibratedCheckpoint) -> Iter
     yield from wrong_weights(manifest.file("language_onnx"), calibrated, language)
 
 
-def _graph_blocks(job: Job, blocks: ModelBlocks, session: Session) -> dict[str, np.ndarray]:
-    sample, embeds = job.samples[probe(job.samples)], no_image(job.manifest)
+def _graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session) -> dict[str, np.ndarray]:
+    sample, embeds = job.samples[record_traces(job.samples)], no_image(job.manifest)
     feeds = {}
     if len(sample.pixel_values):
         feeds["vision"] = vision_feed(sample)
         embeds = embed_tiles(session.runner, job.manifest, sample.pixel_values)
-    feeds["language"] = {**language_feed(job.manifest, sample, embeds), "image_embeds": placed(embeds, sample.placement)}
-    last = {b.prefix: b.linear_names()[-1] for b in (*blocks.vision_layers, blocks.projector, *blocks.text_layers)}
+    feeds["language"] = {
+        **language_feed(job.manifest, sample, embeds),
+        "image_embeds": place_features(embeds, sample.placement),
+    }
+    last = {b.prefix: b.linear_names()[-1] for b in blocks.all()}
     outputs = run_blocks(job.manifest, last, feeds)
     return {block: output.reshape(-1, output.shape[-1]) for block, output in outputs.items()}
 

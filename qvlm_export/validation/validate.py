@@ -16,11 +16,11 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.engines.check.metrics import Sums
 from qvlm_export.engines.check.polygraphy import Saved, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.engines.config import ModelConfig
-from qvlm_export.engines.manifest import Manifest, read_manifest, verified_file
+from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation.accuracy import ENGINE, FLOAT, GRAPH, Check, Ladder, check_thresholds, find_loss
-from qvlm_export.validation.compare import Job, climb, graph_obstacle, probe
+from qvlm_export.validation.accuracy import ENGINE, FLOAT, GRAPH, Check, ComparisonChain, check_thresholds, find_loss
+from qvlm_export.validation.compare import ComparisonJob, compare_forms, graph_obstacle, record_traces
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Validation:
     manifest: Manifest
     reference: str
     samples: int
-    ladder: Ladder
+    ladder: ComparisonChain
     checks: Sequence[Check]
     polygraphy: Saved | None
 
@@ -79,7 +79,7 @@ class Validation:
         }
 
 
-def _rung(ladder: Ladder, name: str, ran: bool, reason: str) -> dict[str, Any]:
+def _rung(ladder: ComparisonChain, name: str, ran: bool, reason: str) -> dict[str, Any]:
     status = "reference" if name == FLOAT else "run" if ran else "not run"
     found = [c for c in ladder.comparisons if c.rung == name]
     comparisons = [
@@ -120,8 +120,8 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
         _check_folder(options.save_polygraphy, manifest)
     if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
         raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
-    ladder = climb(Job(manifest, checkpoint, samples, options.per_layer), reporter)
-    saved = _ask_polygraphy(manifest, samples[probe(samples)], ladder, options.save_polygraphy, reporter)
+    ladder = compare_forms(ComparisonJob(manifest, checkpoint, samples, options.per_layer), reporter)
+    saved = _ask_polygraphy(manifest, samples[record_traces(samples)], ladder, options.save_polygraphy, reporter)
     checks = check_thresholds(ladder, options.min_agreement, options.max_kl)
     return Validation(manifest, checkpoint.name, len(samples), ladder, checks, saved)
 
@@ -153,7 +153,7 @@ def _differing(found: ModelConfig, wanted: ModelConfig) -> str | None:
 
 def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Sample]:
     """The first `limit` samples, through the processor of the export."""
-    processor = load_processor(verified_file(manifest, "processor"))
+    processor = load_processor(verify_file(manifest, "processor"))
     try:
         entries = read_entries(path or default_calibration(), None, limit)
         return encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
@@ -170,7 +170,7 @@ def _check_folder(folder: Path, manifest: Manifest) -> None:
 
 
 def _ask_polygraphy(
-    manifest: Manifest, sample: Sample, ladder: Ladder, folder: Path | None, reporter: Reporter
+    manifest: Manifest, sample: Sample, ladder: ComparisonChain, folder: Path | None, reporter: Reporter
 ) -> Saved | None:
     """Polygraphy's word on the session's graphs and, where it runs, on the engine; and its files when asked for."""
     ran = {rung.name for rung in ladder.rungs if rung.logits is not None}

@@ -20,10 +20,10 @@ from qvlm_export.engines.manifest import (
     Manifest,
     describe_file,
     describe_folder,
-    described_meanwhile,
+    describe_in_background,
     read_manifest,
-    sealed,
-    verified_file,
+    seal,
+    verify_file,
     verify_files,
     write_manifest,
 )
@@ -64,7 +64,7 @@ def change(path, **changes):
     """Rewrites the file with some of its entries changed; None removes one."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
     kept = {key: value for key, value in content.items() if value is not None}
-    path.write_text(json.dumps(sealed(kept)), encoding="utf-8")
+    path.write_text(json.dumps(seal(kept)), encoding="utf-8")
 
 
 def test_what_is_written_comes_back(manifest):
@@ -259,7 +259,7 @@ def test_files_in_folders_are_verified_with_the_others(processor, tmp_path):
     inside = [tmp_path / "engine.processor" / name for name in ("more/image.json", "tokenizer.json")]
     assert verify_files(processor, fractions.append) == [tmp_path / "engine.onnx", *inside]
     assert fractions == [1 / 3, 2 / 3, 1.0]
-    assert verified_file(processor, "processor") == tmp_path / "engine.processor"
+    assert verify_file(processor, "processor") == tmp_path / "engine.processor"
 
 
 def change_content(folder):
@@ -278,7 +278,7 @@ def add_a_stranger(folder):
     (folder / "preprocessor_config.json").write_bytes(b"{}")
 
 
-@pytest.mark.parametrize("use", [lambda m: verified_file(m, "processor"), verify_files], ids=["opened", "verified"])
+@pytest.mark.parametrize("use", [lambda m: verify_file(m, "processor"), verify_files], ids=["opened", "verified"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -300,7 +300,7 @@ def test_hidden_files_in_a_folder_are_nobodys_business(processor, tmp_path):
     (tmp_path / "engine.processor" / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / "engine.processor" / ".cache" / "huggingface" / "lock").write_bytes(b"x")
     assert len(verify_files(processor)) == 3
-    verified_file(processor, "processor")
+    verify_file(processor, "processor")
     assert describe_folder(tmp_path / "engine.processor") == processor.files["processor"]
 
 
@@ -308,14 +308,14 @@ def test_a_folder_without_a_record_is_opened_as_it_is(processor, tmp_path):
     """As exports were before folders were recorded."""
     older = replace(processor, files={**processor.files, "processor": {"name": "engine.processor"}})
     add_a_stranger(tmp_path / "engine.processor")
-    assert verified_file(older, "processor") == tmp_path / "engine.processor"
+    assert verify_file(older, "processor") == tmp_path / "engine.processor"
     assert verify_files(older) == [tmp_path / "engine.onnx"]
 
 
 def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest_module, "VERIFY_AT_OPEN_BYTES", 5)
     change_content(tmp_path / "engine.processor")
-    verified_file(processor, "processor")
+    verify_file(processor, "processor")
     with pytest.raises(UserError, match=r"tokenizer\.json: its sha256 is"):
         verify_files(processor)
 
@@ -324,7 +324,7 @@ def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, 
 def test_files_are_described_while_something_else_is_done(tmp_path):
     path, folder = tmp_path / "some.data", tmp_path / "engine.processor"
     path.write_bytes(bytes(3 * 2**20))
-    with described_meanwhile({"a": path, "b": folder}) as described:
+    with describe_in_background({"a": path, "b": folder}) as described:
         assert described() == {"a": describe_file(path), "b": describe_folder(folder)}
 
 
@@ -340,7 +340,7 @@ def test_an_error_ends_the_hashing_of_a_large_file(tmp_path):
 
     writer = threading.Thread(target=fill)
     writer.start()
-    with contextlib.suppress(UserError), described_meanwhile({"a": path}):
+    with contextlib.suppress(UserError), describe_in_background({"a": path}):
         assert read.wait(60)
         raise UserError("nothing built")
     writer.join(60)
@@ -348,5 +348,5 @@ def test_an_error_ends_the_hashing_of_a_large_file(tmp_path):
 
 
 def test_an_error_of_hashing_is_raised_where_it_is_waited_for(tmp_path):
-    with described_meanwhile({"a": tmp_path / "gone"}) as described, pytest.raises(FileNotFoundError):
+    with describe_in_background({"a": tmp_path / "gone"}) as described, pytest.raises(FileNotFoundError):
         described()

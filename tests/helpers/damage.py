@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
-from qvlm_export.engines.manifest import describe_file, describe_folder, sealed
+from qvlm_export.engines.manifest import describe_file, describe_folder, seal
 
 
 def copy_export(plan: Path, folder: Path) -> Path:
@@ -40,7 +40,7 @@ def reseal(path: Path) -> None:
     for entry in content["files"].values():
         if entry["name"] == path.name:
             entry.update(describe_file(path))
-    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
+    manifest.write_text(json.dumps(seal(content)), encoding="utf-8")
 
 
 def edit_scale(path: Path, name: str, factor: float) -> None:
@@ -57,7 +57,7 @@ def reseal_folder(folder: Path) -> None:
     for role, entry in content["files"].items():
         if entry["name"] == folder.name:
             content["files"][role] = describe_folder(folder)
-    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
+    manifest.write_text(json.dumps(seal(content)), encoding="utf-8")
 
 
 def zero(array: np.ndarray) -> None:

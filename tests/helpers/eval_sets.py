@@ -9,14 +9,14 @@ from typing import Any
 from typer.testing import CliRunner, Result
 
 from qvlm_export.cli.evaluate import app
-from tools.tiny import make_eval_sets as make_tiny_eval
+from tools.tiny import make_eval_sets
 
 FORM = ("--form", "v1.3")  # the bare questions, which the tiny model was trained on
 
 
 def make_sets(folder: Path, count: int) -> Path:
     """All four, with `count` questions each."""
-    make_tiny_eval.make_all(folder, count)
+    make_eval_sets.make_all(folder, count)
     return folder
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of
-from qvlm_export.calibrate.quantization.fake_quantized import fake_quantized_inputs
+from qvlm_export.calibrate.blockwise.blocks import get_linear
+from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
 from qvlm_export.calibrate.quantization.quantizer import activation_scale, round_to_codes, weight_scale
-from qvlm_export.calibrate.qvlm.joint_search import linear_outputs
+from qvlm_export.calibrate.qvlm.joint_search import record_linear_outputs
 
 
 def quantized_output(module, batches, run, *, layers, chosen, last):
     """Output of the linears `last` with these ranges: rounded weights and fake-quantized inputs in the module itself."""
     kept, quantizers = {}, {}
     for layer, clips in zip(layers, chosen, strict=True):
-        for name, scheme in layer.plan.items():
-            linear = linear_of(module, name)
+        for name, scheme in layer.schemes.items():
+            linear = get_linear(module, name)
             kept[name] = linear.weight.clone()
             rows = linear.weight.reshape(linear.out_features, -1, scheme.group_size or linear.in_features)
             amax = torch.from_numpy(np.quantile(rows.abs(), clips.weight.percentile, axis=2, method="inverted_cdf"))
@@ -26,8 +26,8 @@ def quantized_output(module, batches, run, *, layers, chosen, last):
             if scheme.activation_bits:
                 amax = layer.ranges[clips.activation]
                 quantizers[name] = activation_scale(amax, scheme.activation_bits), scheme.activation_bits
-    with fake_quantized_inputs(module, quantizers):
-        _, outputs = linear_outputs(module, last, run, batches)
+    with fake_quantize_inputs(module, quantizers):
+        _, outputs = record_linear_outputs(module, last, run, batches)
     for name, weight in kept.items():
-        linear_of(module, name).weight.copy_(weight)
+        get_linear(module, name).weight.copy_(weight)
     return outputs

@@ -13,19 +13,18 @@ from small_export import LIMITS, PARTS, Calibrator, calibrate, write_quantized
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import Block, make_blocks
-from qvlm_export.calibrate.blockwise.forward import Run, Step, plain_step, walk_language, walk_vision
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.blockwise.forward import Run, Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.fake_quantized import (
     DequantizedSource,
-    open_head,
-    simulated_step,
-    with_rounded_tables,
+    fake_quantized_step,
+    round_rotary_tables,
 )
 from qvlm_export.checkpoints.checkpoint import Checkpoint
-from qvlm_export.engines.runtime.onnx_runner import open_twin
+from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 QUANTIZERS = ("DequantizeLinear", "Clip", "QuantizeLinear")
 
@@ -59,7 +58,7 @@ def make_case(
     plan: Mapping[str, LinearScheme],
     folder: Path,
     samples: list[Sample],
-    calibrator: Calibrator = calibrate_absmax,
+    calibrator: Calibrator = calibrate_rtn,
 ) -> Case:
     """Calibrates on `samples` and writes the graphs, the shipped and the marked ones."""
     calibrated = calibrate(checkpoint, plan, folder / "calibrated", samples, calibrator)
@@ -94,7 +93,7 @@ def run_graphs(case: Case, sample: Sample, *, marked: bool) -> tuple[np.ndarray,
 
     def run(part: str, feeds: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         graph = case.marked(part) if marked else case.graphs[part]
-        session = open_twin(graph, case.graphs[part].with_name(f"{part}.onnx.data"), threads=1)
+        session = open_float32_session(graph, case.graphs[part].with_name(f"{part}.onnx.data"), threads=1)
         names = [value.name for value in session.get_outputs() if value.name.startswith("codes.")]
         found, *integers = session.run([output, *names], feeds)
         codes.graph |= {name.removeprefix("codes."): array for name, array in zip(names, integers, strict=True)}
@@ -129,13 +128,13 @@ def simulate(
     """
     blocks, source = make_blocks(case.checkpoint.hf_config), DequantizedSource(case.calibrated)
     if as_graph:
-        blocks, source = with_rounded_tables(blocks, "float16"), DequantizedSource(case.calibrated, "float16")
-    step = simulated_step(case.calibrated, source) if quantize else plain_step(source)
+        blocks, source = round_rotary_tables(blocks, "float16"), DequantizedSource(case.calibrated, "float16")
+    step = fake_quantized_step(case.calibrated, source) if quantize else float_step(source)
     if forced is not None:
         step = _forced(step, case.calibrated, forced)
-    features = walk_vision(blocks, source, [sample], step)
-    (hidden,) = walk_language(blocks, source, [sample], features, step)
-    return open_head(source, case.checkpoint.config.text.rms_norm_eps)(hidden).numpy()
+    features = run_vision_blocks(blocks, source, [sample], step)
+    (hidden,) = run_decoder_blocks(blocks, source, [sample], features, step)
+    return load_head(source, case.checkpoint.config.text.rms_norm_eps).logits(hidden[0]).detach().numpy()
 
 
 def _forced(step: Step, calibrated: CalibratedCheckpoint, codes: Codes) -> Step:

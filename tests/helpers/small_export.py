@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
@@ -29,7 +29,7 @@ from qvlm_export.pipeline.planning.recipe import plan_linears, recipe_of_preset
 
 LIMITS = Limits(max_length=128, max_batch=2, max_images=2)
 PARTS = ("vision", "language")
-Calibrator = Callable[[Calibration, CalibratedWriter, Progress], dict[str, Any]]
+Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, Any]]
 
 
 def make_sample(checkpoint: Checkpoint, *, words: int, images: int, seed: int) -> Sample:
@@ -58,10 +58,10 @@ def plan_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
     return plan_linears(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
 
 
-def briefly_full(job: Calibration, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Every step of `--effort full`, fewer of each."""
-    brief = replace(FULL, questions=2, undecided=1, scrambled=1, learn_steps=4)
-    return calibrate_searched(job, writer, progress, brief)
+    brief = replace(FULL, questions=2, mixup_prompts=1, random_word_prompts=1, learn_steps=4)
+    return calibrate_search(job, writer, progress, brief)
 
 
 def calibrate(
@@ -69,12 +69,12 @@ def calibrate(
     plan: Mapping[str, LinearScheme],
     folder: Path,
     samples: Sequence[Sample] | None = None,
-    calibrator: Calibrator = calibrate_absmax,
+    calibrator: Calibrator = calibrate_rtn,
 ) -> CalibratedCheckpoint:
     """Runs the calibrator over the mixed samples, or those given."""
     writer = CalibratedWriter(folder)
     chosen = mixed_samples(checkpoint) if samples is None else samples
-    job = Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
+    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
     writer.finish(checkpoint.config_json, calibrator(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 

@@ -25,20 +25,20 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.calibrators.cost import calibration_cost
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost
+from qvlm_export.calibrate.calibrators.efforts import EFFORTS
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, write_json
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
-from qvlm_export.calibrate.quantization.config import FAST, FULL
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.pipeline.planning.recipe import plan_linears, recipe_of_preset
 from tools.families.make_random_llava import GEOMETRIES, make_config, random_tensor
 
-METHODS = {"fast": FAST, "full": FULL}
+SEARCHED = [effort.name for effort in EFFORTS.values() if effort.config is not None]
 WIDTH, REPEATS = 2048, 8
 
 
@@ -70,7 +70,7 @@ class RandomTensors:
 
 def product_rates(threads: int) -> tuple[float, float]:
     """Of products as calibration computes them, on all threads, and by BLAS on one, which factorizations go by."""
-    together = product_rate(threads, product)
+    together = product_rate(threads, matmul)
     with one_thread():
         return together, product_rate(1, torch.matmul)
 
@@ -101,13 +101,13 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     nothing = np.zeros((0, 3, 1, 1), np.float32)
     prompts = [Sample(rng.integers(5, 30000, tokens), nothing, tokens) for _ in range(samples)]
-    cost, threads = calibration_cost(blocks, plan, prompts, METHODS[effort]), torch.get_num_threads()
+    cost, threads = estimate_calibration_cost(blocks, plan, prompts, EFFORTS[effort].config), torch.get_num_threads()
     first = product_rates(threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, processor = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        job = Calibration(blocks, source, plan, prompts)
-        found = calibrate_searched(job, CalibratedWriter(Path(folder)), lambda *_: None, METHODS[effort])
+        job = CalibrationJob(blocks, source, plan, prompts)
+        found = calibrate_search(job, CalibratedWriter(Path(folder)), lambda *_: None, EFFORTS[effort].config)
     wall, processor = time.monotonic() - wall, time.process_time() - processor
     rates, singles = zip(first, product_rates(threads), strict=True)
     # Processor time: a product keeps all threads busy, a factorization one, or each of its pieces.
@@ -137,7 +137,7 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", choices=GEOMETRIES, required=True)
-    parser.add_argument("--effort", choices=METHODS, default="fast")
+    parser.add_argument("--effort", choices=SEARCHED, default="fast")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--out", type=Path)

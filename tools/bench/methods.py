@@ -31,7 +31,7 @@ import numpy as np
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.engines.check.metrics import measure
-from tools.bench import ours as bench_ours
+from tools.bench import ours
 from tools.bench.data import (
     CALIBRATION_SAMPLES,
     QUESTIONS,
@@ -160,7 +160,7 @@ def open_bench(model: Path, work: Path, envs: Path, counts: tuple[int, int] = (Q
     samples = load_samples(evaluation_file(work / "data", questions))
     stored = work / f"reference-{model_hash}-{questions}.npy"
     if not stored.exists():
-        np.save(stored, bench_ours.reference_logits(model, samples))
+        np.save(stored, ours.reference_logits(model, samples))
     reference = np.load(stored)
     bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples, calibrated)
     float_cell = Cell(model.name, "float32", "float32", 0, questions)
@@ -197,7 +197,7 @@ def run_peer(bench: Bench, row: PeerRow, cells: Sequence[Cell]) -> None:
                 print(f"  {cell.row} {cell.column} seed {cell.seed} failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
-def run_ours(bench: Bench, row: bench_ours.OurRow, cells: Sequence[Cell]) -> None:
+def run_ours(bench: Bench, row: ours.OurRow, cells: Sequence[Cell]) -> None:
     """One process for all cells of the row; each is kept as soon as it is written."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [
@@ -214,7 +214,7 @@ def run_ours(bench: Bench, row: bench_ours.OurRow, cells: Sequence[Cell]) -> Non
 
 
 def wanted(
-    bench: Bench, row: bench_ours.OurRow | PeerRow, columns: Sequence[str], seeds: Sequence[int], extra: bool, redo: bool
+    bench: Bench, row: ours.OurRow | PeerRow, columns: Sequence[str], seeds: Sequence[int], extra: bool, redo: bool
 ) -> Iterator[Cell]:
     """The cells of a row that are to be run."""
     applies = row.columns if extra else row.main
@@ -227,7 +227,7 @@ def wanted(
 
 def main() -> None:
     args = parse_args()
-    rows = [r for r in (*bench_ours.ROWS, *PEER_ROWS) if any(fnmatch.fnmatch(r.name, pattern) for pattern in args.rows)]
+    rows = [r for r in (*ours.ROWS, *PEER_ROWS) if any(fnmatch.fnmatch(r.name, pattern) for pattern in args.rows)]
     if not rows:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
     bench = open_bench(args.model_dir, args.work, args.envs, (args.questions, args.samples))
@@ -236,7 +236,7 @@ def main() -> None:
             print(f"{row.name}: {len(cells)} cells", flush=True)
             (run_peer if isinstance(row, PeerRow) else run_ours)(bench, row, cells)  # type: ignore[operator]
     if args.docs:
-        lines = {row.name: row.line for row in (*bench_ours.ROWS, *PEER_ROWS)}
+        lines = {row.name: row.line for row in (*ours.ROWS, *PEER_ROWS)}
         write_tables(bench.results.current(), lines, args.docs)
 
 

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.forward import Step, embed, load_finite, plain_step, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration, Progress
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
-from qvlm_export.calibrate.calibrators.search import calibrate_full, calibrate_searched
+from qvlm_export.calibrate.blockwise.forward import Step, embed_tokens, float_step, load_finite, load_head, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fitted
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fit_scheme
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
-from qvlm_export.calibrate.quantization.config import FAST, FULL, NEAREST, Method, Variant
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, open_head, simulated_step
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_printed
+from qvlm_export.calibrate.quantization.config import FAST, FULL, RTN_LINEAR, LinearConfig, SearchConfig
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tools.bench.data import CALIBRATION_SAMPLES, answer_spans, calibration_file, load_samples
 from tools.peers.common import Measured, equal_lengths, measured
@@ -40,7 +40,7 @@ from tools.peers.rows import ALL
 
 GROUP_SIZE = 64
 VISION_BATCH = 50
-Calibrator = Callable[[Calibration, CalibratedWriter, Progress], dict[str, Any]]
+Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,33 +54,33 @@ class OurRow:
     main: tuple[str, ...] = ALL
 
 
-def _searching(method: Method) -> Calibrator:
-    return functools.partial(calibrate_searched, method=method)
+def _searching(method: SearchConfig) -> Calibrator:
+    return functools.partial(calibrate_search, method=method)
 
 
-def _changed(whole: Method, **settings: Any) -> Method:
+def _changed(whole: SearchConfig, **settings: Any) -> SearchConfig:
     """`fast` or `full`, its variant changed."""
-    return replace(whole, variant=replace(whole.variant, **settings))
+    return replace(whole, linear=replace(whole.linear, **settings))
 
 
-GPTQ = Variant(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
+GPTQ = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
 ROWS = (
-    OurRow("rtn", "round-to-nearest, absmax", calibrate_absmax),
+    OurRow("rtn", "round-to-nearest, absmax", calibrate_rtn),
     OurRow("percentile", "layer-wise percentile", calibrate_percentile),
-    OurRow("smoothquant", "SmoothQuant", _searching(Method("smoothquant", NEAREST))),
-    OurRow("awq", "AWQ-style", _searching(Method("awq", NEAREST))),
-    OurRow("gptq", "GPTQ", _searching(Method("none", GPTQ))),
-    OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(Method("search", Variant(ridge=None)))),
-    OurRow("printed", "Q-VLM as printed", calibrate_printed),
-    OurRow("fast", "ours, fast", calibrate_searched),
-    OurRow("full", "ours, full", calibrate_full),
+    OurRow("smoothquant", "SmoothQuant", _searching(SearchConfig("smoothquant", RTN_LINEAR))),
+    OurRow("awq", "AWQ-style", _searching(SearchConfig("awq", RTN_LINEAR))),
+    OurRow("gptq", "GPTQ", _searching(SearchConfig("none", GPTQ))),
+    OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(SearchConfig("search", LinearConfig(ridge=None)))),
+    OurRow("printed", "Q-VLM as printed", calibrate_qvlm),
+    OurRow("fast", "ours, fast", _searching(FAST)),
+    OurRow("full", "ours, full", _searching(FULL)),
     *(
         OurRow(f"fast: {name}", f"fast, {name}", _searching(method), main=())
         for name, method in {
-            "no folding": replace(FAST, folding="none"),
-            "folding by one exponent": replace(FAST, folding="search"),
-            "tokens by logits": replace(FAST, objective="logits"),
-            "tokens by modality": replace(FAST, objective="modality"),
+            "no folding": replace(FAST, equalization="none"),
+            "folding by one exponent": replace(FAST, equalization="search"),
+            "tokens by logits": replace(FAST, token_weighting="logits"),
+            "tokens by modality": replace(FAST, token_weighting="modality"),
             "no aiming": _changed(FAST, ridge=None),
             "rounded to nearest": _changed(FAST, rounding="nearest"),
             "largest values as ranges": _changed(FAST, activation_ranges="absmax"),
@@ -93,19 +93,19 @@ ROWS = (
         for name, method in {
             "rounded by GPTQ": _changed(FULL, rounding="gptq"),
             "rounded to nearest": _changed(FULL, rounding="nearest"),
-            "no undecided prompts": replace(FULL, undecided=0),
-            "own questions only": replace(FULL, questions=1, undecided=0, scrambled=0),
-            "no scrambled texts": replace(FULL, scrambled=0),
+            "no undecided prompts": replace(FULL, mixup_prompts=0),
+            "own questions only": replace(FULL, questions=1, mixup_prompts=0, random_word_prompts=0),
+            "no scrambled texts": replace(FULL, random_word_prompts=0),
             "no leverage": replace(FULL, leverage=False),
-            "all tokens and directions alike": replace(_changed(FULL, rounding="gptq"), objective="plain"),
-            "tokens by modality": replace(FULL, objective="modality"),
-            "by logits": replace(FULL, objective="logits"),
-            "by KL": replace(FULL, objective="kl"),
+            "all tokens and directions alike": replace(_changed(FULL, rounding="gptq"), token_weighting="plain"),
+            "tokens by modality": replace(FULL, token_weighting="modality"),
+            "by logits": replace(FULL, token_weighting="logits"),
+            "by KL": replace(FULL, token_weighting="kl"),
             "factors and ranges by the output as it is": _changed(FULL, by_output=False),
             "tower for itself": replace(FULL, vision="own"),
             "tower rounded to nearest": replace(FULL, vision="none"),
-            "no folding": replace(FULL, folding="none"),
-            "folding by one exponent": replace(FULL, folding="search"),
+            "no folding": replace(FULL, equalization="none"),
+            "folding by one exponent": replace(FULL, equalization="search"),
             "largest values as ranges": _changed(FULL, activation_ranges="absmax"),
             "weights clipped": _changed(FULL, weight_ranges="output"),
             "largest weights as ranges": _changed(FULL, weight_ranges="absmax"),
@@ -131,7 +131,7 @@ def plan_of(checkpoint: Checkpoint, blocks: ModelBlocks, column: str) -> dict[st
     weight, _, activation = column.removeprefix("W").partition("A")
     activation_bits = None if activation == "16" else int(activation)
     return {
-        name: fitted(name, checkpoint.source.shape(f"{name}.weight"), int(weight), activation_bits, (GROUP_SIZE,))
+        name: fit_scheme(name, checkpoint.source.shape(f"{name}.weight"), int(weight), activation_bits, (GROUP_SIZE,))
         for name in blocks.quantizable()
     }
 
@@ -150,7 +150,7 @@ def calibrated_logits(
     """
     row = next(r for r in ROWS if r.name == method_name)
     checkpoint, blocks = opened(model_folder)
-    job = Calibration(blocks, checkpoint.source, plan_of(checkpoint, blocks, column), calibration_samples)
+    job = CalibrationJob(blocks, checkpoint.source, plan_of(checkpoint, blocks, column), calibration_samples)
     logits, summary, cost = judged(job, checkpoint, row.calibrator, evaluation_samples)
     record = {
         "seconds": cost.seconds,
@@ -164,7 +164,7 @@ def calibrated_logits(
 
 
 def judged(
-    job: Calibration, checkpoint: Checkpoint, calibrator: Calibrator, samples: Sequence[Sample]
+    job: CalibrationJob, checkpoint: Checkpoint, calibrator: Calibrator, samples: Sequence[Sample]
 ) -> tuple[np.ndarray, dict[str, Any], Measured]:
     """Logits of the answers to `samples` by what the calibrator stored, its summary, and what it cost."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -174,7 +174,7 @@ def judged(
             writer.finish(checkpoint.config_json, summary)
         calibrated = CalibratedCheckpoint(Path(scratch))
         source = DequantizedSource(calibrated)
-        return answer_logits(checkpoint, job.blocks, source, simulated_step(calibrated, source), samples), summary, cost
+        return answer_logits(checkpoint, job.blocks, source, fake_quantized_step(calibrated, source), samples), summary, cost
 
 
 def answer_logits(
@@ -185,10 +185,10 @@ def answer_logits(
     for start in range(0, len(samples), VISION_BATCH):
         part = samples[start : start + VISION_BATCH]
         together = Sample(np.zeros(0, np.int64), np.concatenate([s.pixel_values for s in part]), 0)
-        images += walk_vision(blocks, source, [together], step)[0].chunk(len(part))
+        images += run_vision_blocks(blocks, source, [together], step)[0].chunk(len(part))
     table = load_finite(source, "language_model.model.embed_tokens.weight")
     groups = list(equal_lengths([len(s.input_ids) for s in samples]))
-    hidden = [torch.cat([embed(table, blocks.image_token_id, samples[n], images[n]) for n in g]) for g in groups]
+    hidden = [torch.cat([embed_tokens(table, blocks.image_token_id, samples[n], images[n]) for n in g]) for g in groups]
 
     def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
@@ -197,20 +197,20 @@ def answer_logits(
 
     for block in blocks.text_layers:
         hidden = step(block, hidden, run)
-    head = open_head(source, checkpoint.config.text.rms_norm_eps)
+    head = load_head(source, checkpoint.config.text.rms_norm_eps)
     spans = answer_spans(samples)
     found = {}
     for numbers, batch in zip(groups, hidden, strict=True):
         for row, number in enumerate(numbers):
             first, last = spans[number]
-            found[number] = head(batch[row, first:last][None]).numpy()
+            found[number] = head.logits(batch[row, first:last]).numpy()
     return np.concatenate([found[number] for number in range(len(samples))])
 
 
 def reference_logits(model_folder: Path, samples: Sequence[Sample]) -> np.ndarray:
     """The float32 checkpoint's own."""
     checkpoint, blocks = opened(model_folder)
-    return answer_logits(checkpoint, blocks, checkpoint.source, plain_step(checkpoint.source), samples)
+    return answer_logits(checkpoint, blocks, checkpoint.source, float_step(checkpoint.source), samples)
 
 
 def versions() -> Mapping[str, str]:

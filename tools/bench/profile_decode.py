@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from qvlm_export.engines.manifest import Manifest, read_manifest
-from qvlm_export.engines.runtime.onnx_runner import OnnxRunner, open_twin
+from qvlm_export.engines.runtime.onnx_runner import OnnxRunner, open_float32_session
 from qvlm_export.engines.runtime.session import Session
 
 HEAD = "lm_head"
@@ -29,8 +29,8 @@ def profile(manifest: Manifest, threads: int, fast: bool, steps: int) -> list[di
     """ONNX Runtime's events of `steps` decoded tokens."""
     files = {part: (manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data")) for part in ("vision", "language")}
     with tempfile.TemporaryDirectory() as folder:
-        vision = open_twin(*files["vision"], threads)
-        language = open_twin(*files["language"], threads, fast, Path(folder) / "decode")
+        vision = open_float32_session(*files["vision"], threads)
+        language = open_float32_session(*files["language"], threads, fast, Path(folder) / "decode")
         session = Session(manifest, OnnxRunner(manifest, vision, language))
         sequences = session.start([np.random.default_rng(0).integers(5, 300, PROMPT_TOKENS)])
         list(session.generate(sequences, steps + 1, frozenset()))

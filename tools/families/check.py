@@ -23,11 +23,11 @@ from transformers import AutoModelForImageTextToText
 
 import qvlm_export
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.forward import Step, final_logits, plain_step, walk_language, walk_vision
+from qvlm_export.calibrate.blockwise.forward import Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, simulated_step, with_rounded_tables
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, round_rotary_tables
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.engines.check.graph_weights import wrong_weights
@@ -94,17 +94,17 @@ def reference_logits(model: torch.nn.Module, case: Question) -> np.ndarray:
 
 def walked_logits(blocks: ModelBlocks, source: TensorSource, epsilon: float, sample: Sample, step: Step) -> np.ndarray:
     """The model block by block: [S, vocab]."""
-    features = walk_vision(blocks, source, [sample], step)
-    hidden = walk_language(blocks, source, [sample], features, step)
-    return final_logits(source, hidden, epsilon)[0].numpy()
+    features = run_vision_blocks(blocks, source, [sample], step)
+    hidden = run_decoder_blocks(blocks, source, [sample], features, step)
+    return load_head(source, epsilon).logits(hidden[0][0]).numpy()
 
 
 def simulated_logits(checkpoint: Checkpoint, folder: Path) -> Callable[[Sample], np.ndarray]:
     """The calibrated checkpoint in torch, as its float16 graph computes it."""
     calibrated = CalibratedCheckpoint(folder)
     source = DequantizedSource(calibrated, "float16")
-    blocks = with_rounded_tables(make_blocks(checkpoint.hf_config), "float16")
-    step, epsilon = simulated_step(calibrated, source), checkpoint.config.text.rms_norm_eps
+    blocks = round_rotary_tables(make_blocks(checkpoint.hf_config), "float16")
+    step, epsilon = fake_quantized_step(calibrated, source), checkpoint.config.text.rms_norm_eps
     return lambda sample: walked_logits(blocks, source, epsilon, sample, step)
 
 
@@ -121,7 +121,7 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
 def torch_error(case: Kept) -> float:
     """The walk through the checkpoint, block by block."""
     opened = case.checkpoint
-    blocks, step = make_blocks(opened.hf_config), plain_step(opened.source)
+    blocks, step = make_blocks(opened.hf_config), float_step(opened.source)
     return max(
         relative(walked_logits(blocks, opened.source, opened.config.text.rms_norm_eps, question.sample, step), wanted)
         for question, wanted in zip(case.questions, case.wanted, strict=True)

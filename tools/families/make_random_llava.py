@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.graph.float_graphs import expected_shapes
-from tools.tiny import model as tiny_model
+from tools.tiny import model
 
 SHARD_BYTES = 2 * 2**30
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 6, 20.0
@@ -95,7 +95,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 def write_checkpoint(out: Path, geometry: Geometry, seed: int) -> None:
     """Everything a checkpoint folder needs; the index is written last."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_model.train_tokenizer(num_scenes=50)
+    tokenizer = model.train_tokenizer(num_scenes=50)
     config = make_config(geometry, tokenizer.convert_tokens_to_ids("<image>"))
     shapes = expected_shapes(model_config(config, "the new config"))
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def write_checkpoint(out: Path, geometry: Geometry, seed: int) -> None:
             flush()
     flush()
     config.save_pretrained(out)
-    processor = tiny_model.make_processor(tokenizer)
+    processor = model.make_processor(tokenizer)
     processor.image_processor.size = {"shortest_edge": 336}
     processor.image_processor.crop_size = {"height": 336, "width": 336}
     processor.patch_size = 14

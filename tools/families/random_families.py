@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from qvlm_export.inputs.processors import LlavaOnevisionProcessor
-from tools.tiny import model as tiny_model
+from tools.tiny import model
 
 SIDE, PATCH = 48, 8
 PATCHES = (SIDE // PATCH) ** 2
@@ -41,7 +41,7 @@ IMAGE = 4
 
 @cache
 def _tokenizer() -> Any:
-    return tiny_model.train_tokenizer(num_scenes=50)
+    return model.train_tokenizer(num_scenes=50)
 
 
 def clip(**changes: Any) -> CLIPVisionConfig:
@@ -69,7 +69,7 @@ def _llava_processor(**changes: Any) -> Any:
     return LlavaProcessor(
         **{"image_processor": images, **given, **changes},
         tokenizer=_tokenizer(),
-        chat_template=tiny_model.CHAT_TEMPLATE,
+        chat_template=model.CHAT_TEMPLATE,
     )
 
 
@@ -90,7 +90,7 @@ def _next_processor() -> Any:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=tiny_model.CHAT_TEMPLATE,
+        chat_template=model.CHAT_TEMPLATE,
     )
 
 
@@ -103,7 +103,7 @@ def _onevision_processor() -> Any:
         tokenizer=_tokenizer(),
         num_image_tokens=PATCHES,
         vision_feature_select_strategy="full",
-        chat_template=tiny_model.CHAT_TEMPLATE,
+        chat_template=model.CHAT_TEMPLATE,
         vision_aspect_ratio="anyres_max_4",
     )
 

@@ -15,15 +15,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import Block, linear_of, load_finite, make_blocks, resident
-from qvlm_export.calibrate.blockwise.forward import TABLE, Run, embed
-from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
+from qvlm_export.calibrate.blockwise.blocks import Block, get_linear, load_block, load_finite, make_blocks
+from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, embed_tokens, load_head
+from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import bits_of, fitted
-from qvlm_export.calibrate.quantization.fake_quantized import open_head
-from qvlm_export.calibrate.quantization.observers import histogram_of
-from qvlm_export.calibrate.qvlm.clip_candidates import WHOLE, Clips, PlannedLayer
-from qvlm_export.calibrate.qvlm.joint_search import Clip, Outputs, Replay, linear_outputs, relative_error, replayed
+from qvlm_export.calibrate.checkpoint.scheme import fit_scheme, parse_scheme_bits
+from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.qvlm.clip_candidates import WHOLE, Clips, QuantizableLayer
+from qvlm_export.calibrate.qvlm.joint_search import (
+    Clip,
+    Outputs,
+    Replay,
+    record_linear_outputs,
+    relative_error,
+    replay_module,
+)
 from qvlm_export.checkpoints.checkpoint import Checkpoint
 
 Bridge = Callable[[list[torch.Tensor]], list[torch.Tensor]]  # outputs of one block -> inputs of the next
@@ -32,13 +38,14 @@ Logits = Callable[[list[torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole model as a row of layers, over one set of samples. Layers before the one in question make `before`."""
+    """A whole model as a row of layers, over one set of samples. Layers before the one in question make
+    `list_linears_before`."""
 
     replays: tuple[Replay, ...]  # one a block
     bridges: tuple[Bridge, ...]  # outputs of the block before -> inputs of this one
     whole: tuple[nn.Module, ...]  # the float blocks
     places: tuple[tuple[int, int], ...]  # of each layer: its block, and its number in it
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[QuantizableLayer, ...]
     inputs: tuple[torch.Tensor, ...]  # of each layer in the float model, float32 [tokens, in]
     wanted: tuple[Any, ...]  # of each layer: what its linears make in the float model
     before: tuple[Any, ...]  # the same, or quantized
@@ -84,11 +91,14 @@ def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, g
     batches = [[s for s in samples if len(s.input_ids) == length] for length in lengths]
     ordered = [s for batch in batches for s in batch]
     tapped, whole = make_blocks(checkpoint.hf_config), make_blocks(checkpoint.hf_config)
-    table, head = load_finite(checkpoint.source, TABLE), open_head(checkpoint.source, checkpoint.config.text.rms_norm_eps)
+    table, head = (
+        load_finite(checkpoint.source, EMBEDDING),
+        load_head(checkpoint.source, checkpoint.config.text.rms_norm_eps),
+    )
 
     def placed(features: list[torch.Tensor]) -> list[torch.Tensor]:
         images = iter(features[0])
-        return [torch.cat([embed(table, tapped.image_token_id, s, next(images)) for s in b]) for b in batches]
+        return [torch.cat([embed_tokens(table, tapped.image_token_id, s, next(images)) for s in b]) for b in batches]
 
     def decode(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
@@ -98,12 +108,12 @@ def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, g
 
     def logits(hidden: list[torch.Tensor]) -> torch.Tensor:
         rows = [row[None] for part in hidden for row in part]
-        return torch.cat([head(row)[s.answer_start - 1 : -1] for row, s in zip(rows, ordered, strict=True)])
+        return torch.cat([head.logits(row[0])[s.answer_start - 1 : -1] for row, s in zip(rows, ordered, strict=True)])
 
     with ExitStack() as stack, torch.inference_mode():
         hidden = [torch.from_numpy(np.concatenate([s.pixel_values for s in ordered]))]
         for block in tapped.entries:
-            hidden = [stack.enter_context(resident(block, checkpoint.source))(hidden[0])]
+            hidden = [stack.enter_context(load_block(block, checkpoint.source))(hidden[0])]
         built = _Builder(stack, checkpoint, scheme, grid)
         for pair in zip(tapped.vision_layers, whole.vision_layers, strict=True):
             hidden = built.add(*pair, lambda module, x: module(x, attention_mask=None), lambda outputs: outputs, hidden)
@@ -125,15 +135,15 @@ class _Builder:
 
     def add(self, tapped: Block, whole: Block, run: Run, bridge: Bridge, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the float block on what the block before made, keeps what its layers saw and made; returns its outputs."""
-        module = self._stack.enter_context(resident(tapped, self._source))
-        batches, groups = bridge(hidden), [group.linears for group in groups_of(module)]
+        module = self._stack.enter_context(load_block(tapped, self._source))
+        batches, groups = bridge(hidden), [group.linears for group in find_shared_inputs(module)]
         rows: dict[str, list[torch.Tensor]] = {linears[0]: [] for linears in groups}
 
         def keeper(name: str) -> Callable[..., None]:
             return lambda _, args: rows[name].append(args[0].flatten(0, -2))
 
-        handles = [linear_of(module, name).register_forward_pre_hook(keeper(name)) for name in rows]
-        outputs, made = linear_outputs(module, [n for linears in groups for n in linears], run, batches)
+        handles = [get_linear(module, name).register_forward_pre_hook(keeper(name)) for name in rows]
+        outputs, made = record_linear_outputs(module, [n for linears in groups for n in linears], run, batches)
         for handle in handles:
             handle.remove()
         parts = self._parts
@@ -141,18 +151,20 @@ class _Builder:
             parts["places"].append((len(parts["replays"]), place))
             parts["inputs"].append(torch.cat(rows[linears[0]]))
             parts["wanted"].append({name: made[name] for name in linears})
-            parts["layers"].append(self._planned({n: linear_of(module, n) for n in linears}, parts["inputs"][-1]))
+            parts["layers"].append(self._planned({n: get_linear(module, n) for n in linears}, parts["inputs"][-1]))
             parts["names"].append(f"{tapped.prefix}.{linears[0]}")
-        parts["whole"].append(self._stack.enter_context(resident(whole, self._source)))
+        parts["whole"].append(self._stack.enter_context(load_block(whole, self._source)))
         parts["bridges"].append(bridge)
-        parts["replays"].append(self._stack.enter_context(replayed(module, groups, run, batches)))
+        parts["replays"].append(self._stack.enter_context(replay_module(module, groups, run, batches)))
         return outputs
 
-    def _planned(self, linears: dict[str, nn.Linear], given: torch.Tensor) -> PlannedLayer:
-        histogram = histogram_of(given)
-        plan = {name: fitted(name, tuple(x.weight.shape), *bits_of(self._scheme)) for name, x in linears.items()}
+    def _planned(self, linears: dict[str, nn.Linear], given: torch.Tensor) -> QuantizableLayer:
+        histogram = make_histogram(given)
+        plan = {
+            name: fit_scheme(name, tuple(x.weight.shape), *parse_scheme_bits(self._scheme)) for name, x in linears.items()
+        }
         weights = {(name, WHOLE): WHOLE.weight_amax(x.weight, plan[name]) for name, x in linears.items()}
-        return PlannedLayer(linears, plan, {clip: clip.activation_amax(histogram) for clip in self._grid}, weights)
+        return QuantizableLayer(linears, plan, {clip: clip.activation_amax(histogram) for clip in self._grid}, weights)
 
     def chain(self, logits: Logits) -> Chain:
         parts = {name: tuple(values) for name, values in self._parts.items()}

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import bits_of
+from qvlm_export.calibrate.checkpoint.scheme import parse_scheme_bits
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.qvlm.clip_candidates import Clips
-from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Layer, Outputs, relative_error, search_tree
+from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Outputs, SearchLayer, relative_error, search_tree
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
 from tools.study.chain import Chain, open_chain, with_quantized_prefix
@@ -63,10 +63,12 @@ def errors_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.
     return np.array(errors).reshape([len(grid)] * depth)
 
 
-def layers_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> list[Layer]:
+def layers_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> list[SearchLayer]:
     """Layers of the chain as the search sees them; nothing is before them."""
     return [
-        Layer(lambda window: chain.given(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid])
+        SearchLayer(
+            lambda window: chain.given(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid]
+        )
         for k in range(depth)
     ]
 
@@ -143,7 +145,7 @@ def study(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str) -> lis
                 few = [table[(slice(PAPER),) * table.ndim] for table in tables]
                 found = {"DED": difference(tables), "DED, paper's ranges": difference(few)}
                 found["absolute DED"] = float(tables[1][one_by_one(tables)] - tables[1].min())
-                record[prefix] = found | proxies_of(where, first, tables, bits_of(scheme)[0])
+                record[prefix] = found | proxies_of(where, first, tables, parse_scheme_bits(scheme)[0])
                 if prefix == "float":
                     record["final"], record["unseen"] = carried(chain, unseen, first, tables, exact)
             if first + 2 < len(chain.layers):

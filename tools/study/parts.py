@@ -9,6 +9,7 @@ stands the share of the KL divergence that its ten worst answer tokens have.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.calibrators.efforts import run_effort
 from qvlm_export.engines.check.metrics import kl_divergence, sqnr_db
 from tools.bench.data import calibration_file, evaluation_file, load_samples, make_data
 from tools.bench.ours import judged, opened, plan_of, reference_logits
@@ -59,8 +60,8 @@ def main() -> None:
         for column in COLUMNS:
             plan = {n: s for n, s in plan_of(checkpoint, blocks, column).items() if re.search(pattern, n)}
             torch.manual_seed(args.seed)
-            job = Calibration(blocks, checkpoint.source, plan, samples)
-            logits, _, _ = judged(job, checkpoint, calibrate_searched, evaluation)
+            job = CalibrationJob(blocks, checkpoint.source, plan, samples)
+            logits, _, _ = judged(job, checkpoint, functools.partial(run_effort, "fast"), evaluation)
             divergence = np.sort(kl_divergence(reference, logits))
             share = divergence[-WORST:].sum() / divergence.sum()
             entries.append(f"{number(float(divergence.mean()))} / {sqnr_db(reference, logits):.1f} / {100 * share:.0f} %")

@@ -9,7 +9,7 @@ import torch
 
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
-from qvlm_export.calibrate.qvlm.joint_search import Layer, Outputs
+from qvlm_export.calibrate.qvlm.joint_search import Outputs, SearchLayer
 
 
 def code_entropy(values: torch.Tensor, scale: float, num_bits: int) -> float:
@@ -57,7 +57,7 @@ def flatness(errors: Sequence[float]) -> float:
 
 
 def pair_errors(
-    pair: Sequence[Layer], kept: int, errors: Sequence[Callable[[Any], float]], before: Outputs = ()
+    pair: Sequence[SearchLayer], kept: int, errors: Sequence[Callable[[Any], float]], before: Outputs = ()
 ) -> tuple[list[float], list[float]]:
     """Errors of both layers' outputs for each candidate of the first one, the second with its candidate `kept`.
 

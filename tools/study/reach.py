@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.augmentation.cross_questions import recombine
-from qvlm_export.calibrate.augmentation.prompts import flat
-from qvlm_export.calibrate.augmentation.random_words import odds_of, scrambled
-from qvlm_export.calibrate.blockwise.batching import batches_of
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_finite, resident
-from qvlm_export.calibrate.blockwise.forward import TABLE, Run, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
+from qvlm_export.calibrate.augmentation.prompts import flatten_prompts
+from qvlm_export.calibrate.augmentation.random_words import embedding_norm_weights, replace_words
+from qvlm_export.calibrate.blockwise.batching import batch_by_length
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_block, load_finite
+from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.quantization.config import FAST, FULL
@@ -68,15 +68,15 @@ def peaks(
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             largest.append(args[0].abs().flatten(0, -2).amax(0))
 
-        batches = batches_of(inputs)
-        with resident(block, source) as module, torch.inference_mode():
+        batches = batch_by_length(inputs)
+        with load_block(block, source) as module, torch.inference_mode():
             handle = module.get_submodule("mlp.down_proj").register_forward_pre_hook(hook)
-            outputs = batches.split([run(module, x) for x in batches.merging(inputs)])
+            outputs = batches.split([run(module, x) for x in batches.iter_merged(inputs)])
             handle.remove()
         found.append(torch.stack(largest).amax(0))
         return outputs
 
-    walk_language(blocks, source, texts, features, step)
+    run_decoder_blocks(blocks, source, texts, features, step)
     return torch.stack(found)
 
 
@@ -84,9 +84,9 @@ def seen_by(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sample]
     """Peaks on the samples, on recombined prompts, and on scrambled ones besides, as `full` makes them."""
     features = features_of(source, blocks, samples)
     sets = {"own questions": (list(samples), list(range(len(samples))))}
-    sets["others' questions, too"] = flat(recombine(samples, FULL.questions, blocks.image_token_id))
-    odds = odds_of(load_finite(source, TABLE).numpy())
-    more = scrambled(samples, FULL.scrambled, odds, blocks.image_token_id, FULL.seed)
+    sets["others' questions, too"] = flatten_prompts(cross_pair_prompts(samples, FULL.questions, blocks.image_token_id))
+    odds = embedding_norm_weights(load_finite(source, EMBEDDING).numpy())
+    more = replace_words(samples, FULL.random_word_prompts, odds, blocks.image_token_id, FULL.seed)
     texts, numbers = sets["others' questions, too"]
     sets["scrambled, too"] = [*texts, *(text for text, _ in more)], [*numbers, *(number for _, number in more)]
     return {
@@ -99,11 +99,11 @@ def features_of(source: TensorSource, blocks: ModelBlocks, samples: Sequence[Sam
     """What the projector makes of each sample's pictures."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches = batches_of(inputs)
-        with resident(block, source) as module, torch.inference_mode():
-            return batches.split([run(module, x) for x in batches.merging(inputs)])
+        batches = batch_by_length(inputs)
+        with load_block(block, source) as module, torch.inference_mode():
+            return batches.split([run(module, x) for x in batches.iter_merged(inputs)])
 
-    return walk_vision(blocks, source, samples, step)
+    return run_vision_blocks(blocks, source, samples, step)
 
 
 def new_words(model: Path, data: Path) -> list[str]:
@@ -117,9 +117,9 @@ def new_words(model: Path, data: Path) -> list[str]:
         samples = load_samples(calibration_file(data, seed))
         known = np.unique(np.concatenate([sample.input_ids for sample in samples]))
         new = np.array([not np.isin(question.input_ids, known).all() for question in unseen])
-        job, entries = Calibration(blocks, checkpoint.source, plan_of(checkpoint, blocks, "W4A16"), samples), []
-        for method in (FAST, replace(FAST, scrambled=FULL.scrambled)):
-            logits, _, _ = judged(job, checkpoint, functools.partial(calibrate_searched, method=method), unseen)
+        job, entries = CalibrationJob(blocks, checkpoint.source, plan_of(checkpoint, blocks, "W4A16"), samples), []
+        for method in (FAST, replace(FAST, random_word_prompts=FULL.random_word_prompts)):
+            logits, _, _ = judged(job, checkpoint, functools.partial(calibrate_search, method=method), unseen)
             divergence = kl_divergence(reference, logits)
             entries.append(f"{divergence[new[owner]].sum() / divergence.sum():.0%} ({divergence.mean():.1e})")
         lines.append(f"| {seed} | {new.sum()} | {' | '.join(entries)} |")
@@ -147,7 +147,7 @@ def main() -> None:
         lines.append(f"| {seed} | {' | '.join(entries)} |")
         print(lines[-1], flush=True)
     head = HEAD.format(channels=f"{reached.numel():,}", far=FAR)
-    more = NEW_WORDS.format(scrambled=FULL.scrambled) + "\n".join(new_words(args.model, args.data))
+    more = NEW_WORDS.format(scrambled=FULL.random_word_prompts) + "\n".join(new_words(args.model, args.data))
     args.out.write_text(head + "\n" + "\n".join(lines) + "\n" + more + "\n")
 
 

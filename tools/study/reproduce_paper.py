@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, write_json
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN, prompt_text
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from qvlm_export.evaluation.ask import squared
+from qvlm_export.evaluation.ask import pad_to_square
 from qvlm_export.evaluation.evaluate import EvalOptions, evaluate
 from qvlm_export.evaluation.subjects import checkpoint_identity
 from qvlm_export.evaluation.tasks.scienceqa import LETTERS, SCIENCEQA
@@ -95,7 +95,7 @@ def calibration_samples(setting: Setting, checkpoint: Checkpoint) -> list[Sample
         answer = f"The answer is {letter}." if setting.form == "v1.3" else letter
         where = f"train {question.id}"
         picture = open_image(question.image, where)
-        pictures = [squared(picture, processor) if setting.pad_square else picture]
+        pictures = [pad_to_square(picture, processor) if setting.pad_square else picture]
         text = prompt_text(processor, question.prompt, 1, setting.conversation)
         samples.append(encode_answered(processor, checkpoint.config, text, answer, pictures, where=where))
     return samples
@@ -113,7 +113,7 @@ def calibrated_folder(setting: Setting, checkpoint: Checkpoint, samples: Sequenc
     plan = plan_of(checkpoint, blocks, column)
     if setting.float_vision:
         plan = {name: scheme for name, scheme in plan.items() if name.startswith("language_model.")}
-    job = Calibration(blocks, checkpoint.source, plan, samples)
+    job = CalibrationJob(blocks, checkpoint.source, plan, samples)
     load_processor(checkpoint.folder).save_pretrained(folder)
     writer = CalibratedWriter(folder)
     calibrator = next(row.calibrator for row in ROWS if row.name == method)

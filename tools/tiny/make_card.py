@@ -10,8 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tools.tiny import plant_outliers, scenes
-from tools.tiny import train as train_tiny_llava
+from tools.tiny import plant_outliers, scenes, train
 
 CARD = """# LLaVA-tiny
 
@@ -72,7 +71,7 @@ def main() -> None:
         steps=training["steps"],
         batch=training["batch"],
         minutes=round(training["seconds"] / 60),
-        stages="; ".join(f"{s.steps} steps at learning rate {s.lr:g}" for s in train_tiny_llava.STAGES),
+        stages="; ".join(f"{s.steps} steps at learning rate {s.lr:g}" for s in train.STAGES),
         factors=", ".join(f"{f:g}" for f in plant_outliers.FACTORS),
         questions=accuracy["questions"],
         table=markdown_table(accuracy["exact_match"]),

@@ -13,10 +13,10 @@ from qvlm_export.evaluation.tasks.task import (
     Request,
     Score,
     Task,
-    checked,
     find_file,
     read_json_lines,
     require_questions,
+    validate_entry,
 )
 
 LAYOUT = "dev.jsonl (or dev_seen.jsonl, test_seen.jsonl, …) and the pictures in img/"
@@ -37,7 +37,7 @@ def read(request: Request) -> QuestionSet:
     """Raises UserError for lines that are no memes, and for a file without labels, which nobody can score."""
     names = (f"{request.split}.jsonl", *((f"{request.split}_seen.jsonl",) if "_" not in request.split else ()))
     path = find_file(request.data, names, LAYOUT)
-    rows = [checked(Meme, content, where) for where, content in read_json_lines(path)]
+    rows = [validate_entry(Meme, content, where) for where, content in read_json_lines(path)]
     questions = tuple(Question(str(row.id), prompt_of(row.text), request.data / row.img) for row in rows)
     require_questions(questions, path, request.split)
     if (unlabelled := next((row.id for row in rows if row.label is None), None)) is not None:

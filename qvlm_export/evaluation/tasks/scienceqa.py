@@ -17,12 +17,12 @@ from qvlm_export.evaluation.tasks.task import (
     Score,
     Task,
     by_group,
-    checked,
     find_file,
     find_folder,
-    listed,
+    find_list,
     read_json,
     require_questions,
+    validate_entry,
 )
 
 LETTERS = "ABCDE"
@@ -64,7 +64,7 @@ def read(request: Request) -> QuestionSet:
     problems, splits = read_json(problems_file), read_json(splits_file)
     if not isinstance(problems, dict) or not isinstance(splits, dict):
         raise UserError(f"{problems_file}: holds no object of problems by id; is it the official file?")
-    ids = [str(one) for one in listed(splits.get(request.split, []), None, splits_file)]
+    ids = [str(one) for one in find_list(splits.get(request.split, []), None, splits_file)]
     if missing := [one for one in ids if one not in problems]:
         raise UserError(
             f"{splits_file}: names problem {missing[0]} ({len(missing)} in all), which {problems_file.name} has not; "
@@ -84,7 +84,7 @@ def read(request: Request) -> QuestionSet:
 
 
 def _problem(content: Any, where: str) -> Problem:
-    problem = checked(Problem, content, where)
+    problem = validate_entry(Problem, content, where)
     if problem.answer >= len(problem.choices):
         raise UserError(f"{where}: answer {problem.answer} is none of its {len(problem.choices)} choices")
     if problem.subject not in SUBJECTS:
@@ -114,7 +114,7 @@ def prompt_of(problem: Problem, form: str) -> str:
 def _own_prompts(path: Path, truth: dict[str, Problem], form: str) -> dict[str, str]:
     """The first turns of LLaVA's question file: a list of {id, image, conversations}."""
     prompts: dict[str, str] = {}
-    for number, entry in enumerate(listed(read_json(path), None, path)):
+    for number, entry in enumerate(find_list(read_json(path), None, path)):
         try:
             one, text = str(entry["id"]), str(entry["conversations"][0]["value"])
         except (KeyError, IndexError, TypeError) as error:

@@ -148,11 +148,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{first_twice(names)!r} stands twice in one object")
+        raise ValueError(f"{find_duplicate(names)!r} stands twice in one object")
     return content
 
 
-def first_twice(ids: Iterable[str]) -> str | None:
+def find_duplicate(ids: Iterable[str]) -> str | None:
     """The first id that comes a second time."""
     seen: set[str] = set()
     for one in ids:
@@ -162,7 +162,7 @@ def first_twice(ids: Iterable[str]) -> str | None:
     return None
 
 
-def checked(row: type[Row], content: Any, where: str) -> Row:
+def validate_entry(row: type[Row], content: Any, where: str) -> Row:
     """`content` as a row. Raises UserError, begun with `where`, naming the field that is missing or of another type."""
     try:
         return row.model_validate(content)
@@ -172,7 +172,7 @@ def checked(row: type[Row], content: Any, where: str) -> Row:
         raise UserError(f"{where}: {place}: {first['msg']}; download the file again") from error
 
 
-def listed(content: Any, key: str | None, path: Path) -> list[Any]:
+def find_list(content: Any, key: str | None, path: Path) -> list[Any]:
     """The list in `content`, or under `key` in it. Raises UserError when there is none."""
     found = content.get(key) if isinstance(content, dict) and key else content
     if not isinstance(found, list):
@@ -184,7 +184,7 @@ def require_questions(questions: Sequence[Question], path: Path, split: str) -> 
     """Raises UserError for an empty split and for an id that comes twice."""
     if not questions:
         raise UserError(f"{path}: the split {split} holds no question; give another --split, or download the file again")
-    if (twice := first_twice(q.id for q in questions)) is not None:
+    if (twice := find_duplicate(q.id for q in questions)) is not None:
         raise UserError(f"{path}: question {twice} stands twice; download the file again")
 
 

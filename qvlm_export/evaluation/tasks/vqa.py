@@ -18,14 +18,14 @@ from qvlm_export.evaluation.tasks.task import (
     Score,
     Task,
     by_group,
-    checked,
     find_file,
     find_folder,
-    listed,
+    find_list,
     read_json,
     require_questions,
+    validate_entry,
 )
-from qvlm_export.evaluation.tasks.vqa_score import normalised, soft_accuracy, without_punctuation
+from qvlm_export.evaluation.tasks.vqa_score import normalize_answer, soft_accuracy, strip_punctuation
 
 HUMANS = 10
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -99,16 +99,16 @@ def read_vqav2(request: Request) -> QuestionSet:
 
 
 def _vqa_questions(path: Path) -> list[VqaQuestion]:
-    rows = listed(read_json(path), "questions", path)
-    return [checked(VqaQuestion, row, f"{path}: question {number}") for number, row in enumerate(rows)]
+    rows = find_list(read_json(path), "questions", path)
+    return [validate_entry(VqaQuestion, row, f"{path}: question {number}") for number, row in enumerate(rows)]
 
 
 def _annotations(path: Path, images: dict[int, int], asked: str) -> dict[str, Truth]:
     """Truths of exactly the questions in `images` (question -> picture). Raises UserError where the two sets differ."""
-    rows = listed(read_json(path), "annotations", path)
+    rows = find_list(read_json(path), "annotations", path)
     truth: dict[str, Truth] = {}
     for number, content in enumerate(rows):
-        row = checked(VqaAnnotation, content, f"{path}: annotation {number}")
+        row = validate_entry(VqaAnnotation, content, f"{path}: annotation {number}")
         where = f"{path}: question {row.question_id}"
         if str(row.question_id) in truth:
             raise UserError(f"{where} is annotated twice; download the file again")
@@ -123,7 +123,7 @@ def _annotations(path: Path, images: dict[int, int], asked: str) -> dict[str, Tr
 def _truth(row: VqaAnnotation, where: str) -> Truth:
     humans = _humans(row.answers, where)
     if len(set(humans)) > 1:
-        humans = tuple(sys.intern(without_punctuation(human)) for human in humans)
+        humans = tuple(sys.intern(strip_punctuation(human)) for human in humans)
     return Truth(humans, sys.intern(row.answer_type))
 
 
@@ -148,8 +148,8 @@ def _whole_test(request: Request, asked: tuple[Question, ...]) -> tuple[str, ...
 def read_vizwiz(request: Request) -> QuestionSet:
     """One list with questions and, but for test, answers. A question's id is the name of its picture."""
     path = find_file(request.data, (f"{request.split}.json", f"Annotations/{request.split}.json"), VIZWIZ_LAYOUT)
-    entries = listed(read_json(path), None, path)
-    rows = [checked(VizWizEntry, row, f"{path}: entry {number}") for number, row in enumerate(entries)]
+    entries = find_list(read_json(path), None, path)
+    rows = [validate_entry(VizWizEntry, row, f"{path}: entry {number}") for number, row in enumerate(entries)]
     folder = find_folder(request.data, (request.split, f"Images/{request.split}"), VIZWIZ_LAYOUT)
     suffix = UNANSWERABLE + SHORT if request.form == "v1.5" else ""
     questions = tuple(Question(row.image, row.question + suffix, folder / row.image) for row in rows)
@@ -167,7 +167,7 @@ def score(given: QuestionSet, answers: Answers) -> Score:
     values: dict[str, list[float]] = {"overall": []} | {t.kind: [] for t in sorted(given.truth.values(), key=_kind)}
     unparsed = 0
     for one, answer in answers.items():
-        said = normalised(answer.text)
+        said = normalize_answer(answer.text)
         unparsed += not said and not answer.failed
         value = soft_accuracy(said, given.truth[one].humans) if said else 0.0
         for column in ("overall", given.truth[one].kind):
@@ -181,13 +181,13 @@ def _kind(truth: Truth) -> str:
 
 def vqav2_submission(given: QuestionSet, answers: Answers) -> list[dict[str, Any]]:
     """[{question_id, answer}], with empty answers for the questions of test that are not in test-dev."""
-    said = [{"question_id": int(q.id), "answer": normalised(answers[q.id].text)} for q in given.questions]
+    said = [{"question_id": int(q.id), "answer": normalize_answer(answers[q.id].text)} for q in given.questions]
     return [*said, *({"question_id": int(one), "answer": ""} for one in given.others)]
 
 
 def vizwiz_submission(given: QuestionSet, answers: Answers) -> list[dict[str, Any]]:
     """[{image, answer}]."""
-    return [{"image": q.id, "answer": normalised(answers[q.id].text)} for q in given.questions]
+    return [{"image": q.id, "answer": normalize_answer(answers[q.id].text)} for q in given.questions]
 
 
 VQAV2 = Task(

@@ -34,14 +34,14 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}  # the toolkit has this one the wrong way round
 
 
-def normalised(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """What a model said, as it is compared."""
-    words = without_punctuation(re.sub(r"[\n\t]", " ", answer).strip()).lower().split()
+    words = strip_punctuation(re.sub(r"[\n\t]", " ", answer).strip()).lower().split()
     digits = [NUMBERS.get(word, word) for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in digits if word not in ARTICLES)
 
 
-def without_punctuation(text: str) -> str:
+def strip_punctuation(text: str) -> str:
     """Marks go where they touch a space anywhere or a number has a comma, and become spaces otherwise; periods that no
     digit follows go."""
     if not _ANY.search(text):

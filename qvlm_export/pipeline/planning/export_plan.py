@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.job import asks_for_pictures
-from qvlm_export.calibrate.calibrators.cost import Cost, calibration_cost, kept_bytes, measured_bytes
-from qvlm_export.calibrate.calibrators.efforts import METHODS
+from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
+from qvlm_export.calibrate.calibrators.cost import Cost, activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
+from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
@@ -35,11 +35,9 @@ from qvlm_export.pipeline.planning.estimate import (
 )
 from qvlm_export.pipeline.planning.machine import measure_machine
 from qvlm_export.pipeline.planning.preflight import check_disk, check_out, check_work_dir, disk_needed
-from qvlm_export.pipeline.planning.recipe import Recipe, check_engine, choose_recipe, plan_linears
+from qvlm_export.pipeline.planning.recipe import Recipe, check_engine_schemes, choose_recipe, plan_linears
 
 PARTS = ("vision", "language")
-EFFORTS = ("rtn", "fast", "full")
-DEFAULT_EFFORT = "rtn"
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # beside the largest picture, where pictures are cut into tiles
 MAX_SAMPLES = 128  # used when --samples does not say
@@ -97,21 +95,21 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
     linears = plan_linears(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
-    check_engine(linears, backend)
+    check_engine_schemes(linears, backend)
     sizes = {part: estimate_sizes(of_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _samples(options, checkpoint, processor, limits) if linears else ()
-    method, builds = METHODS.get(options.effort), backend.module is not None
+    method, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):
-        _check_text_only(options, asks_for_pictures(blocks, linears, searched=method is not None))
-    cost = calibration_cost(blocks, linears, samples, method) if linears else Cost()
+        _check_text_only(options, find_linear_needing_images(blocks, linears, searched=method is not None))
+    cost = estimate_calibration_cost(blocks, linears, samples, method) if linears else Cost()
     disk = disk_needed(
         total_sizes(sizes),
         calibrates=bool(linears),
         builds=builds,
-        kept_bytes=kept_bytes(blocks, samples, method),
-        measured_bytes=measured_bytes(blocks, samples, method),
+        kept_bytes=activation_cache_bytes(blocks, samples, method),
+        measured_bytes=sensitivity_bytes(blocks, samples, method),
     )
     check_disk(disk, options.out, options.work_dir)
     on_host = cost if device == "cpu" else Cost()

@@ -20,7 +20,7 @@ import torch
 from qvlm_export.calibrate.blockwise.blocks import as_tensor, check_finite
 from qvlm_export.calibrate.checkpoint.packing import pack_codes
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import product
+from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
 from qvlm_export.engines.graph.int4_packing import transposed_nibbles
@@ -74,7 +74,7 @@ def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu") 
     flops = 2.0 * TOKENS * OUT * WIDTH
 
     def computed() -> None:
-        product(x, weight.T)
+        matmul(x, weight.T)
 
     def by_blas() -> None:
         x @ weight.T

@@ -10,7 +10,14 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from qvlm_export.calibrate.checkpoint.scheme import GROUP_SIZES, GROUPED_BITS, LinearScheme, SchemeError, bits_of, fitted
+from qvlm_export.calibrate.checkpoint.scheme import (
+    GROUP_SIZES,
+    GROUPED_BITS,
+    LinearScheme,
+    SchemeError,
+    fit_scheme,
+    parse_scheme_bits,
+)
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import INT4_TARGETS, Backend
 
@@ -52,14 +59,14 @@ class Rule(BaseModel):
     def _bits_that_exist(cls, scheme: str) -> str:
         if scheme != FLOAT:
             try:
-                bits_of(scheme)
+                parse_scheme_bits(scheme)
             except SchemeError as error:
                 raise ValueError(f"{error}, or {FLOAT}") from error
         return scheme
 
     @model_validator(mode="after")
     def _groups_are_for_few_bits(self) -> Rule:
-        if self.group_size is not None and (self.scheme == FLOAT or bits_of(self.scheme)[0] > GROUPED_BITS):
+        if self.group_size is not None and (self.scheme == FLOAT or parse_scheme_bits(self.scheme)[0] > GROUPED_BITS):
             raise ValueError(f"{self.scheme} has no groups, leave group_size out")
         return self
 
@@ -129,13 +136,13 @@ def plan_linears(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str
         group_sizes = GROUP_SIZES if rule.group_size is None else (rule.group_size,)
         chosen |= dict.fromkeys(matched, (rule.scheme, group_sizes))
     return {
-        name: fitted(name, shapes[name], *bits_of(scheme), group_sizes)
+        name: fit_scheme(name, shapes[name], *parse_scheme_bits(scheme), group_sizes)
         for name, (scheme, group_sizes) in chosen.items()
         if scheme != FLOAT
     }
 
 
-def check_engine(plan: dict[str, LinearScheme], backend: Backend) -> None:
+def check_engine_schemes(plan: dict[str, LinearScheme], backend: Backend) -> None:
     """Raises UserError naming the first linear that an engine, or one of its targets, cannot have."""
     if backend.module is None:
         return

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.blockwise.batching import BATCH_TOKENS, batches_of, parted
+from qvlm_export.calibrate.blockwise.batching import BATCH_TOKENS, batch_by_length, split_by_size
 
 SHAPES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from((1, 5, 700, 3000))), min_size=1, max_size=9)
 
@@ -14,8 +14,8 @@ SHAPES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from((1, 5, 700, 3000)
 @given(SHAPES)
 def test_every_input_comes_back_in_its_place(shapes):
     inputs = [torch.full((rows, tokens, 1), float(number)) for number, (rows, tokens) in enumerate(shapes)]
-    batches = batches_of(inputs)
-    merged = batches.merged(inputs)
+    batches = batch_by_length(inputs)
+    merged = batches.merge(inputs)
     for batch, tensor in zip(batches.members, merged, strict=True):
         assert len(batch) == 1 or tensor.shape[0] * tensor.shape[1] <= BATCH_TOKENS
     for before, after in zip(inputs, batches.split(merged), strict=True):
@@ -24,12 +24,12 @@ def test_every_input_comes_back_in_its_place(shapes):
 
 def test_equal_lengths_share_a_batch_and_others_do_not():
     inputs = [torch.zeros(1, tokens, 4) for tokens in (10, 20, 10, 20, 30)]
-    assert batches_of(inputs).members == ((0, 2), (1, 3), (4,))
+    assert batch_by_length(inputs).members == ((0, 2), (1, 3), (4,))
 
 
 @given(st.lists(st.integers(1, 20)), st.integers(1, 30))
 def test_parts_hold_everything_in_order_and_no_more_than_asked(sizes, most):
-    parts = list(parted(range(len(sizes)), sizes, most))
+    parts = list(split_by_size(range(len(sizes)), sizes, most))
     assert [number for part in parts for number in part] == list(range(len(sizes)))
     totals = [sum(sizes[number] for number in part) for part in parts]
     assert all(total <= most or len(part) == 1 for total, part in zip(totals, parts, strict=True))

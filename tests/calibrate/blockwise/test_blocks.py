@@ -10,7 +10,7 @@ import torch
 from small_export import make_sample, module_of, open_small
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from qvlm_export.calibrate.blockwise.blocks import feature_layers, make_blocks, resident
+from qvlm_export.calibrate.blockwise.blocks import feature_layers, load_block, make_blocks
 from qvlm_export.calibrate.errors import UserError
 
 FEATURES = pytest.mark.parametrize("feature", [-2, -1, -3, 1, 4])
@@ -43,7 +43,7 @@ def test_vision_layers_after_the_feature_are_left_out(llava, feature):
     assert [b.prefix for b in blocks.vision_layers] == [
         f"vision_tower.vision_model.encoder.layers.{i}" for i in range(wanted)
     ]
-    assert blocks.count() == wanted + 1 + 2
+    assert blocks.num_blocks() == wanted + 1 + 2
     assert not any("lm_head" in name for name in blocks.quantizable())
 
 
@@ -60,14 +60,14 @@ def test_linears_are_listed_block_by_block_in_the_order_they_run(llava):
 
 def test_blocks_are_made_without_memory(llava):
     blocks = make_blocks(open_small(llava()).hf_config)
-    every = (*blocks.entries, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    every = (*blocks.entries, *blocks.all())
     assert {p.device.type for block in every for p in block.module.parameters()} == {"meta"}
 
 
 def test_the_names_of_all_blocks_are_tensors_of_the_checkpoint(llava):
     checkpoint = open_small(llava())
     blocks = make_blocks(checkpoint.hf_config)
-    every = (*blocks.entries, *blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    every = (*blocks.entries, *blocks.all())
     for block in every:
         for name in block.tensor_names():
             assert checkpoint.source.shape(name) == tuple(block.module.get_parameter(name[len(block.prefix) + 1 :]).shape)
@@ -77,20 +77,20 @@ def test_the_names_of_all_blocks_are_tensors_of_the_checkpoint(llava):
 def test_weights_are_there_while_a_block_is_resident_and_gone_after(llava, dtype):
     checkpoint = open_small(llava(dtype=dtype))
     block = make_blocks(checkpoint.hf_config).text_layers[1]
-    with resident(block, checkpoint.source) as module:
+    with load_block(block, checkpoint.source) as module:
         for name, parameter in module.named_parameters():
             assert parameter.dtype == torch.float32
             expected = checkpoint.source.load(f"{block.prefix}.{name}").astype(np.float32)
             np.testing.assert_array_equal(parameter.numpy(), expected)
     assert {p.device.type for p in block.module.parameters()} == {"meta"}
-    with resident(block, checkpoint.source) as module:
+    with load_block(block, checkpoint.source) as module:
         assert {p.device.type for p in module.parameters()} == {"cpu"}
 
 
 def test_the_embeddings_know_their_positions(llava):
     checkpoint = open_small(llava())
     block = make_blocks(checkpoint.hf_config).entries[0]
-    with resident(block, checkpoint.source) as module:
+    with load_block(block, checkpoint.source) as module:
         assert module.position_ids.tolist() == [list(range(37))]
     assert {t.device.type for t in (*block.module.parameters(), *block.module.buffers())} == {"meta"}
 
@@ -98,6 +98,6 @@ def test_the_embeddings_know_their_positions(llava):
 def test_an_error_inside_empties_the_block_too(llava):
     checkpoint = open_small(llava())
     block = make_blocks(checkpoint.hf_config).projector
-    with pytest.raises(UserError, match="on purpose"), resident(block, checkpoint.source):
+    with pytest.raises(UserError, match="on purpose"), load_block(block, checkpoint.source):
         raise UserError("on purpose")
     assert {p.device.type for p in block.module.parameters()} == {"meta"}

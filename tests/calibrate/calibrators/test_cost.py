@@ -8,34 +8,34 @@ import pytest
 from small_export import mixed_samples, open_small, plan_of
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators import cost
-from qvlm_export.calibrate.calibrators.cost import Cost, calibration_cost, is_narrow
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.calibrators.cost import Cost, estimate_calibration_cost, is_narrow
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
-from qvlm_export.calibrate.quantization.config import FAST, NEAREST, TWO_SIDED, Method, Variant
+from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RTN_LINEAR, LinearConfig, SearchConfig
 
 
 @pytest.mark.parametrize(
     "method",
     [
         FAST,
-        Method(folding="expected", objective="modality"),
-        Method(folding="none", objective="logits", questions=3),
-        Method(folding="search", objective="logits", vision="own"),
-        Method(folding="search", objective="logits", vision="none"),
-        Method(folding="none", variant=Variant(rounding="nearest", ridge=None)),
-        Method("none", TWO_SIDED, "kl+logits", leverage=False),
-        Method("none", objective="logits", scrambled=3),
-        Method("none", TWO_SIDED, "kl+logits", questions=2, undecided=2),  # a random model is never decided
+        SearchConfig(equalization="expected", token_weighting="modality"),
+        SearchConfig(equalization="none", token_weighting="logits", questions=3),
+        SearchConfig(equalization="search", token_weighting="logits", vision="own"),
+        SearchConfig(equalization="search", token_weighting="logits", vision="none"),
+        SearchConfig(equalization="none", linear=LinearConfig(rounding="nearest", ridge=None)),
+        SearchConfig("none", KRONECKER_LINEAR, "kl+logits", leverage=False),
+        SearchConfig("none", token_weighting="logits", random_word_prompts=3),
+        SearchConfig("none", KRONECKER_LINEAR, "kl+logits", questions=2, mixup_prompts=2),  # a random model is never decided
     ],
 )
 def test_forwards_are_those_of_the_search(llava, tmp_path, method):
     checkpoint = open_small(llava())
     blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int8"), mixed_samples(checkpoint)
-    job = Calibration(blocks, checkpoint.source, plan, samples)
-    found = calibrate_searched(job, CalibratedWriter(tmp_path), lambda *_: None, method)
-    assert calibration_cost(blocks, plan, samples, method).forwards == pytest.approx(found["block_forwards"], abs=1)
+    job = CalibrationJob(blocks, checkpoint.source, plan, samples)
+    found = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
+    assert estimate_calibration_cost(blocks, plan, samples, method).forwards == pytest.approx(found["block_forwards"], abs=1)
 
 
 def test_forwards_of_learning(llava, tmp_path):
@@ -46,11 +46,11 @@ def test_forwards_of_learning(llava, tmp_path):
         plan_of(checkpoint, "int8"),
         mixed_samples(checkpoint)[:1] * 64,
     )
-    job, method = Calibration(blocks, checkpoint.source, plan, samples), Method("none", NEAREST, learn_steps=8)
-    found = calibrate_searched(job, CalibratedWriter(tmp_path), lambda *_: None, method)
-    counted = calibration_cost(blocks, plan, samples, method)
+    job, method = CalibrationJob(blocks, checkpoint.source, plan, samples), SearchConfig("none", RTN_LINEAR, learn_steps=8)
+    found = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
+    counted = estimate_calibration_cost(blocks, plan, samples, method)
     assert counted.forwards == pytest.approx(found["block_forwards"], rel=0.05)
-    without = calibration_cost(blocks, plan, samples, replace(method, learn_steps=0))
+    without = estimate_calibration_cost(blocks, plan, samples, replace(method, learn_steps=0))
     assert counted.flops > without.flops
     assert counted.memory_bytes > without.memory_bytes
 
@@ -59,7 +59,7 @@ def test_round_to_nearest_counts_products_by_hand(llava):
     """int8: everything runs once. int4: the decoder does not run at all."""
     checkpoint = open_small(llava())
     blocks, samples, config = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint), checkpoint.config
-    whole = calibration_cost(blocks, plan_of(checkpoint, "int8"), samples, None)
+    whole = estimate_calibration_cost(blocks, plan_of(checkpoint, "int8"), samples, None)
     text, vision = config.text, config.vision
     decoder = text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     decoder += text.hidden_size * text.num_heads * text.head_dim + 3 * text.hidden_size * text.intermediate_size
@@ -72,7 +72,7 @@ def test_round_to_nearest_counts_products_by_hand(llava):
     seen += 2 * projector * patches * pictures
     assert whole.flops == flops + seen
     assert whole.rounded == 2 * decoder + 3 * tower + projector
-    part = calibration_cost(blocks, plan_of(checkpoint, "int4"), samples, None)
+    part = estimate_calibration_cost(blocks, plan_of(checkpoint, "int4"), samples, None)
     assert (part.flops, part.rounded) == (seen, whole.rounded)
     assert part.forwards == 4 * pictures
 
@@ -84,9 +84,9 @@ def test_the_largest_block_decides_the_memory():
 def test_large_factorizations_are_shared_by_threads_and_small_ones_are_not(llava, monkeypatch):
     checkpoint = open_small(llava())
     blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4"), mixed_samples(checkpoint)
-    small = calibration_cost(blocks, plan, samples, FAST)
+    small = estimate_calibration_cost(blocks, plan, samples, FAST)
     monkeypatch.setattr(cost, "LARGE", 1)
-    large = calibration_cost(blocks, plan, samples, FAST)
+    large = estimate_calibration_cost(blocks, plan, samples, FAST)
     assert small.single_flops > 0 == large.single_flops
     assert large.shared_flops == pytest.approx(small.shared_flops + small.single_flops)
     assert small.shared_flops > 0  # solving

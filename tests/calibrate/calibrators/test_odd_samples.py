@@ -13,21 +13,26 @@ from small_export import mixed_samples, plan_of
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.blockwise.resume import Work
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.config import FAST, FULL, Method
-from qvlm_export.calibrate.quantization.hessian import make_rounder
-from qvlm_export.calibrate.sensitivity import measure as influence
+from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+from qvlm_export.calibrate.quantization.hessian import factor_hessian
+from qvlm_export.calibrate.sensitivity import measure
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
-METHODS = {"plain": Method(), "fast": FAST, "full": replace(FULL, learn_steps=2), "modality": Method(objective="modality")}
+METHODS = {
+    "plain": SearchConfig(),
+    "fast": FAST,
+    "full": replace(FULL, learn_steps=2),
+    "modality": SearchConfig(token_weighting="modality"),
+}
 
 
 class Overflowing(TensorSource):
@@ -58,15 +63,17 @@ def checkpoint(llava: Callable[..., Path]) -> Checkpoint:
     return open_checkpoint(str(llava(dtype="float32")))
 
 
-def job_of(checkpoint: Checkpoint, samples: Sequence[Sample], work: Path | None = None, vision: bool = True) -> Calibration:
+def job_of(
+    checkpoint: Checkpoint, samples: Sequence[Sample], work: Path | None = None, vision: bool = True
+) -> CalibrationJob:
     plan = {n: s for n, s in plan_of(checkpoint, "int8").items() if vision or n.startswith("language_model.")}
-    kept = None if work is None else Work(work)
-    return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples, kept)
+    kept = None if work is None else CalibrationWork(work)
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples, kept)
 
 
-def run(job: Calibration, folder: Path, method: Method) -> CalibratedCheckpoint:
+def run(job: CalibrationJob, folder: Path, method: SearchConfig) -> CalibratedCheckpoint:
     writer = CalibratedWriter(folder)
-    writer.finish({}, calibrate_searched(job, writer, lambda *_: None, method))
+    writer.finish({}, calibrate_search(job, writer, lambda *_: None, method))
     return CalibratedCheckpoint(folder)
 
 
@@ -76,7 +83,7 @@ def test_texts_alone_calibrate_a_decoder(checkpoint, tmp_path, method, worked):
     texts = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
     job = job_of(checkpoint, texts, tmp_path / "work" if worked else None, vision=False)
     found = run(job, tmp_path / "c", method)
-    assert set(found.schemes) == set(job.plan)
+    assert set(found.schemes) == set(job.schemes)
     assert all(block["error"] < 1e-3 for block in found.summary["blocks"] if block["layers"])
 
 
@@ -91,7 +98,7 @@ def test_texts_alone_do_not_calibrate_a_tower(checkpoint, tmp_path, method):
 def test_a_part_of_texts_alone(checkpoint, tmp_path, monkeypatch, method):
     """Influence is measured some samples at a time; in one of those times no picture may be shown."""
     whole = run(job_of(checkpoint, mixed_samples(checkpoint)), tmp_path / "whole", method)
-    monkeypatch.setattr(influence, "PART_VALUES", 1)
+    monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
     for name, work in {"parts": None, "kept": tmp_path / "work"}.items():
         found = run(job_of(checkpoint, mixed_samples(checkpoint), work), tmp_path / name, method)
         errors, wanted = ([block["error"] for block in f.summary["blocks"]] for f in (found, whole))
@@ -136,7 +143,7 @@ def test_linear_and_sample_are_named(wrong):
     inputs[wrong][1][1, 3, 2] = torch.inf  # the fourth input, about the pictures of sample 3
     pictures = [torch.tensor([0, 0]), torch.tensor([1, 2, 2])]
     search = BlockSearch(
-        Gated(), {"mlp.fc1": LinearScheme(8, 8, None)}, nn.Module.__call__, Method(), pictures=pictures, prefix="block"
+        Gated(), {"mlp.fc1": LinearScheme(8, 8, None)}, nn.Module.__call__, SearchConfig(), pictures=pictures, prefix="block"
     )
     with torch.no_grad(), pytest.raises(UserError, match=r"^block\.mlp\.fc1: activations of sample 3 are not finite"):
         search.search(*inputs)
@@ -146,4 +153,4 @@ def test_a_matrix_that_no_damping_mends():
     gram = torch.eye(4)
     gram[2, 2] = torch.nan
     with pytest.raises(UserError, match="second moments of 4 channels are not finite"):
-        make_rounder(gram)
+        factor_hessian(gram)

@@ -16,11 +16,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from qvlm_export.calibrate.blockwise.forward import Run
-from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
-from qvlm_export.calibrate.calibrators.block_search import BlockSearch, Candidate, relative_error
-from qvlm_export.calibrate.calibrators.partial_forward import recalled
+from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
+from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
+from qvlm_export.calibrate.calibrators.candidate import QuantizedBlock
+from qvlm_export.calibrate.calibrators.partial_forward import replace_with_cached
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
-from qvlm_export.calibrate.quantization.config import Method
+from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize
 
 INT4 = LinearScheme(4, None, 32)
@@ -58,14 +59,14 @@ def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out):
     module, run = block(kind)
     inputs = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)]
     plan = {n: scheme for n, m in module.named_modules() if isinstance(m, nn.Linear) and not (left_out and left_out in n)}
-    search = BlockSearch(module, plan, run, Method("expected"))
-    groups = [g for g in groups_of(module) if any(name in plan for name in g.linears)]
+    search = BlockSearch(module, plan, run, SearchConfig("expected"))
+    groups = [g for g in find_shared_inputs(module) if any(name in plan for name in g.linears)]
     with ExitStack() as hooks:
-        candidate = Candidate(module, module, hooks)
+        candidate = QuantizedBlock(module, module, hooks)
         search._quantize(candidate, groups, inputs, inputs)  # hooks are gone when `search` returns
         resumed = search._resumed(candidate, inputs)
         whole = [run(candidate.rounded, x) for x in inputs]
-    assert relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
+    assert weighted_relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
 
 
 class Products(TorchFunctionMode):
@@ -86,7 +87,7 @@ def test_every_linear_computes_once(kind):
     module, run = block(kind)
     inputs, attended = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], []
     plan = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-    search = BlockSearch(module, plan, run, Method("none"))
+    search = BlockSearch(module, plan, run, SearchConfig("none"))
     module.self_attn.register_forward_hook(lambda *_: attended.append(1))
     with Products() as products:
         search.search(inputs, inputs)
@@ -107,14 +108,14 @@ def test_an_input_is_rounded_once_for_all_linears_that_read_it(kind, monkeypatch
         monkeypatch.setattr(
             f"qvlm_export.calibrate.{place}.fake_quantize", lambda x, *how: rounded.append(x) or fake_quantize(x, *how)
         )
-    BlockSearch(module, plan, run, Method("none")).search(inputs, inputs)
-    assert len(rounded) == 2 * len(groups_of(module))
+    BlockSearch(module, plan, run, SearchConfig("none")).search(inputs, inputs)
+    assert len(rounded) == 2 * len(find_shared_inputs(module))
 
 
 def test_linears_are_back_in_their_places_after_an_error():
     module, run = block("llama")
     linear = module.self_attn.o_proj
-    with suppress(StopIteration), recalled(module, {"self_attn.o_proj": [torch.zeros(1, 4, 64)]}):
+    with suppress(StopIteration), replace_with_cached(module, {"self_attn.o_proj": [torch.zeros(1, 4, 64)]}):
         run(module, torch.zeros(1, 4, 64))
         assert module.self_attn.o_proj is not linear
         run(module, torch.zeros(1, 4, 64))

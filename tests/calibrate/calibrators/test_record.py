@@ -13,29 +13,29 @@ import pytest
 import torch
 from small_export import make_sample, plan_of
 
-from qvlm_export.calibrate.augmentation.prompts import labels_of
+from qvlm_export.calibrate.augmentation.prompts import label_block_inputs
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.forward import plain_step, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration
+from qvlm_export.calibrate.blockwise.forward import float_step, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.linear_record import Fidelity, linear_record
-from qvlm_export.calibrate.calibrators.record import errors_by_label, with_partition
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
-from qvlm_export.calibrate.calibrators.rtn_baseline import Baseline, round_to_nearest
-from qvlm_export.calibrate.calibrators.search import calibrate_searched
+from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr, make_linear_record
+from qvlm_export.calibrate.calibrators.record import compute_errors_by_label, mark_partition
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
+from qvlm_export.calibrate.calibrators.rtn_baseline import RtnBaseline, run_rtn_baseline
+from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.config import NEAREST, Method, Variant
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, recorded, simulated_step
+from qvlm_export.calibrate.quantization.config import FAST, RTN_LINEAR, LinearConfig, SearchConfig
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_printed
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
-SIMPLE = Method(folding="none", variant=Variant())
+SIMPLE = SearchConfig(equalization="none", linear=LinearConfig())
 
 
 def answered(checkpoint: Checkpoint) -> list[Sample]:
@@ -44,8 +44,8 @@ def answered(checkpoint: Checkpoint) -> list[Sample]:
     return [Sample(s.input_ids, s.pixel_values, len(s.input_ids) - 3) for s in made]
 
 
-def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> Calibration:
-    return Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, preset), samples)
+def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> CalibrationJob:
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, preset), samples)
 
 
 def calibrated(checkpoint: Checkpoint, preset: str, folder: Path, method: Any) -> CalibratedCheckpoint:
@@ -64,7 +64,7 @@ def checkpoint(llava: Any) -> Checkpoint:
 def int4(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> CalibratedCheckpoint:
     """Nothing is folded, so that weights can be compared with the source."""
     folder = tmp_path_factory.mktemp("record")
-    return calibrated(checkpoint, "int4", folder, lambda *given: calibrate_searched(*given, method=SIMPLE))
+    return calibrated(checkpoint, "int4", folder, lambda *given: calibrate_search(*given, method=SIMPLE))
 
 
 def layers_of(found: CalibratedCheckpoint) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_errors_by_label_against_a_loop() -> None:
                 mine = sums[int(label[token if len(label) > 1 else 0])]
                 mine[0] += float((output[row, token] - exact[row, token]).square().sum())
                 mine[1] += float(exact[row, token].square().sum())
-    found = errors_by_label(outputs, wanted, labels)
+    found = compute_errors_by_label(outputs, wanted, labels)
     assert found == pytest.approx(
         {name: a / b for name, (a, b) in zip(("image", "prompt", "answer"), sums.values(), strict=True)}
     )
@@ -96,17 +96,17 @@ def test_errors_by_label_against_a_loop() -> None:
 def test_rounding_to_nearest_is_what_the_absmax_calibrator_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """On the first block, whose inputs are the same; with so few samples all of them are compared."""
     samples = answered(checkpoint)
-    found = calibrated(checkpoint, "int8", tmp_path / "searched", calibrate_searched)
-    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_absmax)
+    found = calibrated(checkpoint, "int8", tmp_path / "searched", lambda *given: calibrate_search(*given, method=FAST))
+    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_rtn)
     blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(nearest)
     first = blocks.vision_layers[0].prefix
     outputs: dict[str, list[torch.Tensor]] = {}
-    float_step, nearest_step = plain_step(checkpoint.source), simulated_step(nearest, source)
-    for name, of, step in (("wanted", checkpoint.source, float_step), ("given", source, nearest_step)):
-        kept = recorded(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
-        walk_vision(blocks, of, samples, kept)
+    plain_step, nearest_step = float_step(checkpoint.source), fake_quantized_step(nearest, source)
+    for name, of, step in (("wanted", checkpoint.source, plain_step), ("given", source, nearest_step)):
+        kept = record_outputs(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
+        run_vision_blocks(blocks, of, samples, kept)
     labels = [torch.zeros(1, dtype=torch.int64)] * 2
-    wanted = errors_by_label(outputs[f"given {first}"], outputs[f"wanted {first}"], labels)
+    wanted = compute_errors_by_label(outputs[f"given {first}"], outputs[f"wanted {first}"], labels)
     compared = found.summary["blocks"][0]["compared"]
     assert compared["inputs"] == 2
     assert compared["nearest"] == pytest.approx(wanted, rel=1e-4)
@@ -123,23 +123,23 @@ def test_few_inputs_are_compared_spread_evenly() -> None:
         given.append(float(x[0, 0, 0]))
         return part.proj(x)
 
-    assert round_to_nearest(module, {}, run, pairs) == Baseline((), ())
+    assert run_rtn_baseline(module, {}, run, pairs) == RtnBaseline((), ())
     holder = torch.nn.Module()
     holder.proj = module
     with torch.no_grad():
-        found = round_to_nearest(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
+        found = run_rtn_baseline(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
     assert found.numbers == (0, 3, 6, 9, 12, 15, 18)
     assert given == [*found.numbers, *found.numbers]
 
 
 def test_what_linears_give_against_their_float_outputs(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Of the first block, whose input is exact; all of so few rows are looked at."""
-    found = calibrated(checkpoint, "int8", tmp_path, lambda *given: calibrate_searched(*given, method=SIMPLE))
+    found = calibrated(checkpoint, "int8", tmp_path, lambda *given: calibrate_search(*given, method=SIMPLE))
     blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
     first = blocks.vision_layers[0]
     layer = first.module.get_submodule("self_attn.q_proj")
     layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2).clone()))
-    walk_vision(blocks, checkpoint.source, answered(checkpoint), plain_step(checkpoint.source))
+    run_vision_blocks(blocks, checkpoint.source, answered(checkpoint), float_step(checkpoint.source))
     rows, name = torch.cat(read), f"{first.prefix}.self_attn.q_proj"
     linear, weight = found.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
     wanted = rows @ weight.T
@@ -150,19 +150,19 @@ def test_what_linears_give_against_their_float_outputs(checkpoint: Checkpoint, t
 
 def test_a_label_without_tokens_is_left_out() -> None:
     x = torch.ones(1, 2, 1)
-    assert errors_by_label([x], [x], [torch.tensor([1, 2])]) == {"prompt": 0.0, "answer": 0.0}
+    assert compute_errors_by_label([x], [x], [torch.tensor([1, 2])]) == {"prompt": 0.0, "answer": 0.0}
 
 
 def test_labels_are_in_the_order_of_the_inputs(checkpoint: Checkpoint) -> None:
     blocks, samples = make_blocks(checkpoint.hf_config), answered(checkpoint)
     prompts = [[sample] for sample in samples]
-    decoder = labels_of(blocks.text_layers[1], blocks, prompts)
+    decoder = label_block_inputs(blocks.text_layers[1], blocks, prompts)
     for sample, labels in zip(samples, decoder, strict=True):
         wanted = np.where(sample.input_ids == checkpoint.config.image_token_id, 0, 1)
         wanted[-3:] = 2
         assert labels.tolist() == wanted.tolist()
     for block in (blocks.vision_layers[0], blocks.projector):
-        assert [x.tolist() for x in labels_of(block, blocks, prompts)] == [[TokenLabel.IMAGE]] * 2
+        assert [x.tolist() for x in label_block_inputs(block, blocks, prompts)] == [[TokenLabel.IMAGE]] * 2
 
 
 def test_every_block_has_errors_of_its_modalities(int4: CalibratedCheckpoint) -> None:
@@ -212,7 +212,7 @@ def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monk
         def __init__(self) -> None: ...
         def write_shard(self, *_: object) -> None: ...
 
-    summary = calibrate_searched(job, Nothing(), lambda *_: None, SIMPLE)
+    summary = calibrate_search(job, Nothing(), lambda *_: None, SIMPLE)
     layers = [layer for block in summary["blocks"] for layer in block["layers"]]
     for layer, rows in zip(layers, kept, strict=True):
         ((first, seen),) = rows.items()
@@ -233,10 +233,10 @@ def test_largest_inputs_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint:
     first = blocks.text_layers[0]
     first.module.get_submodule("self_attn.q_proj").register_forward_pre_hook(lambda _, args: read.append(args[0][0].clone()))
     source = DequantizedSource(int4)
-    step = simulated_step(int4, source)
-    walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
+    step = fake_quantized_step(int4, source)
+    run_decoder_blocks(blocks, source, samples, run_vision_blocks(blocks, source, samples, step), step)
     wanted = [0.0, 0.0, 0.0]
-    for rows, labels in zip(read, labels_of(first, blocks, [[s] for s in samples]), strict=True):
+    for rows, labels in zip(read, label_block_inputs(first, blocks, [[s] for s in samples]), strict=True):
         for row, label in zip(rows, labels, strict=True):
             wanted[int(label)] = max(wanted[int(label)], float(row.abs().max()))
     layer = next(x for x in layers_of(int4) if f"{first.prefix}.self_attn.q_proj" in x["linears"])
@@ -253,7 +253,7 @@ def test_boundaries_follow_the_papers_rule() -> None:
         for name, values in entropies.items()
     ]
     blocks[0]["layers"][1]["entropy"] = 3.5
-    marked, thresholds = with_partition(blocks)
+    marked, thresholds = mark_partition(blocks)
     assert thresholds == {"8": median([1.0, 3.5, 3.0, 3.0, 1.0])}
     assert [[layer["starts_block"] for layer in block["layers"]] for block in marked] == [[True, False, False], [True, True]]
 
@@ -272,7 +272,7 @@ def test_sqnr_of_nothing_and_of_the_exact_weight() -> None:
 
 def test_inputs_that_are_all_zero() -> None:
     linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
-    record = linear_record(linear, Fidelity(None, None), 0.0)
+    record = make_linear_record(linear, LinearSqnr(None, None), 0.0)
     assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
     json.dumps(record, allow_nan=False)
 
@@ -282,15 +282,15 @@ def test_the_record_is_json_without_infinities(int4: CalibratedCheckpoint) -> No
 
 
 def test_learning_moves_the_ranges_that_are_recorded(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    method = Method(folding="none", variant=NEAREST, learn_steps=32)
-    found = calibrated(checkpoint, "sim-w4a4", tmp_path / "c", lambda *given: calibrate_searched(*given, method=method))
+    method = SearchConfig(equalization="none", linear=RTN_LINEAR, learn_steps=32)
+    found = calibrated(checkpoint, "sim-w4a4", tmp_path / "c", lambda *given: calibrate_search(*given, method=method))
     assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in found.summary["blocks"])
     for name, record in linears_of(found).items():
         assert record["input_scale"] == found.input_scale(name)
 
 
 def test_the_printed_method_keeps_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_printed)
+    found = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_qvlm)
     assert found.summary["samples"] == 3
     assert "entropy_thresholds" in found.summary
 
@@ -302,4 +302,4 @@ def test_a_picture_with_nan_is_named_before_the_search(checkpoint: Checkpoint, t
     with pytest.raises(
         UserError, match=r"^vision_tower\.vision_model\.encoder\.layers\.0: activations of sample 3 are not finite"
     ):
-        calibrate_searched(job, CalibratedWriter(tmp_path / "c"), lambda *_: None, SIMPLE)
+        calibrate_search(job, CalibratedWriter(tmp_path / "c"), lambda *_: None, SIMPLE)

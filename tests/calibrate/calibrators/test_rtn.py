@@ -13,10 +13,10 @@ from small_export import calibrate, make_sample, mixed_samples, module_of, of_pa
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.calibrators import linear_record as fidelity
-from qvlm_export.calibrate.calibrators.cost import calibration_cost
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.calibrators import linear_record
+from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
@@ -188,11 +188,11 @@ def test_blocks_behind_the_last_quantized_activation_are_not_run(llava, tmp_path
     found = {}
     for name, (plan, walked) in runs.items():
         blocks, ran = make_blocks(checkpoint.hf_config), []
-        for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
+        for block in blocks.all():
             block.module.register_forward_hook(lambda *_, block=block, ran=ran: ran.append(block.prefix))
-        job = Calibration(blocks, checkpoint.source, plan, mixed_samples(checkpoint))
+        job = CalibrationJob(blocks, checkpoint.source, plan, mixed_samples(checkpoint))
         writer = CalibratedWriter(tmp_path / name)
-        writer.finish(checkpoint.config_json, calibrate_absmax(job, writer, lambda *_: None))
+        writer.finish(checkpoint.config_json, calibrate_rtn(job, writer, lambda *_: None))
         assert len(set(ran)) == walked
         found[name] = CalibratedCheckpoint(tmp_path / name)
     for linear in later:
@@ -216,8 +216,8 @@ def test_the_pass_counts_its_blocks_and_says_what_it_did(llava, tmp_path):
     checkpoint = open_small(llava())
     samples = mixed_samples(checkpoint)
     seen = []
-    job = Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, {Q_PROJ: W4A16}, samples)
-    summary = calibrate_absmax(job, CalibratedWriter(tmp_path), lambda *step: seen.append(step))
+    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, {Q_PROJ: W4A16}, samples)
+    summary = calibrate_rtn(job, CalibratedWriter(tmp_path), lambda *step: seen.append(step))
     assert [step[:2] for step in seen] == [(n, 6) for n in range(1, 7)]
     assert seen[3][2] == "multi_modal_projector"
     assert seen[5][2] == "language_model.model.layers.1"
@@ -230,7 +230,7 @@ def test_the_pass_counts_its_blocks_and_says_what_it_did(llava, tmp_path):
 
 @pytest.mark.parametrize("preset", ["int4", "int8", "sim-w4a8"])
 def test_the_record_says_of_every_linear_what_rounding_made_of_it(llava, tmp_path, preset, monkeypatch):
-    monkeypatch.setattr(fidelity, "JUDGED_ROWS", 16)
+    monkeypatch.setattr(linear_record, "JUDGED_ROWS", 16)
     checkpoint = open_small(llava())
     blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, preset), mixed_samples(checkpoint)
     found = calibrate(checkpoint, plan, tmp_path, samples)
@@ -251,11 +251,13 @@ def test_the_record_says_of_every_linear_what_rounding_made_of_it(llava, tmp_pat
             assert record["covered"] is None
         else:
             assert 1.0 <= record["covered"] < 1.001
-    counted = calibration_cost(blocks, plan, samples, None).forwards
+    counted = estimate_calibration_cost(blocks, plan, samples, None).forwards
     assert found.summary["block_forwards"] == counted > 0
 
 
 def test_a_small_linear_is_judged_whole():
     weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     linear = quantize_linear(weight, W8A8, 1.0)
-    assert fidelity.weight_fidelity(weight, linear).weight_db == sqnr_db(weight, torch.from_numpy(linear.dequantized()))
+    assert linear_record.measure_weight_sqnr(weight, linear).weight_db == sqnr_db(
+        weight, torch.from_numpy(linear.dequantized())
+    )

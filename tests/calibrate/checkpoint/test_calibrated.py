@@ -15,7 +15,7 @@ from safetensors import safe_open
 from small_export import briefly_full, calibrate, module_of, open_small, plan_of
 from transformers import LlavaForConditionalGeneration
 
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.checkpoint.calibrated import (
     CalibratedCheckpoint,
     CalibratedWriter,
@@ -257,9 +257,7 @@ def loaded(request, llava, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
     preset = request.param.removesuffix(" full")
     plan = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
-    calibrated = calibrate(
-        checkpoint, plan, folder, calibrator=calibrate_absmax if preset == request.param else briefly_full
-    )
+    calibrated = calibrate(checkpoint, plan, folder, calibrator=calibrate_rtn if preset == request.param else briefly_full)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return calibrated, model, info
 

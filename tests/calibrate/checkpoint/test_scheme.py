@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme, SchemeError, bits_of, fitted
+from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme, SchemeError, fit_scheme, parse_scheme_bits
 from qvlm_export.calibrate.errors import UserError
 
 W4A16 = (4, None)
@@ -33,8 +33,8 @@ def test_a_refusal_is_an_error_for_users():
 
 @pytest.mark.parametrize(("name", "bits"), BITS.items())
 def test_a_name_says_the_bits(name, bits):
-    assert bits_of(name) == bits
-    assert fitted("some.linear", (8, 128), *bits).name == name
+    assert parse_scheme_bits(name) == bits
+    assert fit_scheme("some.linear", (8, 128), *bits).name == name
 
 
 @pytest.mark.parametrize("name", ["W5A8", "W4A2", "W16A16", "W4A", "A8", "w4a8", "W4A8 ", "W04A8", "", "W4A99999", "float"])
@@ -42,17 +42,17 @@ def test_a_name_of_other_bits_is_refused_with_those_there_are(name):
     with pytest.raises(
         SchemeError, match=f"^{name}: weights have 3, 4, 6 or 8 bits, activations 4, 6, 8 or 16; write W4A16"
     ):
-        bits_of(name)
+        parse_scheme_bits(name)
 
 
 def test_tensorrt_has_kernels_for_two():
-    deployable = {name for name, bits in BITS.items() if fitted("some.linear", (8, 128), *bits).deployable}
+    deployable = {name for name, bits in BITS.items() if fit_scheme("some.linear", (8, 128), *bits).deployable}
     assert deployable == {"W4A16", "W8A8"}
 
 
 @pytest.mark.parametrize(("bits", "lowest", "highest"), [(3, -4, 3), (4, -8, 7), (6, -31, 31), (8, -127, 127)])
 def test_ranges_of_codes(bits, lowest, highest):
-    scheme = fitted("some.linear", (8, 128), bits, None)
+    scheme = fit_scheme("some.linear", (8, 128), bits, None)
     assert (scheme.qmin, scheme.qmax) == (lowest, highest)
 
 
@@ -67,16 +67,16 @@ def test_shapes_of_scales():
 )
 def test_the_largest_group_that_divides_the_inputs_is_chosen(inputs, group):
     for bits in (3, 4):
-        assert fitted("some.linear", (8, inputs), bits, 8) == LinearScheme(bits, 8, group_size=group)
+        assert fit_scheme("some.linear", (8, inputs), bits, 8) == LinearScheme(bits, 8, group_size=group)
 
 
 def test_many_bits_fit_any_width():
-    assert fitted("some.linear", (7, 99), 6, 6) == LinearScheme(6, 6, None)
-    assert fitted("some.linear", (7, 99), 8, 8) == W8A8
+    assert fit_scheme("some.linear", (7, 99), 6, 6) == LinearScheme(6, 6, None)
+    assert fit_scheme("some.linear", (7, 99), 8, 8) == W8A8
 
 
 def test_a_given_group_size_is_kept():
-    assert fitted("some.linear", (8, 256), *W4A16, (64,)).group_size == 64
+    assert fit_scheme("some.linear", (8, 256), *W4A16, (64,)).group_size == 64
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_given_group_size_is_kept():
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_width_that_groups_do_not_fit_is_refused_with_the_linear_and_the_way_out(bits, shape, sizes, words):
     with pytest.raises(SchemeError, match=re.escape(f"blocks.3.mlp.fc1: {words}")) as caught:
-        fitted("blocks.3.mlp.fc1", shape, bits, None, sizes)
+        fit_scheme("blocks.3.mlp.fc1", shape, bits, None, sizes)
     assert f"so it cannot have {bits}-bit weights; use --scheme int8" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -98,6 +98,6 @@ def test_a_width_that_groups_do_not_fit_is_refused_with_the_linear_and_the_way_o
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300).map(lambda n: 2 * n), st.integers(1, 40).map(lambda n: 64 * n))
 def test_every_multiple_of_64_with_even_outputs_has_a_group_that_divides_it(outputs, inputs):
-    scheme = fitted("some.linear", (outputs, inputs), *W4A16)
+    scheme = fit_scheme("some.linear", (outputs, inputs), *W4A16)
     assert scheme.scale_shape((outputs, inputs)) == (outputs, inputs / scheme.group_size)
     assert scheme.group_size == (128 if inputs % 128 == 0 else 64)

@@ -11,7 +11,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.numerics.activation_functions import FUNCTIONS, SteadyActivation, with_steady_activations
+from qvlm_export.calibrate.numerics.activation_functions import (
+    FUNCTIONS,
+    DeterministicActivation,
+    use_deterministic_activations,
+)
 
 COUNTS = (1, 2, 3, 5)
 
@@ -39,21 +43,21 @@ def found_by(function: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, torc
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
 def test_threads_do_not_show(name: str) -> None:
-    one, *others = found_by(SteadyActivation(ACT2FN[name]))
+    one, *others = found_by(DeterministicActivation(ACT2FN[name]))
     assert torch.equal(one[0], one[1])
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_on_one_thread_it_is_the_function_itself() -> None:
-    exact, steady = found_by(ACT2FN["quick_gelu"])[0], found_by(SteadyActivation(ACT2FN["quick_gelu"]))[0]
+    exact, steady = found_by(ACT2FN["quick_gelu"])[0], found_by(DeterministicActivation(ACT2FN["quick_gelu"]))[0]
     assert all(torch.equal(a, b) for a, b in zip(exact, steady, strict=True))
 
 
 def test_every_activation_of_every_block_is_one(llava) -> None:
     blocks = make_blocks(open_small(llava()).hf_config)
-    for block in (*blocks.vision_layers, blocks.projector, *blocks.text_layers):
-        found = [m for m in block.module.modules() if isinstance(m, SteadyActivation)]
+    for block in blocks.all():
+        found = [m for m in block.module.modules() if isinstance(m, DeterministicActivation)]
         assert len(found) == 1
         bare = [m for m in block.module.modules() if type(m) in FUNCTIONS]
         assert bare == [found[0].inner]
@@ -61,5 +65,5 @@ def test_every_activation_of_every_block_is_one(llava) -> None:
 
 def test_one_with_parameters_stays() -> None:
     model = nn.Sequential(nn.PReLU(), nn.SiLU(), nn.Linear(2, 2))
-    with_steady_activations(model)
-    assert [type(layer) for layer in model] == [nn.PReLU, SteadyActivation, nn.Linear]
+    use_deterministic_activations(model)
+    assert [type(layer) for layer in model] == [nn.PReLU, DeterministicActivation, nn.Linear]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qvlm_export.calibrate.numerics import cholesky as factor
+from qvlm_export.calibrate.numerics import cholesky
 from qvlm_export.calibrate.numerics.cholesky import BLOCK, LARGE, cholesky_
 
 # Below and above LARGE; a last block and a last piece that are not whole; exactly whole blocks.
@@ -70,9 +70,9 @@ def test_a_matrix_that_is_not_positive_definite_is_told(size: int, place: int) -
 
 def test_pieces_do_not_show_in_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every piece is right, not only the ones that this machine's sizes make."""
-    monkeypatch.setattr(factor, "LARGE", 2)
-    monkeypatch.setattr(factor, "BLOCK", 7)
-    monkeypatch.setattr(factor, "PIECE", 3)
+    monkeypatch.setattr(cholesky, "LARGE", 2)
+    monkeypatch.setattr(cholesky, "BLOCK", 7)
+    monkeypatch.setattr(cholesky, "PIECE", 3)
     matrix = gram(50)
     found = matrix.clone()
     assert cholesky_(found)

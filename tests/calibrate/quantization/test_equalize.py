@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of, make_blocks, resident
-from qvlm_export.calibrate.blockwise.shared_inputs import Group, Sharing, groups_of, sharing_of
+from qvlm_export.calibrate.blockwise.blocks import get_linear, load_block, make_blocks
+from qvlm_export.calibrate.blockwise.shared_inputs import (
+    ChannelSharing,
+    SharedInput,
+    find_channel_sharing,
+    find_shared_inputs,
+)
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch, _deciding
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
-from qvlm_export.calibrate.quantization.config import Method, Variant
-from qvlm_export.calibrate.quantization.equalize import apply_factors_, inputs_of, search_factors
+from qvlm_export.calibrate.quantization.config import LinearConfig, SearchConfig
+from qvlm_export.calibrate.quantization.equalize import apply_equalization_, gather_inputs, search_factors
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -37,15 +42,15 @@ def block_and_inputs(folder, kind):
 def test_any_factors_leave_the_float_block_unchanged(llava, kind):
     folder = llava(dtype="float32", kv_heads=4 if "full" in kind else 2)
     block, x, run, source = block_and_inputs(folder, kind.split(",")[0])
-    with resident(block, source) as module, torch.inference_mode():
+    with load_block(block, source) as module, torch.inference_mode():
         before = run(module, x).double()
-        groups = groups_of(module)
+        groups = find_shared_inputs(module)
         assert len(groups) == 4
         for number, group in enumerate(groups):
-            sharing = sharing_of(module, group)
-            width = linear_of(module, group.linears[0]).in_features // sharing.copies
+            sharing = find_channel_sharing(module, group)
+            width = get_linear(module, group.linears[0]).in_features // sharing.copies
             generator = torch.Generator().manual_seed(number)
-            apply_factors_(module, group, torch.exp(torch.randn(width, generator=generator)))
+            apply_equalization_(module, group, torch.exp(torch.randn(width, generator=generator)))
         after = run(module, x).double()
     assert float((after - before).norm() / before.norm()) < 1e-6
 
@@ -53,15 +58,15 @@ def test_any_factors_leave_the_float_block_unchanged(llava, kind):
 def test_a_gain_that_float16_cannot_hold_stays(llava):
     """Divided, it would be infinite, or 0 and its channel lost."""
     block, x, run, source = block_and_inputs(llava(dtype="float32"), "language")
-    with resident(block, source) as module, torch.inference_mode():
+    with load_block(block, source) as module, torch.inference_mode():
         norm = module.input_layernorm.weight
         norm[3], norm[5] = 4000.0, 1e-6
         for name in ("q_proj", "k_proj", "v_proj"):  # as if a model had been trained so
-            linear_of(module, f"self_attn.{name}").weight[:, 3] /= 4000.0
+            get_linear(module, f"self_attn.{name}").weight[:, 3] /= 4000.0
         before = run(module, x).double()
         factors = torch.ones(256)
         factors[3], factors[5], factors[7] = 1 / 256, 256.0, 2.0
-        used = apply_factors_(module, groups_of(module)[0], factors)
+        used = apply_equalization_(module, find_shared_inputs(module)[0], factors)
         after = run(module, x).double()
     assert used[[3, 7]].tolist() == [1.0, 2.0]
     assert float(used[5]) == pytest.approx(1.0, rel=0.05)  # it is rounded, if not divided
@@ -71,7 +76,7 @@ def test_a_gain_that_float16_cannot_hold_stays(llava):
 
 def test_the_linears_of_fewest_bits_decide():
     """Where others of the group stay float or keep more bits, they are multiplied along."""
-    group = Group(("q", "k", "v"), "input_layernorm")
+    group = SharedInput(("q", "k", "v"), "input_layernorm")
     assert _deciding(group, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
     assert _deciding(group, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (LinearScheme(3, None, 64), ["v"])
     assert _deciding(group, {"v": INT4}) == (INT4, ["v"])
@@ -91,7 +96,7 @@ def test_a_group_that_is_quantized_in_part_is_folded():
         module.self_attn.q_proj.weight[:, 7] /= 64
         for folding in ("none", "expected"):
             own = copy.deepcopy(module)
-            method = Method(folding, Variant(activation_ranges="absmax", ridge=None))
+            method = SearchConfig(folding, LinearConfig(activation_ranges="absmax", ridge=None))
 
             def run(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
                 read = part.input_layernorm(x)
@@ -106,10 +111,10 @@ def test_a_group_that_is_quantized_in_part_is_folded():
 
 
 def test_grouped_query_heads_share_factors():
-    sharing = Sharing(copies=2, head_dim=3)
+    sharing = ChannelSharing(copies=2, head_dim=3)
     per_input = torch.tensor([1.0, 2, 3, 7, 1, 1, 4, 5, 6, 1, 9, 1])  # heads 0 and 1 read value head 0
-    assert sharing.reduced(per_input).tolist() == [7, 2, 3, 4, 9, 6]
-    assert sharing.expanded(torch.arange(6.0)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert sharing.reduce(per_input).tolist() == [7, 2, 3, 4, 9, 6]
+    assert sharing.expand(torch.arange(6.0)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
 @pytest.mark.parametrize("scheme", [INT4, W8A8], ids=["int4", "int8"])
@@ -118,7 +123,7 @@ def test_planted_outlier_channels_are_taken_out(scheme):
     inputs, weight = torch.randn(300, 128, generator=generator), torch.randn(64, 128, generator=generator) * 0.05
     inputs[:, 7] *= 64
     weight[:, 7] /= 64
-    factors = search_factors(inputs_of(inputs, torch.arange(len(inputs))), weight, scheme, Sharing())
+    factors = search_factors(gather_inputs(inputs, torch.arange(len(inputs))), weight, scheme, ChannelSharing())
     others = torch.cat([factors[:7], factors[8:]])
     assert float(factors[7] / others.median()) > 8
 
@@ -126,6 +131,6 @@ def test_planted_outlier_channels_are_taken_out(scheme):
 def test_fold_needs_a_producer(llava):
     folder = llava(dtype="float32")
     block, _, _, source = block_and_inputs(folder, "vision")
-    with resident(block, source) as module, torch.inference_mode():
-        names = [group.linears for group in groups_of(module) if group.producer is None]
+    with load_block(block, source) as module, torch.inference_mode():
+        names = [group.linears for group in find_shared_inputs(module) if group.preceding is None]
         assert names == [("mlp.fc2",)]

@@ -11,18 +11,18 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.expected_error import (
-    KEPT,
-    Noise,
-    Tail,
+    TAIL_VALUES,
+    ErrorModel,
+    OutlierTail,
     _largest,
-    best_factors,
-    best_range,
-    energies,
-    tail_of,
-    thinned,
+    choose_expected_scale,
+    compute_residual_energy,
+    fit_tail,
+    optimize_factors,
+    subsample_rows,
 )
 from qvlm_export.calibrate.quantization.quantizer import (
-    column_scales,
+    expand_scales,
     fake_quantize,
     group_amax,
     round_to_codes,
@@ -42,8 +42,8 @@ def layer(seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2048, 128, generator=generator) @ mixing * sizes, torch.randn(96, 128, generator=generator)
 
 
-def noise_of(x: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme) -> Noise:
-    return Noise(tail_of(x), x.square().mean(0), weight, scheme)
+def noise_of(x: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme) -> ErrorModel:
+    return ErrorModel(fit_tail(x), x.square().mean(0), weight, scheme)
 
 
 def made(x: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme, factors: torch.Tensor, limit: float | None) -> float:
@@ -55,7 +55,7 @@ def made(x: torch.Tensor, weight: torch.Tensor, scheme: LinearScheme, factors: t
         rounded = folded
     scale = weight_scale(group_amax(scaled, scheme), scheme)
     codes = round_to_codes(scaled, scale, scheme)
-    wrong = rounded @ (codes.float() * column_scales(scale, 128)).T - x @ weight.T
+    wrong = rounded @ (codes.float() * expand_scales(scale, 128)).T - x @ weight.T
     return float(wrong.square().sum() / len(x))
 
 
@@ -76,11 +76,11 @@ def test_the_factors_found_make_smaller_errors_than_smoothing(scheme: LinearSche
     x, weight = layer(1)
     noise = noise_of(x, weight, scheme)
     starts = [x.abs().amax(0) ** e / weight.abs().amax(0) ** (1 - e) for e in (0.5, 1.0)]
-    found = best_factors(noise, starts, torch.arange(128))
+    found = optimize_factors(noise, starts, torch.arange(128))
     errors = []
     for factors in (*starts, found):
         bits = scheme.activation_bits
-        scale = None if bits is None else best_range(tail_of(x / factors), weight * factors, bits)
+        scale = None if bits is None else choose_expected_scale(fit_tail(x / factors), weight * factors, bits)
         limit = None if scale is None or bits is None else scale * (2 ** (bits - 1) - 1)
         errors.append(made(x, weight, scheme, factors, limit))
     assert errors[-1] < 0.9 * min(errors[:-1])
@@ -107,7 +107,7 @@ def test_slopes_are_the_derivatives(scheme: LinearScheme) -> None:
 def test_shared_factors_stay_shared() -> None:
     x, weight = layer(3)
     expand = torch.arange(64).repeat(2)
-    found = best_factors(noise_of(x, weight, W8A8), [torch.ones(64)], expand)
+    found = optimize_factors(noise_of(x, weight, W8A8), [torch.ones(64)], expand)
     assert found.shape == (64,)
     assert float(found.std()) > 0
 
@@ -116,9 +116,9 @@ def test_shared_factors_stay_shared() -> None:
 @given(seed=st.integers(0, 1000), parts=st.lists(st.floats(0.05, 4.0), min_size=2, max_size=2))
 def test_clipping_is_at_least_what_was_seen_and_less_with_more_room(seed: int, parts: list[float]) -> None:
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
-    tail = tail_of(x)
+    tail = fit_tail(x)
     small, large = (torch.full((3,), part) for part in sorted(parts))
-    seen = x.abs().topk(KEPT, dim=0).values  # beyond the range
+    seen = x.abs().topk(TAIL_VALUES, dim=0).values  # beyond the range
     assert (tail.clipped(small)[0] >= (seen - small).clamp(min=0).square().sum(0) / 200 * 0.999).all()
     assert (tail.clipped(large)[0] <= tail.clipped(small)[0] * 1.001).all()
     assert (tail.clipped(torch.full((3,), 100.0))[0] < 1e-6).all()
@@ -151,14 +151,14 @@ def test_longer_tails_ask_for_more_room() -> None:
     generator = torch.Generator().manual_seed(0)
     even = torch.rand(4096, 1, generator=generator)
     heavy = -torch.rand(4096, 1, generator=generator).log()
-    room = [best_range(tail_of(x), torch.ones(1, 1), 8) * 127 / float(x.max()) for x in (even, heavy)]
+    room = [choose_expected_scale(fit_tail(x), torch.ones(1, 1), 8) * 127 / float(x.max()) for x in (even, heavy)]
     assert room[0] < 1.5
     assert room[1] > room[0]
 
 
 def test_fewer_bits_clip_more() -> None:
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
-    limits = [best_range(tail_of(x), torch.ones(1, 16), bits) * (2 ** (bits - 1) - 1) for bits in (4, 6, 8)]
+    limits = [choose_expected_scale(fit_tail(x), torch.ones(1, 16), bits) * (2 ** (bits - 1) - 1) for bits in (4, 6, 8)]
     assert limits[0] < limits[1] <= limits[2]
 
 
@@ -166,29 +166,29 @@ def test_few_tokens_and_channels_that_are_zero() -> None:
     for tokens in (1, 3, 5):
         x = torch.zeros(tokens, 64)
         x[:, 0] = 1.0
-        noise = Noise(tail_of(x), torch.ones(64), torch.ones(2, 64), W8A8)
-        found = best_factors(noise, [torch.ones(64)], torch.arange(64))
+        noise = ErrorModel(fit_tail(x), torch.ones(64), torch.ones(2, 64), W8A8)
+        found = optimize_factors(noise, [torch.ones(64)], torch.arange(64))
         assert torch.isfinite(found).all()
-        assert best_range(tail_of(x), torch.ones(2, 64), 8) > 0
+        assert choose_expected_scale(fit_tail(x), torch.ones(2, 64), 8) > 0
 
 
 def test_thinned_keeps_first_and_last() -> None:
     weight = torch.arange(1000.0)[:, None]
-    assert thinned(weight).shape == (512, 1)
-    assert thinned(weight)[-1] == 999.0
-    assert len(thinned(weight[:10])) == 10
+    assert subsample_rows(weight).shape == (512, 1)
+    assert subsample_rows(weight)[-1] == 999.0
+    assert len(subsample_rows(weight[:10])) == 10
 
 
 def test_tail_of_known_values() -> None:
-    tail = Tail(torch.tensor([[4.0], [2.0]]), torch.tensor([1.0]), 10)
+    tail = OutlierTail(torch.tensor([[4.0], [2.0]]), torch.tensor([1.0]), 10)
     inside, beyond = 1.0 + 2.0 * 1.0 + 2.0, 2.0 * torch.tensor(-1.0).exp()
     assert float(tail.clipped(torch.tensor([3.0]))[0]) == pytest.approx(float(inside + beyond) / 10)
 
 
 def test_energies_are_mean_squares_of_channels_that_do_not_predict_each_other() -> None:
     x = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2.0, 16)
-    assert energies(x, None).numpy() == pytest.approx(x.square().mean(0).numpy(), rel=0.12)
+    assert compute_residual_energy(x, None).numpy() == pytest.approx(x.square().mean(0).numpy(), rel=0.12)
     x[:, 1] = 3 * x[:, 0]  # known when the other is, up to damping
-    found = energies(x, torch.full((len(x),), 2.0))
+    found = compute_residual_energy(x, torch.full((len(x),), 2.0))
     assert float(found[:2].prod() / x.square().mean(0)[:2].prod()) < 0.5  # 2 * 2 if each was new
     assert found[2:].numpy() == pytest.approx(2 * x.square().mean(0)[2:].numpy(), rel=0.12)

@@ -17,8 +17,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.forward import plain_step, walk_language, walk_vision
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_inputs, open_head, recorded
+from qvlm_export.calibrate.blockwise.forward import float_step, load_head, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.quantization.fake_quantized import (
+    DequantizedSource,
+    fake_quantize_inputs,
+    record_outputs,
+)
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize
 from qvlm_export.pipeline.planning.recipe import PRESETS
 
@@ -116,10 +120,10 @@ def test_only_the_named_linears_are_quantized_and_only_inside():
     x, quantizer = torch.randn(2, 4) * 4, (0.5, 4)
     plain = {name: layer(x) for name, layer in module.items()}
     on_quantized = module["a"](fake_quantize(x, *quantizer))
-    with fake_quantized_inputs(module, {"a": quantizer}):
+    with fake_quantize_inputs(module, {"a": quantizer}):
         assert torch.equal(module["a"](x), on_quantized)
         assert torch.equal(module["b"](x), plain["b"])
-    with pytest.raises(KeyError), fake_quantized_inputs(module, {"a": quantizer}):
+    with pytest.raises(KeyError), fake_quantize_inputs(module, {"a": quantizer}):
         raise KeyError
     assert not torch.equal(on_quantized, plain["a"])
     assert all(torch.equal(layer(x), plain[name]) for name, layer in module.items())
@@ -127,10 +131,10 @@ def test_only_the_named_linears_are_quantized_and_only_inside():
 
 def test_recorded_shows_outputs_and_changes_nothing(checkpoint, sample):
     blocks, source, seen = make_blocks(checkpoint.hf_config), checkpoint.source, {}
-    step = recorded(plain_step(source), seen.__setitem__)
-    features = walk_vision(blocks, source, [sample], step)
-    walk_language(blocks, source, [sample], features, step)
-    order = [*blocks.vision_layers, blocks.projector, *blocks.text_layers]
+    step = record_outputs(float_step(source), seen.__setitem__)
+    features = run_vision_blocks(blocks, source, [sample], step)
+    run_decoder_blocks(blocks, source, [sample], features, step)
+    order = blocks.all()
     assert list(seen) == [block.prefix for block in order]
     assert torch.equal(seen["multi_modal_projector"][0].flatten(0, 1), features[0])
 
@@ -141,7 +145,7 @@ def test_the_head_is_the_norm_and_the_product(checkpoint):
     gain, head = (source.load(f"language_model.{name}.weight").astype(np.float64) for name in ("model.norm", "lm_head"))
     wide = x[0].double().numpy()
     wanted = (wide / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon) * gain) @ head.T
-    np.testing.assert_allclose(open_head(source, epsilon)(x).numpy(), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(load_head(source, epsilon).logits(x[0]).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
 @SCHEMES

@@ -11,7 +11,7 @@ import pytest
 from simulated import make_case, relative, run_graphs, simulate
 from small_export import PARTS, briefly_full, make_sample, mixed_samples, of_part, open_small, plan_of
 
-from qvlm_export.calibrate.calibrators.rtn import calibrate_absmax
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.engines.check.graph_weights import wrong_weights
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
@@ -48,7 +48,7 @@ def model(request, llava):
 
 @pytest.mark.parametrize(
     ("preset", "calibrator"),
-    [*((name, calibrate_absmax) for name in QUANTIZED), ("int8", briefly_full)],
+    [*((name, calibrate_rtn) for name in QUANTIZED), ("int8", briefly_full)],
 )
 def test_the_graph_computes_what_the_simulation_computes(model, tmp_path, preset, calibrator):
     checkpoint, calibration, samples = model

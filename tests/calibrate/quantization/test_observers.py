@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.blockwise.token_kinds import ALL, TokenLabel, token_labels
+from qvlm_export.calibrate.blockwise.token_kinds import ALL_LABELS, TokenLabel, label_tokens
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.observers import InputStatistics
+from qvlm_export.calibrate.quantization.observers import InputObserver
 
 FRACTIONS = (1.0, 0.995, 0.99, 0.985, 0.98, 0.5, 0.01)
 
@@ -29,7 +29,7 @@ def batches(draw):
 
 
 def gather(rows, labels, cuts):
-    statistics = InputStatistics("layer", rows.shape[1])
+    statistics = InputObserver("layer", rows.shape[1])
     for part, kinds in zip(np.split(rows, cuts), np.split(labels, cuts), strict=True):
         statistics.update(torch.from_numpy(part), torch.from_numpy(kinds))
     return statistics
@@ -40,7 +40,7 @@ def chosen(rows, labels, wanted):
 
 
 @settings(deadline=None, max_examples=80)
-@given(batches(), st.sampled_from([ALL, (TokenLabel.PROMPT,), (TokenLabel.IMAGE, TokenLabel.ANSWER)]))
+@given(batches(), st.sampled_from([ALL_LABELS, (TokenLabel.PROMPT,), (TokenLabel.IMAGE, TokenLabel.ANSWER)]))
 def test_counts_and_ranges_are_those_of_the_whole(data, wanted):
     rows, labels, cuts = data
     statistics, mine = gather(rows, labels, cuts), chosen(rows, labels, wanted)
@@ -50,7 +50,7 @@ def test_counts_and_ranges_are_those_of_the_whole(data, wanted):
 
 
 @settings(deadline=None, max_examples=80)
-@given(batches(), st.sampled_from([ALL, (TokenLabel.IMAGE, TokenLabel.PROMPT)]), st.sampled_from(FRACTIONS))
+@given(batches(), st.sampled_from([ALL_LABELS, (TokenLabel.IMAGE, TokenLabel.PROMPT)]), st.sampled_from(FRACTIONS))
 def test_percentiles_are_at_most_a_bin_above_the_exact_ones(data, wanted, fraction):
     rows, labels, cuts = data
     histogram, mine = gather(rows, labels, cuts).histogram(wanted), chosen(rows, labels, wanted)
@@ -69,7 +69,7 @@ def test_percentiles_are_at_most_a_bin_above_the_exact_ones(data, wanted, fracti
 @given(batches())
 def test_the_split_into_batches_does_not_matter(data):
     rows, labels, cuts = data
-    for wanted in (ALL, (TokenLabel.ANSWER,)):
+    for wanted in (ALL_LABELS, (TokenLabel.ANSWER,)):
         one, two = gather(rows, labels, []).histogram(wanted), gather(rows, labels, cuts).histogram(wanted)
         assert (one.width, one.amax) == (two.width, two.amax)
         assert torch.equal(one.counts, two.counts)
@@ -79,7 +79,7 @@ def test_the_split_into_batches_does_not_matter(data):
 def test_extreme_values_are_counted(value):
     rows = torch.tensor([[value]])
     labels = torch.tensor([1])
-    statistics = InputStatistics("layer", 1)
+    statistics = InputObserver("layer", 1)
     statistics.update(rows, labels)
     statistics.update(torch.tensor([[2.0]]), labels)
     histogram = statistics.histogram()
@@ -89,12 +89,12 @@ def test_extreme_values_are_counted(value):
 
 def test_labels_of_a_sample():
     sample = Sample(np.array([1, 9, 9, 5, 6, 7, 2]), np.zeros((1, 3, 2, 2), np.float32), answer_start=5)
-    assert token_labels(sample, 9).tolist() == [1, 0, 0, 1, 1, 2, 2]
+    assert label_tokens(sample, 9).tolist() == [1, 0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_named_and_not_added(value):
-    statistics = InputStatistics("layers.3.mlp.fc1", 2)
+    statistics = InputObserver("layers.3.mlp.fc1", 2)
     statistics.update(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(UserError, match=r"^layers\.3\.mlp\.fc1: activations of batch 1 are not finite"):
         statistics.update(torch.tensor([[1.0, value]]), torch.zeros(1, dtype=torch.int64))
@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_are_named_and_not_added(value):
 
 
 def test_zeros_first_do_not_make_the_bins_wide():
-    statistics = InputStatistics("x", 1)
+    statistics = InputObserver("x", 1)
     for value in (0.0, 0.3):
         statistics.update(torch.full((2, 1), value), torch.zeros(2, dtype=torch.int64))
     assert statistics.histogram().width <= 2 * 0.3 / 2**14

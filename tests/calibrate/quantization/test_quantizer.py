@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale,
-    column_scales,
     covering_scale,
+    expand_scales,
     fake_quantize,
     group_amax,
     quantize_linear,
@@ -111,7 +111,7 @@ def test_a_covering_scale_clips_nothing_and_is_never_wider(scheme, weight):
     scale = covering_scale(tensor, scheme)
     assert scale.dtype == (torch.float32 if scheme.group_size is None else torch.float16)
     assert (scale <= weight_scale(group_amax(tensor, scheme), scheme)).all()
-    steps = column_scales(scale, weight.shape[1])
+    steps = expand_scales(scale, weight.shape[1])
     codes = round_to_codes(tensor, scale, scheme).float()
     assert ((tensor - codes * steps).abs() <= steps * (0.5 + 0.01)).all()  # float16 scales may be a little short
 

@@ -12,19 +12,19 @@ from quantized_module import quantized_output
 from small_export import make_sample, mixed_samples, plan_of
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import linear_of, make_blocks, resident
-from qvlm_export.calibrate.blockwise.forward import plain_step, walk_language, walk_vision
-from qvlm_export.calibrate.blockwise.job import Calibration
-from qvlm_export.calibrate.blockwise.shared_inputs import groups_of
+from qvlm_export.calibrate.blockwise.blocks import get_linear, load_block, make_blocks
+from qvlm_export.calibrate.blockwise.forward import float_step, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.job import CalibrationJob
+from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, recorded, simulated_step
-from qvlm_export.calibrate.quantization.observers import histogram_of
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_printed, measure_inputs, search_block
-from qvlm_export.calibrate.qvlm.clip_candidates import Clips, PlannedLayer
-from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, linear_outputs, relative_error, replayed
-from qvlm_export.calibrate.qvlm.partition import LayerInput, entropy_blocks
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
+from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm, observe_inputs, search_block
+from qvlm_export.calibrate.qvlm.clip_candidates import Clips, QuantizableLayer
+from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, record_linear_outputs, relative_error, replay_module
+from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 
 W4A4 = LinearScheme(4, 4, 64)
@@ -50,23 +50,23 @@ def block_of(checkpoint, kind):
 
 def chain_of(module, batches, run, plan):
     """Float outputs, and the layers of the module with the ranges of what they are given."""
-    groups = groups_of(module)
+    groups = find_shared_inputs(module)
     given = {g: [] for g in groups}
     handles = [
-        linear_of(module, g.linears[0]).register_forward_pre_hook(lambda _, x, g=g: given[g].append(x[0].flatten(0, -2)))
+        get_linear(module, g.linears[0]).register_forward_pre_hook(lambda _, x, g=g: given[g].append(x[0].flatten(0, -2)))
         for g in groups
     ]
-    outputs, wanted = linear_outputs(module, [n for g in groups for n in g.linears], run, batches)
+    outputs, wanted = record_linear_outputs(module, [n for g in groups for n in g.linears], run, batches)
     for handle in handles:
         handle.remove()
     layers = []
     for group in groups:
-        histogram = histogram_of(torch.cat(given[group]))
-        linears = {name: linear_of(module, name) for name in group.linears}
+        histogram = make_histogram(torch.cat(given[group]))
+        linears = {name: get_linear(module, name) for name in group.linears}
         ranges = {c: c.activation_amax(histogram) for c in PAPER_CLIPS}
         mine = {name: plan[name] for name in group.linears if name in plan}
         weights = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in mine.items() for c in PAPER_CLIPS}
-        layers.append(PlannedLayer(linears, mine, ranges, weights))
+        layers.append(QuantizableLayer(linears, mine, ranges, weights))
     return outputs, wanted, {g: torch.cat(rows) for g, rows in given.items()}, layers
 
 
@@ -74,10 +74,10 @@ def chain_of(module, batches, run, plan):
 def test_a_block_in_pieces_is_the_block(llava, kind):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     block, batches, run = block_of(checkpoint, kind)
-    with resident(block, checkpoint.source) as module, torch.inference_mode():
+    with load_block(block, checkpoint.source) as module, torch.inference_mode():
         outputs, _, given, layers = chain_of(module, batches, run, {})
         before = dict(module.named_modules())
-        with replayed(module, [tuple(layer.linears) for layer in layers], run, batches) as replay:
+        with replay_module(module, [tuple(layer.linears) for layer in layers], run, batches) as replay:
             done = ()
             for layer, rows in zip(layers, given.values(), strict=True):
                 np.testing.assert_allclose(replay.given(done), rows, atol=1e-5)
@@ -93,12 +93,12 @@ def test_the_search_of_a_block_is_the_best_of_all_ranges_of_activations_then_of_
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     block, batches, run = block_of(checkpoint, "decoder")
     plan = {"mlp.gate_proj": W4A4, "mlp.up_proj": W8A8, "mlp.down_proj": W4A4}  # attention stays float
-    with resident(block, checkpoint.source) as module, torch.inference_mode():
+    with load_block(block, checkpoint.source) as module, torch.inference_mode():
         module.mlp.down_proj.weight[3, 5] = 2.0  # worth clipping
         _, wanted, _, layers = chain_of(module, batches, run, plan)
         layers = layers[2:]
         noisy = [x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) for x in batches]
-        with replayed(module, [tuple(layer.linears) for layer in layers], run, noisy) as replay:
+        with replay_module(module, [tuple(layer.linears) for layer in layers], run, noisy) as replay:
             found = search_block(layers, replay, (), wanted)
 
         def error(chosen):
@@ -117,17 +117,17 @@ def test_the_search_of_a_block_is_the_best_of_all_ranges_of_activations_then_of_
     assert found.layer_forwards == 2 * (5 + 25)
 
 
-def calibrated(checkpoint, plan, folder, *, method=calibrate_printed, samples=None):
+def calibrated(checkpoint, plan, folder, *, method=calibrate_qvlm, samples=None):
     chosen = mixed_samples(checkpoint)[:3] if samples is None else samples
-    job = Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
+    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
     writer, seen = CalibratedWriter(folder), []
     summary = method(job, writer, lambda *step: seen.append(step))
     writer.finish(checkpoint.config_json, summary)
-    assert [step[0] for step in seen] == list(range(1, job.blocks.count() + 1))
+    assert [step[0] for step in seen] == list(range(1, job.blocks.num_blocks() + 1))
     return CalibratedCheckpoint(folder)
 
 
-@pytest.mark.parametrize(("preset", "method"), [("sim-w4a4", calibrate_printed), ("int4", calibrate_percentile)])
+@pytest.mark.parametrize(("preset", "method"), [("sim-w4a4", calibrate_qvlm), ("int4", calibrate_percentile)])
 def test_the_record_says_what_the_checkpoint_does(llava, tmp_path, preset, method):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     found = calibrated(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", method=method)
@@ -135,7 +135,7 @@ def test_the_record_says_what_the_checkpoint_does(llava, tmp_path, preset, metho
     layers = [layer for block in blocks for layer in block["layers"]]
     assert sorted(n for layer in layers for n in layer["linears"]) == sorted(make_blocks(checkpoint.hf_config).quantizable())
     depths = [len(block["layers"]) for block in blocks]
-    assert max(depths) == (3 if method is calibrate_printed else 1)
+    assert max(depths) == (3 if method is calibrate_qvlm else 1)
     for block, depth in zip(blocks, depths, strict=True):
         passes = 1 + (found.schemes[block["layers"][0]["linears"][0]].activation_bits is not None)
         assert block["layer_forwards"] == passes * sum(5**d for d in range(1, depth + 1))
@@ -145,15 +145,15 @@ def test_the_record_says_what_the_checkpoint_does(llava, tmp_path, preset, metho
     # The last recorded error is what a simulation of the checkpoint makes of the last linear.
     samples, outputs = mixed_samples(checkpoint)[:3], []
     source = DequantizedSource(found)
-    for step in (plain_step(checkpoint.source), simulated_step(found, source)):
+    for step in (float_step(checkpoint.source), fake_quantized_step(found, source)):
         seen = {}
         at = source if outputs else checkpoint.source
         model = make_blocks(checkpoint.hf_config)
-        watched = recorded(step, lambda prefix, out, seen=seen: seen.update({prefix: out}))
+        watched = record_outputs(step, lambda prefix, out, seen=seen: seen.update({prefix: out}))
         handle = model.text_layers[-1].module.mlp.down_proj.register_forward_hook(
             lambda _, __, out, seen=seen: seen.setdefault("down", []).append(out[0])
         )
-        walk_language(model, at, samples, walk_vision(model, at, samples, watched), watched)
+        run_decoder_blocks(model, at, samples, run_vision_blocks(model, at, samples, watched), watched)
         handle.remove()
         outputs.append({"down": torch.cat(seen["down"])})
     assert relative_error(outputs[1], outputs[0]) == pytest.approx(blocks[-1]["error_after"], rel=1e-3)
@@ -175,17 +175,17 @@ def test_block_forwards_and_bytes_are_the_same_twice(llava, tmp_path):
 def test_blocks_end_with_the_module_and_thresholds_are_by_bits():
     entropies = [("a", 4, 1.0), ("a", 4, 3.0), ("b", 4, 3.0), ("b", 4, 3.0), ("b", 8, 4.0), ("b", 8, 6.0)]
     inputs = [LayerInput(block, ("x",), bits, entropy, {}) for block, bits, entropy in entropies]
-    blocks, thresholds = entropy_blocks(inputs)
+    blocks, thresholds = partition_by_entropy(inputs)
     assert thresholds == {"4": 3.0, "8": 5.0}
     assert [(b.start, b.stop) for b in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6)]
-    assert entropy_blocks([]) == ((), {})
+    assert partition_by_entropy([]) == ((), {})
 
 
 def test_inputs_are_measured_on_the_float_model(llava):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     plan = {f"{LAST}.mlp.up_proj": W4A4, f"{LAST}.self_attn.o_proj": LinearScheme(8, 8, None)}
     samples = mixed_samples(checkpoint)
-    inputs, forwards = measure_inputs(Calibration(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples))
+    inputs, forwards = observe_inputs(CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples))
     assert [(x.block, x.linears, x.num_bits) for x in inputs] == [
         (LAST, ("self_attn.o_proj",), 8),
         (LAST, ("mlp.gate_proj", "mlp.up_proj"), 4),

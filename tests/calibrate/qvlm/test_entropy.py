@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.quantization.observers import histogram_of
+from qvlm_export.calibrate.quantization.observers import make_histogram
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, histogram_entropy, soft_code_distribution
 
 BITS = st.sampled_from([3, 4, 6, 8])
@@ -76,7 +76,7 @@ def test_the_histogram_gives_the_same_entropy(seed, num_bits, fraction):
     values = drawn(seed, 300)
     scale = float(np.abs(values).max()) * fraction / (2 ** (num_bits - 1) - 1)
     # Its bins are at least 64 times finer than a step of 8 bits that covers the largest value.
-    assert histogram_entropy(histogram_of(values), scale, num_bits) == pytest.approx(
+    assert histogram_entropy(make_histogram(values), scale, num_bits) == pytest.approx(
         code_entropy(torch.tensor(values), scale, num_bits), abs=2e-3
     )
 

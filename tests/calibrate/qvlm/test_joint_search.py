@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
-from qvlm_export.calibrate.quantization.observers import histogram_of
-from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Layer, search_tree
+from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, SearchLayer, search_tree
 
 
 class Chain:
@@ -24,11 +24,11 @@ class Chain:
         rng = np.random.default_rng(seed)
         self.gains = rng.uniform(-2, 2, len(sizes))
         self.candidates = [rng.uniform(-2, 2, size).tolist() for size in sizes]
-        self.wanted = float(rng.uniform(-1, 1))
+        self.float_rows = float(rng.uniform(-1, 1))
         self.applied: Counter = Counter()
         self.prepared = 0
         self.layers = [
-            Layer(self.prepare, lambda x, c, k=k: self.apply(k, x, c), self.candidates[k]) for k in range(len(sizes))
+            SearchLayer(self.prepare, lambda x, c, k=k: self.apply(k, x, c), self.candidates[k]) for k in range(len(sizes))
         ]
 
     def prepare(self, outputs):
@@ -40,7 +40,7 @@ class Chain:
         return math.tanh(self.gains[k] * x + c)
 
     def error(self, output):
-        return (output - self.wanted) ** 2
+        return (output - self.float_rows) ** 2
 
     def output(self, choice, before=()):
         outputs = before
@@ -77,13 +77,16 @@ def test_forwards_of_the_papers_search(depth):
 
 
 def test_the_first_of_equals_wins():
-    layers = [Layer(lambda _: None, lambda _, c: c, [3, 1, 1]), Layer(lambda o: o[0], lambda x, _: x, [0, 0])]
+    layers = [SearchLayer(lambda _: None, lambda _, c: c, [3, 1, 1]), SearchLayer(lambda o: o[0], lambda x, _: x, [0, 0])]
     assert search_tree(layers, float).choice == (1, 0)
 
 
 def test_joint_beats_layer_by_layer_where_errors_cancel():
     # Each layer is best with its first candidate, whatever the other has; only both changes together cancel.
-    layers = [Layer(lambda _: 0.0, lambda x, c: x + c, [0.1, -1.0]), Layer(lambda o: o[-1], lambda x, c: x + c, [0.1, 1.0])]
+    layers = [
+        SearchLayer(lambda _: 0.0, lambda x, c: x + c, [0.1, -1.0]),
+        SearchLayer(lambda o: o[-1], lambda x, c: x + c, [0.1, 1.0]),
+    ]
     alone = search_tree(layers[:1], abs)
     one_by_one = search_tree(layers[1:], abs, alone.outputs)
     together = search_tree(layers, abs)
@@ -102,7 +105,7 @@ def test_ranges_are_percentiles_among_the_values_that_share_them(seed, percentil
         got = clip.weight_amax(torch.from_numpy(weight), scheme)
         np.testing.assert_allclose(got, exact * np.float32(fraction), rtol=1e-6)
     exact = np.quantile(np.abs(weight), percentile, method="inverted_cdf") * fraction
-    histogram = histogram_of(weight)
+    histogram = make_histogram(weight)
     slack = 1e-6 * exact  # of float32
     assert exact - slack <= clip.activation_amax(histogram) <= exact + histogram.width + slack
 

@@ -10,7 +10,7 @@ from torch import nn
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, quantize_linear
-from qvlm_export.calibrate.rounding.learned_rounding import LearnedLinear, counted, learn_block
+from qvlm_export.calibrate.rounding.learned_rounding import LearnedLinear, learn_block, make_learning_batches
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
 W4A4 = LinearScheme(weight_bits=4, activation_bits=4, group_size=64)
@@ -77,7 +77,7 @@ def test_learning_brings_unseen_inputs_closer_to_the_float_block(scheme):
     module, found = TwoLayers(), rounded(TwoLayers(), scheme)
     inputs = samples(1, 64)
     wanted = [module(x) for x in inputs]
-    learned = learn_block(module, found, run, counted(inputs, wanted), steps=120, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, wanted), steps=120, seed=0)
     unseen = samples(2)[0]
     before = hard_error(module, found, {}, unseen, module(unseen))
     after = hard_error(module, dict(learned.linears), dict(learned.floats), unseen, module(unseen))
@@ -93,7 +93,7 @@ def test_what_is_kept_has_the_error_that_is_reported():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A4)
     inputs = samples(3, 16)
     wanted = [module(x) for x in inputs]
-    learned = learn_block(module, found, run, counted(inputs, wanted), steps=40, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, wanted), steps=40, seed=0)
     held = torch.tensor([7, 15])
     error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
     assert error == pytest.approx(learned.error_after, rel=1e-3)
@@ -104,7 +104,7 @@ def test_prompts_about_one_picture_teach_or_decide_together():
     inputs = samples(3, 16)
     wanted = [module(x) for x in inputs]
     pictures = torch.arange(16) // 2 + 5  # 5, 5, 6, 6, 7, 7, ...
-    learned = learn_block(module, found, run, counted(inputs, wanted, groups=[pictures]), steps=40, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, wanted, groups=[pictures]), steps=40, seed=0)
     held = torch.tensor([14, 15])  # of eight groups the last
     error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
     assert error == pytest.approx(learned.error_after, rel=1e-3)
@@ -117,7 +117,7 @@ def test_few_groups_hold_back_their_last():
     inputs = samples(3, 6)
     wanted = [module(x) for x in inputs]
     pictures = torch.tensor([0, 0, 2, 2, 3, 3])
-    learned = learn_block(module, found, run, counted(inputs, wanted, groups=[pictures]), steps=40, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, wanted, groups=[pictures]), steps=40, seed=0)
     held = torch.tensor([4, 5])
     error = hard_error(module, dict(learned.linears), dict(learned.floats), inputs[0][held], wanted[0][held])
     assert error == pytest.approx(learned.error_after, rel=1e-3)
@@ -146,7 +146,7 @@ def test_linears_that_read_one_input_keep_one_range():
     schemes = dict(zip(names, (W4A4, LinearScheme(4, 6, 64), W4A4), strict=True))
     found = {name: quantize_linear(module.get_submodule(name).weight, scheme, 3.5) for name, scheme in schemes.items()}
     inputs = samples(1, 64)
-    learned = learn_block(module, found, run, counted(inputs, [module(x) for x in inputs]), steps=40, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, [module(x) for x in inputs]), steps=40, seed=0)
     q, k, v = (learned.linears[name].input_scale for name in names)
     assert q == v != k
     assert q != found[names[0]].input_scale
@@ -159,7 +159,7 @@ def test_targets_that_cannot_be_learned_leave_the_start():
     noise = [module(x) + 10 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in inputs]
     held = torch.tensor([7, 15])
     noise[0][held] = module(inputs[0][held])  # only what is held back makes sense: every step away is worse there
-    learned = learn_block(module, found, run, counted(inputs, noise), steps=40, seed=0)
+    learned = learn_block(module, found, run, make_learning_batches(inputs, noise), steps=40, seed=0)
     assert learned.error_after <= learned.error_before
     if learned.error_after == learned.error_before:
         for name, linear in learned.linears.items():
@@ -170,6 +170,8 @@ def test_same_seed_same_codes_and_another_seed_others():
     module, found = TwoLayers(), rounded(TwoLayers(), W4A16)
     inputs = [x for length in (1, 2) for x in samples(length, 120)]
     wanted = [module(x) for x in inputs]
-    one, two, other = (learn_block(module, found, run, counted(inputs, wanted), steps=80, seed=s) for s in (0, 0, 1))
+    one, two, other = (
+        learn_block(module, found, run, make_learning_batches(inputs, wanted), steps=80, seed=s) for s in (0, 0, 1)
+    )
     assert all(np.array_equal(one.linears[n].codes, two.linears[n].codes) for n in one.linears)
     assert any(not np.array_equal(one.linears[n].codes, other.linears[n].codes) for n in one.linears)

@@ -14,7 +14,12 @@ from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import choose_backend
 from qvlm_export.engines.builder.build import BuildJob, build_engines, language_profile, vision_profile
-from qvlm_export.engines.check.engine_precision import LinearCheck, check_plan, read_gemms, require_integer
+from qvlm_export.engines.check.engine_precision import (
+    LinearCheck,
+    check_engine_precision,
+    read_gemms,
+    require_integer_products,
+)
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
@@ -47,10 +52,10 @@ EXECUTED = {
 def test_every_planned_linear_runs_on_integers(built, case):
     plan, planned = built[case]
     scheme, executed, count = EXECUTED[case]
-    checks = check_plan(plan, planned)
+    checks = check_engine_precision(plan, planned)
     assert checks == [LinearCheck(name, scheme, executed, True) for name in planned]
     assert len(checks) == count
-    require_integer(plan, checks)
+    require_integer_products(plan, checks)
 
 
 def test_linears_that_are_not_planned_run_in_half(built):
@@ -61,20 +66,20 @@ def test_linears_that_are_not_planned_run_in_half(built):
 
 def test_the_check_does_not_take_one_scheme_for_the_other(built):
     plan, planned = built["int4", "language"]
-    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W8A8)))
-    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, W8A8)))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
     plan, planned = built["int8", "language"]
-    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, W4A16)))
-    assert not any(check.passed for check in check_plan(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, W4A16)))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
 
 
 def test_a_planned_linear_that_the_plan_lacks_fails(built):
     plan, planned = built["int4", "language"]
     name = "language_model.model.layers.7.mlp.up_proj"
-    checks = check_plan(plan, planned | {name: W4A16})
+    checks = check_engine_precision(plan, planned | {name: W4A16})
     assert checks[-1] == LinearCheck(name, "W4A16", "nothing under this name", False)
     with pytest.raises(UserError, match=re.escape(f"language.plan: 1 of 15 planned linears do not run as planned; {name}")):
-        require_integer(plan, checks)
+        require_integer_products(plan, checks)
 
 
 WRONG = {
@@ -89,10 +94,10 @@ WRONG = {
 def test_a_linear_that_builds_but_does_not_run_as_planned_is_found(tmp_path, case):
     make, scheme, executed = WRONG[case]
     build(make(), tmp_path)
-    checks = check_plan(tmp_path / "small.plan", {LINEAR: scheme})
+    checks = check_engine_precision(tmp_path / "small.plan", {LINEAR: scheme})
     assert checks == [LinearCheck(LINEAR, scheme.name, executed, False)]
     with pytest.raises(UserError) as caught:
-        require_integer(tmp_path / "small.plan", checks)
+        require_integer_products(tmp_path / "small.plan", checks)
     message = str(caught.value)
     assert message.startswith(
         f"small.plan: 1 of 1 planned linears do not run as planned; {LINEAR} was planned {scheme.name}"
@@ -105,7 +110,7 @@ def test_a_linear_that_builds_but_does_not_run_as_planned_is_found(tmp_path, cas
 def test_the_same_linears_in_the_right_form_pass(tmp_path, case):
     model, scheme = (int4_model(block_size=128), W4A16) if case == "int4" else (int8_model(), W8A8)
     build(model, tmp_path)
-    assert [check.passed for check in check_plan(tmp_path / "small.plan", {LINEAR: scheme})] == [True]
+    assert [check.passed for check in check_engine_precision(tmp_path / "small.plan", {LINEAR: scheme})] == [True]
 
 
 @pytest.mark.parametrize("content", [random.Random(0).randbytes(100_000), b"x", b""], ids=["random", "one-byte", "empty"])
@@ -113,7 +118,7 @@ def test_a_file_without_programs_proves_nothing(tmp_path, content):
     path = tmp_path / "random.plan"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^random\.plan: holds no readable program, so what it executes cannot be proven"):
-        check_plan(path, {LINEAR: W8A8})
+        check_engine_precision(path, {LINEAR: W8A8})
 
 
 def test_a_plan_that_is_cut_off_does_not_pass(built, tmp_path):
@@ -121,4 +126,4 @@ def test_a_plan_that_is_cut_off_does_not_pass(built, tmp_path):
     text = plan.read_bytes()
     (tmp_path / "cut.plan").write_bytes(text[: text.index(b"fully_connected=")])
     with pytest.raises(UserError, match=r"cut\.plan"):
-        require_integer(tmp_path / "cut.plan", check_plan(tmp_path / "cut.plan", planned))
+        require_integer_products(tmp_path / "cut.plan", check_engine_precision(tmp_path / "cut.plan", planned))

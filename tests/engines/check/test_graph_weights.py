@@ -120,7 +120,7 @@ def test_a_linear_that_stayed_float_is_named(written):
 def test_block_outputs_are_behind_the_residual(written, checkpoint):
     _, _, folder = written
     blocks = make_blocks(checkpoint.hf_config)
-    every = (*blocks.vision_layers, blocks.projector, *blocks.text_layers)
+    every = blocks.all()
     last = {block.prefix: block.linear_names()[-1] for block in every}
     found = {}
     for part in PARTS:

@@ -22,11 +22,11 @@ from qvlm_export.engines.check.polygraphy import (
     RTX_SWITCH,
     RunnerPair,
     engine_runners,
+    float32_runners,
     quiet,
     save_case,
     session_runners,
-    twin_runners,
-    write_twin,
+    write_float32_graph,
 )
 from qvlm_export.engines.manifest import read_manifest
 from qvlm_export.engines.runtime.open import open_session
@@ -196,8 +196,8 @@ def test_a_process_stays_with_one_tensorrt(manifests, monkeypatch):
 
 def test_twins_open_from_the_folder_they_were_written_to(manifests, tmp_path):
     (tmp_path / "vision").mkdir()
-    write_twin(manifests["int4"].file("vision_onnx"), tmp_path / "vision" / "model.onnx", "image_embeds")
-    with quiet(), twin_runners(tmp_path)["vision"] as runner:
+    write_float32_graph(manifests["int4"].file("vision_onnx"), tmp_path / "vision" / "model.onnx", "image_embeds")
+    with quiet(), float32_runners(tmp_path)["vision"] as runner:
         assert list(runner.get_input_metadata()) == ["pixel_values"]
 
 

@@ -16,7 +16,7 @@ from small_export import LIMITS, calibrate, of_part, open_small, plan_of, quanti
 from qvlm_export.engines.graph.write import write_graph
 from qvlm_export.engines.runtime import onnx_runner
 from qvlm_export.engines.runtime.float32_graph import to_float32
-from qvlm_export.engines.runtime.onnx_runner import open_twin
+from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 ORT_WARNINGS_OFF = 3
 
@@ -53,7 +53,7 @@ def open_and_dump(graph, dump, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(onnx_runner.ort, "SessionOptions", options)
-        session = open_twin(graph, graph.with_name(f"{graph.name}.data"), threads=1)
+        session = open_float32_session(graph, graph.with_name(f"{graph.name}.data"), threads=1)
     return session, onnx.load(dump, load_external_data=False)
 
 
@@ -121,7 +121,10 @@ def test_nothing_narrow_is_left(exported):
 def test_the_twin_computes_what_a_float32_graph_computes(checkpoint, exported):
     part, _, narrow, wide = exported
     given = feeds(checkpoint.config, part)
-    outputs = [open_twin(path, path.with_name(f"{path.name}.data"), threads=1).run(None, given) for path in (narrow, wide)]
+    outputs = [
+        open_float32_session(path, path.with_name(f"{path.name}.data"), threads=1).run(None, given)
+        for path in (narrow, wide)
+    ]
     for mine, theirs in zip(*outputs, strict=True):
         assert mine.dtype == np.float32
         assert np.isfinite(mine).all()
@@ -131,7 +134,7 @@ def test_the_twin_computes_what_a_float32_graph_computes(checkpoint, exported):
 def test_the_twin_computes_what_the_unfused_graph_computes(checkpoint, exported):
     part, planned, narrow, wide = exported
     given = feeds(checkpoint.config, part)
-    twin = open_twin(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1)
+    twin = open_float32_session(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1)
     # Where activations are rounded to integers, one rounding that falls the other way is a whole step.
     allowed = 1e-5 if all(scheme.weight_bits == 4 for scheme in planned.values()) else 0.05
     for mine, theirs in zip(twin.run(None, given), open_unfused(wide).run(None, given), strict=True):
@@ -140,7 +143,7 @@ def test_the_twin_computes_what_the_unfused_graph_computes(checkpoint, exported)
 
 def test_a_profile_is_written_where_it_was_asked_for(exported, checkpoint, tmp_path):
     part, _, narrow, _ = exported
-    session = open_twin(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1, profile=tmp_path / "made")
+    session = open_float32_session(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1, profile=tmp_path / "made")
     session.run(None, feeds(checkpoint.config, part))
     written = Path(session.end_profiling())
     assert (written.parent, written.name.startswith("made")) == (tmp_path, True)

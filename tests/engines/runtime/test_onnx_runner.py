@@ -13,7 +13,7 @@ import pytest
 import qvlm_export
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import read_manifest
-from qvlm_export.engines.runtime.onnx_runner import CPU, CUDA, HEAVY_OPS, Cuda, errors, open_runner, ops_outside
+from qvlm_export.engines.runtime.onnx_runner import CPU, CUDA, HEAVY_OPS, Cuda, errors, find_ops_outside, open_runner
 from qvlm_export.engines.runtime.open import Machine, open_session
 from qvlm_export.engines.runtime.session import Session
 
@@ -146,9 +146,9 @@ def test_what_a_real_session_reports_is_understood(manifest):
     options = ort.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = ort.InferenceSession(str(manifest.file("language_onnx")), options, providers=[CPU])
-    left = ops_outside(session.get_provider_graph_assignment_info(), CUDA)
+    left = find_ops_outside(session.get_provider_graph_assignment_info(), CUDA)
     assert left >= {"TensorScatter", "Attention", "RMSNormalization", "RotaryEmbedding"}
-    assert ops_outside(session.get_provider_graph_assignment_info(), CPU) == set()
+    assert find_ops_outside(session.get_provider_graph_assignment_info(), CPU) == set()
     assert left & HEAVY_OPS
 
 

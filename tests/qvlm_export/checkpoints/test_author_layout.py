@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qvlm_export.checkpoints import hub
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, grown, tower_config
+from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, tower_config
 from qvlm_export.checkpoints.author_processor import conversation_of
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
@@ -194,7 +194,7 @@ def test_the_published_config_of_llava_1_5(tmp_path: Path) -> None:
 
 
 def test_tables_grow_by_one_row_at_least() -> None:
-    assert [grown(n) for n in (32000, 32003, 63, 64, 127)] == [32064, 32064, 64, 128, 128]
+    assert [pad_rows(n) for n in (32000, 32003, 63, 64, 127)] == [32064, 32064, 64, 128, 128]
 
 
 def test_weights_are_read_from_both_folders(written: Write) -> None:

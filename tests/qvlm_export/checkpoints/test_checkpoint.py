@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 import qvlm_export
 from qvlm_export.calibrate.checkpoint.safetensors_source import SafetensorsSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints import hub as hub_module
+from qvlm_export.checkpoints import hub
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.families import find_layout, renamer
@@ -239,7 +239,7 @@ class Hub:
 )
 def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str) -> None:
     hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
-    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", hub.snapshot_download)
     assert find_folder(model) == tmp_path
     assert [name for name, _ in hub.asked] == [repository]
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.model"}
@@ -247,7 +247,7 @@ def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_torch_files_are_downloaded_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
-    monkeypatch.setattr(hub_module, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", hub.snapshot_download)
     find_folder("someone/old")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model-00001-of-00002.bin"}
 
@@ -270,7 +270,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(hub_module, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"--model a/b: cannot be downloaded .*check the name and the network"):
         find_folder("a/b")
 

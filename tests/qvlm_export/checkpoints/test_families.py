@@ -19,17 +19,17 @@ import qvlm_export
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.samples import join_placements
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.numerics import matmul as products
+from qvlm_export.calibrate.numerics import matmul
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.families import FAMILIES
 from qvlm_export.engines.config import Limits
 from qvlm_export.evaluation.ask import Manner, ask_all
-from qvlm_export.evaluation.subjects import find_subject, open_rung
+from qvlm_export.evaluation.subjects import find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.task import Answer, Question
 from qvlm_export.inputs.samples import encode_pictures, load_processor
 from qvlm_export.inputs.tiles import tile_counts
 from qvlm_export.pipeline.planning.export_plan import ExportOptions, plan_export
-from tools.families import check as check_families
+from tools.families import check
 from tools.families.check import ALL, Kept
 
 TORCH_TOLERANCE = 1e-5  # 1.2e-6 measured: bilinear sums in another order
@@ -44,35 +44,35 @@ Make = Callable[[str], Kept]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """make(kind) -> a checkpoint of that kind, questions and transformers' logits; made once."""
-    return cache(lambda kind: check_families.make(tmp_path_factory.mktemp(kind) / kind, kind))
+    return cache(lambda kind: check.make(tmp_path_factory.mktemp(kind) / kind, kind))
 
 
 def exported(kept: Kept, scheme: str) -> Path:
     """The export that the error of this scheme was measured with, made where it is not there yet."""
     plan = kept.checkpoint.folder / f"{scheme}.plan"
     if not plan.with_suffix(".json").exists():
-        {"fp16": check_families.fp16_error, "int4": check_families.int4_error}[scheme](kept)
+        {"fp16": check.fp16_error, "int4": check.int4_error}[scheme](kept)
     return plan
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_torch_block_by_block(make: Make, kind: str) -> None:
-    assert check_families.torch_error(make(kind)) < TORCH_TOLERANCE
+    assert check.torch_error(make(kind)) < TORCH_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_the_float16_graph(make: Make, kind: str) -> None:
-    assert check_families.fp16_error(make(kind)) < FP16_TOLERANCE
+    assert check.fp16_error(make(kind)) < FP16_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_the_int4_graph(make: Make, kind: str) -> None:
-    assert check_families.int4_error(make(kind)) < INT4_TOLERANCE
+    assert check.int4_error(make(kind)) < INT4_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_the_engine_runs_every_planned_linear_on_the_calibrated_integers(make: Make, kind: str) -> None:
-    planned, integer = check_families.build_engine(make(kind))
+    planned, integer = check.build_engine(make(kind))
     assert planned == integer >= 33
 
 
@@ -80,7 +80,7 @@ def test_the_measure_tells_models_apart(make: Make) -> None:
     """A placement in another order, or another picture, is no rounding error."""
     kept = make("next-qwen")
     changed = replace(kept, wanted=[w[::-1].copy() for w in kept.wanted])
-    assert check_families.torch_error(changed) > 0.1
+    assert check.torch_error(changed) > 0.1
 
 
 def test_every_family_is_among_the_kinds(make: Make) -> None:
@@ -89,7 +89,7 @@ def test_every_family_is_among_the_kinds(make: Make) -> None:
 
 def test_the_table_has_every_kind() -> None:
     text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    table = text.partition(check_families.BEGIN)[2].partition(check_families.END)[0]
+    table = text.partition(check.BEGIN)[2].partition(check.END)[0]
     named = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert named == list(ALL.values())
 
@@ -102,21 +102,21 @@ def test_transformers_loads_the_calibrated_checkpoint(
 
     Both multiply by BLAS: other last bits turn an activation that lies between two codes to the other one, a whole step.
     """
-    monkeypatch.setattr(products, "is_quicker", lambda: False)
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
     kept = make(kind)
     folder = kept.checkpoint.folder
     made = qvlm_export.export(folder, tmp_path / "x.plan", scheme="int4", backend="onnx", samples=2)
     calibrated = made.manifest.file("calibrated")
     theirs = AutoModelForImageTextToText.from_pretrained(calibrated, dtype=torch.float32).eval()
-    blocks = check_families.make_blocks(kept.checkpoint.hf_config)
+    blocks = check.make_blocks(kept.checkpoint.hf_config)
     checkpoint = CalibratedCheckpoint(calibrated)
-    source = check_families.DequantizedSource(checkpoint)
-    step = check_families.simulated_step(checkpoint, source)
+    source = check.DequantizedSource(checkpoint)
+    step = check.fake_quantized_step(checkpoint, source)
     for question in kept.questions[:2]:
-        wanted = check_families.reference_logits(theirs, question)
+        wanted = check.reference_logits(theirs, question)
         epsilon = kept.checkpoint.config.text.rms_norm_eps
-        got = check_families.walked_logits(blocks, source, epsilon, question.sample, step)
-        assert check_families.relative(got, wanted) < 1e-4
+        got = check.walked_logits(blocks, source, epsilon, question.sample, step)
+        assert check.relative(got, wanted) < 1e-4
 
 
 # The rungs of qvlm-eval
@@ -126,10 +126,10 @@ def test_transformers_loads_the_calibrated_checkpoint(
 def test_the_torch_rung(make: Make, kind: str) -> None:
     """All weights in memory and a cache, another path than block by block."""
     kept = make(kind)
-    with open_rung(find_subject(str(kept.checkpoint.folder), "torch"), device="cpu") as model:
+    with open_eval_model(find_eval_model(str(kept.checkpoint.folder), "torch"), device="cpu") as model:
         for question, wanted in zip(kept.questions, kept.wanted, strict=True):
-            got = check_families.session_logits(model.session, question.sample)
-            assert check_families.relative(got, wanted) < TORCH_TOLERANCE
+            got = check.session_logits(model.session, question.sample)
+            assert check.relative(got, wanted) < TORCH_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
@@ -138,13 +138,13 @@ def test_the_simulated_rung(make: Make, kind: str) -> None:
     kept = make(kind)
     plan = exported(kept, "int4")
     for name in ("simulated", "graph"):
-        with open_rung(find_subject(str(plan), name), device="cpu") as model:
+        with open_eval_model(find_eval_model(str(plan), name), device="cpu") as model:
             if name == "simulated":
-                simulated = [check_families.session_logits(model.session, q.sample) for q in kept.questions]
+                simulated = [check.session_logits(model.session, q.sample) for q in kept.questions]
             else:
-                found = [check_families.session_logits(model.session, q.sample) for q in kept.questions]
-    assert max(map(check_families.relative, found, simulated)) < INT4_TOLERANCE
-    assert min(map(check_families.relative, simulated, kept.wanted)) > 100 * INT4_TOLERANCE
+                found = [check.session_logits(model.session, q.sample) for q in kept.questions]
+    assert max(map(check.relative, found, simulated)) < INT4_TOLERANCE
+    assert min(map(check.relative, simulated, kept.wanted)) > 100 * INT4_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["next-llama3", "onevision", "v1.5", "v1.6-mistral"])
@@ -161,7 +161,7 @@ def test_questions_are_answered_as_by_transformers(make: Make, kind: str, tmp_pa
         given = processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt")
         tokens = kept.reference.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
         wanted[str(number)] = Answer(processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
-    with open_rung(find_subject(str(kept.checkpoint.folder), "torch"), device="cpu", batch=4) as model:
+    with open_eval_model(find_eval_model(str(kept.checkpoint.folder), "torch"), device="cpu", batch=4) as model:
         batches = list(ask_all(model, questions, Manner(max_new_tokens=6, batch=4)))
     tiled = kept.checkpoint.config.tiles is not None  # then pictures of another shape are another number of tokens
     assert sorted(map(len, batches)) == ([1, 1, 1, 3] if tiled else [1, 1, 4])
@@ -197,7 +197,7 @@ def test_logits_from_what_the_processor_gives(make: Make, kind: str) -> None:
         for question, wanted in zip(kept.questions[:3], kept.wanted, strict=False):
             given = {key: np.asarray(value) for key, value in question.given.items()}
             got = model.logits(given["input_ids"], given["pixel_values"], given["image_sizes"])[0]
-            assert check_families.relative(got, wanted) < FP16_TOLERANCE
+            assert check.relative(got, wanted) < FP16_TOLERANCE
         ids, pixels = given["input_ids"], given["pixel_values"]
         with pytest.raises(UserError, match="give pixel_values and image_sizes as its processor does"):
             model.logits(ids, pixels)

@@ -9,14 +9,13 @@ from paths import ROOT
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
-from qvlm_export.cli import commands
-from qvlm_export.cli import evaluate as cli_eval
+from qvlm_export.cli import commands, evaluate
 from qvlm_export.cli import export as cli_export
 from qvlm_export.cli import inspect as cli_inspect
 from qvlm_export.cli import run as cli_run
 from qvlm_export.cli import validate as cli_validate
 
-APPS = {"export": cli_export, "run": cli_run, "validate": cli_validate, "eval": cli_eval, "inspect": cli_inspect}
+APPS = {"export": cli_export, "run": cli_run, "validate": cli_validate, "eval": evaluate, "inspect": cli_inspect}
 # Stands in for the first library that a command imports.
 INTERRUPTED_IMPORT = """
 import os, signal

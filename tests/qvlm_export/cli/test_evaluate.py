@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.cli.evaluate import app
-from qvlm_export.evaluation import distributed as processes
+from qvlm_export.evaluation import distributed
 from qvlm_export.evaluation.predictions import read_predictions
 
 COUNT = 60
@@ -159,7 +159,7 @@ def test_two_processes_of_torchrun_split_a_set(sets, whole, tmp_path, monkeypatc
         port = str(free.getsockname()[1])
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "PATIENCE", timedelta(minutes=3))
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(minutes=3))
     second = subprocess.Popen(
         [sys.executable, "-m", "qvlm_export.cli.evaluate", *arguments, "--json"], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
@@ -183,11 +183,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, rank, wanted):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4 if visible is None else visible.count(",") + 1)
-    processes.use_own_gpu()
+    distributed.use_own_gpu()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # alone, it is left as it is
     for name, value in {"WORLD_SIZE": "8", "RANK": rank, "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, value)
-    processes.use_own_gpu()
+    distributed.use_own_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
 
 

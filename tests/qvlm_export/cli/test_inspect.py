@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import qvlm_export
 from qvlm_export.cli.inspect import app
-from qvlm_export.engines.manifest import read_manifest, sealed
+from qvlm_export.engines.manifest import read_manifest, seal
 from qvlm_export.report.contents import inspect
 
 SCRIPT = Path(sys.executable).with_name("qvlm-inspect")
@@ -150,7 +150,7 @@ def test_what_an_older_export_did_not_record_is_said(mine: Path) -> None:
     content = json.loads(path.read_text())
     for role in ("processor", "calibrated"):
         del content["files"][role]["files"]
-    path.write_text(json.dumps(sealed(content)))
+    path.write_text(json.dumps(seal(content)))
     result = run_inspect(mine, "--verify")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "verified 7 files in " in result.stdout
@@ -191,7 +191,7 @@ def test_a_changed_hash_is_found(mine: Path) -> None:
     manifest = mine.with_suffix(".json")
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["files"]["vision_plan"]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(sealed(content)), encoding="utf-8")
+    manifest.write_text(json.dumps(seal(content)), encoding="utf-8")
     assert_refused(run_inspect(mine, "--verify"), f"{mine.with_suffix('.vision.plan')}: its sha256", "says 000000000000")
 
 

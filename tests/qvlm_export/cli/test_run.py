@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.cli.run import app
-from qvlm_export.engines.manifest import sealed
+from qvlm_export.engines.manifest import seal
 
 Llava = Callable[..., Path]
 ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")
@@ -171,7 +171,7 @@ def test_processor_of_an_export_without_a_record_of_it_is_damaged(mine: Path) ->
     path = mine.with_suffix(".json")
     content = json.loads(path.read_text())
     del content["files"]["processor"]["files"]
-    path.write_text(json.dumps(sealed(content)))
+    path.write_text(json.dumps(seal(content)))
     assert run_model(mine, *ASK).exit_code == 0
     (mine.parent / "x.processor" / "tokenizer.json").write_text("{")
     assert_refused(run_model(mine, *ASK), "x.processor", "cannot be loaded")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.cli.validate import app, show
-from qvlm_export.engines.manifest import sealed
+from qvlm_export.engines.manifest import seal
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
 
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(plan, llava, tmp_path):
     copy = copy_export(plan, tmp_path / "copy")
     manifest = json.loads(copy.with_suffix(".json").read_text())
     manifest["model"]["name"] = "./gone"
-    copy.with_suffix(".json").write_text(json.dumps(sealed(manifest)))
+    copy.with_suffix(".json").write_text(json.dumps(seal(manifest)))
     for arguments, words in (
         ([tmp_path / "none.plan"], ["none.json", "no such manifest"]),
         ([plan.with_suffix(".onnx")], ["give the .plan"]),

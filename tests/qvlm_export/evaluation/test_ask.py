@@ -16,8 +16,8 @@ from transformers import LlavaImageProcessorPil
 from qvlm_export.checkpoints.aliases import ALIASES
 from qvlm_export.checkpoints.chat_templates import prompt_text
 from qvlm_export.evaluation import ask
-from qvlm_export.evaluation.ask import Asked, Manner, ask_all, chunk_size, squared
-from qvlm_export.evaluation.subjects import find_subject, open_rung
+from qvlm_export.evaluation.ask import AskedQuestion, Manner, ask_all, chunk_size, pad_to_square
+from qvlm_export.evaluation.subjects import find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.task import Answer, Question
 from qvlm_export.inputs.samples import Encoded, encode
 
@@ -26,7 +26,7 @@ PROMPTS = ("What?", "How many objects are there?", "Is it red?", "Where is the r
 
 @pytest.fixture(scope="module")
 def model(llava):
-    with open_rung(find_subject(str(llava()), "auto"), device="cpu") as opened:
+    with open_eval_model(find_eval_model(str(llava()), "auto"), device="cpu") as opened:
         yield opened
 
 
@@ -60,7 +60,7 @@ def test_answers_are_those_of_one_question_at_a_time(model, questions):
 
 
 def encoded(number, length, images):
-    return Asked(Question(str(number), "", None), Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64)))
+    return AskedQuestion(Question(str(number), "", None), Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=30), st.integers(1, 6), st.integers(1, 8))
@@ -144,7 +144,7 @@ def test_pictures_are_padded_to_squares_as_transformers_does(model, size):
         do_pad=True, do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False
     )
     wanted = padding(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    square = squared(picture, model.processor)
+    square = pad_to_square(picture, model.processor)
     np.testing.assert_array_equal(np.asarray(square), wanted)
     again = padding(square, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_array_equal(again, wanted)

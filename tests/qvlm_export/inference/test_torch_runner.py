@@ -13,13 +13,13 @@ from small_export import calibrate, make_sample, open_small, plan_of
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
-from qvlm_export.calibrate.blockwise.forward import walk_language, walk_vision
+from qvlm_export.calibrate.blockwise.forward import load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, open_head, simulated_step
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.checkpoints.aliases import ALIASES
-from qvlm_export.evaluation import subjects as rungs
-from qvlm_export.evaluation.subjects import find_subject, folder_identity, open_rung
+from qvlm_export.evaluation import subjects
+from qvlm_export.evaluation.subjects import find_eval_model, folder_identity, open_eval_model
 from qvlm_export.inference import torch_runner
 from qvlm_export.inference.torch_runner import SLOTS_AT_ONCE, SlotCache, check_device
 from qvlm_export.inputs.samples import load_processor
@@ -39,7 +39,7 @@ def reference(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    with open_rung(find_subject(str(folder), "auto"), device="cpu") as opened:
+    with open_eval_model(find_eval_model(str(folder), "auto"), device="cpu") as opened:
         yield opened
 
 
@@ -112,19 +112,19 @@ def test_simulated_logits_are_those_of_the_walk(folder, samples, tmp_path, prese
     calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", samples)
     load_processor(folder).save_pretrained(tmp_path / "c")
     blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(calibrated)
-    step = simulated_step(calibrated, source)
-    hidden = walk_language(blocks, source, samples, walk_vision(blocks, source, samples, step), step)
-    head = open_head(source, checkpoint.config.text.rms_norm_eps)
-    subject = find_subject(str(tmp_path / "c"), "auto")
+    step = fake_quantized_step(calibrated, source)
+    hidden = run_decoder_blocks(blocks, source, samples, run_vision_blocks(blocks, source, samples, step), step)
+    head = load_head(source, checkpoint.config.text.rms_norm_eps)
+    subject = find_eval_model(str(tmp_path / "c"), "auto")
     assert subject.rung == "simulated"
-    with open_rung(subject, device="cpu") as opened:
+    with open_eval_model(subject, device="cpu") as opened:
         for number, sample in enumerate(samples):
-            wanted = head(hidden[number]).numpy()
+            wanted = head.logits(hidden[number][0]).numpy()
             shown = sample.pixel_values if len(sample.pixel_values) else None
             got = opened.logits(sample.input_ids[None], shown)[0]
             assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
         got = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
-    with open_rung(find_subject(str(folder), "torch"), device="cpu") as opened:
+    with open_eval_model(find_eval_model(str(folder), "torch"), device="cpu") as opened:
         unquantized = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
     assert np.abs(got - unquantized).max() > 1e-3 * np.abs(unquantized).max()
 
@@ -133,9 +133,9 @@ def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
     checkpoint = open_small(folder)
     calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "x.calibrated", samples)
     with pytest.raises(UserError, match="no processor is in it or beside it"):
-        open_rung(find_subject(str(tmp_path / "x.calibrated"), "auto"))
+        open_eval_model(find_eval_model(str(tmp_path / "x.calibrated"), "auto"))
     load_processor(folder).save_pretrained(tmp_path / "x.processor")
-    open_rung(find_subject(str(tmp_path / "x.calibrated"), "auto")).session.runner.close()
+    open_eval_model(find_eval_model(str(tmp_path / "x.calibrated"), "auto")).session.runner.close()
     assert CalibratedCheckpoint(tmp_path / "x.calibrated").schemes
 
 
@@ -146,25 +146,25 @@ def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor
     processor.image_processor.crop_size = {"height": 64, "width": 64}
     processor.save_pretrained(tmp_path / "c")
     with pytest.raises(UserError, match=r"do processor and config\.json belong together"):
-        open_rung(find_subject(str(tmp_path / "c"), "auto"), device="cpu")
+        open_eval_model(find_eval_model(str(tmp_path / "c"), "auto"), device="cpu")
     config = tmp_path / "c" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": "wide", "x": '))
     with pytest.raises(UserError, match="not a valid configuration"):
-        find_subject(str(tmp_path / "c"), "auto")
+        find_eval_model(str(tmp_path / "c"), "auto")
 
 
 def test_a_damaged_weight_is_named(llava, tmp_path):
     copy = copy_checkpoint(llava(), tmp_path / "m")
     set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        open_rung(find_subject(str(copy), "auto"))
+        open_eval_model(find_eval_model(str(copy), "auto"))
 
 
 def test_fewer_bits_of_float_are_used_throughout(folder, samples, model, monkeypatch):
     """As on a GPU, where weights, caches and activations are of 16 bits: nothing may meet a float32 by mistake."""
     monkeypatch.setitem(torch_runner.DTYPES, "cpu", torch.bfloat16)
     wanted = model.session.start([s.input_ids for s in samples], pixels(samples)).logits
-    with open_rung(find_subject(str(folder), "auto"), device="cpu") as narrow:
+    with open_eval_model(find_eval_model(str(folder), "auto"), device="cpu") as narrow:
         assert {p.dtype for p in narrow.session.runner._blocks.text_layers[0].module.parameters()} == {torch.bfloat16}
         sequences = narrow.session.start([s.input_ids for s in samples], pixels(samples))
         assert np.linalg.norm(sequences.logits - wanted) < 0.1 * np.linalg.norm(wanted)
@@ -172,7 +172,7 @@ def test_fewer_bits_of_float_are_used_throughout(folder, samples, model, monkeyp
 
 
 def test_weights_are_given_back(folder):
-    opened = open_rung(find_subject(str(folder), "auto"), device="cpu")
+    opened = open_eval_model(find_eval_model(str(folder), "auto"), device="cpu")
     blocks = opened.session.runner._blocks
     assert not any(p.is_meta for p in blocks.text_layers[0].module.parameters())
     opened.session.runner.close()
@@ -209,9 +209,9 @@ def test_devices(monkeypatch):
 )
 def test_what_a_model_takes_at_once_in_torch(alias, batch, length):
     """Logits of all positions are kept, so that long prompts of tiles go few at a time; context as far as the model goes."""
-    limits = rungs._bare(Path(alias), ALIASES[alias].config, None).limits
+    limits = subjects._bare(Path(alias), ALIASES[alias].config, None).limits
     assert (limits.max_batch, limits.max_length) == (batch, length)
     longer = replace(ALIASES[alias].config, text=replace(ALIASES[alias].config.text, max_position_embeddings=32768))
-    assert rungs._bare(Path(alias), longer, 5).limits.max_batch == 5
+    assert subjects._bare(Path(alias), longer, 5).limits.max_batch == 5
     largest = longer.most_image_tokens
-    assert rungs._bare(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)
+    assert subjects._bare(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)

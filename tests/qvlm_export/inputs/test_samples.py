@@ -29,8 +29,7 @@ from qvlm_export.inputs.samples import (
     load_processor,
     read_entries,
 )
-from tools.tiny import model as tiny_model
-from tools.tiny import scenes
+from tools.tiny import model, scenes
 
 Llava = Callable[..., Path]
 IMAGE, BOS, EOS = 4, 1, 2
@@ -45,7 +44,7 @@ def checkpoint(llava: Llava, tmp_path: Path) -> Path:
 
 def with_template(template: str | None) -> Any:
     """The tiny processor with another chat template, or none."""
-    other = tiny_model.make_processor(processor().tokenizer)
+    other = model.make_processor(processor().tokenizer)
     other.chat_template = template
     return other
 
@@ -175,7 +174,7 @@ def test_without_pictures_there_are_no_pixels() -> None:
 
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "<s>"])
 def test_bos_comes_once_whoever_writes_it(begin: str) -> None:
-    chosen = with_template(begin + tiny_model.CHAT_TEMPLATE)
+    chosen = with_template(begin + model.CHAT_TEMPLATE)
     _, ids = encode(chosen, chat_text(chosen, QUESTION), [red()])
     assert ids[0] == BOS
     assert int((ids == BOS).sum()) == 1
@@ -215,14 +214,14 @@ def llama_like_processor() -> Any:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     corpus = [[word] for word in ("▁USER:", "▁ASSISTANT:", "▁red", "▁What", "▁is", "▁it?", "▁abcdefghijklmnopqrstuvwxyz")]
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=list(tiny_model.SPECIAL_TOKENS), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=list(model.SPECIAL_TOKENS), show_progress=False)
     tokenizer.train_from_iterator(corpus * 9, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     wrapped.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tiny_model.make_processor(wrapped)
+    return model.make_processor(wrapped)
 
 
 def test_answer_has_the_tokens_it_has_behind_the_prompt(llava: Llava, tmp_path: Path) -> None:
@@ -248,7 +247,7 @@ def test_lengths_up_to_the_limit_fit(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_token_beyond_the_embeddings(llava: Llava, tmp_path: Path) -> None:
-    larger = tiny_model.make_processor(tiny_model.train_tokenizer(num_scenes=60))
+    larger = model.make_processor(model.train_tokenizer(num_scenes=60))
     larger.tokenizer.add_tokens([f"<extra{n}>" for n in range(300)])
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "Show <extra299> now."})
     with pytest.raises(UserError, match=r":1: token \d+ is beyond vocab_size 512; do processor and config"):

@@ -14,8 +14,8 @@ from transformers import LlavaNextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from qvlm_export.calibrate.blockwise.forward import place
-from qvlm_export.calibrate.checkpoint.samples import Placement, join_placements, placed
+from qvlm_export.calibrate.blockwise.forward import place_image_features
+from qvlm_export.calibrate.checkpoint.samples import Placement, join_placements, place_features
 from qvlm_export.checkpoints.aliases import ALIASES
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.inputs.processors import LlavaOnevisionProcessor
@@ -58,8 +58,8 @@ def test_placement_is_that_of_the_model_code(config: ModelConfig, sizes: list[tu
     wanted = packed(config, sizes, tiles, newline)
     placement = place_tiles(config, sizes)
     rows = tiles.flatten(0, 1)
-    np.testing.assert_allclose(placed(torch.cat([rows, newline[None]]).numpy(), placement), wanted, atol=1e-4)
-    np.testing.assert_allclose(place(rows, newline[None], placement).numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(place_features(torch.cat([rows, newline[None]]).numpy(), placement), wanted, atol=1e-4)
+    np.testing.assert_allclose(place_image_features(rows, newline[None], placement).numpy(), wanted, atol=1e-4)
     assert (placement.rows >= -1).all()
     np.testing.assert_allclose(placement.weights.sum(1), 1, atol=1e-5)
 
@@ -114,11 +114,11 @@ def test_placements_of_several_prompts() -> None:
     joined = join_placements([sums, single, None], [6, 3, 2])
     assert joined is not None
     parts = [
-        placed(np.concatenate([embeds[:6], newline]), sums),
-        placed(np.concatenate([embeds[6:9], newline]), single),
+        place_features(np.concatenate([embeds[:6], newline]), sums),
+        place_features(np.concatenate([embeds[6:9], newline]), single),
         embeds[9:],
     ]
-    got = placed(np.concatenate([embeds, newline]), joined)
+    got = place_features(np.concatenate([embeds, newline]), joined)
     np.testing.assert_allclose(got, np.concatenate(parts), rtol=1e-6)
     assert join_placements([None, None], [6, 3]) is None
 
@@ -127,4 +127,4 @@ def test_the_type_of_the_engine_is_kept() -> None:
     embeds = np.ones((4, WIDTH), np.float16)
     for rows in ([[0], [-1]], [[0, 1], [2, -1]]):
         weights = np.full(np.shape(rows), 1 / len(rows[0]), np.float32)
-        assert placed(embeds, Placement(np.array(rows), weights)).dtype == np.float16
+        assert place_features(embeds, Placement(np.array(rows), weights)).dtype == np.float16

@@ -265,19 +265,19 @@ def test_two_exports_in_one_folder(llava: Llava, tmp_path: Path) -> None:
 
 def test_checkpoint_changes_while_it_is_read(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = copy_checkpoint(llava(), tmp_path / "model"), tmp_path / "out" / "x.plan"
-    weights, calibrate = model / "model.safetensors", stages.CALIBRATORS["rtn"]
+    weights, calibrate = model / "model.safetensors", stages.run_effort
     times, content = weights.stat(), weights.read_bytes()
 
-    def change(job, writer, progress):
+    def change(effort, job, writer, progress):
         def after_two(done: int, total: int, name: str) -> None:
             if done == 2:
                 weights.write_bytes(content[:-1000])
             progress(done, total, name)
 
-        return calibrate(job, writer, after_two)
+        return calibrate(effort, job, writer, after_two)
 
     with monkeypatch.context() as patched:
-        patched.setitem(stages.CALIBRATORS, "rtn", change)
+        patched.setattr(stages, "run_effort", change)
         assert_refused(export_onnx(model, out), str(weights), "was changed while it was read", "--resume")
     assert [path.name for path in out.parent.iterdir()] == [".x.work"]
     weights.write_bytes(content)

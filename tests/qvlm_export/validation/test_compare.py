@@ -31,23 +31,23 @@ from qvlm_export.engines.check.polygraphy import session_runners
 from qvlm_export.engines.manifest import describe_file, read_manifest
 from qvlm_export.engines.runtime.open import open_session
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation import compare as ladder_module
+from qvlm_export.validation import compare
 from qvlm_export.validation.accuracy import (
     ENGINE,
     FAKE_QUANT,
     FLOAT,
     GRAPH,
     Comparison,
-    Ladder,
+    ComparisonChain,
     LayerScore,
     Loss,
-    Rung,
+    ModelRun,
     check_thresholds,
     find_loss,
     token_groups,
     worst_layers,
 )
-from qvlm_export.validation.compare import Job, climb
+from qvlm_export.validation.compare import ComparisonJob, compare_forms
 from qvlm_export.validation.validate import read_samples
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
@@ -67,8 +67,8 @@ def plans(llava, tmp_path_factory):
 def climb_on(plan, *, samples=3, per_layer=False):
     manifest = read_manifest(plan.with_suffix(".json"))
     checkpoint = open_checkpoint(manifest.model["name"])
-    job = Job(manifest, checkpoint, read_samples(manifest, None, samples), per_layer)
-    return climb(job, Reporter(quiet=True))
+    job = ComparisonJob(manifest, checkpoint, read_samples(manifest, None, samples), per_layer)
+    return compare_forms(job, Reporter(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_without_the_calibrated_checkpoint_the_graph_is_still_compared(plans, tm
     assert find_loss(ladder).rung == GRAPH
     manifest = read_manifest(plan.with_suffix(".json"))
     without_role = replace(manifest, files={k: v for k, v in manifest.files.items() if k != "calibrated"})
-    assert "--work-dir" in ladder_module.open_calibrated(without_role)[1]
+    assert "--work-dir" in compare.open_calibrated(without_role)[1]
 
 
 def test_a_changed_calibrated_checkpoint_is_refused_and_the_graph_not_blamed(plans, tmp_path):
@@ -248,9 +248,9 @@ def test_a_changed_plan_is_refused_where_it_would_run(plans, tmp_path, monkeypat
     manifest = read_manifest(plan.with_suffix(".json"))
     described = {**describe_file(plan), "sha256": 64 * "0"}
     manifest = replace(manifest, files={**manifest.files, "language_plan": described})
-    monkeypatch.setattr(ladder_module, "engine_obstacle", lambda _: "")
+    monkeypatch.setattr(compare, "engine_obstacle", lambda _: "")
     with ExitStack() as stack, pytest.raises(UserError, match=r"\.plan: its sha256 is .* it was changed"):
-        ladder_module._engine_rung(manifest, [], stack)
+        compare._engine_rung(manifest, [], stack)
 
 
 def test_without_graphs_the_calibrated_checkpoint_is_still_compared(plans, tmp_path):
@@ -265,15 +265,15 @@ def test_without_graphs_the_calibrated_checkpoint_is_still_compared(plans, tmp_p
 def test_nothing_to_compare_is_an_error_before_any_work(plans, tmp_path, monkeypatch):
     plan = copy_export(plans["fp16"], tmp_path / "copy")
     plan.with_suffix(".onnx.data").unlink()
-    monkeypatch.setattr(ladder_module, "_torch_rungs", None)
+    monkeypatch.setattr(compare, "_torch_rungs", None)
     with pytest.raises(UserError, match=r"nothing can be compared here.*quantizes no linear.*onnx\.data.*no engine"):
         climb_on(plan, samples=1)
 
 
 def test_the_engine_rung_runs_through_polygraphy(plans, monkeypatch):
     """There is no engine here; the session's graphs in Polygraphy's runners take its place."""
-    monkeypatch.setattr(ladder_module, "engine_obstacle", lambda _: "")
-    monkeypatch.setattr(ladder_module, "engine_runners", session_runners)
+    monkeypatch.setattr(compare, "engine_obstacle", lambda _: "")
+    monkeypatch.setattr(compare, "engine_runners", session_runners)
     ladder = climb_on(plans["int4"], samples=2)
     assert reasons(ladder) == {}
     assert [(c.rung, c.against) for c in ladder.comparisons][-2:] == [(ENGINE, FLOAT), (ENGINE, GRAPH)]
@@ -285,8 +285,8 @@ def test_an_engine_that_cannot_be_loaded_is_not_run(plans, monkeypatch):
     def refuse(_):
         raise UserError("Polygraphy: built for another GPU")
 
-    monkeypatch.setattr(ladder_module, "engine_obstacle", lambda _: "")
-    monkeypatch.setattr(ladder_module, "engine_runners", refuse)
+    monkeypatch.setattr(compare, "engine_obstacle", lambda _: "")
+    monkeypatch.setattr(compare, "engine_runners", refuse)
     ladder = climb_on(plans["int4"], samples=1)
     assert reasons(ladder) == {ENGINE: "Polygraphy: built for another GPU"}
 
@@ -298,7 +298,9 @@ def test_samples_without_pictures_skip_the_tower(llava, tmp_path):
     path.write_text('{"prompt": "Name the color.", "answer": "red"}\n{"prompt": "And now?"}\n')
     manifest = read_manifest(plan.with_suffix(".json"))
     samples = read_samples(manifest, path, 10)
-    ladder = climb(Job(manifest, open_checkpoint(manifest.model["name"]), samples, True), Reporter(quiet=True))
+    ladder = compare_forms(
+        ComparisonJob(manifest, open_checkpoint(manifest.model["name"]), samples, True), Reporter(quiet=True)
+    )
     groups = compared(ladder, GRAPH, FLOAT).groups
     assert {group: sums.tokens > 0 for group, sums in groups.items()} == {"image": False, "prompt": True, "answer": True}
     assert [layer.block for layer in ladder.layers] == [f"language_model.model.layers.{i}" for i in range(2)]
@@ -309,12 +311,12 @@ def test_samples_without_pictures_skip_the_tower(llava, tmp_path):
 
 def ladder_of(*steps, layers=(), wrong=()):
     """A ladder whose rungs have these sums over answer tokens, each against the one below it and against float."""
-    rungs = [Rung(name, lambda _: np.zeros(0)) for name in (FLOAT, FAKE_QUANT, GRAPH, ENGINE)[: len(steps) + 1]]
+    rungs = [ModelRun(name, lambda _: np.zeros(0)) for name in (FLOAT, FAKE_QUANT, GRAPH, ENGINE)[: len(steps) + 1]]
     comparisons = [
         Comparison(rung.name, below.name, {"answer": sums})
         for below, rung, sums in zip(rungs, rungs[1:], steps, strict=False)
     ]
-    return Ladder(tuple(rungs), tuple(comparisons), layers, 0, wrong)
+    return ComparisonChain(tuple(rungs), tuple(comparisons), layers, 0, wrong)
 
 
 def test_the_costliest_step_is_named():

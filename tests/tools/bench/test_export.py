@@ -7,8 +7,7 @@ import sys
 import pytest
 from matplotlib.axes import Axes
 
-from tools.bench import block as bench_block
-from tools.bench import export as bench_export
+from tools.bench import block, export
 
 SCRIPT = """
 import json, os
@@ -24,7 +23,7 @@ print(json.dumps({{"total": total}}))
 
 
 def test_a_command_is_measured_as_a_whole(tmp_path):
-    found = bench_export.measured([sys.executable, "-c", SCRIPT.format(path=str(tmp_path / "written"))])
+    found = export.measured([sys.executable, "-c", SCRIPT.format(path=str(tmp_path / "written"))])
     assert found["said"] == {"total": sum(range(3_000_000))}
     assert found["peak_bytes"] > 200 * 2**20
     assert 0 < found["cpu_seconds"] <= found["wall_seconds"] * 1.2 + 0.2
@@ -33,7 +32,7 @@ def test_a_command_is_measured_as_a_whole(tmp_path):
 
 def test_a_command_that_fails_ends_the_benchmark():
     with pytest.raises(SystemExit, match="ended with code 3"):
-        bench_export.measured([sys.executable, "-c", "raise SystemExit(3)"])
+        export.measured([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
@@ -42,15 +41,15 @@ def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
     machines = ["2 cores, x86_64", "2 cores, x86_64", "2 cores, x86_64, AVX512"]
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1])) or plot(*args, label=label))
-    bench_export.plot([row | {"machine": m} for row, m in zip(rows, machines, strict=True)], tmp_path / "plot.png")
+    export.plot([row | {"machine": m} for row, m in zip(rows, machines, strict=True)], tmp_path / "plot.png")
     assert drawn[::2] == [("rtn", [1, 13]), ("rtn, AVX512", [7])]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_block_of_a_geometry_is_searched(monkeypatch):
-    monkeypatch.setitem(bench_block.GEOMETRIES, "small", bench_block.replace(bench_block.GEOMETRIES["100m"], **SMALL))
-    monkeypatch.setattr(bench_block, "WIDTH", 64)
-    row = bench_block.bench("small", "fast", samples=2, tokens=40)
+    monkeypatch.setitem(block.GEOMETRIES, "small", block.replace(block.GEOMETRIES["100m"], **SMALL))
+    monkeypatch.setattr(block, "WIDTH", 64)
+    row = block.bench("small", "fast", samples=2, tokens=40)
     assert row["flops"] > row["single_flops"] > 0
     assert 0 < row["error"] < 0.1
     assert row["cpu_seconds"] >= 0

@@ -18,9 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.inputs.samples import load_processor
-from tools.bench import methods as bench_methods
-from tools.bench import ours as bench_ours
-from tools.bench import runtime as bench_runtime
+from tools.bench import methods, ours, runtime
 from tools.bench.data import (
     answer_spans,
     calibration_file,
@@ -34,7 +32,7 @@ from tools.bench.methods import Cell, Results, score
 from tools.bench.tables import ablation_table, best_of, medians, write_tables
 from tools.peers.common import SCHEMES, check_levels, equal_lengths, measured
 from tools.peers.rows import ALL, ROWS
-from tools.study import reach as study_reach
+from tools.study import reach
 from tools.tiny import plant_hard_outliers
 
 PIXELS = np.zeros((1, 3, 4, 4), np.float32)
@@ -76,15 +74,15 @@ def test_only_missing_cells_are_run(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     results.add(Cell("m", "rtn", "W8A8", 0, 0), {"model_hash": "a"})
     results.add(Cell("m", "rtn", "W8A8", 1, 10), {"model_hash": "a"})  # judged on other questions: another cell
-    bench = bench_methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [], 64)
-    row = next(r for r in bench_ours.ROWS if r.name == "rtn")
-    cells = list(bench_methods.wanted(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
+    bench = methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [], 64)
+    row = next(r for r in ours.ROWS if r.name == "rtn")
+    cells = list(methods.wanted(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
     assert [(c.column, c.seed) for c in cells] == [("W8A8", 1), ("W4A4", 0), ("W4A4", 1)]
-    assert len(list(bench_methods.wanted(bench, row, ("W8A8",), (0,), extra=False, redo=True))) == 1
-    assert len(list(bench_methods.wanted(replace(bench, calibrated=8), row, ("W8A8",), (0,), extra=False, redo=False))) == 1
+    assert len(list(methods.wanted(bench, row, ("W8A8",), (0,), extra=False, redo=True))) == 1
+    assert len(list(methods.wanted(replace(bench, calibrated=8), row, ("W8A8",), (0,), extra=False, redo=False))) == 1
     peer = next(r for r in ROWS if r.name == "modelopt: awq_full")
-    assert not list(bench_methods.wanted(bench, peer, ALL, (0,), extra=False, redo=False))
-    assert len(list(bench_methods.wanted(bench, peer, ALL, (0,), extra=True, redo=False))) == len(peer.columns)
+    assert not list(methods.wanted(bench, peer, ALL, (0,), extra=False, redo=False))
+    assert len(list(methods.wanted(bench, peer, ALL, (0,), extra=True, redo=False))) == len(peer.columns)
 
 
 def test_data_files_hold_what_was_put_in(tmp_path):
@@ -129,7 +127,7 @@ def test_simulated_logits_are_transformers_own(llava):
         )
         for n in range(3)
     ]
-    got = bench_ours.reference_logits(folder, samples)
+    got = ours.reference_logits(folder, samples)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = []
     for one, (first, last) in zip(samples, answer_spans(samples), strict=True):
@@ -140,7 +138,7 @@ def test_simulated_logits_are_transformers_own(llava):
 
 
 def test_every_row_has_a_line_and_known_columns():
-    names = [row.name for row in (*bench_ours.ROWS, *ROWS)]
+    names = [row.name for row in (*ours.ROWS, *ROWS)]
     assert len(set(names)) == len(names)
     assert all(set(row.main) <= set(row.columns) <= set(ALL) for row in ROWS)
     assert set(SCHEMES) == set(ALL)
@@ -250,13 +248,13 @@ def test_hard_outliers_are_there(hard):
 def test_peaks_are_those_of_the_whole_model_and_more_prompts_reach_further(llava):
     checkpoint = open_small(llava(dtype="float32"))
     blocks, source, samples = make_blocks(checkpoint.hf_config), checkpoint.source, mixed_samples(checkpoint)[:1]
-    found = study_reach.peaks(source, blocks, samples, study_reach.features_of(source, blocks, samples))
+    found = reach.peaks(source, blocks, samples, reach.features_of(source, blocks, samples))
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     for number, layer in enumerate(model.model.language_model.layers):
         with plant_hard_outliers.kept(layer.mlp.down_proj, "input") as rows, torch.inference_mode():
             model(torch.from_numpy(samples[0].input_ids)[None], torch.from_numpy(samples[0].pixel_values))
         torch.testing.assert_close(found[number], rows[0].abs().amax(0), rtol=1e-4, atol=1e-5)
-    sets = study_reach.seen_by(source, blocks, mixed_samples(checkpoint))
+    sets = reach.seen_by(source, blocks, mixed_samples(checkpoint))
     own, asked, scrambled = sets.values()
     assert (own <= 1.001 * asked).all()
     assert (asked <= 1.001 * scrambled).all()
@@ -265,17 +263,17 @@ def test_peaks_are_those_of_the_whole_model_and_more_prompts_reach_further(llava
 
 def test_decode_speed_is_that_of_the_median_step():
     """One step that other work on the machine held up does not count."""
-    found = bench_runtime.figures(0.5, [0.1, 9.0, 0.1], 10**9)
+    found = runtime.figures(0.5, [0.1, 9.0, 0.1], 10**9)
     assert found == pytest.approx({"prefill_ms": 500, "decode_tokens_per_s": 10, "weights_gb_per_s": 10})
 
 
 def test_a_row_of_torch_and_the_machine_it_was_measured_on():
     args = argparse.Namespace(gpu=False, threads=1, model=TINY, words=4, tokens=3)
-    found = bench_runtime.measure_torch("torch float32", args)
+    found = runtime.measure_torch("torch float32", args)
     assert all(value > 0 for value in found.values())
     weights = found["weights_gb_per_s"] / found["decode_tokens_per_s"] * 1e9
     assert weights == pytest.approx(4 * (2_361_600 + 2 * 131_072), rel=0.01)  # its layers, table and head, in float32
-    assert bench_runtime.machine()["processor"]
+    assert runtime.machine()["processor"]
 
 
 def test_ablations_are_compared_on_the_seeds_that_both_have():

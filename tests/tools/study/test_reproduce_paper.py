@@ -16,8 +16,7 @@ from qvlm_export.evaluation.tasks.scienceqa import LETTERS
 from qvlm_export.evaluation.tasks.task import Request
 from tools.families.random_original import TOWER, write_original
 from tools.study import reproduce_paper
-from tools.tiny import scenes
-from tools.tiny import scores as tiny_scores
+from tools.tiny import scenes, scores
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_tables_of_scores():
     rows = [
         {"rung": "torch", "task": task, "metrics": metrics[task], "counts": counts[task], "unparsed": 3} for task in TASKS
     ] + [{"rung": "int8, engine", "task": task, "not_run": "no GPU"} for task in TASKS]
-    text = tiny_scores.tables(rows)
+    text = scores.tables(rows)
     assert "| torch | 50.0 | 50.0 | 50.0 | 50.0 |" in text
     assert "| int8, engine | not run | not run | not run | not run |" in text
     assert "| torch | 50.0 | – | 3 |" in text

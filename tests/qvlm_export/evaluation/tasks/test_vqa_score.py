@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.evaluation.tasks.vqa_score import CONTRACTIONS, normalised, soft_accuracy, without_punctuation
+from qvlm_export.evaluation.tasks.vqa_score import CONTRACTIONS, normalize_answer, soft_accuracy, strip_punctuation
 
 MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 DIGITS = {
@@ -72,7 +72,7 @@ def slow_normalised(text):
     ],
 )
 def test_examples(answer, wanted):
-    assert normalised(answer) == wanted
+    assert normalize_answer(answer) == wanted
 
 
 TEXT = st.text(alphabet=st.sampled_from([*"abdenotwhiv 13.'\n\tTA", *MARKS]), max_size=24)
@@ -84,7 +84,7 @@ WORDS = st.lists(st.sampled_from([*DIGITS, *CONTRACTIONS, "a", "the", "An", "dog
 @example("a,b")
 @example("1,0 a-b")
 def test_normalisation_is_the_slow_one(text):
-    assert normalised(text) == slow_normalised(text)
+    assert normalize_answer(text) == slow_normalised(text)
 
 
 def test_contractions_lack_one_mark_each():
@@ -98,7 +98,7 @@ def test_contractions_lack_one_mark_each():
 
 
 def test_punctuation_alone_keeps_case_and_articles():
-    assert without_punctuation("The dog, a cat.") == "The dog a cat"
+    assert strip_punctuation("The dog, a cat.") == "The dog a cat"
 
 
 def slow_soft_accuracy(said, humans):

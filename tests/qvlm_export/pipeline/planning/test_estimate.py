@@ -18,7 +18,7 @@ from qvlm_export.calibrate.calibrators.cost import Cost
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import choose_backend
-from qvlm_export.engines.builder import rate as build_rate
+from qvlm_export.engines.builder import rate
 from qvlm_export.engines.graph.weight_sizes import Sizes
 from qvlm_export.pipeline.planning.estimate import (
     activations_bytes,
@@ -139,7 +139,7 @@ def test_rates_are_measured_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize("int4", [True, False])
 def test_what_tensorrt_builds_a_second_is_measured(int4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By engines of INT4 weights where the plan has them, for otherwise a target may have none; not for small plans."""
-    monkeypatch.setattr(build_rate, "WIDTH", 512)
+    monkeypatch.setattr(rate, "WIDTH", 512)
     backend = choose_backend("tensorrt-rtx", ())
     parts = {"language": Sizes(2**31, 2**29, 2**28 if int4 else 0)}
     assert build_bytes(backend, parts) != BUILT_BYTES

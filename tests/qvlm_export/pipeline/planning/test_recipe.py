@@ -20,7 +20,7 @@ from qvlm_export.pipeline.planning.recipe import (
     PRESETS,
     SIMULATED,
     Recipe,
-    check_engine,
+    check_engine_schemes,
     check_targets,
     choose_recipe,
     plan_linears,
@@ -107,9 +107,9 @@ def test_the_first_linear_that_an_engine_cannot_have_is_named() -> None:
     plan = {FC1: W8A8, Q_PROJ: LinearScheme(4, 8, 128), DOWN_PROJ: LinearScheme(3, None, 64)}
     rtx = Backend("tensorrt-rtx", "tensorrt_rtx", "1.7", ("sm89",))
     with pytest.raises(UserError, match=f"^--recipe: {Q_PROJ} is W4A8, for which TensorRT has no kernel .*--backend onnx"):
-        check_engine(plan, rtx)
-    check_engine(plan, Backend("onnx", None, None, ()))
-    check_engine({FC1: W8A8, Q_PROJ: int4(64)}, rtx)
+        check_engine_schemes(plan, rtx)
+    check_engine_schemes(plan, Backend("onnx", None, None, ()))
+    check_engine_schemes({FC1: W8A8, Q_PROJ: int4(64)}, rtx)
 
 
 def test_later_rules_win(tmp_path: Path) -> None:
