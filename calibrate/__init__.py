@@ -1,1 +1,1 @@
-"""Quantizers, calibration and the calibrated checkpoint. Knows no ONNX and no TensorRT."""
+"""Post-training quantization: calibration, rounding and the calibrated checkpoint, independent of ONNX and TensorRT."""

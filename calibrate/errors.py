@@ -1,4 +1,4 @@
-"""The one error that users see."""
+"""Errors that are reported to the user without a traceback."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import zlib
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, and what to do.
+    """An error that the user can correct. The message is one line: what is wrong, where, and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
 
 
 class UnfinishedError(UserError):
-    """Something came between that does not lie in the input as it was given: a full disk, too little memory, a changed file.
+    """A run was interrupted by something other than its input: a full disk, too little memory, a file that was changed.
 
-    What was finished until then stays, and can be gone on with.
+    What was finished until then is kept, and the run can be resumed.
     """
 
 
-# What libraries raise when a file they parse is damaged: whatever their parsers stumble over. For the few places that open
-# foreign files; named one by one, so that a keyboard interrupt, a lack of memory or our own UserError passes through.
+# What libraries raise while they parse a damaged file, for the few places that open foreign files. The types are named one
+# by one, so that KeyboardInterrupt, MemoryError and our own UserError pass through.
 DAMAGED_FILE_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, SyntaxError,
     AssertionError, ImportError, struct.error, zlib.error,

@@ -1,1 +1,1 @@
-"""ONNX graphs, TensorRT engines and the session that runs them. Knows no torch."""
+"""ONNX graphs and TensorRT engines of a LLaVA, and the session that runs them. No module here imports torch."""

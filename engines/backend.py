@@ -1,7 +1,8 @@
-"""Which TensorRT builds the engines, chosen once.
+"""Choice of the build backend: TensorRT, TensorRT-RTX, or none, where only ONNX files are written.
 
-Both modules share one API. TensorRT-RTX compiles ahead of time for named GPU generations and needs no GPU; the full TensorRT
-times kernels and builds for the GPU it runs on.
+`choose_backend` turns `--backend` and `--target` into a `Backend`. The Python modules of both TensorRTs share one API.
+TensorRT-RTX compiles ahead of time for named GPU generations and needs no GPU; the full TensorRT times kernels and builds
+for the GPU it runs on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ _PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx", "tensor
 
 @dataclass(frozen=True)
 class Backend:
-    """name: as on the command line. module: what the build process imports, None when only ONNX files are written."""
+    """The chosen build backend.
+
+    name: as on the command line. module: the Python module that the build process imports, None when only ONNX files are
+    written. version: of the installed package, None when unknown. targets: GPU generations to build for, such as sm89; empty
+    for the GPU of this machine.
+    """
 
     name: str
     module: str | None
@@ -34,27 +40,30 @@ class Backend:
 
 
 def choose_backend(requested: str, targets: tuple[str, ...]) -> Backend:
-    """The backend for `--backend` and `--target`. Raises UserError when none can be had or a target is unknown."""
-    name = _resolve(requested)
+    """Returns the backend for the values of `--backend` and `--target`.
+
+    Raises UserError when the backend is unknown, not installed or needs a GPU that is missing, and for an unknown target.
+    """
+    name = _resolve_name(requested)
     if name == "onnx":
         if targets:
             raise UserError(f"--target {targets[0]}: the onnx backend builds no engine; leave --target out")
         return Backend("onnx", None, None, ())
     if not _installed(name):
-        raise UserError(f"--backend {name}: not installed; run: pip install '{_extra(name)}', or use --backend onnx")
+        raise UserError(f"--backend {name}: not installed; run: pip install '{_pip_extra(name)}', or use --backend onnx")
     if name == "tensorrt":
         if targets:
             raise UserError("--target: TensorRT builds for the GPU of this machine; use --backend tensorrt-rtx for targets")
         if not gpu_present():
             raise UserError("--backend tensorrt: needs an NVIDIA GPU, and none is here; use --backend tensorrt-rtx")
-    unknown = [t for t in targets if t not in RTX_TARGETS]
-    if unknown:
-        raise UserError(f"--target {unknown[0]}: unknown; TensorRT-RTX offers {', '.join(RTX_TARGETS)}")
-    default = () if name == "tensorrt" else INT4_TARGETS
-    return Backend(name, _MODULES[name], _version(name), tuple(dict.fromkeys(targets)) or default)
+    unknown_targets = [t for t in targets if t not in RTX_TARGETS]
+    if unknown_targets:
+        raise UserError(f"--target {unknown_targets[0]}: unknown; TensorRT-RTX offers {', '.join(RTX_TARGETS)}")
+    default_targets = () if name == "tensorrt" else INT4_TARGETS
+    return Backend(name, _MODULES[name], _installed_version(name), tuple(dict.fromkeys(targets)) or default_targets)
 
 
-def _resolve(requested: str) -> str:
+def _resolve_name(requested: str) -> str:
     if requested not in BACKENDS:
         raise UserError(f"--backend {requested}: unknown; choose one of {', '.join(BACKENDS)}")
     if requested != "auto":
@@ -70,11 +79,11 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(_MODULES[name]) is not None
 
 
-def _extra(name: str) -> str:
+def _pip_extra(name: str) -> str:
     return "qvlm-export[rtx]" if name == "tensorrt-rtx" else "qvlm-export[gpu]"
 
 
-def _version(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     for package in _PACKAGES[name]:
         try:
             return importlib.metadata.version(package)
@@ -84,7 +93,7 @@ def _version(name: str) -> str | None:
 
 
 def gpu_present() -> bool:
-    """Whether the NVIDIA driver answers and counts at least one GPU."""
+    """Returns whether the NVIDIA driver can be loaded and reports at least one GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -93,8 +102,11 @@ def gpu_present() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def make_log(trt: Any, least: Any) -> Any:
-    """A logger that keeps what TensorRT says, from severity `least` up, and prints none of it."""
+def make_log(trt: Any, least_severity: Any) -> Any:
+    """Returns a TensorRT logger that stores the messages of severity `least_severity` and above, and prints nothing.
+
+    trt: the module tensorrt or tensorrt_rtx. The logger's `lines` are pairs of severity and text.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -102,13 +114,15 @@ def make_log(trt: Any, least: Any) -> Any:
             self.lines: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= least:  # the lower, the graver
+            if severity <= least_severity:  # TensorRT numbers its severities from the gravest
                 self.lines.append((severity, text))
 
         def texts(self, severity: Any) -> list[str]:
+            """Returns the stored messages of exactly this severity."""
             return [text for level, text in self.lines if level == severity]
 
         def all_texts(self) -> list[str]:
+            """Returns all stored messages."""
             return [text for _, text in self.lines]
 
     return Log()

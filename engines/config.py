@@ -1,4 +1,7 @@
-"""The geometry of a LLaVA as the graphs need it: plain numbers, no framework."""
+"""Model configuration of a LLaVA: the numbers that the graphs and engines are built from.
+
+Plain data. It is read from a checkpoint's config.json, and from the manifest of an export.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower. `num_layers` counts the layers that run, up to the last one whose output is a feature.
+    """A CLIP or SigLIP vision tower.
 
-    feature_layers: after how many layers each feature is taken; features are joined along the width. class_token: CLIP
-    puts one before the patches, `keep_class_token` says whether it reaches the projector. pre_norm: a norm before the
-    first layer. patch_bias: whether the patch convolution has one.
+    num_layers: layers that run, up to the last one whose output is a feature. image_size, patch_size: side in pixels.
+    feature_layers: after how many layers each feature is taken; features are concatenated along the width. class_token:
+    whether a class token precedes the patches, as in CLIP. keep_class_token: whether it reaches the projector. pre_norm:
+    whether there is a norm before the first layer. patch_bias: whether the patch convolution has a bias.
     """
 
     hidden_size: int
@@ -30,24 +34,31 @@ class VisionConfig:
 
     @property
     def patches_per_side(self) -> int:
+        """Patches along one side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Patches of one image."""
         return self.patches_per_side**2
 
     @property
     def feature_size(self) -> int:
+        """Width of the concatenated features."""
         return self.hidden_size * len(self.feature_layers)
 
     @property
     def tokens_per_image(self) -> int:
+        """Tokens that one image, or one tile, becomes: its patches and a class token that is kept."""
         return self.num_patches + int(self.keep_class_token)
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What lies between tower and decoder: one linear or two. norm_eps: of a layer norm before them, None for none."""
+    """The projector between tower and decoder: one or two linears.
+
+    hidden_act: activation between two linears. norm_eps: epsilon of a layer norm before the linears, None without one.
+    """
 
     hidden_act: str
     bias: bool
@@ -57,10 +68,10 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama decoder, or one of its kin: Mistral, Qwen2.
+    """A decoder of the Llama kind: Llama, Mistral or Qwen2.
 
-    attention_bias: of q, k and v; output_bias: of o. sliding_window: how many positions a token sees, itself included;
-    None for all.
+    attention_bias: whether q, k and v have a bias; output_bias: whether o has one. sliding_window: number of positions
+    that a token attends to, itself included; None for all.
     """
 
     vocab_size: int
@@ -80,18 +91,18 @@ class TextConfig:
     sliding_window: int | None = None
 
 
-# How much larger than its limit a grid of features may be (in side, as a factor) before it is made coarser.
+# A grid of features is downscaled to its limit when its side exceeds the side of the limit by more than this factor.
 COARSER_FROM = 1.1
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a picture is cut into tiles of the tower's size, beside a small copy of the whole, the first tile.
+    """How an image is cut into tiles of the tower's size; the first tile is a small copy of the whole image.
 
-    pinpoints: the sizes [height, width] in pixels that a picture may be fitted into. max_tiles: of how many tiles the
-    features are kept at most, by making their grid coarser; None for all. single_when_many: pictures that come together in
-    one turn have no tiles but the first. The features of the grid lose the padding, and every row of it ends with the
-    `image_newline` vector, which the vision graph puts out as its last row.
+    pinpoints: sizes (height, width) in pixels that an image may be fitted into. max_tiles: a larger grid of features is
+    downscaled to the size of so many tiles; None for no limit. single_when_many: images that come together in one turn have
+    the first tile only. Features of padding are removed, and every row of the grid ends with the `image_newline` vector,
+    which is the last row of the vision graph's output.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
@@ -101,7 +112,10 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Tower, projector, decoder, and the token that stands for one image patch. tiles: None for one tile a picture."""
+    """A whole LLaVA: tower, projector, decoder.
+
+    image_token_id: the token that stands for one image feature. tiles: None for one tile an image.
+    """
 
     vision: VisionConfig
     projector: ProjectorConfig
@@ -111,7 +125,7 @@ class ModelConfig:
 
     @property
     def most_tiles(self) -> int:
-        """Tiles of the largest picture."""
+        """Number of tiles of the largest image."""
         if self.tiles is None:
             return 1
         side = self.vision.image_size
@@ -119,22 +133,23 @@ class ModelConfig:
 
     @property
     def most_image_tokens(self) -> int:
-        """Tokens of the largest picture."""
+        """Number of tokens of the largest image."""
         if self.tiles is None:
             return self.vision.tokens_per_image
         patches, side = self.vision.patches_per_side, self.vision.image_size
         grids = [(height // side * patches, width // side * patches) for height, width in self.tiles.pinpoints]
-        most = float("inf")
-        if self.tiles.max_tiles is not None:  # a grid of more than 1.1 times the side of the limit is scaled down to it
-            most = COARSER_FROM**2 * self.tiles.max_tiles * patches**2
-        return self.vision.num_patches + max(int(min(rows * columns, most)) + rows for rows, columns in grids)
+        max_features = float("inf")
+        if self.tiles.max_tiles is not None:
+            max_features = COARSER_FROM**2 * self.tiles.max_tiles * patches**2
+        return self.vision.num_patches + max(int(min(rows * columns, max_features)) + rows for rows, columns in grids)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine is built for. `max_length` counts prompt, image and generated tokens of one sequence.
+    """The largest inputs that an engine is built for.
 
-    max_images: pictures, or tiles of them, that one run of the vision engine takes.
+    max_length: prompt, image and generated tokens of one sequence together. max_batch: sequences. max_images: images, or
+    tiles of them, in one run of the vision engine.
     """
 
     max_length: int

@@ -1,4 +1,8 @@
-"""X.json, the manifest beside the plan: what was built, from what, and the hash of every file."""
+"""The manifest of an export, X.json: what was built, from what, and the sha256 of every file.
+
+It lies beside the exported files, carries a hash of itself, and is what a session is opened from. Files are described when
+an export writes them, and verified against the manifest when they are opened.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,19 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
 
 FORMAT, VERSION = "qvlm-export", 2
-READABLE = (1, 2)  # 1 knew neither tiles nor several feature layers
+READABLE = (1, 2)  # versions; 1 has neither tiles nor several feature layers
 VERIFY_AT_OPEN_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """path: of the manifest itself. files: by role (language_onnx, vision_plan, …) name, bytes and sha256; folders
-    (processor, calibrated) have a name and `files`, bytes and sha256 by the path inside. Exports made before folders were
-    recorded have a name alone; what is not recorded is not verified, and said to be so.
+    """The content of X.json.
+
+    path: of the manifest itself. linears: linear -> name of its scheme. plan_check: results of the engine precision check,
+    one of each linear. interface: part -> inputs and outputs of its graph. files: role (language_onnx, vision_plan, ...) ->
+    name, bytes and sha256 of a file; for a folder (processor, calibrated) its name and `files`, path inside -> bytes and
+    sha256. Exports made before folders were recorded have only the folder's name; such a folder is not verified.
     """
 
     path: Path
@@ -44,46 +51,49 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
 
     def file(self, role: str) -> Path:
-        """The path of a file or folder. Raises UserError when it was not exported, is gone, or has another size."""
+        """Returns the path of a file or folder. Raises UserError when it is not exported, is missing or has another size."""
         if role not in self.files:
             raise UserError(f"{self.path}: this export has no {role}; export again with the backend that writes it")
         path = self.path.parent / self.files[role]["name"]
         for part in dict.fromkeys((path, *self.recorded(role))):
             if not part.exists():
                 raise UserError(f"{part}: is missing; it belongs to {self.path.name}, keep the files of an export together")
-        for part, facts in self.recorded(role).items():
-            wanted, found = facts.get("bytes"), part.stat().st_size
-            if wanted is not None and found != wanted:
+        for part, record in self.recorded(role).items():
+            expected, size = record.get("bytes"), part.stat().st_size
+            if expected is not None and size != expected:
                 raise UserError(
-                    f"{part}: has {found} bytes, the manifest says {wanted}; it was changed or is incomplete, export again"
+                    f"{part}: has {size} bytes, the manifest says {expected}; it was changed or is incomplete, export again"
                 )
         return path
 
     def recorded(self, role: str) -> dict[Path, Mapping[str, Any]]:
-        """The files of a role with what the manifest says of each: one for a file, those inside for a folder."""
+        """Returns path -> record (bytes and sha256) of a role: one for a file, all files inside for a folder."""
         entry = self.files[role]
         path = self.path.parent / entry["name"]
         if "files" in entry:
-            return {path / name: facts for name, facts in entry["files"].items()}
+            return {path / name: record for name, record in entry["files"].items()}
         return {path: entry} if "bytes" in entry or "sha256" in entry else {}
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Writes the manifest to its path, through a temporary file."""
+    """Writes the manifest to its path through a temporary file, sealed with its hash."""
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     del content["path"]
-    content = json.loads(json.dumps(content))  # as it will be read, tuples turned to lists
+    content = json.loads(json.dumps(content))  # as it will be read back: tuples become lists, which the hash depends on
     write_json(manifest.path, seal(content))
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's content with the sha256 of everything else in it."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    """Returns the content with the entry `sha256` set to the hash of all other entries."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads X.json. Raises UserError when it is missing, damaged, changed by hand, or newer than this program."""
+    """Returns the manifest read from X.json.
+
+    Raises UserError when it is missing, damaged, changed since it was written, or of a newer version.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -102,7 +112,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(
             path=path,
             model=content["model"],
-            config=_model_config(content["config"]),
+            config=_read_model_config(content["config"]),
             limits=Limits(**content["limits"]),
             float_type=content["float_type"],
             scheme=content["scheme"],
@@ -118,8 +128,8 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: the manifest is damaged ({error!r}); export again") from error
 
 
-def _model_config(content: Mapping[str, Any]) -> ModelConfig:
-    """Of version 1 too, where a tower had one feature layer, and `o` a bias if q, k and v had."""
+def _read_model_config(content: Mapping[str, Any]) -> ModelConfig:
+    """Returns the configuration; in version 1, a tower had one feature layer, and o a bias if q, k and v had one."""
     vision, text, tiles = content["vision"], content["text"], content.get("tiles")
     features = vision.get("feature_layers", [vision["num_layers"]])
     text = {"output_bias": text["attention_bias"], **text}
@@ -133,7 +143,10 @@ def _model_config(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def describe_file(path: Path, stop: Event | None = None) -> dict[str, Any]:
-    """Name, size and sha256 of a file, read once in pieces. stop: set by another thread, ends it with CancelledError."""
+    """Returns name, bytes and sha256 of a file, which is read once, in pieces.
+
+    stop: when another thread sets it, CancelledError is raised.
+    """
     digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
@@ -144,85 +157,89 @@ def describe_file(path: Path, stop: Event | None = None) -> dict[str, Any]:
 
 
 def describe_folder(path: Path, stop: Event | None = None) -> dict[str, Any]:
-    """Name of a folder, and size and sha256 of every file in it, by its path inside with slashes."""
-    described = {name: describe_file(path / name, stop) for name in _names_inside(path)}
-    return {"name": path.name, "files": {name: {k: d[k] for k in ("bytes", "sha256")} for name, d in described.items()}}
+    """Returns the name of a folder and `files`, path inside (with slashes) -> bytes and sha256, without hidden files."""
+    described = {name: describe_file(path / name, stop) for name in _list_files(path)}
+    return {
+        "name": path.name,
+        "files": {name: {k: d[k] for k in ("bytes", "sha256")} for name, d in described.items()},
+    }
 
 
 def describe(path: Path, stop: Event | None = None) -> dict[str, Any]:
-    """Either of the two."""
+    """Returns the description of a file or of a folder, see `describe_file` and `describe_folder`."""
     return describe_folder(path, stop) if path.is_dir() else describe_file(path, stop)
 
 
 @contextmanager
 def describe_in_background(paths: Mapping[str, Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
-    """Describes finished files on a thread of its own; what is yielded waits for that and gives it by the same names.
+    """Describes finished files on another thread; yields a function that waits and returns name -> description.
 
-    Hashing gigabytes takes a core that a build, which has its own process, does not use. Leaving ends it.
+    Hashing gigabytes takes a core that a build, which runs in another process, leaves idle. Leaving the context stops it.
     """
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(lambda: {name: describe(path, stop) for name, path in paths.items()})
+        descriptions = pool.submit(lambda: {name: describe(path, stop) for name, path in paths.items()})
         try:
-            yield found.result
+            yield descriptions.result
         finally:
             stop.set()
 
 
-def _names_inside(folder: Path) -> list[str]:
-    """Hidden files, such as those of desktops and download tools, do not count: nothing reads them."""
+def _list_files(folder: Path) -> list[str]:
+    """Returns the paths of all files inside, sorted, without hidden ones, which desktops and download tools leave."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def verify_file(manifest: Manifest, role: str) -> Path:
-    """The path of a file or folder about to be opened, every sha256 compared first unless of more than VERIFY_AT_OPEN_BYTES.
+    """Returns the path of a file or folder that is about to be opened, after verifying it.
 
-    Raises UserError when it was changed. Hashing gigabytes at every start would cost seconds; `qvlm-inspect --verify` does.
+    Files of more than VERIFY_AT_OPEN_BYTES are checked for their size only, because hashing gigabytes at every start would
+    take seconds; `qvlm-inspect --verify` hashes them too. Raises UserError when anything was changed.
     """
     path = manifest.file(role)
-    _check_strangers(manifest, role)
-    for part, facts in manifest.recorded(role).items():
-        if "sha256" in facts and facts["bytes"] <= VERIFY_AT_OPEN_BYTES:
-            _check_hash(part, facts)
+    _check_unlisted_files(manifest, role)
+    for part, record in manifest.recorded(role).items():
+        if "sha256" in record and record["bytes"] <= VERIFY_AT_OPEN_BYTES:
+            _check_hash(part, record)
     return path
 
 
 def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[Path]:
-    """Reads every file that has a sha256; returns them, all as they were written. progress(fraction of files read).
+    """Verifies every file that has a sha256 and returns their paths. progress: called with the fraction of files read.
 
     Raises UserError naming the first file that is missing, has another size or another content, or lies in a folder of the
-    export without being part of it, and when none has a hash.
+    export without being part of it; also when no file has a hash.
     """
     hashed: dict[Path, Mapping[str, Any]] = {}
     for role in manifest.files:
-        found = {path: facts for path, facts in manifest.recorded(role).items() if "sha256" in facts}
-        if found:
+        records = {path: record for path, record in manifest.recorded(role).items() if "sha256" in record}
+        if records:
             manifest.file(role)
-            _check_strangers(manifest, role)
-        hashed |= found
+            _check_unlisted_files(manifest, role)
+        hashed |= records
     if not hashed:
         raise UserError(f"{manifest.path}: lists no sha256, so nothing can be verified; export again")
-    for number, (path, facts) in enumerate(hashed.items()):
-        _check_hash(path, facts)
-        progress((number + 1) / len(hashed))
+    for index, (path, record) in enumerate(hashed.items()):
+        _check_hash(path, record)
+        progress((index + 1) / len(hashed))
     return list(hashed)
 
 
-def _check_strangers(manifest: Manifest, role: str) -> None:
-    """A file more in a folder can change what a processor does as much as another content."""
+def _check_unlisted_files(manifest: Manifest, role: str) -> None:
+    """Raises UserError for a file that the manifest does not list: one more file can change what a processor does."""
     entry = manifest.files[role]
     folder = manifest.path.parent / entry["name"]
-    if "files" in entry and (added := set(_names_inside(folder)) - set(entry["files"])):
-        raise UserError(f"{folder / min(added)}: is not part of this export; take it away, or export again")
+    if "files" in entry and (unlisted := set(_list_files(folder)) - set(entry["files"])):
+        raise UserError(f"{folder / min(unlisted)}: is not part of this export; take it away, or export again")
 
 
 def _check_hash(path: Path, entry: Mapping[str, Any]) -> None:
     try:
-        found = describe_file(path)["sha256"]
+        actual = describe_file(path)["sha256"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), so it cannot be verified") from error
-    if found != entry["sha256"]:
+    if actual != entry["sha256"]:
         raise UserError(
-            f"{path}: its sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; it was changed, export again"
+            f"{path}: its sha256 is {actual[:12]}…, the manifest says {entry['sha256'][:12]}…; it was changed, export again"
         )

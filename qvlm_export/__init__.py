@@ -1,4 +1,4 @@
-"""LLaVA checkpoints to TensorRT INT4/INT8 engines whose quantization was searched.
+"""Exports LLaVA checkpoints to TensorRT INT4/INT8 engines with searched quantization.
 
 import qvlm_export
 qvlm_export.export("tiny", "engine.plan")
@@ -21,25 +21,29 @@ __all__ = ["UserError", "__version__", "export", "load"]
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, read when it is asked for: from the installed package's metadata."""
+    """Returns `__version__` from the installed package's metadata, which is read only when it is asked for."""
     if name == "__version__":
         return importlib.metadata.version("qvlm-export")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
-    """Exports `model` to `out`; options are the fields of `export_plan.ExportOptions`, as on the command line."""
+    """Exports `model` to `out` and returns what was written.
+
+    model: a folder, an alias or a Hugging Face id. out: the path of the engine file, X.plan. options: fields of
+    `prepare.ExportOptions`, named as on the command line. Raises UserError for bad input.
+    """
     from qvlm_export.pipeline import export as pipeline
-    from qvlm_export.pipeline.planning.export_plan import ExportOptions
+    from qvlm_export.pipeline.preparation.prepare import ExportOptions
     from qvlm_export.pipeline.progress import Reporter
 
     paths = {key: Path(options[key]) for key in ("recipe", "calib_data", "work_dir") if options.get(key) is not None}
-    chosen = ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
-    return pipeline.export(chosen, Reporter(quiet=True))
+    export_options = ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
+    return pipeline.export(export_options, Reporter(quiet=True))
 
 
 def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedModel:
-    """Opens an export for logits and answers; see `qvlm_export.inference.model.load`."""
+    """Opens an export for logits and generation; see `qvlm_export.inference.model.load`."""
     from qvlm_export.inference import model as loading
 
     return loading.load(path, runtime, fast)

@@ -1,1 +1,1 @@
-"""More prompts from the calibration set."""
+"""Calibration-set augmentation: cross-paired questions, mixup of image features, random word replacement."""

@@ -1,6 +1,7 @@
-"""What flows between two blocks: one tensor a sample, in memory or in a file. torch.
+"""Activation cache: a block's outputs, which the next block reads, one tensor for each input, on disk and in memory.
 
-Both an uninterrupted run and a resumed one read what was kept, never what was computed, so that they end in the same bits.
+An uninterrupted run reads the stored values, too, never those that were computed, so that it ends in the same bits as a
+resumed one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One tensor. offset: of its bytes in `path`; tensor: the same in memory, None when it is read each time."""
+class _CachedTensor:
+    """One stored tensor. offset: of its bytes in `path`. tensor: its copy in memory, None when it is read from the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,24 +32,27 @@ class _Item:
     tensor: torch.Tensor | None
 
     def read(self) -> torch.Tensor:
-        """float32, in memory of its own: aligned alike wherever it comes from, as last bits of products may depend on it."""
-        stored = self.tensor if self.tensor is not None else self._from_file()
+        """A float32 copy: last bits of products may depend on its alignment, which is then the same for file and memory."""
+        stored = self.tensor if self.tensor is not None else self._read_file()
         return stored.to(torch.float32, copy=True)
 
-    def _from_file(self) -> torch.Tensor:
-        kind, count = _TYPES[self.dtype], math.prod(self.shape)
+    def _read_file(self) -> torch.Tensor:
+        dtype, count = _TYPES[self.dtype], math.prod(self.shape)
         if not count:
-            return torch.zeros(self.shape, dtype=kind)
-        content = np.fromfile(self.path, np.uint8, count * kind.itemsize, offset=self.offset)
-        if content.size != count * kind.itemsize:
+            return torch.zeros(self.shape, dtype=dtype)
+        content = np.fromfile(self.path, np.uint8, count * dtype.itemsize, offset=self.offset)
+        if content.size != count * dtype.itemsize:
             raise UserError(f"{self.path}: is shorter than it was written; delete the work folder and begin anew")
-        return torch.from_numpy(content).view(kind).reshape(self.shape)
+        return torch.from_numpy(content).view(dtype).reshape(self.shape)
 
 
 class CachedActivations(Sequence[torch.Tensor]):
-    """float32 tensors, made one at a time from what is kept."""
+    """Cached tensors; indexing reads one as a new float32 tensor.
 
-    def __init__(self, items: Sequence[_Item]) -> None:
+    Reading raises UserError naming the file when it is shorter than it was written.
+    """
+
+    def __init__(self, items: Sequence[_CachedTensor]) -> None:
         self._items = items
 
     def __len__(self) -> int:
@@ -63,44 +67,45 @@ class CachedActivations(Sequence[torch.Tensor]):
     def __getitem__(self, index: int | slice) -> torch.Tensor | CachedActivations:
         return CachedActivations(self._items[index]) if isinstance(index, slice) else self._items[index].read()
 
-    def described(self) -> list[dict[str, Any]]:
-        """Shape, type and place of each tensor, for JSON."""
+    def describe(self) -> list[dict[str, Any]]:
+        """Shape, dtype and offset in bytes of each tensor, for JSON."""
         return [{"shape": list(item.shape), "dtype": item.dtype, "offset": item.offset} for item in self._items]
 
 
 def to_16_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """float16, or bfloat16 where a value is beyond float16."""
+    """The tensor as float16, or as bfloat16 where a value is beyond float16's range."""
     half = tensor.half()
     return half if bool(torch.isfinite(half).all()) else tensor.bfloat16()
 
 
 def cache_activations(outputs: Iterable[torch.Tensor], path: Path, *, narrow: bool, memory_bytes: int) -> CachedActivations:
-    """Writes the tensors to `path` as they come; those that together fit into `memory_bytes` stay in memory, too.
+    """Writes the tensors to `path` as they come; those whose bytes end within the first `memory_bytes` stay in memory, too.
 
-    narrow: 16 bits instead of 32. A kill leaves no half file at `path`.
+    narrow: stores 16 bits a value instead of 32. The file is written under another name and renamed, so a killed run leaves
+    no partial file at `path`. Returns the tensors as they are stored.
     """
-    items: list[_Item] = []
+    items: list[_CachedTensor] = []
     offset, temporary = 0, path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for output in outputs:
-            kept = (to_16_bits(output) if narrow else output).contiguous()
-            dtype = str(kept.dtype).removeprefix("torch.")
-            if kept.numel():
-                file.write(kept.flatten().view(torch.uint8).numpy().data)
-            in_memory = kept.clone() if offset + kept.nbytes <= memory_bytes else None
-            items.append(_Item(tuple(kept.shape), dtype, offset, path, in_memory))
-            offset += kept.nbytes
+            stored = (to_16_bits(output) if narrow else output).contiguous()
+            dtype = str(stored.dtype).removeprefix("torch.")
+            if stored.numel():
+                file.write(stored.flatten().view(torch.uint8).numpy().data)
+            in_memory = stored.clone() if offset + stored.nbytes <= memory_bytes else None
+            items.append(_CachedTensor(tuple(stored.shape), dtype, offset, path, in_memory))
+            offset += stored.nbytes
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return CachedActivations(items)
 
 
-def open_cached_activations(described: Sequence[dict[str, Any]], path: Path) -> CachedActivations:
-    """What `cache_activations` wrote to `path`, as `described` says."""
-    return CachedActivations([_Item(tuple(d["shape"]), d["dtype"], d["offset"], path, None) for d in described])
+def open_cached_activations(description: Sequence[dict[str, Any]], path: Path) -> CachedActivations:
+    """The tensors that `cache_activations` wrote to `path`. description: as `CachedActivations.describe` returned it."""
+    return CachedActivations([_CachedTensor(tuple(d["shape"]), d["dtype"], d["offset"], path, None) for d in description])
 
 
-def zeros_of_cached_shapes(described: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
-    """Zeros of these shapes that take no memory: for whoever looks at the shapes of what nobody needs any more."""
-    return [torch.zeros(()).expand(d["shape"]) for d in described]
+def zeros_of_cached_shapes(description: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    """Zeros of the cached shapes that take no memory, in place of outputs of which only the shapes are still needed."""
+    return [torch.zeros(()).expand(d["shape"]) for d in description]

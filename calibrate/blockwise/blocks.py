@@ -1,7 +1,8 @@
-"""A LLaVA as a row of blocks that are in memory one at a time. torch.
+"""A LLaVA model as a sequence of blocks (layers and projector), one of which is in memory at a time.
 
-The modules are transformers' own, made on the meta device (no memory), filled from the checkpoint for as long as a block
-runs and emptied again, so the arithmetic is the reference's and a 13B model needs the memory of one layer.
+The modules are those of transformers, made on the meta device without memory. A block's weights are loaded from the
+checkpoint when it runs and released afterwards, so the arithmetic is the reference's and a 13B model needs the memory of
+one layer.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from qvlm_export.calibrate.numerics.activation_functions import use_deterministi
 from qvlm_export.calibrate.numerics.matmul import use_onednn_linears
 from qvlm_export.calibrate.numerics.threads import one_thread
 
-# Parameters of a block below which a second thread gains nothing, and small matrices are divided so that last bits move.
+# Parameters of a block below which a second thread gains nothing, while how it divides small matrices changes last bits.
 SMALL_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
 class Block:
-    """One resident unit. `prefix` is the canonical name of its tensors, `module` lives on meta between uses."""
+    """A part of the model that is loaded as one.
+
+    prefix: of the canonical names of its tensors. module: on the meta device except while it is loaded.
+    """
 
     prefix: str
     module: nn.Module
@@ -40,17 +44,18 @@ class Block:
         return [f"{self.prefix}.{n}" for n, m in self.module.named_modules() if isinstance(m, nn.Linear)]
 
     def tensor_names(self) -> list[str]:
+        """Canonical names of the block's parameters."""
         return [f"{self.prefix}.{n}" for n, _ in self.module.named_parameters()]
 
 
 @dataclass(frozen=True)
 class ModelBlocks:
-    """The blocks in the order they run; `rotary` gives a decoder layer its cos and sin.
+    """The model's blocks in the order they run, and what runs between them.
 
-    entries: patch embeddings, and the norm behind them where a tower has one. features: after how many vision layers each
-    feature is taken. drop_first: whether the first token of a feature, CLIP's class token, is left out. vocabulary: how
-    many tokens the decoder knows. sliding_window: how many positions a token sees, itself included; None for all.
-    final_epsilon: of the decoder's last norm.
+    entries: patch embeddings, and the norm after them where a tower has one. features: after how many vision layers each
+    feature is taken. rotary: computes cos and sin for the decoder layers. drop_first: whether the first token of a feature,
+    CLIP's class token, is left out. vocabulary: number of the decoder's tokens. sliding_window: how many positions a token
+    attends to, itself included; None for all. final_epsilon: of the decoder's last norm.
     """
 
     entries: tuple[Block, ...]
@@ -74,15 +79,15 @@ class ModelBlocks:
         return (*self.vision(), *self.text_layers)
 
     def quantizable(self) -> list[str]:
-        """Canonical names of every linear that can be quantized, in the order they run. lm_head is not among them."""
+        """Canonical names of all linears that can be quantized, in the order they run; lm_head is not among them."""
         return [name for block in self.all() for name in block.linear_names()]
 
     def text_width(self) -> int:
-        """Of the decoder's hidden states."""
+        """The width of the decoder's hidden states."""
         return self.text_layers[0].module.get_parameter("input_layernorm.weight").numel()
 
     def num_patches(self) -> int:
-        """Tokens of a picture in the tower."""
+        """How many tokens an image has in the vision tower."""
         return int(self.entries[0].module.get_parameter("position_embedding.weight").shape[0])
 
     def num_blocks(self) -> int:
@@ -91,14 +96,14 @@ class ModelBlocks:
 
 
 def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
-    """Splits a model of this configuration into blocks, without weights. Vision layers after the features are left out."""
+    """Splits a model of this configuration into blocks without weights, leaving out vision layers after the last feature."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
     use_onednn_linears(model)
     use_deterministic_activations(model)
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
-    entries = ("embeddings", "pre_layrnorm")  # spelled so in checkpoints
+    entries = ("embeddings", "pre_layrnorm")  # as CLIP checkpoints spell it
     features = feature_layers(config)
     projector = model.model.multi_modal_projector
     if has_single_linear_projector(config):
@@ -121,14 +126,14 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
 
 
 class SingleLinearProjector(nn.Module):
-    """A projector of one linear, as LLaVA had before 1.5."""
+    """A projector of a single linear, as in LLaVA before 1.5."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear_1 = linear
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[images, tokens, feature size] -> [images, tokens, text hidden]."""
+        """Projects features [images, tokens, feature width] to [images, tokens, decoder width]."""
         projected: torch.Tensor = self.linear_1(features)
         return projected
 
@@ -136,31 +141,31 @@ class SingleLinearProjector(nn.Module):
 def has_single_linear_projector(config: PreTrainedConfig) -> bool:
     """Whether the projector is a single linear.
 
-    transformers knows two, so such a checkpoint says that nothing is between them ("linear") and that the second is the
-    identity, which need not be computed.
+    transformers always builds two, so a checkpoint with one declares the activation between them to be "linear" and the
+    second to be the identity, which need not be computed.
     """
     return config.projector_hidden_act == "linear"
 
 
 def has_class_token(config: PreTrainedConfig) -> bool:
-    """CLIP puts a token before the patches, SigLIP does not."""
+    """Whether the tower puts a class token before the patches, as CLIP does and SigLIP does not."""
     return config.vision_config.model_type == "clip_vision_model"
 
 
 def keeps_class_token(config: PreTrainedConfig) -> bool:
-    """Whether it reaches the projector; VIP-LLaVA's config does not say, as it never does there."""
+    """Whether the class token reaches the projector; VIP-LLaVA's config has no such field, as there it never does."""
     return getattr(config, "vision_feature_select_strategy", "default") == "full"
 
 
 def feature_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """After how many vision layers each feature is taken, in the order they are joined."""
+    """After how many vision layers each feature is taken, in the order the features are concatenated."""
     total, features = config.vision_config.num_hidden_layers, config.vision_feature_layer
     chosen = (features,) if isinstance(features, int) else tuple(features)
     return tuple(feature if feature >= 0 else total + 1 + feature for feature in chosen)
 
 
 def get_linear(module: nn.Module, name: str) -> nn.Linear:
-    """The linear `name` inside a block's module."""
+    """The linear `name` inside a block's module; TypeError when that is another kind of module."""
     layer = module.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} is a {type(layer).__name__}, not a linear")
@@ -169,7 +174,7 @@ def get_linear(module: nn.Module, name: str) -> nn.Linear:
 
 @contextmanager
 def load_block(block: Block, source: TensorSource) -> Iterator[nn.Module]:
-    """The block's module with float32 weights from `source`, emptied again on leaving.
+    """The block's module with float32 weights from `source`, which are released on leaving the context.
 
     Raises UserError naming the tensor when a weight is NaN or infinite.
     """
@@ -180,11 +185,11 @@ def load_block(block: Block, source: TensorSource) -> Iterator[nn.Module]:
 
 @contextmanager
 def fill_block(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """The block's module with these tensors, by name inside it; emptied again on leaving."""
+    """The block's module with these tensors, by name inside it, which are released on leaving the context."""
     module = block.module
     module.load_state_dict(state, strict=False, assign=True)
     for name, buffer in list(module.named_buffers()):
-        if name.endswith("position_ids"):  # the only buffer of a tower; its content is its shape
+        if name.endswith("position_ids"):  # a tower's only buffer; its content follows from its shape
             module.get_submodule(name.rpartition(".")[0]).position_ids = torch.arange(buffer.shape[-1])[None]
     try:
         yield module
@@ -193,7 +198,7 @@ def fill_block(block: Block, state: Mapping[str, torch.Tensor]) -> Iterator[nn.M
 
 
 def load_finite(source: TensorSource, name: str, device: torch.device | None = None) -> torch.Tensor:
-    """A float32 copy of the tensor, on the CPU or `device`; UserError when it holds NaN or infinity."""
+    """A float32 copy of the tensor on `device`, or on the CPU; UserError when it holds NaN or infinity."""
     array = source.load(name)
     check_finite(name, array)
     stored = as_tensor(array)
@@ -201,9 +206,9 @@ def load_finite(source: TensorSource, name: str, device: torch.device | None = N
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """The same memory, bfloat16 included, which torch does not take from numpy."""
+    """A tensor on the array's memory; also for bfloat16, which `torch.from_numpy` does not accept."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of memory that is only read
+        warnings.simplefilter("ignore", UserWarning)  # that the array may be read-only
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -217,7 +222,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 @contextmanager
 def deterministic_threads(blocks: ModelBlocks) -> Iterator[None]:
-    """One thread inside for a model of small blocks, else as many as torch has."""
+    """Inside this context torch uses one thread if all layers are small (SMALL_BLOCK), else as many threads as before."""
     largest = max(sum(p.numel() for p in b.module.parameters()) for b in (*blocks.vision_layers, *blocks.text_layers))
     with nullcontext() if largest >= SMALL_BLOCK else one_thread():
         yield

@@ -1,6 +1,7 @@
-"""Runs samples through a model block by block; what happens at a block is the caller's. torch.
+"""Block-by-block forward pass of a LLaVA model: vision tower, projector, image placement, decoder.
 
-The one forward pass of calibration, of its simulation and of validation: tower, projector, image placement, decoder.
+The caller supplies a step, which decides what happens at each block. Calibration, fake-quantized evaluation and validation
+all use this forward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ EMBEDDING, FINAL_NORM, HEAD = (
     "language_model.lm_head.weight",
 )
 
-# Runs one resident module on one input: (module, hidden [1 or images, tokens, width]) -> hidden.
+# Runs a loaded module on one input: (module, hidden states [1 or images, tokens, width]) -> hidden states.
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-# What to do at a block: makes it resident, runs all inputs, returns their outputs.
+# What to do at a block: loads it, runs all inputs through it, returns their outputs.
 Step = Callable[[Block, Sequence[torch.Tensor], Run], Sequence[torch.Tensor]]
 
 
 def float_step(source: TensorSource) -> Step:
-    """A step that only computes."""
+    """A step that runs the float block on one input at a time."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
         with load_block(block, source) as module, torch.inference_mode():
@@ -44,17 +45,20 @@ def float_step(source: TensorSource) -> Step:
 def run_vision_blocks(
     blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], step: Step
 ) -> list[torch.Tensor]:
-    """Tower and projector over all pictures: one [image tokens, hidden] a sample."""
+    """Runs tower and projector on all images; returns image features [image tokens, hidden] of each sample.
+
+    A sample without images has features [0, 1].
+    """
     pixels = [torch.from_numpy(s.pixel_values) for s in samples]
     batches: Sequence[torch.Tensor] = [p for p in pixels if len(p)]
     for entry in blocks.entries:
         batches = float_step(source)(entry, batches, lambda module, x: module(x))
-    after = {0: batches}
+    layer_outputs = {0: batches}
     for number, block in enumerate(blocks.vision_layers, start=1):
         batches = step(block, batches, lambda module, x: module(x, attention_mask=None))
         if number in blocks.features:
-            after[number] = batches
-    batches = [torch.cat(parts, -1) for parts in zip(*(after[n] for n in blocks.features), strict=True)]
+            layer_outputs[number] = batches
+    batches = [torch.cat(parts, -1) for parts in zip(*(layer_outputs[n] for n in blocks.features), strict=True)]
     if blocks.drop_first:
         batches = [batch[:, 1:] for batch in batches]
     batches = step(blocks.projector, batches, lambda module, x: module(x))
@@ -69,18 +73,25 @@ def run_vision_blocks(
 
 
 def place_image_features(features: torch.Tensor, newline: torch.Tensor, placement: Placement | None) -> torch.Tensor:
-    """Features [n * tokens, hidden] of pictures or tiles -> one row for each image token. newline: [1, hidden]."""
+    """Arranges features [n * tokens, hidden] of n images or tiles into one row for each image token, [image tokens, hidden].
+
+    newline: the `image_newline` vector, [1, hidden]. placement: None where features are in place already.
+    """
     if placement is None:
         return features
     table, weights = torch.cat([features, newline]), torch.from_numpy(placement.weights)
-    chosen = table[torch.from_numpy(placement.rows)]  # [N, k, hidden]; -1 is the newline
-    return (chosen * weights[..., None]).sum(1) if chosen.shape[1] > 1 else chosen[:, 0]
+    rows = table[torch.from_numpy(placement.rows)]  # [image tokens, k, hidden]; index -1 is the newline
+    return (rows * weights[..., None]).sum(1) if rows.shape[1] > 1 else rows[:, 0]
 
 
 def run_decoder_blocks(
     blocks: ModelBlocks, source: TensorSource, samples: Sequence[Sample], features: Sequence[torch.Tensor], step: Step
 ) -> Sequence[torch.Tensor]:
-    """The decoder layers over all samples: hidden states [1, S, hidden] before the final norm."""
+    """Runs the decoder layers on all samples; returns hidden states [1, S, hidden] of each before the final norm.
+
+    features: image features [image tokens, hidden] of each sample. Raises UserError when their number is not that of the
+    sample's image tokens.
+    """
     table = load_finite(source, EMBEDDING)
     hidden: Sequence[torch.Tensor] = [
         embed_tokens(table, blocks.image_token_id, s, image) for s, image in zip(samples, features, strict=True)
@@ -101,7 +112,7 @@ def run_decoder_blocks(
 
 
 def sliding_window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
-    """Which positions see which, bool [1, 1, S, S]; None where the causal mask, the modules' own, says it all."""
+    """The mask of which positions attend to which, bool [1, 1, S, S]; None where the modules' own causal mask suffices."""
     if window is None or length <= window:
         return None
     positions = torch.arange(length, device=device)
@@ -110,7 +121,10 @@ def sliding_window_mask(length: int, window: int | None, device: torch.device | 
 
 
 def embed_tokens(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:
-    """Token embeddings [1, S, hidden] with the image features in the places of the image tokens."""
+    """Token embeddings [1, S, hidden], with the image features in place of the image tokens' embeddings.
+
+    table: [vocab, hidden]. image: [image tokens, hidden]. Raises UserError when their number is not that of image tokens.
+    """
     ids = torch.from_numpy(sample.input_ids)
     embeds = table[ids]
     is_image = ids == image_token_id
@@ -125,19 +139,19 @@ def embed_tokens(table: torch.Tensor, image_token_id: int, sample: Sample, image
 
 @dataclass(frozen=True)
 class LanguageHead:
-    """Final RMSNorm and lm_head. gain: [hidden]; weight: [vocab, hidden]; epsilon: of the norm."""
+    """Final RMSNorm and lm_head. gain: of the norm, [hidden]. weight: [vocab, hidden]. epsilon: of the norm."""
 
     gain: torch.Tensor
     weight: torch.Tensor
     epsilon: float
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Decoder output [..., hidden] -> logits [..., vocab], of the same dtype; gradients pass."""
+        """Logits [..., vocab] of decoder outputs [..., hidden], in their dtype and differentiable."""
         return matmul(nn.functional.rms_norm(hidden, self.gain.shape, self.gain, self.epsilon), self.weight.T)
 
 
 def load_head(source: TensorSource, epsilon: float) -> LanguageHead:
-    """The model's head in float32; where embeddings are tied, their table is its weight.
+    """The model's head in float32; where embeddings are tied, the embedding table is its weight.
 
     Raises UserError naming the tensor that holds NaN or infinity.
     """

@@ -1,4 +1,4 @@
-"""Blocks in the memory of the device that computes; on a GPU the next is read and uploaded while one computes. torch."""
+"""Offloading: loads one block at a time onto the computing device; on a GPU the next one is prefetched while it computes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qvlm_export.calibrate.blockwise.forward import Run, Step
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 
 CPU = torch.device("cpu")
-# A block -> its module with weights on the device, for as long as the context is open.
+# Gives a block's module with its weights on the device for as long as the context is open.
 BlockLoader = Callable[[Block], AbstractContextManager[nn.Module]]
 
 
 def move_tensors(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in the memory of `device`; themselves where they are there already."""
+    """The tensors on `device`; those that are there already are not copied."""
     return [tensor.to(device) for tensor in tensors]
 
 
@@ -28,47 +28,47 @@ def move_tensors(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[
 def open_block_loader(
     blocks: ModelBlocks, source: TensorSource, device: torch.device, backwards: bool = False
 ) -> Iterator[BlockLoader]:
-    """Makes blocks resident in the order they run, or the last first.
+    """A loader for blocks in the order they run, or in reverse order if `backwards`.
 
-    On a CPU reading a block takes a hundredth of the time it computes, so nothing is read ahead and one block is in memory;
-    on a GPU two are.
+    On a CPU reading a block takes a hundredth of the time it computes, so nothing is prefetched and one block is in memory;
+    on a GPU two are. Loading raises UserError naming the tensor when a weight is NaN or infinite.
     """
     if device.type == "cpu":
         yield lambda block: load_block(block, source)
         return
     with ThreadPoolExecutor(1) as uploader:
         order = blocks.all()
-        yield _Uploads(order[::-1] if backwards else order, source, device, uploader).resident
+        yield _Prefetcher(order[::-1] if backwards else order, source, device, uploader).load
 
 
-def batched_step(resident: BlockLoader, device: torch.device) -> Step:
-    """A step that only computes, inputs of equal length together."""
+def batched_step(load: BlockLoader, device: torch.device) -> Step:
+    """A step that runs the float block on batches of inputs of equal length; outputs are on the CPU."""
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         batches = batch_by_length(inputs)
-        with resident(block) as module:
+        with load(block) as module:
             return batches.split([run(module, x).cpu() for x in move_tensors(device, batches.merge(inputs))])
 
     return step
 
 
-class _Uploads:
-    """The block being computed, and the one behind it on its way."""
+class _Prefetcher:
+    """Holds the block that computes and uploads the one after it on another thread."""
 
     def __init__(
         self, order: Sequence[Block], source: TensorSource, device: torch.device, uploader: ThreadPoolExecutor
     ) -> None:
-        self._behind = dict(zip((block.prefix for block in order), order[1:], strict=False))
+        self._next_block = dict(zip((block.prefix for block in order), order[1:], strict=False))
         self._source, self._device, self._uploader = source, device, uploader
-        self._coming: dict[str, Future[dict[str, torch.Tensor]]] = {}
+        self._pending: dict[str, Future[dict[str, torch.Tensor]]] = {}
 
     @contextmanager
-    def resident(self, block: Block) -> Iterator[nn.Module]:
-        """Raises UserError naming the tensor when a weight is NaN or infinite."""
-        coming = self._coming.pop(block.prefix, None)
-        state = self._upload(block) if coming is None else coming.result()
-        if (behind := self._behind.get(block.prefix)) is not None:
-            self._coming = {behind.prefix: self._uploader.submit(self._upload, behind)}
+    def load(self, block: Block) -> Iterator[nn.Module]:
+        """The block's module with its weights; raises UserError naming the tensor when a weight is NaN or infinite."""
+        pending = self._pending.pop(block.prefix, None)
+        state = self._upload(block) if pending is None else pending.result()
+        if (next_block := self._next_block.get(block.prefix)) is not None:
+            self._pending = {next_block.prefix: self._uploader.submit(self._upload, next_block)}
         with fill_block(block, state) as module:
             del state
             yield module

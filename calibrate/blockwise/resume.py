@@ -1,8 +1,8 @@
-"""The work folder of a calibration: what a killed run goes on from. torch.
+"""Resumable calibration: the work folder from which a run that was killed continues.
 
-For every finished block an entry: the shard with its tensors, its record, and its outputs, which are the inputs of the block
-behind it. The entry is written when all of that is on disk, so what has an entry is complete. What is measured before the
-first block is kept beside them.
+Every finished block has an entry with the name of its shard, its record, and the shapes of its outputs, which are the inputs
+of the next block. An entry is written once all of these are on disk, so a block with an entry is complete. Tensors that are
+measured before the first block, such as sensitivities, are files of their own beside the entries.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from qvlm_export.calibrate.blockwise.activation_cache import (
 from qvlm_export.calibrate.checkpoint.calibrated import write_json
 from qvlm_export.calibrate.errors import UserError
 
-MEMORY_BYTES = 2 * 2**30  # of activations, when nobody says
-MEASURED = ".safetensors"
+MEMORY_BYTES = 2 * 2**30  # of activations, by default
+TENSORS_SUFFIX = ".safetensors"
+# Several tensors under each name.
 NamedTensors = dict[str, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A finished block. outputs: described as `CachedActivations` does. record: for the calibration record."""
+    """The entry of a finished block.
+
+    outputs: as `CachedActivations.describe` returns them. record: for the calibration record.
+    """
 
     name: str
     shard: str
@@ -43,9 +47,11 @@ class FinishedBlock:
 
 
 class CalibrationWork:
-    """Finished blocks in the order they were computed. Made once a calibration; reads what an earlier one left.
+    """The work folder of one calibration, with what an interrupted run left in it.
 
-    narrow: outputs are kept in 16 bits. memory_bytes: beyond so many the outputs of a block lie on disk only.
+    entries: the finished blocks in the order they were computed. narrow: whether outputs are stored in 16 bits a value
+    instead of 32. memory_bytes: how much of a block's outputs stays in memory; the rest is on disk only. Raises UserError
+    when an entry is damaged.
     """
 
     def __init__(self, folder: Path, *, narrow: bool = False, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -55,82 +61,85 @@ class CalibrationWork:
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
 
     def load_or_compute(self, name: str, compute: Callable[[], NamedTensors]) -> NamedTensors:
-        """What `compute` returns, or returned when an earlier run called it for this `name`."""
-        recalled = self.load(name)
-        return self.save(name, compute()) if recalled is None else recalled
+        """The tensors saved under `name`; where there are none, what `compute` returns, which is then saved."""
+        saved = self.load(name)
+        return self.save(name, compute()) if saved is None else saved
 
     def load(self, name: str) -> NamedTensors | None:
-        """What was remembered for this `name`, None when nothing was."""
-        path = self._measured(name)
+        """The tensors saved under `name`, or None; UserError when their file is damaged."""
+        path = self._tensors_path(name)
         if not path.exists():
             return None
         try:
             stored = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
-        found: NamedTensors = {}
+        tensors: NamedTensors = {}
         for key in sorted(stored):
-            found.setdefault(key.rpartition("/")[0], []).append(stored[key])
-        return found
+            tensors.setdefault(key.rpartition("/")[0], []).append(stored[key])
+        return tensors
 
-    def save(self, name: str, measured: NamedTensors) -> NamedTensors:
-        """Keeps it on disk for a run to come; returns it."""
-        path = self._measured(name)
+    def save(self, name: str, tensors: NamedTensors) -> NamedTensors:
+        """Saves the tensors under `name`, for a later run to load, and returns them."""
+        path = self._tensors_path(name)
         temporary = path.with_name(path.name + ".tmp")
-        flat = {f"{key}/{n:08}": tensor for key, tensors in measured.items() for n, tensor in enumerate(tensors)}
+        flat = {f"{key}/{n:08}": tensor for key, parts in tensors.items() for n, tensor in enumerate(parts)}
         save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        return measured
+        return tensors
 
     def delete(self, name: str) -> None:
-        """The opposite."""
-        self._measured(name).unlink(missing_ok=True)
+        """Deletes the tensors saved under `name`, if there are any."""
+        self._tensors_path(name).unlink(missing_ok=True)
 
-    def delete_all(self, start: str) -> None:
-        """The opposite, of all names that start so."""
-        for path in self._folder.glob(f"{start}*{MEASURED}"):
+    def delete_all(self, prefix: str) -> None:
+        """Deletes the tensors saved under all names that start with `prefix`."""
+        for path in self._folder.glob(f"{prefix}*{TENSORS_SUFFIX}"):
             path.unlink()
 
-    def _measured(self, name: str) -> Path:
-        return self._folder / f"{name}{MEASURED}"
+    def _tensors_path(self, name: str) -> Path:
+        return self._folder / f"{name}{TENSORS_SUFFIX}"
 
-    def outputs(self, name: str) -> Sequence[torch.Tensor] | None:
-        """What the finished block `name` returned, None when it is not finished. Zeros where nobody needs them any more."""
+    def load_outputs(self, name: str) -> Sequence[torch.Tensor] | None:
+        """The outputs of the finished block `name`, or zeros if no later block needs them; None when it is not finished."""
         number = self._by_name.get(name)
         if number is None:
             return None
-        described, path = self.entries[number].outputs, self._activations(number)
-        return open_cached_activations(described, path) if path.exists() else zeros_of_cached_shapes(described)
+        description, path = self.entries[number].outputs, self._activations_path(number)
+        return open_cached_activations(description, path) if path.exists() else zeros_of_cached_shapes(description)
 
     def store_outputs(self, outputs: Iterable[torch.Tensor]) -> CachedActivations:
-        """Keeps what the block being computed returns; hands back what is to be gone on with."""
-        path = self._activations(len(self.entries))
+        """Stores the outputs of the block that computes; returns them as the next block has to read them."""
+        path = self._activations_path(len(self.entries))
         return cache_activations(outputs, path, narrow=self._narrow, memory_bytes=self._memory_bytes)
 
     def finish(self, entry: FinishedBlock, needed: Collection[str] = ()) -> None:
-        """Notes a finished block, whose shard and outputs are written. Outputs of earlier blocks go, but those `needed`."""
+        """Writes the entry of a block whose shard and outputs are written, and deletes the outputs of earlier blocks.
+
+        needed: names of the blocks whose outputs stay.
+        """
         number = len(self.entries)
         write_json(self._folder / f"{number:04}.json", {"number": number, **vars(entry)})
         self._by_name[entry.name] = number
         self.entries.append(entry)
         for earlier in range(number):
             if self.entries[earlier].name not in needed:
-                self._activations(earlier).unlink(missing_ok=True)
+                self._activations_path(earlier).unlink(missing_ok=True)
 
-    def _activations(self, number: int) -> Path:
+    def _activations_path(self, number: int) -> Path:
         return self._folder / f"{number:04}.activations"
 
 
 def count_finished_blocks(folder: Path) -> int:
-    """How many blocks of a work folder are finished."""
+    """How many blocks are finished in a work folder; UserError when an entry is damaged."""
     return len(_read_entries(folder / "blocks"))
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether a work folder holds anything that would have to be computed again."""
-    return count_finished_blocks(folder) > 0 or any((folder / "blocks").glob(f"*{MEASURED}"))
+    """Whether a work folder holds a finished block or saved tensors, which would have to be computed again without it."""
+    return count_finished_blocks(folder) > 0 or any((folder / "blocks").glob(f"*{TENSORS_SUFFIX}"))
 
 
 def _read_entries(folder: Path) -> list[FinishedBlock]:

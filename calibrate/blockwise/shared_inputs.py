@@ -1,4 +1,8 @@
-"""linears that share an input (q/k/v; gate/up ...), and the layer that produces it"""
+"""Shared inputs: which linears of a block read the same activation (q/k/v; gate/up), and which layer produces it.
+
+Equalization (SmoothQuant/AWQ) divides the channels of a shared input by one set of factors for all its linears, and folds
+the factors into the preceding layer.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from qvlm_export.calibrate.blockwise.blocks import get_linear
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Linears that read one input, in the order blocks compute them. producer: the norm or linear that makes it, or None.
+    """Linears that read the same input, by their names inside the block, in the order they compute.
 
-    heads: the producer is v_proj, whose rows are shared by the query heads of a group. ends: the module that returns what
-    the group's only linear does, and whose other linears lead to this group alone.
+    preceding: the norm or linear that produces the input, or None. per_head: whether that is v_proj, each of whose heads
+    several query heads may share (grouped-query attention). enclosing_module: for a single linear, the module that returns
+    this linear's output and whose other linears lead to this one only; else None.
     """
 
     linears: tuple[str, ...]
@@ -25,7 +30,7 @@ class SharedInput:
     enclosing_module: str | None = None
 
 
-# All blocks of all families: a block has the groups whose linears it holds.
+# Of all blocks of all families; a block has those whose linears and preceding layer it holds.
 SHARED_INPUTS = (
     SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1"),
@@ -41,51 +46,54 @@ SHARED_INPUTS = (
 
 
 def find_shared_inputs(module: nn.Module) -> list[SharedInput]:
-    """The groups that this block holds, in the order it computes them."""
+    """The shared inputs of a block's module, in the order it computes them."""
     names = {name for name, _ in module.named_modules()}
-    return [g for g in SHARED_INPUTS if set(g.linears) <= names and (g.preceding is None or g.preceding in names)]
+    return [s for s in SHARED_INPUTS if set(s.linears) <= names and (s.preceding is None or s.preceding in names)]
 
 
 @dataclass(frozen=True)
 class ChannelSharing:
-    """How input channels share factors. heads: `copies` query heads read each value head of `head_dim` channels."""
+    """Which input channels share an equalization factor.
+
+    copies: how many query heads read each value head. head_dim: channels of a head.
+    """
 
     copies: int = 1
     head_dim: int = 1
 
     def reduce(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Per input channel -> per factor, the largest of those that share it."""
+        """A statistic by input channel, [in], as one by factor, [in / copies]: the largest of the channels that share it."""
         if self.copies == 1:
             return statistic
         return statistic.reshape(-1, self.copies, self.head_dim).amax(1).reshape(-1)
 
     def expand(self, factors: torch.Tensor) -> torch.Tensor:
-        """Per factor -> per input channel."""
+        """Factors [in / copies] as one for each input channel, [in]."""
         if self.copies == 1:
             return factors
         return factors.reshape(-1, self.head_dim).repeat_interleave(self.copies, 0).reshape(-1)
 
 
-def find_channel_sharing(module: nn.Module, group: SharedInput) -> ChannelSharing:
-    """Which channels of the group's input come from one channel of its producer."""
-    if not group.per_head or group.preceding is None:
+def find_channel_sharing(module: nn.Module, shared: SharedInput) -> ChannelSharing:
+    """Which channels of the shared input come from the same channel of the preceding layer."""
+    if not shared.per_head or shared.preceding is None:
         return ChannelSharing()
-    made, read = get_linear(module, group.preceding).out_features, get_linear(module, group.linears[0]).in_features
-    return ChannelSharing(read // made, int(vars(module.get_submodule("self_attn"))["head_dim"]))
+    produced, read = get_linear(module, shared.preceding).out_features, get_linear(module, shared.linears[0]).in_features
+    return ChannelSharing(read // produced, int(vars(module.get_submodule("self_attn"))["head_dim"]))
 
 
 def list_linears(module: nn.Module) -> list[str]:
-    """The linears of all groups, in the order they compute."""
-    return [name for group in find_shared_inputs(module) for name in group.linears]
+    """The names of the linears of all shared inputs, in the order they compute."""
+    return [name for shared in find_shared_inputs(module) for name in shared.linears]
 
 
-def list_linears_before(module: nn.Module, group: SharedInput) -> list[str]:
-    """The linears that have computed when a forward pass comes to the group."""
+def list_linears_before(module: nn.Module, shared: SharedInput) -> list[str]:
+    """The names of the linears that a forward pass computes before it reaches the shared input."""
     names = list_linears(module)
-    return names[: names.index(group.linears[0])]
+    return names[: names.index(shared.linears[0])]
 
 
 def share_of_weights(module: nn.Module, names: Collection[str]) -> float:
-    """The share that these linears have of all weights of a block's linears."""
+    """The share, 0 to 1, that these linears have of all weights of a block's linears."""
     sizes = {name: get_linear(module, name).weight.numel() for name in list_linears(module)}
     return sum(sizes[name] for name in names) / sum(sizes.values())

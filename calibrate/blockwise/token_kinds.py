@@ -1,4 +1,4 @@
-"""image, prompt and answer tokens"""
+"""Token kinds: which tokens of a sample are image, prompt and answer tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 
 
 class TokenLabel(IntEnum):
-    """What a token is. Pictures inside a vision tower consist of image tokens only."""
+    """The kind of a token. Inside the vision tower all tokens are image tokens."""
 
     IMAGE = 0
     PROMPT = 1

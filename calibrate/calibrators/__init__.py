@@ -1,1 +1,1 @@
-"""The efforts: rtn, and the block-wise search of fast and full."""
+"""Post-training quantization methods: round-to-nearest (`rtn`), and the block-wise search of `fast` and `full`."""

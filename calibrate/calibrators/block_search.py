@@ -1,12 +1,12 @@
-"""The search over one block after another: fold, choose ranges, round jointly towards the float block's output. torch.
+"""Block-wise post-training quantization: equalization, clipping ranges and error-compensating rounding, block by block.
 
-Inputs of a block come from the already quantized prefix; the target is always the float model. A block's groups of linears
-are done in the order they compute, so that each sees what the ones before it really produce.
+A block's quantized-model inputs X_q come from the already quantized preceding blocks; the target is always the output that
+the float model computes from its own inputs X. Linears that share an input are quantized together, in the order in which the
+block computes them, so that each reads what the quantized linears before it really produce.
 
-Cost in block forwards, a forward being one prompt or picture: 1 float run that keeps every group's input, and 1 quantized
-run from group to group, in which every linear computes once (`partial_forward.py`). Learning adds its own. All are counted
-at run
-time.
+Cost in block forwards, a forward being one prompt or image through the block: 1 float run that records every shared input,
+and 1 quantized run from shared input to shared input, in which every linear computes once (`partial_forward.py`). Learned
+rounding adds its own. All are counted at run time.
 """
 
 from __future__ import annotations
@@ -53,233 +53,248 @@ from qvlm_export.calibrate.rounding.output_hessian import error_directions, root
 from qvlm_export.calibrate.rounding.quantize_linears import WIDE_INPUT, LayerInputs, quantize_linears, select_rows
 
 MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
-SQNR_ROWS = 128  # rows of a linear's input that its output's SQNR is taken of
+SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
 
 @dataclass
 class BlockSearch:
-    """One block being searched. `best` and `learned` hold what was found; forwards and backwards are counted.
+    """The search of one block; afterwards it holds the quantized block and how many forwards and backwards it took.
 
-    influence: what errors at tokens count, float32 [B, tokens] of every batch, by the linear that a group begins with and
-    under "" for the block's output; empty where all count alike. pictures: int64 [B] of every batch, of the sample whose
-    pictures an input is about; None where every input has its own. metrics: by linear, and
-    under "" for the block, of its output, for two-sided rounding. labels: int64 [B, tokens] of every batch, TokenLabel
-    values, for the record; None for all alike. prefix: of the block in the model, for errors.
+    schemes: by name inside the block, of the linears to quantize; the others stay float.
+    token_weights: weight of the errors at each token, float32 [B, tokens] of every batch, by the first linear of each shared
+    input and under "" for the block's output; empty where all tokens weigh the same.
+    sample_numbers: int64 [B] of every batch, the number of the sample whose images an input is about; None where every input
+    has its own.
+    labels: int64 [B, tokens] of every batch, TokenLabel values, for the record; None where all tokens are of one kind.
+    output_hessians: by linear, and under "" for the block's output; needed for Kronecker-factored rounding.
+    prefix: canonical name of the block in the model, for error messages.
+    quantized, learned: what `search` found; None before, where nothing is quantized, or where no rounding is learned.
     """
 
     module: nn.Module
-    schemes: Mapping[str, LinearScheme]  # by name inside the block
+    schemes: Mapping[str, LinearScheme]
     run: Run
     method: SearchConfig
     token_weights: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
-    pictures: Sequence[torch.Tensor] | None = None
+    sample_numbers: Sequence[torch.Tensor] | None = None
     labels: Sequence[torch.Tensor] | None = None
     output_hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
     prefix: str = ""
     forwards: float = 0
     backwards: int = 0
-    best: QuantizedBlock | None = None
+    quantized: QuantizedBlock | None = None
     learned: Learned | None = None
 
     def search(
         self, float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Quantizes the block's planned linears; returns the float and the quantized outputs.
+        """Quantizes the linears in `schemes`; returns the outputs of the float block and of the quantized block.
 
-        Inputs and outputs are batches float32 [B, tokens, width].
+        float_inputs: the block's inputs X in the float model; inputs: X_q, from the already quantized preceding blocks. All
+        are batches, float32 [B, tokens, width]. Raises UserError naming linear and sample where an input is not finite.
         """
-        groups = [g for g in find_shared_inputs(self.module) if any(name in self.schemes for name in g.linears)]
-        if not groups:
-            return self._outputs(self.module, float_inputs), self._outputs(self.module, inputs)
+        shared_inputs = [s for s in find_shared_inputs(self.module) if any(name in self.schemes for name in s.linears)]
+        if not shared_inputs:
+            return self._run_batches(self.module, float_inputs), self._run_batches(self.module, inputs)
         with ExitStack() as hooks:
-            return self._searched(groups, float_inputs, inputs, hooks)
+            return self._search_with_hooks(shared_inputs, float_inputs, inputs, hooks)
 
-    def _searched(
-        self, groups: list[SharedInput], float_inputs: list[torch.Tensor], inputs: list[torch.Tensor], hooks: ExitStack
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        self.best = QuantizedBlock(self.module, self.module, hooks, dict(self.output_hessians))
-        # The function of the folded module is the same, so its outputs are the float model's.
-        wanted = self._quantize(self.best, groups, float_inputs, inputs)
-        if not self.method.learn_steps:
-            final = self._resumed(self.best, inputs)
-            self.best.outputs.clear()
-            return wanted, final
-        self.best.outputs.clear()
-        self._learn(self.best, inputs, wanted)
-        return wanted, self._outputs(self.best.rounded, inputs)
-
-    def found(self) -> dict[str, QuantizedLinear]:
-        """The quantized linears by name inside the block."""
-        return {} if self.best is None else self.best.found
-
-    def floats(self) -> dict[str, torch.Tensor]:
-        """The block's other tensors, by name inside it: as folded, or as learned."""
-        module, found = self.module if self.best is None else self.best.module, self.found()
-        folded = {n: p.detach() for n, p in module.named_parameters() if n.removesuffix(".weight") not in found}
-        return folded if self.learned is None else {**folded, **self.learned.floats}
-
-    def _quantize(
+    def _search_with_hooks(
         self,
-        candidate: QuantizedBlock,
-        groups: list[SharedInput],
+        shared_inputs: list[SharedInput],
+        float_inputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        hooks: ExitStack,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Does what `search` says; `hooks` takes the hooks that fake-quantize inputs of linears."""
+        self.quantized = QuantizedBlock(self.module, self.module, hooks, dict(self.output_hessians))
+        # Equalization leaves the function of the float module as it is, so its outputs are the float model's.
+        float_outputs = self._quantize_module(self.quantized, shared_inputs, float_inputs, inputs)
+        if not self.method.learn_steps:
+            outputs = self._run_from_cached(self.quantized, inputs)
+            self.quantized.outputs.clear()
+            return float_outputs, outputs
+        self.quantized.outputs.clear()
+        self._learn_rounding(self.quantized, inputs, float_outputs)
+        return float_outputs, self._run_batches(self.quantized.rounded, inputs)
+
+    def quantized_linears(self) -> dict[str, QuantizedLinear]:
+        """Returns the quantized linears by name inside the block."""
+        return {} if self.quantized is None else self.quantized.linears
+
+    def float_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors that stay float, by name inside the block, as equalized or, where rounding is learned, as
+        learned."""
+        module, linears = self.module if self.quantized is None else self.quantized.module, self.quantized_linears()
+        equalized = {n: p.detach() for n, p in module.named_parameters() if n.removesuffix(".weight") not in linears}
+        return equalized if self.learned is None else {**equalized, **self.learned.floats}
+
+    def _quantize_module(
+        self,
+        block: QuantizedBlock,
+        shared_inputs: list[SharedInput],
         float_inputs: list[torch.Tensor],
         inputs: list[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Folds the candidate and quantizes every group, in place; returns the float outputs."""
-        wanted, outputs = self._capture(candidate.module, groups, float_inputs)
-        for group in groups:
-            self._check_rows(group, wanted[group], float_inputs)
-            wanted[group] /= self._fold(candidate, group, wanted[group])
-        if self.method.learn_steps:  # which starts from the float weights
-            candidate.rounded = copy.deepcopy(candidate.module)
-        for group in groups:
-            seen = self._input_of(candidate, group, inputs)
-            self._check_rows(group, seen, inputs)
-            if seen.shape[1] >= WIDE_INPUT:  # its matrices take more than all that led there
+        """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
+        float_rows, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
+        for shared in shared_inputs:
+            self._check_rows(shared, float_rows[shared], float_inputs)
+            float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
+        if self.method.learn_steps:  # learning starts from the float weights, so they are kept
+            block.rounded = copy.deepcopy(block.module)
+        for shared in shared_inputs:
+            quantized_rows = self._run_to_input(block, shared, inputs)
+            self._check_rows(shared, quantized_rows, inputs)
+            if quantized_rows.shape[1] >= WIDE_INPUT:  # its matrices take more memory than everything before
                 trim_heap()
-            self._quantize_group(candidate, group, wanted.pop(group), seen, inputs)
-        return outputs
+            self._quantize_shared_input(block, shared, float_rows.pop(shared), quantized_rows, inputs)
+        return float_outputs
 
-    def _fold(self, candidate: QuantizedBlock, group: SharedInput, inputs: torch.Tensor) -> torch.Tensor:
-        """Applies the best factors to its module; returns what the group's input channels were divided by."""
-        module = candidate.module
-        if group.preceding is None:
-            return torch.ones(inputs.shape[1], device=inputs.device)
-        scheme, decide = _deciding(group, self.schemes)
-        weight = torch.cat([get_linear(module, name).weight for name in decide])
-        if self.method.by_output():  # a factor has to suit the outputs whose errors count
-            metrics = [candidate.output_hessians[name] for name in decide]
-            weight.mul_(root_output_importance(metrics, weight.device)[:, None])
-        rows = gather_inputs(inputs, select_rows(inputs), self._weights(group))
-        factors = choose_factors(
-            self.method.equalization, group.preceding, rows, weight, scheme, sharing=find_channel_sharing(module, group)
-        )
+    def _equalize(self, block: QuantizedBlock, shared: SharedInput, rows: torch.Tensor) -> torch.Tensor:
+        """Applies the best equalization factors to the float module; returns the divisor of each input channel, [in].
+
+        rows: the shared input in the float model, float32 [tokens, in].
+        """
+        module = block.module
+        if shared.preceding is None:
+            return torch.ones(rows.shape[1], device=rows.device)
+        scheme, names = _deciding(shared, self.schemes)
+        weight = torch.cat([get_linear(module, name).weight for name in names])
+        if self.method.by_output():  # a factor should suit the outputs whose errors matter to the model's output
+            hessians = [block.output_hessians[name] for name in names]
+            weight.mul_(root_output_importance(hessians, weight.device)[:, None])
+        statistics = gather_inputs(rows, select_rows(rows), self._row_weights(shared))
+        sharing = find_channel_sharing(module, shared)
+        factors = choose_factors(self.method.equalization, shared.preceding, statistics, weight, scheme, sharing=sharing)
         if factors is None:
-            return torch.ones(inputs.shape[1], device=inputs.device)
-        if group.preceding in candidate.output_hessians:
-            candidate.output_hessians[group.preceding] = scale_output_hessian(
-                candidate.output_hessians[group.preceding], factors
-            )
-        return apply_equalization_(module, group, factors)
+            return torch.ones(rows.shape[1], device=rows.device)
+        if shared.preceding in block.output_hessians:
+            block.output_hessians[shared.preceding] = scale_output_hessian(block.output_hessians[shared.preceding], factors)
+        return apply_equalization_(module, shared, factors)
 
-    def _quantize_group(
+    def _quantize_shared_input(
         self,
-        candidate: QuantizedBlock,
-        group: SharedInput,
-        wanted: torch.Tensor,
-        seen: torch.Tensor,
+        block: QuantizedBlock,
+        shared: SharedInput,
+        float_rows: torch.Tensor,
+        quantized_rows: torch.Tensor,
         inputs: list[torch.Tensor],
     ) -> None:
-        """Quantizes a group and computes its outputs. wanted, seen: its input, float32 [tokens, in], float and quantized."""
-        planned = {name: get_linear(candidate.module, name).weight for name in group.linears if name in self.schemes}
-        some = torch.linspace(0, len(seen) - 1, min(SQNR_ROWS, len(seen))).long().to(seen.device)
-        candidate.probes |= {name: (seen[some], matmul(wanted[some], weight.T)) for name, weight in planned.items()}
-        rows = LayerInputs(wanted, seen, self._weights(group))
-        candidate.set_(quantize_linears(planned, self.schemes, self.method.linear, rows, candidate.output_hessians))
-        self._compute(candidate, group, seen, inputs)
-        labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
-        candidate.inputs[group.linears[0]] = observe_rows(group.linears[0], seen, labels)
+        """Quantizes the linears of a shared input and computes their outputs.
 
-    def _check_rows(self, group: SharedInput, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-        """Raises UserError naming the group's first linear and the sample when an input of it, or the sum of squares, is not
-        finite."""
+        float_rows, quantized_rows: the shared input X and X_q, float32 [tokens, in].
+        """
+        weights = {name: get_linear(block.module, name).weight for name in shared.linears if name in self.schemes}
+        count = len(quantized_rows)
+        chosen = torch.linspace(0, count - 1, min(SQNR_ROWS, count)).long().to(quantized_rows.device)
+        block.probes |= {
+            name: (quantized_rows[chosen], matmul(float_rows[chosen], weight.T)) for name, weight in weights.items()
+        }
+        rows = LayerInputs(float_rows, quantized_rows, self._row_weights(shared))
+        block.set_(quantize_linears(weights, self.schemes, self.method.linear, rows, block.output_hessians))
+        self._compute_outputs(block, shared, quantized_rows, inputs)
+        labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
+        block.inputs[shared.linears[0]] = observe_rows(shared.linears[0], quantized_rows, labels)
+
+    def _check_rows(self, shared: SharedInput, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+        """Raises UserError naming the first linear of the shared input and the sample where a value of `rows`, or the sum of
+        its squares, is not finite."""
         if not rows.numel() or all(abs(float(bound)) <= MAX_INPUT for bound in rows.aminmax()):
             return
         counts = torch.tensor([x.shape[1] for x in inputs for _ in x])  # rows of every input
         row = int((~(rows.abs() <= MAX_INPUT)).any(1).nonzero()[0])
         number = int(torch.searchsorted(counts.cumsum(0), row, right=True))
-        sample = number if self.pictures is None else int(torch.cat(list(self.pictures))[number])
+        sample = number if self.sample_numbers is None else int(torch.cat(list(self.sample_numbers))[number])
         largest = float(rows[row].abs().max())
-        raise non_finite_error(f"{self.prefix}.{group.linears[0]}", sample, largest if math.isfinite(largest) else None)
+        raise non_finite_error(f"{self.prefix}.{shared.linears[0]}", sample, largest if math.isfinite(largest) else None)
 
-    def _weights(self, group: SharedInput) -> torch.Tensor | None:
-        """What each of the group's input rows counts, float32 [tokens]."""
-        batches = self.token_weights.get(group.linears[0])
+    def _row_weights(self, shared: SharedInput) -> torch.Tensor | None:
+        """Returns the token weight of each row of the shared input, float32 [tokens]; None where all weigh the same."""
+        batches = self.token_weights.get(shared.linears[0])
         return None if batches is None else torch.cat([batch.flatten() for batch in batches])
 
-    def _learn(self, best: QuantizedBlock, inputs: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-        """Learns the whole block's rounding and writes it into the candidate."""
+    def _learn_rounding(self, block: QuantizedBlock, inputs: list[torch.Tensor], float_outputs: list[torch.Tensor]) -> None:
+        """Learns the rounding of the whole block and writes it into the block."""
         method, run = self.method, self.run
         if "" in self.output_hessians:
-            towards = error_directions(self.output_hessians[""], inputs[0].device)
-            wanted = [matmul(y, towards) for y in wanted]
+            directions = error_directions(self.output_hessians[""], inputs[0].device)
+            float_outputs = [matmul(y, directions) for y in float_outputs]
 
             def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-                return matmul(self.run(module, x), towards)
+                return matmul(self.run(module, x), directions)
 
-        self.learned = learn_block(
-            best.module,
-            best.found,
-            run,
-            make_learning_batches(inputs, wanted, self.token_weights.get(""), self.pictures),
-            steps=method.learn_steps,
-            seed=method.seed,
-        )
-        best.set_(self.learned.linears)
+        batches = make_learning_batches(inputs, float_outputs, self.token_weights.get(""), self.sample_numbers)
+        self.learned = learn_block(block.module, block.linears, run, batches, steps=method.learn_steps, seed=method.seed)
+        block.set_(self.learned.linears)
         for name, tensor in self.learned.floats.items():
-            best.rounded.get_parameter(name).copy_(tensor)
+            block.rounded.get_parameter(name).copy_(tensor)
         self.forwards += self.learned.forwards
         self.backwards += self.learned.backwards
 
-    def _outputs(self, module: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _run_batches(self, module: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         self.forwards += sum(len(x) for x in inputs)
         return [self.run(module, x) for x in inputs]
 
-    def _capture(
-        self, module: nn.Module, groups: Sequence[SharedInput], inputs: list[torch.Tensor]
+    def _record_float_run(
+        self, module: nn.Module, shared_inputs: Sequence[SharedInput], inputs: list[torch.Tensor]
     ) -> tuple[dict[SharedInput, torch.Tensor], list[torch.Tensor]]:
-        """Runs `module` on all inputs; returns each group's input rows [tokens, in] and the outputs."""
-        rows: dict[SharedInput, list[torch.Tensor]] = {group: [] for group in groups}
-        with record_inputs({group: module.get_submodule(group.linears[0]) for group in groups}, rows):
-            outputs = self._outputs(module, inputs)
-        return {group: torch.cat(parts) for group, parts in rows.items()}, outputs
+        """Runs `module` on all inputs; returns the rows [tokens, in] of each shared input, and the outputs."""
+        rows: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in shared_inputs}
+        with record_inputs({shared: module.get_submodule(shared.linears[0]) for shared in shared_inputs}, rows):
+            outputs = self._run_batches(module, inputs)
+        return {shared: torch.cat(parts) for shared, parts in rows.items()}, outputs
 
-    def _input_of(self, candidate: QuantizedBlock, group: SharedInput, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """The group's input rows [tokens, in], without running what comes after."""
-        module, known = candidate.rounded, candidate.outputs
-        rows = run_until(module, group, self.run, inputs, known)
-        computed = [name for name in list_linears_before(module, group) if not is_cached(name, known)]
+    def _run_to_input(self, block: QuantizedBlock, shared: SharedInput, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Returns the rows [tokens, in] of the shared input in the quantized block, without running what comes after it."""
+        module, cached = block.rounded, block.outputs
+        rows = run_until(module, shared, self.run, inputs, cached)
+        computed = [name for name in list_linears_before(module, shared) if not is_cached(name, cached)]
         self.forwards += share_of_weights(module, computed) * sum(len(x) for x in inputs)
-        candidate.outputs = drop_inside(known, group.enclosing_module)
+        block.outputs = drop_inside(cached, shared.enclosing_module)
         return rows
 
-    def _compute(
-        self, candidate: QuantizedBlock, group: SharedInput, seen: torch.Tensor, inputs: list[torch.Tensor]
+    def _compute_outputs(
+        self, block: QuantizedBlock, shared: SharedInput, quantized_rows: torch.Tensor, inputs: list[torch.Tensor]
     ) -> None:
-        """The outputs of a group's linears, whose input rows are `quantized_rows`; for `_input_of` and `_resumed`."""
-        rounded: dict[tuple[float, int] | None, torch.Tensor] = {None: seen}  # once for all linears that read it alike
-        for name in group.linears:
-            layer, how = get_linear(candidate.rounded, name), candidate.input_of(name)
-            if how is not None and how not in rounded:
-                rounded[how] = fake_quantize(seen, *how)
-            rows = apply_linear(rounded[how], layer.weight, layer.bias)
-            candidate.outputs[group.enclosing_module or name] = split_rows(rows, inputs)
-        self.forwards += share_of_weights(candidate.rounded, group.linears) * sum(len(x) for x in inputs)
+        """Caches the outputs of the shared input's linears, for the partial forwards that follow."""
+        # By quantizer, so that an input is fake-quantized once for all linears that read it with the same one.
+        fake_quantized: dict[tuple[float, int] | None, torch.Tensor] = {None: quantized_rows}
+        for name in shared.linears:
+            layer, quantizer = get_linear(block.rounded, name), block.input_quantizer(name)
+            if quantizer is not None and quantizer not in fake_quantized:
+                fake_quantized[quantizer] = fake_quantize(quantized_rows, *quantizer)
+            rows = apply_linear(fake_quantized[quantizer], layer.weight, layer.bias)
+            block.outputs[shared.enclosing_module or name] = split_rows(rows, inputs)
+        self.forwards += share_of_weights(block.rounded, shared.linears) * sum(len(x) for x in inputs)
 
-    def _resumed(self, candidate: QuantizedBlock, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The block's outputs."""
-        outputs = run_from_cached(candidate.rounded, self.run, inputs, candidate.outputs)
-        computed = [name for name in list_linears(candidate.rounded) if not is_cached(name, candidate.outputs)]
-        self.forwards += share_of_weights(candidate.rounded, computed) * sum(len(x) for x in inputs)
+    def _run_from_cached(self, block: QuantizedBlock, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the block's outputs, computing only what is not cached."""
+        outputs = run_from_cached(block.rounded, self.run, inputs, block.outputs)
+        computed = [name for name in list_linears(block.rounded) if not is_cached(name, block.outputs)]
+        self.forwards += share_of_weights(block.rounded, computed) * sum(len(x) for x in inputs)
         return outputs
 
 
 def weighted_relative_error(
-    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
+    outputs: Sequence[torch.Tensor], float_outputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
 ) -> float:
-    """Squared error of all outputs over the squared size of what is wanted. weights: [B, tokens] of each batch."""
+    """Returns the squared error of all outputs divided by the squared norm of the float outputs.
+
+    outputs, float_outputs: batches float32 [B, tokens, width]. weights: token weights [B, tokens] of each batch.
+    """
     if weights is not None:
         roots = [w.sqrt()[..., None] for w in weights]
-        outputs, wanted = ([x * root for x, root in zip(part, roots, strict=True)] for part in (outputs, wanted))
-    wrong = sum(squared_sum(a - b) for a, b in zip(outputs, wanted, strict=True))
-    return wrong / max(sum(squared_sum(b) for b in wanted), 1e-30)
+        outputs, float_outputs = ([x * root for x, root in zip(p, roots, strict=True)] for p in (outputs, float_outputs))
+    error = sum(squared_sum(a - b) for a, b in zip(outputs, float_outputs, strict=True))
+    return error / max(sum(squared_sum(b) for b in float_outputs), 1e-30)
 
 
-def _deciding(group: SharedInput, plan: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:
-    """What factors of a group have to suit: the scheme of fewest bits in it, of activations first, and its linears.
+def _deciding(shared: SharedInput, schemes: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:
+    """Returns the scheme with the fewest bits, of activations first, and its linears: equalization is chosen for these.
 
-    The others, and those that stay float, are multiplied by the same factors.
+    The other linears, and those that stay float, are multiplied by the same factors.
     """
-    schemes = {name: plan[name] for name in group.linears if name in plan}
-    fewest = min(schemes.values(), key=lambda scheme: (scheme.activation_bits or 16, scheme.weight_bits))
-    return fewest, [name for name, scheme in schemes.items() if scheme == fewest]
+    by_name = {name: schemes[name] for name in shared.linears if name in schemes}
+    fewest = min(by_name.values(), key=lambda scheme: (scheme.activation_bits or 16, scheme.weight_bits))
+    return fewest, [name for name, scheme in by_name.items() if scheme == fewest]

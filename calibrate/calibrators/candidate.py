@@ -1,4 +1,4 @@
-"""A block quantized in one way, as the search holds it. torch."""
+"""Fake-quantized form of one block: dequantized weights, and hooks that fake-quantize the inputs of its linears."""
 
 from __future__ import annotations
 
@@ -21,52 +21,60 @@ from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
 
 @dataclass
 class QuantizedBlock:
-    """A block quantized in one way. module: its float weights, folded; rounded: what the graph will compute.
+    """A block while the search quantizes it.
 
-    Both are one module where nobody needs a float weight once it is quantized: a copy takes as much memory as the block.
-    metrics: of the linears' outputs, as folded. inputs: by the first linear of each group, what the group read from the
-    quantized prefix. outputs: of linears that have been quantized, for the inputs of that prefix. probes: by linear, some
-    rows of what it reads from the quantized prefix, and of what it gives in the float model, without its bias. fidelity: of
-    each linear. hooks: to be removed in the end.
+    module: the block with its equalized float weights; rounded: what the exported graph will compute. Both are one module
+    where no float weight is needed once it is quantized, as a copy takes as much memory as the block.
+    hooks: takes the hooks of `rounded`, to be removed in the end.
+    output_hessians: by linear, of its output, scaled as equalization scaled that output.
+    linears: the quantized linears by name.
+    inputs: by the first linear of each shared input, the observer of its values from the already quantized preceding blocks.
+    outputs: cached outputs of the linears quantized so far, for these inputs.
+    probes: by linear, some rows of its input X_q, [rows, in], and its float outputs for the rows of X, [rows, out], without
+    the bias.
+    sqnr: by linear.
     """
 
     module: nn.Module
     rounded: nn.Module
     hooks: ExitStack
     output_hessians: dict[str, torch.Tensor] = field(default_factory=dict)
-    found: dict[str, QuantizedLinear] = field(default_factory=dict)
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     inputs: dict[str, InputObserver] = field(default_factory=dict)
     outputs: CachedOutputs = field(default_factory=dict)
     probes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    fidelity: dict[str, LinearSqnr] = field(default_factory=dict)
+    sqnr: dict[str, LinearSqnr] = field(default_factory=dict)
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
-        """Makes `rounded` compute with these linears; the hooks on their inputs look into `found`."""
+        """Makes `rounded` compute with these linears, and measures their SQNR.
+
+        The hooks on their inputs look up `linears`, so a linear that is set again keeps its hook.
+        """
         for name, linear in linears.items():
             layer, weight = get_linear(self.rounded, name), torch.from_numpy(linear.dequantized())
-            of_weight = sqnr_db(get_linear(self.module, name).weight.detach().cpu(), weight)
+            weight_db = sqnr_db(get_linear(self.module, name).weight.detach().cpu(), weight)
             layer.weight.copy_(weight)
-            if name not in self.found:
-                self.hooks.callback(layer.register_forward_pre_hook(self._rounding(name)).remove)
-            self.found[name] = linear
-            self.fidelity[name] = LinearSqnr(of_weight, self._output_db(name))
+            if name not in self.linears:
+                self.hooks.callback(layer.register_forward_pre_hook(self._make_input_hook(name)).remove)
+            self.linears[name] = linear
+            self.sqnr[name] = LinearSqnr(weight_db, self._measure_output_db(name))
 
-    def _output_db(self, name: str) -> float | None:
-        read, given = self.probes[name]
-        how = self.input_of(name)
-        rounded = read if how is None else fake_quantize(read, *how)
-        return sqnr_db(given, matmul(rounded, get_linear(self.rounded, name).weight.T))
+    def _measure_output_db(self, name: str) -> float | None:
+        rows, float_outputs = self.probes[name]
+        quantizer = self.input_quantizer(name)
+        rounded = rows if quantizer is None else fake_quantize(rows, *quantizer)
+        return sqnr_db(float_outputs, matmul(rounded, get_linear(self.rounded, name).weight.T))
 
-    def _rounding(self, name: str) -> Callable[..., tuple[Any, ...]]:
+    def _make_input_hook(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            how = self.input_of(name)
-            return args if how is None else (fake_quantize(args[0], *how), *args[1:])
+            quantizer = self.input_quantizer(name)
+            return args if quantizer is None else (fake_quantize(args[0], *quantizer), *args[1:])
 
         return hook
 
-    def input_of(self, name: str) -> tuple[float, int] | None:
-        """Scale and bits that a linear's input is rounded with; None where it stays float."""
-        linear = self.found.get(name)
+    def input_quantizer(self, name: str) -> tuple[float, int] | None:
+        """Returns the scale and the number of bits that a linear's input is quantized with; None where it stays float."""
+        linear = self.linears.get(name)
         if linear is None or linear.input_scale is None or linear.scheme.activation_bits is None:
             return None
         return linear.input_scale, linear.scheme.activation_bits

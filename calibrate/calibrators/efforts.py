@@ -1,4 +1,4 @@
-"""The efforts of `--effort`, a row each: the one table of what a user can choose and what is then done."""
+"""Table of the calibration efforts: every value of `--effort` and the quantization method that it stands for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
 
 @dataclass(frozen=True)
 class Effort:
-    """One value of `--effort`. summary: for help texts. config: of the block-wise search; None for round-to-nearest."""
+    """One value of `--effort`. summary: text for the help. config: of the block-wise search; None for round-to-nearest."""
 
     name: str
     summary: str
@@ -33,7 +33,7 @@ DEFAULT_EFFORT = "rtn"
 
 
 def run_effort(name: str, job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Calibrates with the effort of this name into `writer`'s folder; returns the summary for the record.
+    """Calibrates into `writer`'s folder with the effort of this name; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """

@@ -1,4 +1,4 @@
-"""Running a block in parts: up to a layer whose input is wanted, and on from outputs that are known. torch."""
+"""Partial forward passes of a block: run up to a linear, record its input, and resume from cached outputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from qvlm_export.calibrate.blockwise.forward import Run
 from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput
 
 RETURNS_PAIR = ("self_attn",)  # attention returns its weights, too
-# By the name of a linear, or of a module that returns what its last linear does: its output for every batch.
+# By the name of a linear, or of a module that returns the output of its last linear: its output for every batch.
 CachedOutputs = dict[str, Sequence[torch.Tensor]]
 
 
 @contextmanager
-def replace_with_cached(module: nn.Module, known: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
-    """Inside, modules in `known` hand out these outputs, the next one at each call, whatever they are given."""
-    replaced = {name: module.get_submodule(name) for name in known}
-    for name, outputs in known.items():
-        module.set_submodule(name, _Recalled(outputs, pair=name in RETURNS_PAIR))
+def replace_with_cached(module: nn.Module, cached: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
+    """Replaces the submodules named in `cached` while the context is open.
+
+    A replaced submodule ignores its input and returns its cached outputs, one at each call.
+    """
+    replaced = {name: module.get_submodule(name) for name in cached}
+    for name, outputs in cached.items():
+        module.set_submodule(name, _CachedModule(outputs, returns_pair=name in RETURNS_PAIR))
     try:
         yield
     finally:
@@ -30,73 +33,84 @@ def replace_with_cached(module: nn.Module, known: Mapping[str, Sequence[torch.Te
             module.set_submodule(name, layer)
 
 
-def is_cached(name: str, known: Collection[str]) -> bool:
-    """Whether a linear need not compute: its output is known, or that of the module it is in."""
-    return name in known or name.partition(".")[0] in known
+def is_cached(name: str, cached: Collection[str]) -> bool:
+    """Whether a linear need not compute, as its output, or that of the module it is in, is cached."""
+    return name in cached or name.partition(".")[0] in cached
 
 
-def drop_inside(known: CachedOutputs, ends: str | None) -> CachedOutputs:
-    """`known` but for what led to the output of the module `enclosing_module`, which nobody needs once that is known."""
-    return known if ends is None else {name: outputs for name, outputs in known.items() if name.partition(".")[0] != ends}
+def drop_inside(cached: CachedOutputs, enclosing_module: str | None) -> CachedOutputs:
+    """Returns `cached` without the outputs inside `enclosing_module`, which are not needed once its own output is known."""
+    if enclosing_module is None:
+        return cached
+    return {name: outputs for name, outputs in cached.items() if name.partition(".")[0] != enclosing_module}
 
 
 def split_rows(rows: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """float32 [tokens of all inputs, out] -> [B, tokens, out] of every input."""
+    """Splits rows float32 [tokens of all inputs, out] into [B, tokens, out] for every input."""
     shapes = [x.shape[:-1] for x in inputs]
     parts = rows.split([shape.numel() for shape in shapes])
     return [part.reshape(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def run_until(
-    module: nn.Module, group: SharedInput, run: Run, inputs: Sequence[torch.Tensor], known: CachedOutputs
+    module: nn.Module, shared: SharedInput, run: Run, inputs: Sequence[torch.Tensor], cached: CachedOutputs
 ) -> torch.Tensor:
-    """What the group's linears are given, float32 [tokens of all inputs, in], without running what comes after."""
-    rows = {group: list[torch.Tensor]()}
-    with record_inputs({group: module.get_submodule(group.linears[0])}, rows, stop=True), replace_with_cached(module, known):
+    """Returns the rows of the shared input, float32 [tokens of all inputs, in], without running what comes after it."""
+    rows = {shared: list[torch.Tensor]()}
+    layers = {shared: module.get_submodule(shared.linears[0])}
+    with record_inputs(layers, rows, stop=True), replace_with_cached(module, cached):
         for x in inputs:
             with suppress(StopForward):
                 run(module, x)
-    return torch.cat(rows[group])
+    return torch.cat(rows[shared])
 
 
-def run_from_cached(module: nn.Module, run: Run, inputs: Sequence[torch.Tensor], known: CachedOutputs) -> list[torch.Tensor]:
-    """What the module returns for every input."""
-    with replace_with_cached(module, known):
+def run_from_cached(
+    module: nn.Module, run: Run, inputs: Sequence[torch.Tensor], cached: CachedOutputs
+) -> list[torch.Tensor]:
+    """Returns the module's output for every input, without running what is cached."""
+    with replace_with_cached(module, cached):
         return [run(module, x) for x in inputs]
 
 
-class _Recalled(nn.Module):
-    """Stands in for a module. pair: which returns something else beside, that nobody reads."""
+class _CachedModule(nn.Module):
+    """Stands in for a module and returns its cached outputs.
 
-    def __init__(self, outputs: Sequence[torch.Tensor], *, pair: bool) -> None:
+    returns_pair: whether the module returns a second value, which nothing reads.
+    """
+
+    def __init__(self, outputs: Sequence[torch.Tensor], *, returns_pair: bool) -> None:
         super().__init__()
-        self._outputs, self._pair = iter(outputs), pair
+        self._outputs, self._returns_pair = iter(outputs), returns_pair
 
     def forward(self, *_args: object, **_named: object) -> torch.Tensor | tuple[torch.Tensor, None]:
         output = next(self._outputs)
-        return (output, None) if self._pair else output
+        return (output, None) if self._returns_pair else output
 
 
 class StopForward(Exception):  # noqa: N818 - no error
-    """A forward pass has come to the layer whose input is wanted."""
+    """Ends a forward pass at the layer whose input is recorded."""
 
 
 @contextmanager
 def record_inputs(
     layers: Mapping[SharedInput, nn.Module], rows: dict[SharedInput, list[torch.Tensor]], stop: bool = False
 ) -> Iterator[None]:
-    """Keeps what each layer is given, before its own input is rounded. stop: ends the forward pass there by
-    `StopForward`."""
+    """Appends each layer's input, [tokens, in] and not yet fake-quantized, to `rows` at every call inside the context.
 
-    def keeper(group: SharedInput) -> Callable[..., None]:
+    stop: whether to end the forward pass there, by raising `StopForward`.
+    """
+
+    def make_hook(shared: SharedInput) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows[group].append(args[0].flatten(0, -2))
+            rows[shared].append(args[0].flatten(0, -2))
             if stop:
                 raise StopForward
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(keeper(group), prepend=True) for group, layer in layers.items()]
+    # Prepended, so that it comes before the hook that fake-quantizes the layer's input.
+    handles = [layer.register_forward_pre_hook(make_hook(shared), prepend=True) for shared, layer in layers.items()]
     try:
         yield
     finally:

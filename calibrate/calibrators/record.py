@@ -1,8 +1,8 @@
-"""What the record keeps of each block: errors by modality, and for every quantized linear its bits, range and SQNR. torch.
+"""Calibration record of a searched block: errors by modality, and bits, range coverage and SQNR of every quantized linear.
 
-Only from what the search holds anyway: outputs, folded weights, and a histogram of every layer's input. A layer is a group
-of linears that share an input. Values that do not exist (SQNR of an exact weight, errors of a modality that no sample has)
-are left out or None, never infinite, as JSON has no infinity.
+It is computed from what the search holds anyway: outputs, equalized weights, and a histogram of every shared input. A layer
+of the record is the linears that share an input. Values that do not exist (SQNR of an exact weight, errors of a modality
+that no sample has) are left out or None, never infinite, as JSON has no infinity.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entrop
 BlockOutputs = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def make_block_record(block: Block, search: BlockSearch, judged: BlockOutputs, nearest: RtnBaseline) -> dict[str, Any]:
-    """One block. Errors are squared, of its output against the float model's, relative to that; None where not searched.
+def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, baseline: RtnBaseline) -> dict[str, Any]:
+    """Returns the record of one block. Errors are squared errors of its output, relative to the float output squared.
 
-    judged: of every input what is wanted of the block, its output, float32 [n, tokens, width], and TokenLabel int64
-    [tokens]. compared: on some of them, by label, rounded to nearest and as searched. held_back_errors: before and after
-    learning, on the samples that it did not see, as they count there.
+    results: of every input, the block's output in the float model and in the quantized one, float32 [n, tokens, width], and
+    the TokenLabel of its tokens, int64 [tokens].
+    compared: errors by label on the baseline's inputs, of round-to-nearest and of the search.
+    held_back_errors: before and after learned rounding, on the samples held out from it, with its token weights; None where
+    nothing was learned.
     """
-    best, learned = search.best, search.learned
-    wanted, outputs, labels = judged
-    some = [[part[number] for number in nearest.numbers] for part in judged]
+    learned = search.learned
+    float_outputs, outputs, labels = results
+    compared_floats, compared_outputs, compared_labels = ([part[n] for n in baseline.numbers] for part in results)
     compared = {
-        "inputs": len(nearest.numbers),
-        "nearest": compute_errors_by_label(nearest.outputs, some[0], some[2]),
-        "searched": compute_errors_by_label(some[1], some[0], some[2]),
+        "inputs": len(baseline.numbers),
+        "nearest": compute_errors_by_label(baseline.outputs, compared_floats, compared_labels),
+        "searched": compute_errors_by_label(compared_outputs, compared_floats, compared_labels),
     }
     return {
         "name": block.prefix,
-        "searched": best is not None,
+        "searched": search.quantized is not None,
         "compared": compared,
         "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
-        "error": weighted_relative_error(outputs, wanted),
-        "errors": compute_errors_by_label(outputs, wanted, labels),
+        "error": weighted_relative_error(outputs, float_outputs),
+        "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
@@ -54,56 +56,59 @@ def make_block_record(block: Block, search: BlockSearch, judged: BlockOutputs, n
 
 
 def compute_errors_by_label(
-    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor], float_outputs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
 ) -> dict[str, float]:
-    """Squared error relative to the squared size of what is wanted, for the tokens of each label that occurs.
+    """Returns the squared error relative to the squared norm of the float outputs, for the tokens of each label that occurs.
 
-    outputs, wanted: float32 [n, tokens, width]; labels: int64 [tokens], or [1] for all tokens of an input.
+    outputs, float_outputs: float32 [n, tokens, width] of each input; labels: int64 [tokens], or [1] for all its tokens.
     """
-    wrong, size = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
-    for output, exact, label in zip(outputs, wanted, labels, strict=True):
+    error, energy = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
+    for output, exact, label in zip(outputs, float_outputs, labels, strict=True):
         tokens = label.expand(output.shape[1])
-        wrong.index_add_(0, tokens, (output - exact).square().sum((0, 2)).double())
-        size.index_add_(0, tokens, exact.square().sum((0, 2)).double())
-    found = {int(n) for label in labels for n in label.unique()}
-    return {label.name.lower(): float(wrong[label] / size[label].clamp(min=1e-30)) for label in TokenLabel if label in found}
+        error.index_add_(0, tokens, (output - exact).square().sum((0, 2)).double())
+        energy.index_add_(0, tokens, exact.square().sum((0, 2)).double())
+    present = {int(n) for label in labels for n in label.unique()}
+    return {
+        label.name.lower(): float(error[label] / energy[label].clamp(min=1e-30)) for label in TokenLabel if label in present
+    }
 
 
 def make_layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:
-    """The block's layers that hold quantized linears, in the order they are computed.
+    """Returns the records of the block's layers that hold quantized linears, in the order in which they are computed.
 
-    bits: of the layer's input, of its weights where that stays float. entropy: of the codes of the input as the search saw
-    it, in nats, with the chosen range, with the whole one where it stays float. largest: magnitude of its input by the kind
-    of token, the answer's being those of decoding.
+    bits: of the layer's input, or of its weights where the input stays float.
+    entropy: of the codes of the quantized model's input, in nats, with the chosen clipping range, or with the absmax range
+    where the input stays float.
+    largest: magnitude of the input by the kind of token; the answer's is that of decode positions.
     """
-    best = search.best
-    if best is None:
+    quantized = search.quantized
+    if quantized is None:
         return []
     records = []
-    for group in find_shared_inputs(search.module):
-        found = {name: best.found[name] for name in group.linears if name in best.found}
-        if not found:
+    for shared in find_shared_inputs(search.module):
+        linears = {name: quantized.linears[name] for name in shared.linears if name in quantized.linears}
+        if not linears:
             continue
-        seen = best.inputs[group.linears[0]]
-        inputs = seen.histogram()
-        bits = {name: x.scheme.activation_bits or x.scheme.weight_bits for name, x in found.items()}
-        widest = max(found, key=lambda name: bits[name])
-        scale = found[widest].input_scale or activation_scale(inputs.amax, bits[widest])
-        linears = {
-            f"{block.prefix}.{name}": make_linear_record(linear, best.fidelity[name], inputs.amax)
-            for name, linear in found.items()
+        observer = quantized.inputs[shared.linears[0]]
+        histogram = observer.histogram()
+        bits = {name: x.scheme.activation_bits or x.scheme.weight_bits for name, x in linears.items()}
+        widest = max(linears, key=lambda name: bits[name])
+        scale = linears[widest].input_scale or activation_scale(histogram.amax, bits[widest])
+        linear_records = {
+            f"{block.prefix}.{name}": make_linear_record(linear, quantized.sqnr[name], histogram.amax)
+            for name, linear in linears.items()
         }
-        entropy = histogram_entropy(inputs, scale, bits[widest])
-        largest = {k.name.lower(): float(seen.amax([k]).max()) for k in TokenLabel if seen.tokens([k])}
-        records.append({"linears": linears, "bits": bits[widest], "entropy": entropy, "largest": largest})
+        entropy = histogram_entropy(histogram, scale, bits[widest])
+        largest = {k.name.lower(): float(observer.amax([k]).max()) for k in TokenLabel if observer.tokens([k])}
+        records.append({"linears": linear_records, "bits": bits[widest], "entropy": entropy, "largest": largest})
     return records
 
 
 def mark_partition(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The records with `starts_block` in every layer, and h0 in nats by bits.
+    """Returns the records with `starts_block` in every layer, and the thresholds h0 in nats by bits.
 
-    By the paper's rule over all layers' entropies, their median as h0: what it would have searched jointly. The search
-    itself takes whole blocks.
+    `starts_block` marks the blocks that Q-VLM (arXiv 2410.08119) would have searched jointly, by its rule over the entropies
+    of all layers with their median as h0. It is for information only: the search here takes whole transformer blocks.
     """
     layers = [
         LayerInput(block["name"], tuple(layer["linears"]), layer["bits"], layer["entropy"], {})

@@ -1,8 +1,8 @@
-"""The first calibrator: absolute maxima over the samples, round to nearest. torch.
+"""Round-to-nearest (RTN) quantization with absmax ranges.
 
-Blocks stream through memory one at a time; each is read once, run on all samples, quantized, written to its own shard
-of the calibrated checkpoint and forgotten. Where weights alone are quantized nothing depends on the samples, so the blocks
-behind the last quantized activation are not run.
+Blocks stream through memory one at a time: each is read once, run on the calibration set to observe the largest magnitude of
+every linear's input, quantized, written to its own shard of the calibrated checkpoint, and released. Weights are quantized
+without looking at the samples, so the blocks behind the last quantized activation are not run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qvlm_export.calibrate.quantization.quantizer import quantize_linear
 
 
 def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Quantizes every planned linear into `writer`'s folder; returns the summary for the record.
+    """Quantizes every linear of `job.schemes` into `writer`'s folder; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
@@ -40,23 +40,23 @@ def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progr
         with resident(block) as module, torch.inference_mode():
             with observe_amax(module) as amax:
                 outputs = shards.store_outputs(block, (run(module, x.to(job.device)) for x in inputs))
-            rounded = {
+            results = {
                 name: _quantize(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme, amax.get(name))
                 for name, scheme in job.block_schemes(block).items()
             }
-        record = _record(block, rounded, sum(len(x) for x in inputs))
-        shards.write(block, {name: one.linear for name, one in rounded.items()}, outputs=outputs, record=record)
+        record = _make_block_record(block, results, sum(len(x) for x in inputs))
+        shards.write(block, {name: result.linear for name, result in results.items()}, outputs=outputs, record=record)
         return outputs
 
-    walked, rest = _parted(job)
+    run_blocks, weight_only = _split_blocks(job)
     resumable = shards.resumable(step)
-    with open_block_loader(walked, job.source, job.device) as resident:
-        if walked.text_layers:
-            features = run_vision_blocks(walked, job.source, job.samples, resumable)
-            run_decoder_blocks(walked, job.source, job.samples, features, resumable)
-        elif len(rest) < job.blocks.num_blocks():
-            run_vision_blocks(walked, job.source, job.samples, resumable)
-    _quantize_rest(job, shards, [block for block in rest if not shards.finished(block)])
+    with open_block_loader(run_blocks, job.source, job.device) as resident:
+        if run_blocks.text_layers:
+            features = run_vision_blocks(run_blocks, job.source, job.samples, resumable)
+            run_decoder_blocks(run_blocks, job.source, job.samples, features, resumable)
+        elif len(weight_only) < job.blocks.num_blocks():
+            run_vision_blocks(run_blocks, job.source, job.samples, resumable)
+    _quantize_without_running(job, shards, [block for block in weight_only if not shards.finished(block)])
     shards.write_rest()
     return {
         "method": "absmax",
@@ -68,56 +68,60 @@ def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progr
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    """One linear, and what the record says of it."""
+class _LinearResult:
+    """One quantized linear and its record."""
 
     linear: QuantizedLinear
     record: dict[str, Any]
 
 
-def _record(block: Block, rounded: Mapping[str, _Rounded], forwards: int) -> dict[str, Any]:
-    """One block. forwards: of prompts or pictures. Errors of its output are not there, as no rounded block is run."""
-    linears = {f"{block.prefix}.{name}": one.record for name, one in rounded.items()}
+def _make_block_record(block: Block, results: Mapping[str, _LinearResult], forwards: int) -> dict[str, Any]:
+    """Returns the record of one block. forwards: prompts or images that ran through it.
+
+    It holds no errors of the block's output, as the quantized block is never run.
+    """
+    linears = {f"{block.prefix}.{name}": result.record for name, result in results.items()}
     return {"name": block.prefix, "linears": linears, "forwards": forwards}
 
 
-def _parted(job: CalibrationJob) -> tuple[ModelBlocks, list[Block]]:
-    """The blocks that samples must run through, and those behind the last quantized activation, where none is looked at."""
+def _split_blocks(job: CalibrationJob) -> tuple[ModelBlocks, list[Block]]:
+    """Returns the blocks that samples have to run through, and those behind the last quantized activation."""
     vision, text = job.blocks.vision(), job.blocks.text_layers
-    looks = [any(s.activation_bits is not None for s in job.block_schemes(block).values()) for block in (*vision, *text)]
-    count = max((number + 1 for number, needed in enumerate(looks) if needed), default=0)
+    observed = [any(s.activation_bits is not None for s in job.block_schemes(block).values()) for block in (*vision, *text)]
+    count = max((number + 1 for number, needed in enumerate(observed) if needed), default=0)
     if count == 0:
         return replace(job.blocks, text_layers=()), [*vision, *text]
-    walked = max(0, count - len(vision))
-    return replace(job.blocks, text_layers=text[:walked]), list(text[walked:])
+    text_count = max(0, count - len(vision))
+    return replace(job.blocks, text_layers=text[:text_count]), list(text[text_count:])
 
 
-def _quantize_rest(job: CalibrationJob, shards: BlockWriter, blocks: list[Block]) -> None:
-    """Blocks without quantized activations: read, rounded and written, several at a time, so that nobody waits."""
+def _quantize_without_running(job: CalibrationJob, shards: BlockWriter, blocks: list[Block]) -> None:
+    """Reads, quantizes and writes blocks without quantized activations, several at a time, so that reading, computing and
+    writing overlap."""
 
-    def written(block: Block) -> tuple[str, dict[str, Any]]:
-        rounded = {}
+    def quantize_block(block: Block) -> tuple[str, dict[str, Any]]:
+        results = {}
         for name, scheme in job.block_schemes(block).items():
             weight_name = f"{block.prefix}.{name}.weight"
             array = job.source.load(weight_name)
             check_finite(weight_name, array)
-            rounded[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
-        shard = shards.write_shard(block, {name: one.linear for name, one in rounded.items()})
-        return shard, _record(block, rounded, 0)
+            results[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
+        shard = shards.write_shard(block, {name: result.linear for name, result in results.items()})
+        return shard, _make_block_record(block, results, 0)
 
     workers = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(written, block) for block in blocks[:workers])
+        pending = deque(pool.submit(quantize_block, block) for block in blocks[:workers])
         for number, block in enumerate(blocks):
-            shard, record = ahead.popleft().result()
+            shard, record = pending.popleft().result()
             if number + workers < len(blocks):
-                ahead.append(pool.submit(written, blocks[number + workers]))
+                pending.append(pool.submit(quantize_block, blocks[number + workers]))
             shards.note(block, shard, record=record)
 
 
-def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> _Rounded:
+def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> _LinearResult:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
     check_weight(name, weight)
     linear = quantize_linear(weight, scheme, amax)
-    return _Rounded(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))
+    return _LinearResult(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))

@@ -1,4 +1,4 @@
-"""What rounding to nearest would make of a block: what the record compares the search with. torch."""
+"""RTN baseline: outputs of a block quantized by round-to-nearest, which the record compares the search with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MAX_COMPARED_INPUTS = 8  # inputs of a block, which is enough for a mean over th
 
 @dataclass(frozen=True)
 class RtnBaseline:
-    """Outputs of a block rounded to nearest, float32 [n, tokens, width], for some of its inputs. numbers: of these."""
+    """Outputs of a block quantized by round-to-nearest, float32 [n, tokens, width], for some of its inputs.
+
+    numbers: of these inputs among all inputs of the block.
+    """
 
     numbers: tuple[int, ...]
     outputs: tuple[torch.Tensor, ...]
@@ -30,24 +33,25 @@ class RtnBaseline:
 
 def run_rtn_baseline(
     module: nn.Module,
-    plan: Mapping[str, LinearScheme],
+    schemes: Mapping[str, LinearScheme],
     run: Run,
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device = CPU,
 ) -> RtnBaseline:
-    """Weights and inputs rounded to nearest, the largest values as ranges; the block itself stays as it is.
+    """Quantizes weights and inputs of a copy of the block by round-to-nearest with absmax ranges, and returns its outputs.
 
-    pairs: every input of the block, in the float model and from the quantized prefix. Up to COMPARED of them are run, spread
-    evenly: once in float for the ranges, once rounded. device: of the module.
+    pairs: every input of the block, X in the float model and X_q from the already quantized preceding blocks. Up to
+    MAX_COMPARED_INPUTS of them are run, spread evenly: X through the float block to observe the ranges, X_q through the
+    quantized copy. device: of the module.
     """
     numbers = tuple(range(0, len(pairs), -(-len(pairs) // MAX_COMPARED_INPUTS) or 1))
-    if not plan or not numbers:
+    if not schemes or not numbers:
         return RtnBaseline((), ())
     with observe_amax(module) as amax:
         for number in numbers:
             run(module, pairs[number][0].to(device))
     rounded, quantizers = copy.deepcopy(module), dict[str, tuple[float, int]]()
-    for name, scheme in plan.items():
+    for name, scheme in schemes.items():
         layer = get_linear(rounded, name)
         linear = quantize_linear(layer.weight, scheme, amax[name])
         layer.weight.copy_(torch.from_numpy(linear.dequantized()))

@@ -1,7 +1,8 @@
-"""The searching calibrator: every block is folded, ranged and rounded towards the float model's output. torch.
+"""Sequential post-training quantization: one block after another is searched against the float model's output.
 
-Two copies of the samples walk through the blocks together: the first half of the inputs is the float model's, the second
-half the quantized model's so far.
+The calibration set runs through the blocks twice, side by side: the first half of a block's inputs are X, from the float
+model, the second half X_q, from the already quantized preceding blocks. What a block's search does is in `block_search.py`.
+Before the first block, mixup prompts are chosen and token sensitivities and output Hessians are measured on the float model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
-from qvlm_export.calibrate.augmentation.mixup import add_mixup_prompts
-from qvlm_export.calibrate.augmentation.mixup import count_mixup_forwards as undecided_runs
+from qvlm_export.calibrate.augmentation.mixup import add_mixup_prompts, count_mixup_forwards
 from qvlm_export.calibrate.augmentation.prompts import (
     MixupSample,
     Prompts,
@@ -42,12 +42,13 @@ from qvlm_export.calibrate.calibrators.record import make_block_record, mark_par
 from qvlm_export.calibrate.calibrators.rtn_baseline import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
-# How progress is counted: what is measured first costs about as much for a block as this, searching it as that.
+# Units of progress for each block: every measurement on the float model, and the search, cost about in this proportion.
 MEASURE_UNITS, SEARCH_UNITS = 10, 40
 _T = TypeVar("_T")
 
@@ -55,84 +56,87 @@ _T = TypeVar("_T")
 def calibrate_search(
     job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: SearchConfig
 ) -> dict[str, Any]:
-    """Quantizes every planned linear into `writer`'s folder; returns the summary for the record.
+    """Quantizes every linear of `job.schemes` into `writer`'s folder; returns the summary for the record.
 
-    Raises UserError naming tensor or layer when weights or activations are not finite.
+    Raises UserError naming tensor or layer when weights or activations are not finite, or where images are missing.
     """
-    _check_pictures(job)
-    begun, searched = _units(method, job), SEARCH_UNITS * job.blocks.num_blocks()
-    whole = sum(begun.values()) + searched
-    shards = BlockWriter(job, writer, lambda done, _, name: progress(whole - searched + SEARCH_UNITS * done, whole, name))
-    prompts, influence = _prepared(job, method, lambda done, what: progress(done, whole, what))
-    texts, pictures_of = flatten_prompts(prompts)
-    others = _scrambled(job, method)
-    texts, pictures_of = [*texts, *(text for text, _ in others)], [*pictures_of, *(number for _, number in others)]
+    _check_images(job)
+    measured = sum(_count_measure_units(method, job).values())  # units of progress before the first block
+    total = measured + SEARCH_UNITS * job.blocks.num_blocks()
+    shards = BlockWriter(job, writer, lambda done, _, name: progress(measured + SEARCH_UNITS * done, total, name))
+    prompts, sensitivity = _measure(job, method, lambda done, name: progress(done, total, name))
+    texts, samples_of_texts = flatten_prompts(prompts)
+    random_texts = _make_random_word_prompts(job, method)
+    texts = [*texts, *(text for text, _ in random_texts)]
+    samples_of_texts = [*samples_of_texts, *(number for _, number in random_texts)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        plan, half = job.block_schemes(block), len(inputs) // 2
-        own = method if block in job.blocks.text_layers else method.for_vision()
+        is_text = block in job.blocks.text_layers
+        schemes, half = job.block_schemes(block), len(inputs) // 2
+        block_method, numbers = (method, samples_of_texts) if is_text else (method.for_vision(), job.sample_numbers(block))
         with resident(block) as module, torch.no_grad():
-            for name in plan:
+            for name in schemes:
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
-            numbers = pictures_of if block in job.blocks.text_layers else job.sample_numbers(block)
-            check_outputs(block, inputs, numbers)  # of what came before, such as a NaN in a picture
+            check_outputs(block, inputs, numbers)  # catches what came before this block, such as a NaN in an image
             batches = batch_by_length(inputs[:half])
-            mean = [torch.ones(1, len(text.input_ids)) for text, _ in others] if block in job.blocks.text_layers else []
-            counted = {} if own.token_weighting == "plain" else _of_block(influence.tokens, block, batches, mean)
-            counts = {name: move_tensors(job.device, parts) for name, parts in counted.items()}
-            metrics = _inside(influence.outputs, block) if own.needs_output_hessians() else {}
+            plain = block_method.token_weighting == "plain"
+            others = random_texts if is_text else []
+            token_weights = {} if plain else _select_token_weights(sensitivity.tokens, block, batches, others, job.device)
+            hessians = _select_inside(sensitivity.outputs, block) if block_method.needs_output_hessians() else {}
             labels = label_block_inputs(block, job.blocks, prompts)
-            kinds = [*labels, *(label_tokens(text, job.blocks.image_token_id) for text, _ in others)][:half]
-            marks = _marks(batches, inputs[:half], numbers, kinds)
-            search = BlockSearch(module, plan, run, own, counts, *marks, metrics, block.prefix)
+            random_labels = (label_tokens(text, job.blocks.image_token_id) for text, _ in random_texts)
+            merged = _merge_numbers_and_labels(batches, inputs[:half], numbers, [*labels, *random_labels][:half])
+            search = BlockSearch(module, schemes, run, block_method, token_weights, *merged, hessians, block.prefix)
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
-            nearest = run_rtn_baseline(module, plan, run, pairs, job.device)
-            found = search.search(
-                *(move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
-            )
-            exact, rounded = (move_tensors(CPU, batches.split(part)) for part in found)
-            changed = {n: _stored(t, job.source.dtype(f"{block.prefix}.{n}")) for n, t in search.floats().items()}
-            record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), nearest)
-        outputs = shards.store_outputs(block, [*exact, *rounded], numbers)
-        shards.write(block, search.found(), changed, outputs=outputs, record=record)
-        return outputs
+            baseline = run_rtn_baseline(module, schemes, run, pairs, job.device)
+            both_inputs = (move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
+            outputs = search.search(*both_inputs)
+            exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
+            changed = _convert_to_stored_dtypes(search.float_tensors(), block, job.source)
+            record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), baseline)
+        stored = shards.store_outputs(block, [*exact, *rounded], numbers)
+        shards.write(block, search.quantized_linears(), changed, outputs=stored, record=record)
+        return stored
 
     with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
         features = run_vision_blocks(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
         halves = (features[: len(job.samples)], features[len(job.samples) :])
-        spread = [image for half in halves for image in image_features_of_prompts(texts, pictures_of, half)]
-        run_decoder_blocks(job.blocks, job.source, [*texts, *texts], spread, shards.resumable(step))
+        text_features = [image for half in halves for image in image_features_of_prompts(texts, samples_of_texts, half)]
+        run_decoder_blocks(job.blocks, job.source, [*texts, *texts], text_features, shards.resumable(step))
     shards.write_rest()
     return {
         "method": asdict(method),
         "samples": len(job.samples),
         "prompts": len(texts),
         "undecided": sum(isinstance(text, MixupSample) for text in texts),
-        "scrambled": len(others),
+        "scrambled": len(random_texts),
         "tokens": sum(len(s.input_ids) for s in texts),
-        **_totals(job, method, prompts, shards.records),
+        **_summarize_blocks(job, method, prompts, shards.records),
     }
 
 
-def _marks(
-    batches: Batches, inputs: Sequence[torch.Tensor], numbers: Sequence[int], kinds: Sequence[torch.Tensor]
+def _merge_numbers_and_labels(
+    batches: Batches, inputs: Sequence[torch.Tensor], numbers: Sequence[int], labels: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Of every batch the number of the sample that an input is about, int64 [B], and the labels of its tokens, int64
-    [B, tokens]. numbers, kinds: of every input, a single label standing for all tokens."""
-    pictures = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
-    labels = [kind.expand(x.shape[:2]) for kind, x in zip(kinds, inputs, strict=True)]
-    return batches.merge(pictures), batches.merge(labels)
+    """Returns for every batch the sample numbers of its inputs, int64 [B], and the labels of their tokens, [B, tokens].
+
+    numbers: of every input, the sample whose images it is about. labels: TokenLabel of every input, int64 [tokens], or [1]
+    for all its tokens.
+    """
+    expanded_numbers = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
+    expanded_labels = [label.expand(x.shape[:2]) for label, x in zip(labels, inputs, strict=True)]
+    return batches.merge(expanded_numbers), batches.merge(expanded_labels)
 
 
-def _check_pictures(job: CalibrationJob) -> None:
-    """Before anything is measured, which takes long."""
+def _check_images(job: CalibrationJob) -> None:
+    """Raises UserError where images are missing; called before anything is measured, as measuring takes long."""
     name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
     if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
         raise UserError(f"{name}: no calibration sample has a picture, so nothing reaches it; add samples with pictures")
 
 
-def _units(method: SearchConfig, job: CalibrationJob) -> dict[str, int]:
-    """How progress counts what is measured before the first block."""
+def _count_measure_units(method: SearchConfig, job: CalibrationJob) -> dict[str, int]:
+    """Returns the units of progress of each measurement that comes before the first block."""
     count = job.blocks.num_blocks()
     return {
         "undecided": MEASURE_UNITS * count if method.mixup_prompts else 0,
@@ -140,58 +144,75 @@ def _units(method: SearchConfig, job: CalibrationJob) -> dict[str, int]:
     }
 
 
-def _prepared(
-    job: CalibrationJob, method: SearchConfig, progress: Callable[[int, str], None]
-) -> tuple[Prompts, Sensitivity]:
-    """What the blocks are searched on, and what errors there count. progress: (units done, what is measured)."""
-    units = _units(method, job)
+def _measure(job: CalibrationJob, method: SearchConfig, progress: Callable[[int, str], None]) -> tuple[Prompts, Sensitivity]:
+    """Returns the prompts to search on, and the token sensitivities and output Hessians there.
 
-    def looked(share: float) -> None:
+    progress: called with (units done, name of the measurement).
+    """
+    units = _count_measure_units(method, job)
+
+    def report_mixup(share: float) -> None:
         progress(int(share * units["undecided"]), "undecided")
 
-    def probed(share: float) -> None:
+    def report_sensitivity(share: float) -> None:
         progress(units["undecided"] + int(share * units["influence"]), "influence")
 
-    asked = cross_pair_prompts(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    pairs = cross_pair_prompts(job.samples, method.questions, job.blocks.image_token_id, method.seed)
     with deterministic_threads(job.blocks):
-        prompts = add_mixup_prompts(job, asked, method.mixup_prompts, method.seed, looked)
-        return prompts, measure_sensitivity(job, prompts, method, probed)
+        prompts = add_mixup_prompts(job, pairs, method.mixup_prompts, method.seed, report_mixup)
+        return prompts, measure_sensitivity(job, prompts, method, report_sensitivity)
 
 
-def _scrambled(job: CalibrationJob, method: SearchConfig) -> list[tuple[Sample, int]]:
-    """Texts with words drawn anew, and the number of the sample whose pictures each is about."""
+def _make_random_word_prompts(job: CalibrationJob, method: SearchConfig) -> list[tuple[Sample, int]]:
+    """Returns texts with randomly replaced words, each with the number of the sample whose images it is about."""
     if not method.random_word_prompts:
         return []
-    odds = embedding_norm_weights(load_finite(job.source, EMBEDDING).numpy())
-    return replace_words(job.samples, method.random_word_prompts, odds, job.blocks.image_token_id, method.seed)
+    weights = embedding_norm_weights(load_finite(job.source, EMBEDDING).numpy())
+    return replace_words(job.samples, method.random_word_prompts, weights, job.blocks.image_token_id, method.seed)
 
 
-def _totals(job: CalibrationJob, method: SearchConfig, prompts: Prompts, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all blocks, for the record."""
+def _summarize_blocks(
+    job: CalibrationJob, method: SearchConfig, prompts: Prompts, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the part of the summary that is about all blocks together, and their records."""
     marked, thresholds = mark_partition(records)
-    looked = undecided_runs(job, method.mixup_prompts, method.seed)
+    mixup_forwards = count_mixup_forwards(job, method.mixup_prompts, method.seed)
     forwards, backwards = count_passes(job, prompts, method)
     return {
-        "block_forwards": round(sum(b["forwards"] for b in records)) + looked + forwards,
+        "block_forwards": round(sum(b["forwards"] for b in records)) + mixup_forwards + forwards,
         "block_backwards": sum(b["backwards"] for b in records) + backwards,
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }
 
 
-def _of_block(
-    tokens: TokenWeights, block: Block, batches: Batches, others: Sequence[torch.Tensor]
+def _select_token_weights(
+    tokens: TokenWeights,
+    block: Block,
+    batches: Batches,
+    random_texts: Sequence[tuple[Sample, int]],
+    device: torch.device,
 ) -> dict[str, list[torch.Tensor]]:
-    """What tokens count in one block, in its batches, by names inside it and under "" for its output. others: the same for
-    every linear, of the inputs behind those that were measured."""
-    return {name: batches.merge([*weights, *others]) for name, weights in _inside(tokens, block).items()}
+    """Returns the token weights of one block, in its batches, by names inside it and under "" for its output.
+
+    random_texts: inputs that come after the measured ones; all their tokens get the mean weight, 1.
+    """
+    mean = [torch.ones(1, len(text.input_ids)) for text, _ in random_texts]
+    merged = {name: batches.merge([*weights, *mean]) for name, weights in _select_inside(tokens, block).items()}
+    return {name: move_tensors(device, parts) for name, parts in merged.items()}
 
 
-def _inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
-    """What belongs to one block, by names inside it."""
+def _select_inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
+    """Returns the values that belong to one block, by names inside it, "" being the block itself."""
     return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in select_block(named, block).items()}
 
 
-def _stored(tensor: torch.Tensor, source: np.dtype) -> np.ndarray:
-    """float32 stays, the rest becomes float16, which folding rounded the gains for; bfloat16 would round them again."""
-    return tensor.cpu().numpy().astype(np.float32 if source == np.float32 else np.float16)
+def _convert_to_stored_dtypes(
+    tensors: Mapping[str, torch.Tensor], block: Block, source: TensorSource
+) -> dict[str, np.ndarray]:
+    """Returns the tensors as float32 where the source has float32, the others as float16.
+
+    Equalization rounded the gains of norms to float16; bfloat16 would round them again.
+    """
+    is_float32 = {name: source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
+    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else np.float16) for n, t in tensors.items()}

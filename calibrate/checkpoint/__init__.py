@@ -1,1 +1,1 @@
-"""What calibration reads and writes: samples, schemes, weights, the calibrated checkpoint. numpy only."""
+"""Data and file formats of calibration, without torch: samples, schemes, float weights, the calibrated checkpoint."""

@@ -1,9 +1,9 @@
-"""The calibrated checkpoint: what calibration writes and everything after it reads. numpy only.
+"""Calibrated checkpoint in the compressed-tensors format: the result of calibration, which all later stages read.
 
-A Hugging Face folder in the compressed-tensors format, so that transformers and vLLM can load it as they are:
-`weight_packed` + `weight_scale` + `weight_shape` for linears of 3 and 4 bits, int8 `weight` + `weight_scale` for those of 6
-and 8, `input_scale` where activations are quantized, float tensors as in the source; plus `calibration.json`, our own
-record. Shards are written one block at a time and the index last, so a folder with an index is complete.
+It is a Hugging Face folder that unmodified transformers and vLLM can load. Linears of 3 and 4 bits are stored as
+`weight_packed`, `weight_scale` and `weight_shape`, linears of 6 and 8 bits as int8 `weight` and `weight_scale`, with
+`input_scale` where activations are quantized. Float tensors are stored as in the source. `calibration.json` is this
+program's own record. Shards are written one block at a time and the index last, so a folder with an index is complete.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """One linear as integers.
+    """One linear as integer codes and scales.
 
-    codes: int8 [out, in]. scale: float16 [out, in // group_size] for weights in groups, float32 [out] for those per output
-    channel. input_scale: the float32 per-tensor activation scale (a value float16 can hold), None for float activations.
+    codes: int8 [out, in]. scale: float16 [out, in // group_size] for grouped weights, float32 [out] for per-channel weights.
+    input_scale: the float32 per-tensor activation scale (a value that float16 can hold), None for float activations.
     """
 
     scheme: LinearScheme
@@ -43,7 +43,7 @@ class QuantizedLinear:
     input_scale: float | None
 
     def dequantized(self) -> np.ndarray:
-        """float32 [out, in]."""
+        """The dequantized weight, float32 [out, in]."""
         weight = self.codes.astype(np.float32)
         groups = weight.reshape(len(weight), -1, self.scheme.group_size or weight.shape[1])
         groups *= self.scale.astype(np.float32).reshape(len(weight), -1, 1)
@@ -51,7 +51,11 @@ class QuantizedLinear:
 
 
 class CalibratedCheckpoint:
-    """A finished calibrated checkpoint: `floats` reads what stayed float, `linear` what became integers."""
+    """Reader for a finished calibrated checkpoint.
+
+    schemes: scheme of each quantized linear by name. summary: the calibrator's record of the run. floats: a source of all
+    stored tensors, float tensors among them. Raises UserError naming the file when the folder is incomplete or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +63,7 @@ class CalibratedCheckpoint:
         self.floats = SafetensorsSource(folder)
 
     def codes(self, name: str) -> np.ndarray:
-        """int8 [out, in], read from disk now."""
+        """Codes of the linear `name`, int8 [out, in], read from disk now."""
         scheme = self.schemes[name]
         if scheme.group_size is None:
             return self.floats.load(f"{name}.weight")
@@ -67,47 +71,57 @@ class CalibratedCheckpoint:
         return unpack_codes(self.floats.load(f"{name}.weight_packed"), scheme.weight_bits, columns)
 
     def packed_nibbles(self, name: str) -> np.ndarray | None:
-        """uint8 [out, in // 2], the even column in the low half, 8 added to every code; None where it does not lie so."""
+        """The 4-bit codes of a grouped linear in pairs, uint8 [out, in // 2], with 8 added to every code.
+
+        The even column is in the low half of each byte. None where the stored weight does not have this layout.
+        """
         scheme, columns = self.schemes[name], int(self.floats.load(f"{name}.weight_shape")[1])
         if scheme.weight_bits != 4 or columns % 8:
             return None
         return self.floats.load(f"{name}.weight_packed").view(np.uint8)
 
     def scale(self, name: str) -> np.ndarray:
-        """float16 [out, in // group_size] for weights in groups, float32 [out] for those per output channel."""
+        """Weight scales: float16 [out, in // group_size] for grouped weights, float32 [out] for per-channel weights."""
         scale = self.floats.load(f"{name}.weight_scale")
         return scale[:, 0] if self.schemes[name].group_size is None else scale
 
     def input_scale(self, name: str) -> float | None:
-        """The static activation scale, None for float activations."""
+        """The static per-tensor activation scale, None for float activations."""
         quantizer = self.input_quantizer(name)
         return None if quantizer is None else quantizer[0]
 
     def input_quantizer(self, name: str) -> tuple[float, int] | None:
-        """Scale and bits of the activations, None where they stay float."""
+        """Scale and bits of the activations, None for float activations."""
         bits = self.schemes[name].activation_bits
         return None if bits is None else (float(self.floats.load(f"{name}.input_scale")[0]), bits)
 
     def linear(self, name: str) -> QuantizedLinear:
-        """The planned linear `name`, whole."""
+        """The quantized linear `name`: scheme, codes and scales."""
         return QuantizedLinear(self.schemes[name], self.codes(name), self.scale(name), self.input_scale(name))
 
 
 class CalibratedWriter:
-    """Writes a calibrated checkpoint shard by shard. Nothing in the folder counts until `finish` wrote the index."""
+    """Writes a calibrated checkpoint shard by shard.
+
+    The folder is created, and the index of an earlier run deleted. Readers refuse the folder until `finish` has written the
+    new index.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX_FILE).unlink(missing_ok=True)  # of an earlier run
+        (folder / INDEX_FILE).unlink(missing_ok=True)
         self._folder = folder
         self._weight_map: dict[str, str] = {}
         self._linears: dict[str, LinearScheme] = {}
 
     def write_shard(self, block: str, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, np.ndarray]) -> str:
-        """Writes one block's tensors into a shard of its own, through a temporary file; returns the file's name."""
+        """Writes the tensors of one block into a shard of its own, through a temporary file.
+
+        linears: quantized linears by name. floats: the block's other tensors by name. Returns the name of the file.
+        """
         tensors = {name: np.ascontiguousarray(array) for name, array in floats.items()}
         for name, linear in linears.items():
-            tensors |= _stored_tensors(name, linear)
+            tensors |= _encode_linear(name, linear)
             self._linears[name] = linear.scheme
         file_name = f"model-{block}.safetensors"
         write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
@@ -115,9 +129,10 @@ class CalibratedWriter:
         return file_name
 
     def adopt_shard(self, file_name: str, schemes: Mapping[str, LinearScheme]) -> list[str]:
-        """Takes over a shard that an interrupted run wrote whole. schemes: of its linears. Returns its tensors' names.
+        """Adds a shard that an interrupted run has written completely, and returns the names of its tensors.
 
-        Raises UserError when the shard is gone, damaged, or holds other linears.
+        schemes: schemes of the linears in the shard. Raises UserError when the shard is missing, damaged, or lacks one of
+        them.
         """
         path = self._folder / file_name
         try:
@@ -133,7 +148,10 @@ class CalibratedWriter:
         return names
 
     def finish(self, config: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-        """Writes config.json (with the quantization config), the record, and at last the index."""
+        """Writes config.json, the record and, last, the index.
+
+        config: the model's config.json, to which the quantization config is added. summary: goes into the record.
+        """
         quantized = {**config, "quantization_config": quantization_config(self._linears)}
         record = {
             "version": RECORD_VERSION,
@@ -145,7 +163,8 @@ class CalibratedWriter:
             write_json(self._folder / name, content)
 
 
-def _stored_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+def _encode_linear(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    """The tensors that a linear is stored as, by full name."""
     if linear.scheme.group_size is None:
         tensors = {
             f"{name}.weight": np.ascontiguousarray(linear.codes),
@@ -163,11 +182,11 @@ def _stored_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]
 
 
 def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors for these linears: one group per distinct scheme."""
+    """The `quantization_config` of compressed-tensors for these linears: one config group per distinct scheme."""
     groups: dict[str, Any] = {}
     for scheme in sorted(set(linears.values()), key=lambda s: (s.name, s.group_size or 0)):
-        targets = [_target_pattern(name) for name in sorted(linears) if linears[name] == scheme]
-        groups[f"group_{len(groups)}"] = _config_group(scheme, targets)
+        targets = [_make_target_pattern(name) for name in sorted(linears) if linears[name] == scheme]
+        groups[f"group_{len(groups)}"] = _make_config_group(scheme, targets)
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -179,7 +198,8 @@ def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
     }
 
 
-def _config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+def _make_config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+    """The config group of compressed-tensors for one scheme; targets: patterns of the linears that have it."""
     common = {"type": "int", "symmetric": True, "dynamic": False}
     weights = {**common, "num_bits": scheme.weight_bits}
     if scheme.group_size is None:
@@ -198,11 +218,11 @@ def _config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _target_pattern(name: str) -> str:
-    """A pattern that matches the linear under every naming transformers has used.
+def _make_target_pattern(name: str) -> str:
+    """A pattern that matches the linear under every naming that transformers has used.
 
-    Explicit names would not: transformers loads `language_model.model.layers` as `model.language_model.layers`, and a
-    name that matches nothing is silently taken as not quantized.
+    A plain name does not: transformers loads `language_model.model.layers` as `model.language_model.layers`, and silently
+    treats a linear whose name no target matches as not quantized.
     """
     root, _, rest = name.partition(".")
     inner = re.sub(r"^(model|vision_model)\.", "", rest)
@@ -210,7 +230,10 @@ def _target_pattern(name: str) -> str:
 
 
 def _read_record(path: Path) -> tuple[dict[str, LinearScheme], dict[str, Any]]:
-    """The scheme of each quantized linear, and the summary."""
+    """The scheme of each quantized linear, and the summary.
+
+    Raises UserError when the record is missing, damaged, or of another version.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["version"]
@@ -222,13 +245,16 @@ def _read_record(path: Path) -> tuple[dict[str, LinearScheme], dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON with sorted layout of the caller's making, through a temporary file."""
+    """Writes `content` as indented JSON in UTF-8, through a temporary file; keys keep their order."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Calls write(temporary path), syncs it to disk and renames it to `path`; a kill leaves no half file there."""
+    """Calls write(temporary path), syncs that file to disk and renames it to `path`.
+
+    A process that is killed meanwhile leaves no incomplete file at `path`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     with temporary.open("rb") as file:

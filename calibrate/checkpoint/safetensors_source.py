@@ -1,7 +1,7 @@
-"""Checkpoint folders of safetensors files, read lazily. numpy only.
+"""Lazy reader for checkpoint folders of safetensors files.
 
 A folder holds `model.safetensors`, or shards and `model.safetensors.index.json`. The safetensors library checks every
-header against the file's size, so sizes claimed by a damaged file are never trusted.
+header against the size of the file, so sizes claimed by a damaged file are never trusted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-LENGTH_BYTES = 8  # before the header, of its length
+LENGTH_BYTES = 8  # the file begins with the length of its header, in this many bytes
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -25,12 +25,16 @@ _DTYPES = {
 
 
 class SafetensorsSource:
-    """A TensorSource over a folder. `rename` maps stored names to canonical ones (None drops a tensor)."""
+    """A TensorSource over a folder of safetensors files.
+
+    rename: maps the key of a tensor in its file to the canonical name, or to None to leave the tensor out. Raises UserError
+    naming folder or file when there are no weights, or when a file is damaged or holds a dtype that is not supported.
+    """
 
     def __init__(self, folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
-        self._where: dict[str, tuple[OpenedFile, str]] = {}
-        self._shape: dict[str, tuple[int, ...]] = {}
-        self._dtype: dict[str, np.dtype] = {}
+        self._locations: dict[str, tuple[OpenedFile, str]] = {}  # canonical name -> file and key in it
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, np.dtype] = {}
         self._files = [OpenedFile(path) for path in shard_files(folder)]
         for file in self._files:
             self._read_header(file, rename)
@@ -39,74 +43,79 @@ class SafetensorsSource:
         path = opened.path
         try:
             with safe_open(path, "np") as file:
-                for stored in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-                    piece = file.get_slice(stored)
-                    kind = piece.get_dtype()
-                    if kind not in _DTYPES:
-                        raise UserError(f"{path}: tensor {stored} has type {kind}, which is not supported; convert it")
-                    name = rename(stored)
+                for key in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                    tensor_slice = file.get_slice(key)
+                    dtype_name = tensor_slice.get_dtype()
+                    if dtype_name not in _DTYPES:
+                        raise UserError(f"{path}: tensor {key} has type {dtype_name}, which is not supported; convert it")
+                    name = rename(key)
                     if name is None:
                         continue
-                    self._where[name] = (opened, stored)
-                    self._shape[name] = tuple(piece.get_shape())
-                    self._dtype[name] = np.dtype(_DTYPES[kind])
+                    self._locations[name] = (opened, key)
+                    self._shapes[name] = tuple(tensor_slice.get_shape())
+                    self._dtypes[name] = np.dtype(_DTYPES[dtype_name])
             opened.find_tensors()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._locations
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shape[name]
+        """The shape of the tensor; does not read its data."""
+        return self._shapes[name]
 
     def dtype(self, name: str) -> np.dtype:
-        return self._dtype[name]
+        """The dtype the tensor is stored in."""
+        return self._dtypes[name]
 
     def files(self) -> list[Path]:
+        """Paths of the safetensors files."""
         return [file.path for file in self._files]
 
     def load(self, name: str) -> np.ndarray:
-        """Raises UnfinishedError when the file is no longer the one that was opened."""
-        opened, stored = self._where[name]
+        """The data, read from disk now.
+
+        Raises UnfinishedError when the file is no longer the one that was opened, UserError when it cannot be read.
+        """
+        opened, key = self._locations[name]
         opened.check_unchanged()
-        array = np.empty(self._shape[name], self._dtype[name])
+        array = np.empty(self._shapes[name], self._dtypes[name])
         try:
-            opened.read(stored, array.reshape(-1).view(np.uint8).data)
+            opened.read(key, array.reshape(-1).view(np.uint8).data)
         except OSError as error:
             opened.check_unchanged()
-            raise UserError(
-                f"{opened.path}: tensor {stored} can no longer be read ({error}); was the file changed?"
-            ) from error
+            raise UserError(f"{opened.path}: tensor {key} can no longer be read ({error}); was the file changed?") from error
         opened.check_unchanged()
         return array
 
 
 class OpenedFile:
-    """A file as it was when it was opened first."""
+    """A weight file that is read piece by piece; remembers its state at the start, to detect later changes."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._facts = path, _facts(path)
+        self.path, self._state = path, _read_file_state(path)
         self._starts: dict[str, int] = {}
 
     def find_tensors(self) -> None:
-        """Learns where the file's tensors begin, of a header that the safetensors library found to be right."""
+        """Reads where each tensor begins from the header, which the safetensors library must have checked before."""
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         self._starts = {name: LENGTH_BYTES + length + entry["data_offsets"][0] for name, entry in header.items()}
 
-    def read(self, stored: str, content: memoryview) -> None:
-        """Fills `content`. Not mapped: memory would be taken page by page, and a new end kill the process.
+    def read(self, key: str, content: memoryview) -> None:
+        """Fills `content` with the bytes of a tensor, from its first byte on.
 
+        The file is not mapped, because a mapping takes memory page by page, and truncating a mapped file kills the process.
         Raises OSError when the file cannot be read or ends too early.
         """
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._starts[stored])
+            file.seek(self._starts[key])
             done = 0
             while done < len(content):
                 count = file.readinto(content[done:])
@@ -115,21 +124,22 @@ class OpenedFile:
                 done += count
 
     def check_unchanged(self) -> None:
-        """Raises UnfinishedError when it was written to, replaced or deleted since."""
-        if _facts(self.path) != self._facts:
+        """Raises UnfinishedError when the file was written to, replaced or deleted since it was opened."""
+        if _read_file_state(self.path) != self._state:
             raise UnfinishedError(f"{self.path}: was changed while it was read; put the file back as it was, or begin anew")
 
 
-def _facts(path: Path) -> tuple[int, ...]:
+def _read_file_state(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and modification time, which together identify an unchanged file; (-1,) where there is none."""
     try:
-        facts = path.stat()
+        stat = path.stat()
     except OSError:
         return (-1,)
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, each checked to be there.
+    """Paths of the safetensors files of a checkpoint folder, each of which exists.
 
     Raises UserError when the index is damaged, names a file outside the folder, or names one that is missing.
     """
@@ -137,7 +147,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
-    """The weight files named by `folder / index_name`, or `folder / single` where there is no index."""
+    """Paths of the weight files that `folder / index_name` names, or of `folder / single` where there is no index.
+
+    Raises UserError when there is neither, or when the index is damaged, names a file outside the folder, or names one that
+    is missing.
+    """
     index = folder / index_name
     if not index.exists():
         if not (folder / single).exists():

@@ -1,4 +1,4 @@
-"""What calibration runs through the model, and where its picture's features go."""
+"""Calibration samples: prompts with preprocessed images, and the placement of image features among the image tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Placement:
-    """How image tokens are made of what the vision tower and projector put out.
+    """How image tokens are composed from the output of vision tower and projector: each is a weighted sum of k rows.
 
-    rows: int64 [N, k], the rows of image_embeds that each of N image tokens is a sum of; -1 is the last row, which is the
-    `image_newline` vector. weights: float32 [N, k].
+    rows: int64 [N, k], indices into the rows of image_embeds for each of N image tokens; -1 is the last row, which is the
+    `image_newline` vector. weights: float32 [N, k], the factors of these rows.
     """
 
     rows: np.ndarray
@@ -25,11 +25,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its pictures, ready for the model.
+    """One prompt with its images, ready for the model.
 
-    input_ids: int64 [S], image tokens already repeated once per patch. pixel_values: float32 [n, 3, R, R], n may be 0.
-    answer_start: where the answer's tokens begin; S when the sample has no answer. placement: of the features of the n
-    pictures or tiles; None when they are the image tokens, in order.
+    input_ids: int64 [S], with the image token already repeated once per patch. pixel_values: float32 [n, 3, R, R], the n
+    images or tiles; n may be 0. answer_start: position of the first answer token; S when the sample has no answer.
+    placement: how image tokens are composed from the features of the n images or tiles; None when the features are the
+    image tokens, in order.
     """
 
     input_ids: np.ndarray
@@ -39,7 +40,7 @@ class Sample:
 
 
 def place_features(embeds: np.ndarray, placement: Placement | None) -> np.ndarray:
-    """image_embeds [n, hidden] as the vision graph puts them out -> one row for each image token, of the same type."""
+    """One row per image token, [N, hidden], from image_embeds [n, hidden] as the vision graph returns them; same dtype."""
     if placement is None:
         return embeds
     if placement.rows.shape[1] == 1:
@@ -51,9 +52,9 @@ def place_features(embeds: np.ndarray, placement: Placement | None) -> np.ndarra
 
 
 def join_placements(placements: Sequence[Placement | None], row_counts: Sequence[int]) -> Placement | None:
-    """The placement of several prompts whose pictures run together; row_counts: embedding rows of each, newline apart.
+    """The placement of several prompts whose images run as one batch; None when no prompt has a placement.
 
-    None when none has one.
+    row_counts: number of rows of image_embeds of each prompt, without the newline row.
     """
     if all(placement is None for placement in placements):
         return None
@@ -65,8 +66,8 @@ def join_placements(placements: Sequence[Placement | None], row_counts: Sequence
     widest = max(part.rows.shape[1] for part in parts)
     rows, weights = [], []
     for part, start in zip(parts, starts, strict=True):
-        more = ((0, 0), (0, widest - part.rows.shape[1]))
-        moved = np.where(part.rows < 0, part.rows, part.rows + start)
-        rows.append(np.pad(moved, more, mode="edge"))
-        weights.append(np.pad(part.weights, more))
+        padding = ((0, 0), (0, widest - part.rows.shape[1]))
+        shifted = np.where(part.rows < 0, part.rows, part.rows + start)
+        rows.append(np.pad(shifted, padding, mode="edge"))
+        weights.append(np.pad(part.weights, padding))
     return Placement(np.concatenate(rows), np.concatenate(weights))

@@ -1,6 +1,6 @@
-"""What a quantized linear is: its bits and groups. Plain data, no torch.
+"""Quantization scheme of one linear: bits of weights and activations, and group size.
 
-Names follow the field: W4A16 is 4-bit weights with 16-bit (float) activations, W8A8 is 8-bit both.
+Names follow the field: W4A16 has 4-bit weights and 16-bit (float) activations, W8A8 has 8 bits for both.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from qvlm_export.calibrate.errors import UserError
 GROUP_SIZES = (128, 64)  # what TensorRT fuses into an INT4 GEMM
 WEIGHT_BITS = (3, 4, 6, 8)
 ACTIVATION_BITS = (None, 4, 6, 8)
-FLOAT_BITS = 16  # what float activations are called
-GROUPED_BITS = 4  # weights of so many bits or fewer have a scale per group
+FLOAT_BITS = 16  # stands for float activations in names
+GROUPED_BITS = 4  # weights of this many bits or fewer have one scale per group
+MAX_FLOAT16 = 65504.0
 _ALLOWED = "weights have 3, 4, 6 or 8 bits, activations 4, 6, 8 or 16"
 _NAMES = {f"W{w}A{a or FLOAT_BITS}": (w, a) for w in WEIGHT_BITS for a in ACTIVATION_BITS}
 
 
 class SchemeError(UserError):
-    """A linear cannot have the scheme it was given."""
+    """A linear cannot have the requested scheme."""
 
 
 @dataclass(frozen=True)
 class LinearScheme:
-    """How one linear is quantized. Symmetric, zero-point 0.
+    """How one linear is quantized, symmetrically with zero-point 0.
 
-    weight_bits: 3 or 4 (one scale per `group_size` inputs and output), 6 or 8 (one scale per output).
-    activation_bits: None for float activations; 4, 6 or 8 for one static per-tensor scale.
+    weight_bits: 3 or 4, with one scale per output and group of `group_size` inputs; 6 or 8, with one scale per output.
+    activation_bits: 4, 6 or 8, with one static per-tensor scale; None for float activations. group_size: None for 6-bit and
+    8-bit weights. Raises SchemeError for other bits, or a group size that does not fit them.
     """
 
     weight_bits: int
@@ -42,35 +44,39 @@ class LinearScheme:
 
     @property
     def name(self) -> str:
+        """The name of its bits, such as W4A16; the group size is not part of it."""
         return f"W{self.weight_bits}A{self.activation_bits or FLOAT_BITS}"
 
     @property
     def deployable(self) -> bool:
-        """Whether TensorRT has an integer kernel for it: INT4 is weight-only, INT8 needs 8 bits on both sides."""
+        """Whether TensorRT has a kernel for it: INT4 is weight-only, INT8 needs 8 bits for weights and activations."""
         return (self.weight_bits, self.activation_bits) in ((4, None), (8, 8))
 
     @property
     def qmax(self) -> int:
-        """Largest code of a weight."""
+        """The largest code of a weight."""
         return int(2 ** (self.weight_bits - 1) - 1)
 
     @property
     def qmin(self) -> int:
-        """Grouped weights use all codes; per-channel ones leave out the lowest, as TensorRT's INT8 products do."""
+        """The smallest code of a weight.
+
+        Grouped weights use all codes; per-channel ones leave out the lowest, as TensorRT's INT8 products do.
+        """
         return -self.qmax - 1 if self.weight_bits <= GROUPED_BITS else -self.qmax
 
     @property
     def stored_bits(self) -> int:
-        """Bits of a code in a graph: grouped weights lie in INT4, the others in INT8, of which 3 and 6 bits use a part."""
+        """Bits of a code in an ONNX graph: 3-bit and 4-bit weights are stored as INT4, 6-bit and 8-bit weights as INT8."""
         return 8 if self.group_size is None else 4
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a weight's scale: float16 for groups, float32 for output channels."""
+        """Bytes of one weight scale: float16 for groups, float32 for output channels."""
         return 4 if self.group_size is None else 2
 
     def scale_shape(self, weight_shape: tuple[int, int]) -> tuple[int, ...]:
-        """Weight [out, in] -> shape of its scales: [out, in // group_size] or [out]."""
+        """The shape of the scales of a weight [out, in]: [out, in // group_size] or [out]."""
         out_features, in_features = weight_shape
         return (out_features,) if self.group_size is None else (out_features, in_features // self.group_size)
 
@@ -79,9 +85,9 @@ W8A8 = LinearScheme(weight_bits=8, activation_bits=8, group_size=None)
 
 
 def parse_scheme_bits(name: str) -> tuple[int, int | None]:
-    """Bits of weights and activations in a name such as W4A16; None for float activations, which are called 16.
+    """Bits of weights and of activations from a name such as W4A16, where A16 stands for float activations (None).
 
-    Raises SchemeError for bits that no linear can have.
+    Raises SchemeError for any other name.
     """
     if name not in _NAMES:
         raise SchemeError(f"{name}: {_ALLOWED}; write W4A16, for example")
@@ -95,21 +101,18 @@ def fit_scheme(
     activation_bits: int | None,
     group_sizes: tuple[int, ...] = GROUP_SIZES,
 ) -> LinearScheme:
-    """The scheme of these bits for a weight [out, in], with the first of `group_sizes` that divides its inputs.
+    """The scheme with these bits for a weight [out, in]; grouped weights get the first of `group_sizes` that divides `in`.
 
-    Raises SchemeError naming the linear when none does, or when an odd number of outputs cannot be packed in pairs.
+    Raises SchemeError naming the linear when none divides it, or when an odd number of outputs cannot be packed in pairs.
     """
     if weight_bits > GROUPED_BITS:
         return LinearScheme(weight_bits, activation_bits, None)
     out_features, in_features = weight_shape
-    refused = f"so it cannot have {weight_bits}-bit weights; use --scheme int8, or a recipe that leaves it out"
+    consequence = f"so it cannot have {weight_bits}-bit weights; use --scheme int8, or a recipe that leaves it out"
     if out_features % 2:
-        raise SchemeError(f"{name}: its {out_features} outputs are odd, {refused}")
+        raise SchemeError(f"{name}: its {out_features} outputs are odd, {consequence}")
     for group_size in group_sizes:
         if in_features % group_size == 0:
             return LinearScheme(weight_bits, activation_bits, group_size)
-    tried = " nor ".join(str(g) for g in group_sizes)
-    raise SchemeError(f"{name}: {tried} does not divide its {in_features} inputs, {refused}")
-
-
-MAX_FLOAT16 = 65504.0
+    candidates = " nor ".join(str(g) for g in group_sizes)
+    raise SchemeError(f"{name}: {candidates} does not divide its {in_features} inputs, {consequence}")

@@ -1,1 +1,1 @@
-"""Fast float32 matrix maths, the same to the last bit on any number of threads."""
+"""Fast float32 linear algebra whose results do not depend on the number of threads, to the last bit."""

@@ -1,8 +1,8 @@
-"""Cholesky factors of large matrices, the same to the last bit on any number of threads. torch.
+"""Blocked left-looking Cholesky factorization whose result does not depend on the number of threads, to the last bit.
 
-LAPACK's last bits depend on the number of threads, so it is held to one. Large matrices are factored here, by columns of
-blocks from left to right: the rows of a block column do not depend on each other, so threads share them out in pieces that
-are the same however many there are, and each piece is computed by one thread.
+The last bits of LAPACK's factor depend on the number of threads, so LAPACK runs on one thread. Large matrices are factored
+here by block columns, from left to right: the rows of a block column do not depend on each other, so threads share them
+out in tiles whose sizes do not depend on the number of threads, and one thread computes each tile.
 """
 
 from __future__ import annotations
@@ -11,47 +11,51 @@ import torch
 
 from qvlm_export.calibrate.numerics.threads import map_on_threads, one_thread
 
-LARGE = 2048  # rows from which on pieces are worth it
-BLOCK = 768  # columns at a time
-PIECE, NARROW = 384, 192  # rows that one thread computes: of what is below the diagonal, of a square on it
+LARGE = 2048  # rows from which on the blocked factorization pays
+BLOCK_COLUMNS = 768
+# Rows of the factor that one thread computes at a time: below a diagonal block, and inside one.
+PANEL_ROWS, DIAGONAL_ROWS = 384, 192
 
 
 def cholesky_(lower: torch.Tensor) -> bool:
-    """Replaces a symmetric positive definite matrix by its lower Cholesky factor; False, and of no use, if it is not so.
+    """Overwrites a symmetric positive definite matrix [n, n] with its lower Cholesky factor, and returns True.
 
-    Its columns should lie one behind another in memory; only what is on and below the diagonal is read.
+    Returns False when the matrix is not positive definite; its content is then of no use. Only the entries on and below the
+    diagonal are read, and those above become zero. The columns should be contiguous in memory.
     """
     if lower.device.type != "cpu" or len(lower) < LARGE:
         failed = torch.ones((), dtype=torch.int32, device=lower.device)
         with one_thread():
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
         return not int(failed)
-    upper = lower.mT  # U^T U, rows one behind another
-    for start in range(0, len(upper), BLOCK):
-        end = min(start + BLOCK, len(upper))
-        if not _next_rows_(upper, start, end):
+    upper = lower.mT  # the matrix becomes U^T U; rows of U are contiguous
+    for start in range(0, len(upper), BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, len(upper))
+        if not _factor_rows_(upper, start, end):
             return False
         upper[end:, start:end] = 0
     return True
 
 
-def _next_rows_(upper: torch.Tensor, start: int, end: int) -> bool:
-    """Rows start to end of U, from those above."""
-    above, own = upper[:start, start:end].mT, upper[start:end, start:end]
+def _factor_rows_(upper: torch.Tensor, start: int, end: int) -> bool:
+    """Computes rows start to end of U in place from the rows above; False when the matrix is not positive definite."""
+    above, diagonal_block = upper[:start, start:end].mT, upper[start:end, start:end]
 
-    def less_known(columns: slice) -> torch.Tensor:
+    def subtract_above(columns: slice) -> torch.Tensor:
+        """The part of these rows [end - start, columns] that the rows above leave to be factored (Schur complement)."""
         return torch.addmm(upper[start:end, columns], above, upper[:start, columns], alpha=-1)
 
-    square = torch.cat(map_on_threads(less_known, [slice(n, min(n + NARROW, end)) for n in range(start, end, NARROW)]), 1)
+    tiles = [slice(n, min(n + DIAGONAL_ROWS, end)) for n in range(start, end, DIAGONAL_ROWS)]
+    square = torch.cat(map_on_threads(subtract_above, tiles), 1)
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(square.mT)
     if int(failed):
         return False
-    own.copy_(factor.mT)
+    diagonal_block.copy_(factor.mT)
 
     def solve_(first: int) -> None:
-        columns = slice(first, first + PIECE)
-        upper[start:end, columns] = torch.linalg.solve_triangular(factor, less_known(columns), upper=False)
+        columns = slice(first, first + PANEL_ROWS)
+        upper[start:end, columns] = torch.linalg.solve_triangular(factor, subtract_above(columns), upper=False)
 
-    map_on_threads(solve_, range(end, len(upper), PIECE))
+    map_on_threads(solve_, range(end, len(upper), PANEL_ROWS))
     return True

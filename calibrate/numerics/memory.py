@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system: what one phase needed does not lie under what the next one needs. libc."""
+"""Returns freed heap memory to the operating system (glibc's malloc_trim), which lowers peak memory between phases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 
 
 def trim_heap() -> None:
-    """glibc keeps what was freed: gigabytes, after many tensors of a few megabytes. Elsewhere there is nothing to do."""
+    """Returns freed memory to the system; does nothing where the C library is not glibc.
+
+    glibc keeps what was freed: gigabytes, after many tensors of a few megabytes.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # musl has none, and keeps little
+    if hasattr(libc, "malloc_trim"):  # musl has no malloc_trim, and keeps little
         libc.malloc_trim(0)

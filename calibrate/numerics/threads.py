@@ -1,4 +1,7 @@
-"""Threads that do not show in the result: the same bytes on one core and on many. torch."""
+"""Parallelism whose results do not depend on the number of threads.
+
+Work is divided into independent parts, and one thread computes each part whole.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from typing import TypeVar
 import torch
 
 _Part = TypeVar("_Part")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch computes with one thread inside, as LAPACK's factorizations must: their last bits depend on the number."""
+    """A context in which torch computes with one thread.
+
+    LAPACK's factorizations need it, because their last bits depend on the number of threads.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -27,8 +33,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def map_on_threads(compute: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_Found]:
-    """`compute` of every part, by as many threads as torch has, none of which divides a part."""
+def map_on_threads(compute: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
+    """The results of `compute` for all parts, in order. As many threads as torch has share out whole parts."""
     threads = torch.get_num_threads()
     with one_thread():
         if threads == 1 or len(parts) <= 1:

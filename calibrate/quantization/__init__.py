@@ -1,1 +1,1 @@
-"""Quantizers, observers, the Hessian of inputs; equalization and clipping ranges by expected error."""
+"""Quantizers, observers, the input Hessian, equalization, and clipping ranges by output error or expected error."""

@@ -1,37 +1,45 @@
-"""What a searching calibrator does, as data: every effort, every row of the benchmark and every ablation is one of these."""
+"""Configuration of the searching calibrator, as data.
+
+Every effort, every row of the benchmark and every ablation is a `SearchConfig`. The `Literal` types list the methods.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-# none; smoothquant: norms only, exponent 0.5, as its paper; awq: factors from mean magnitudes, the exponent by output error;
-# search: from means and peaks, the exponent by output error; expected: a factor for each channel, all with the least
-# expected error (`expected_error.py`).
+# How outlier channels of activations are moved into weights (`equalize.py`).
+# none: not at all. smoothquant: at norms only, exponent 0.5, as in its paper. awq: factors from mean magnitudes, the
+# exponent by output error. search: factors from mean and largest magnitudes, the exponent by output error. expected: a
+# factor for each channel, all together with the least expected error (`expected_error.py`).
 Equalization = Literal["none", "smoothquant", "awq", "search", "expected"]
-# absmax: the whole range, to both sides of zero; covering: no more of it than there are values; rounded: that, or fractions
-# of it where they leave less output error once rounded by GPTQ; output: the fraction with the least output error when
-# rounded to nearest; expected: the least expected error.
+# The clipping range of each group or output channel of a weight.
+# absmax: the largest magnitude, on both sides of zero. covering: the smallest range that clips nothing. rounded: that range,
+# or a fraction of it if that leaves less output error after GPTQ. output: the fraction of absmax with the least output error
+# after round-to-nearest.
 WeightRange = Literal["absmax", "covering", "rounded", "output"]
+# The clipping range of a shared input: the largest magnitude, the fraction of it with the least output error, or the range
+# with the least expected error (`expected_error.py`).
 InputRange = Literal["absmax", "output", "expected"]
-# nearest; gptq: by what an error does to the linear's output; two-sided: by what that does to the answers
-# (`kronecker_rounding.py`).
+# nearest: round-to-nearest (RTN). gptq: by the input Hessian, that is by the error of the linear's output. two-sided: by
+# input and output Hessian (Kronecker-factored), that is by the error of the model's output (`kronecker_rounding.py`).
 Rounding = Literal["nearest", "gptq", "two-sided"]
-# What an error at a token counts: all alike; or by how much it moves the answers' logits, or their KL divergence, or both;
-# or by the mean of the logits' over the tokens of its kind (`measure.py`).
+# The weight of a token's error (`sensitivity/measure.py`). plain: equal weights. logits, kl, kl+logits: by how much the
+# error moves the logits of the answer tokens, their KL divergence, or both. modality: the mean of "logits" over the tokens
+# of its kind.
 TokenWeighting = Literal["plain", "modality", "logits", "kl", "kl+logits"]
-# What tower and projector are optimised for (Q-VLM, section 3.3): what an error means to the language model, by the same
-# objective as the decoder; their own output, all tokens alike; or nothing, rounded to nearest.
+# The objective for vision tower and projector (Q-VLM, section 3.3). language: as for the decoder, the error of the language
+# model's output. own: the error of their own output, with equal token weights. none: they are rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """One way to quantize the linears that share an input.
+    """How the linears that share an input are quantized.
 
-    ridge: how strongly weights are held back when they are moved towards the float output; None leaves them where they are.
-    by_output: whether folding factors and the range of activations, too, count an error of each output by its gradients.
-    Only where rounding is two-sided, as nothing else knows them.
+    ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
+    by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
+    Hessian. It needs Kronecker-factored rounding ("two-sided"), without which there are no output Hessians.
     """
 
     activation_ranges: InputRange = "output"
@@ -43,18 +51,18 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One way to search a block.
+    """How blocks are searched, and with which prompts.
 
-    folding: how outlier channels are moved into weights. variant: how every group of linears is ranged and rounded.
-    objective: what errors at a token count for.
-    learn_steps: gradient steps on rounding, ranges, gains and biases of the block after that; 0 for none.
-    vision: what tower and projector are optimised for.
-    leverage: whether two-sided rounding counts a token's gradient by the leverage of its input.
-    questions: how many of the samples' texts are asked about each sample's pictures (`cross_questions.py`); 1 for its own
-    only.
-    undecided: how many are also asked about mixtures of its pictures with others (`mixup.py`); 0 for none.
-    scrambled: how many texts with words drawn anew are run about each sample's pictures (`random_words.py`); 0 for none.
-    seed: of everything drawn at random.
+    equalization: how outlier channels are moved into weights. linear: how the linears of every shared input are quantized.
+    token_weighting: how the errors of tokens are weighted.
+    learn_steps: steps of learned rounding for the whole block after that; 0 for none.
+    vision: the objective for vision tower and projector.
+    leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
+    questions: how many of the samples' prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
+    mixup_prompts: how many are also paired with mixtures of its images and others (`mixup.py`); 0 for none.
+    random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
+    for none.
+    seed: of everything that is drawn at random.
     """
 
     equalization: Equalization = "search"
@@ -69,19 +77,19 @@ class SearchConfig:
     seed: int = 0
 
     def needs_output_hessians(self) -> bool:
-        """Whether rounding needs to know in which directions outputs matter."""
+        """Whether rounding uses the output Hessians of linears (Kronecker-factored rounding)."""
         return self.linear.rounding == "two-sided"
 
     def by_output(self) -> bool:
-        """Whether folding factors count errors of outputs by their gradients."""
+        """Whether equalization and activation ranges weight each output by the diagonal of its output Hessian."""
         return self.needs_output_hessians() and self.linear.by_output
 
     def num_backward_passes(self) -> int:
-        """How often gradients are taken through the float model."""
+        """The number of backward passes through the float model."""
         return 2 if self.needs_output_hessians() and self.leverage else 1
 
     def for_vision(self) -> SearchConfig:
-        """The same for a block of tower or projector."""
+        """This configuration for a block of vision tower or projector, changed as `vision` says."""
         if self.vision == "language":
             return self
         if self.vision == "own":
@@ -91,12 +99,12 @@ class SearchConfig:
 
 
 RTN_LINEAR = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)
-# The ridge is no matter of choice: on the samples it is fitted to, less of it always looks better. Nor is the range of
-# activations: those samples hold no value beyond the largest ones seen.
+# Neither the ridge nor the activation range is searched on the calibration set. A smaller ridge always looks better on the
+# samples it is fitted to, and those samples hold no value beyond their own largest one.
 EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges="covering")
 FAST = SearchConfig("expected", EXPECTED_ERROR_LINEAR)
-# With many times the prompts less has to be held back. What counts is where the answers are undecided and, as that is little
-# data for so many directions, the logits.
+# With many times the prompts a smaller ridge is enough. "kl" weights the tokens that decide uncertain answers; as these are
+# little data for so many directions, "logits" is added.
 KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="two-sided", ridge=0.3)
 FULL = SearchConfig(
     "expected", KRONECKER_LINEAR, "kl+logits", learn_steps=24, questions=8, mixup_prompts=4, random_word_prompts=16

@@ -1,8 +1,9 @@
-"""Moving outlier channels out of activations into the weights that make them, exactly. torch.
+"""Equalization: moves outlier channels of activations into the preceding layer's weights (SmoothQuant, AWQ).
 
-x / s is computed by whoever produces x (a norm's gain, the rows of v_proj or up_proj), W * s by whoever reads it, so the
-float model is unchanged while the quantizers see tamer values. Source: SmoothQuant (Xiao et al. 2022, section 4) and AWQ
-(Lin et al. 2023, section 3.2), with the exponent searched on the group's output error with the real quantizers in the loop.
+The preceding layer (a norm's gain, the rows of v_proj or up_proj) computes x / s, and the linears that read x use W * s, so
+the float model does not change while its quantizers see smaller outliers. Source: SmoothQuant (Xiao et al. 2022, section 4)
+and AWQ (Lin et al. 2023, section 3.2). Exponents are searched by the output error of the linears that share the input, with
+the real quantizers in the loop; "expected" factors come from `expected_error.py` instead.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from qvlm_export.calibrate.quantization.quantizer import (
     weight_scale,
 )
 
-STARTS = (0.5, 0.75, 1.0)  # of the gradient descent on expected errors
+STARTS = (0.5, 0.75, 1.0)  # SmoothQuant exponents from which the descent on the expected error starts
 EXPONENTS = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 MAX_FACTOR = 256.0
-SMOOTHQUANT_EXPONENT = 0.5  # its paper's
+SMOOTHQUANT_EXPONENT = 0.5  # as in its paper
 
 
 @dataclass(frozen=True)
 class EqualizationInputs:
-    """What a group reads: tokens [n, in]. peak, mean: magnitudes of each channel; rows: some of the tokens, to judge on.
+    """A shared input and its statistics.
 
-    weights: what each token counts, float32 [n]; None for all alike.
+    tokens: float32 [n, in]. peak, mean: largest and mean magnitude of each channel, float32 [in]. rows: some of the tokens,
+    on which output errors are measured. weights: of the tokens, float32 [n]; None if all are equal.
     """
 
     tokens: torch.Tensor
@@ -54,59 +56,71 @@ class EqualizationInputs:
     weights: torch.Tensor | None = None
 
 
-def gather_inputs(tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor | None = None) -> EqualizationInputs:
-    """tokens: float32 [tokens, in]; chosen: indices of the rows to judge on; weights: what each token counts."""
-    return EqualizationInputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[chosen], weights)
+def gather_inputs(tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor | None = None) -> EqualizationInputs:
+    """The statistics of a shared input.
+
+    tokens: float32 [n, in]; indices: int64, of the rows on which output errors are measured; weights: of the tokens, float32
+    [n], None if all are equal.
+    """
+    return EqualizationInputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[indices], weights)
 
 
 def choose_factors(
-    folding: Equalization,
-    producer: str,
+    equalization: Equalization,
+    preceding: str,
     inputs: EqualizationInputs,
     weight: torch.Tensor,
     scheme: LinearScheme,
     *,
     sharing: ChannelSharing,
 ) -> torch.Tensor | None:
-    """The factors that `equalization` gives a group whose input `preceding` makes, None for none; see `method.Folding`."""
-    if folding == "none" or (folding == "smoothquant" and producer.startswith(("self_attn", "mlp"))):
+    """Equalization factors, float32 [channels of the preceding layer]; None where nothing is equalized.
+
+    equalization: how they are found, see `config.Equalization`. preceding: name of the layer that computes the input;
+    weight: float32 [out, in] of the linears that read it; scheme: their scheme; sharing: which inputs share a factor.
+    """
+    if equalization == "none" or (equalization == "smoothquant" and preceding.startswith(("self_attn", "mlp"))):
         return None
-    peak, size = sharing.reduce(inputs.peak), sharing.reduce(weight.abs().amax(0))
-    if folding == "smoothquant":
-        return _tidy(_smoothing(peak, size, SMOOTHQUANT_EXPONENT))
-    if folding == "expected":
+    peak, weight_peak = sharing.reduce(inputs.peak), sharing.reduce(weight.abs().amax(0))
+    if equalization == "smoothquant":
+        return _normalize(_smoothquant_factors(peak, weight_peak, SMOOTHQUANT_EXPONENT))
+    if equalization == "expected":
         channels = torch.arange(len(peak), device=peak.device)
-        starts = [_smoothing(peak, size, exponent) for exponent in STARTS]
+        starts = [_smoothquant_factors(peak, weight_peak, exponent) for exponent in STARTS]
         energy = compute_residual_energy(inputs.tokens, inputs.weights)
-        noise = ErrorModel(fit_tail(inputs.tokens), energy, subsample_rows(weight), scheme)
-        return _tidy(optimize_factors(noise, starts, sharing.expand(channels)))
-    if folding == "awq":
+        model = ErrorModel(fit_tail(inputs.tokens), energy, subsample_rows(weight), scheme)
+        return _normalize(optimize_factors(model, starts, sharing.expand(channels)))
+    if equalization == "awq":
         mean = sharing.reduce(inputs.mean).clamp(min=1e-6)
-        return _best([_tidy(mean ** (i / 20)) for i in range(20)], inputs, weight, scheme, sharing)
+        return _select_best([_normalize(mean ** (i / 20)) for i in range(20)], inputs, weight, scheme, sharing)
     return search_factors(inputs, weight, scheme, sharing)
 
 
 def search_factors(
     inputs: EqualizationInputs, weight: torch.Tensor, scheme: LinearScheme, sharing: ChannelSharing
 ) -> torch.Tensor:
-    """Factors s (per producer channel) with the least output error of quantized (W * s) on quantized (x / s).
+    """Factors s with the least output error of quantized W * s on quantized x / s.
 
-    weight: float32 [out, in] of the group's linears together.
+    The result is float32 [channels of the preceding layer]; the candidates are powers of magnitudes (EXPONENTS). weight:
+    float32 [out, in] of all linears that share the input.
     """
     peak, mean = sharing.reduce(inputs.peak), sharing.reduce(inputs.mean)
-    size = sharing.reduce(weight.abs().amax(0))
+    weight_peak = sharing.reduce(weight.abs().amax(0))
     candidates = [torch.ones_like(peak)]
     for exponent in EXPONENTS:
-        candidates += [_tidy(_smoothing(peak, size, exponent)), _tidy(mean.clamp(min=1e-6) ** exponent)]
-    return _best(candidates, inputs, weight, scheme, sharing)
+        candidates += [
+            _normalize(_smoothquant_factors(peak, weight_peak, exponent)),
+            _normalize(mean.clamp(min=1e-6) ** exponent),
+        ]
+    return _select_best(candidates, inputs, weight, scheme, sharing)
 
 
-def _smoothing(peak: torch.Tensor, size: torch.Tensor, exponent: float) -> torch.Tensor:
-    """SmoothQuant's factors (section 4), untidied."""
-    return peak.clamp(min=1e-6) ** exponent / size.clamp(min=1e-6) ** (1 - exponent)
+def _smoothquant_factors(peak: torch.Tensor, weight_peak: torch.Tensor, exponent: float) -> torch.Tensor:
+    """SmoothQuant's factors (section 4), before `_normalize`."""
+    return peak.clamp(min=1e-6) ** exponent / weight_peak.clamp(min=1e-6) ** (1 - exponent)
 
 
-def _best(
+def _select_best(
     candidates: list[torch.Tensor],
     inputs: EqualizationInputs,
     weight: torch.Tensor,
@@ -114,54 +128,60 @@ def _best(
     sharing: ChannelSharing,
 ) -> torch.Tensor:
     """The candidate factors with the least output error."""
-    wanted = matmul(inputs.rows, weight.T)
-    errors = [_output_error(inputs, weight, sharing.expand(c), scheme, wanted) for c in candidates]
+    float_outputs = matmul(inputs.rows, weight.T)
+    errors = [_measure_output_error(inputs, weight, sharing.expand(c), scheme, float_outputs) for c in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def _tidy(factors: torch.Tensor) -> torch.Tensor:
-    """Geometric mean 1, and no factor so large that float16 would lose the rest."""
+def _normalize(factors: torch.Tensor) -> torch.Tensor:
+    """Factors with geometric mean 1, clamped so that none is so large that float16 would lose the others."""
     centred = factors / factors.log().mean().exp()
     return centred.clamp(1 / MAX_FACTOR, MAX_FACTOR)
 
 
-def _output_error(
-    inputs: EqualizationInputs, weight: torch.Tensor, factors: torch.Tensor, scheme: LinearScheme, wanted: torch.Tensor
+def _measure_output_error(
+    inputs: EqualizationInputs,
+    weight: torch.Tensor,
+    factors: torch.Tensor,
+    scheme: LinearScheme,
+    float_outputs: torch.Tensor,
 ) -> float:
+    """Squared error of the outputs of quantized weight * factors on quantized rows / factors. factors: float32 [in]."""
     scaled = weight * factors
     scale = weight_scale(group_amax(scaled, scheme), scheme)
     rounded = round_to_codes(scaled, scale, scheme).float() * expand_scales(scale, weight.shape[1])
     x = inputs.rows / factors
     if scheme.activation_bits is not None:
         x = fake_quantize(x, activation_scale(float(x.abs().max()), scheme.activation_bits), scheme.activation_bits)
-    return squared_sum(matmul(x, rounded.T) - wanted)
+    return squared_sum(matmul(x, rounded.T) - float_outputs)
 
 
-def _stored_gain(folded: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """As float16 has it; where that is 0 or infinite, the gain as it was."""
-    half = folded.half()
+def _round_gain(equalized: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """The equalized gain rounded to float16; the original gain, rounded, where the equalized one becomes 0 or infinite."""
+    half = equalized.half()
     return torch.where((half != 0) & half.isfinite(), half, gain.half()).float()
 
 
-def apply_equalization_(module: nn.Module, group: SharedInput, factors: torch.Tensor) -> torch.Tensor:
-    """Divides the producer's output channels and multiplies the readers' columns, in place; returns the factors used.
+def apply_equalization_(module: nn.Module, shared_input: SharedInput, factors: torch.Tensor) -> torch.Tensor:
+    """Divides the preceding layer's outputs and multiplies the linears' columns, in place; returns the column factors.
 
-    Exact: a norm's new gain is rounded to float16 first (as it will be stored), and the readers are scaled by what that
-    really changed.
+    factors: float32 [channels of the preceding layer]. The result, float32 [in], holds the factors that were really applied:
+    a norm's new gain is rounded to float16 first, as it will be stored, and the linears are multiplied by the ratio of old
+    and new gain, so the float model stays exact. Without a preceding layer nothing changes.
     """
-    if group.preceding is None:
+    if shared_input.preceding is None:
         return torch.ones_like(factors)
-    weight = module.get_parameter(f"{group.preceding}.weight")
-    bias = dict(module.named_parameters()).get(f"{group.preceding}.bias")
+    weight = module.get_parameter(f"{shared_input.preceding}.weight")
+    bias = dict(module.named_parameters()).get(f"{shared_input.preceding}.bias")
     if weight.ndim > 1:
         weight.div_(factors[:, None])
     else:
         gain = weight.clone()
-        weight.copy_(_stored_gain(gain / factors, gain))
+        weight.copy_(_round_gain(gain / factors, gain))
         factors = torch.where(weight != 0, gain / weight, torch.ones_like(gain))
     if bias is not None:
         bias.div_(factors)
-    columns = find_channel_sharing(module, group).expand(factors)
-    for name in group.linears:
+    columns = find_channel_sharing(module, shared_input).expand(factors)
+    for name in shared_input.linears:
         get_linear(module, name).weight.mul_(columns)
     return columns

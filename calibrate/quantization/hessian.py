@@ -1,4 +1,8 @@
-"""calibrate/quantization/hessian.py"""
+"""Input Hessian H = X X^T of GPTQ: its damped Cholesky factor (Frantar et al. 2022, arXiv 2210.17323, section 3).
+
+H is the Gram matrix of a linear's inputs X [in, tokens], half the second derivative of the squared output error by a row of
+the weight. The same factorization serves the output Hessian in `kronecker_rounding.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +16,58 @@ from qvlm_export.calibrate.numerics.cholesky import cholesky_
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 
-_FILLED = 256  # rows copied at a time
+_COPIED_ROWS = 256  # rows of H copied at a time
 
 
 @dataclass(frozen=True)
 class HessianFactor:
-    """What GPTQ needs of a Gram matrix, for all linears that share the input.
+    """The Cholesky factor of a damped Hessian, H = L L^T, for all linears that share the input.
 
-    order: columns by increasing input energy; they are rounded from the last to the first (act-order). lower: L float64
-    [in, in] in that order; its columns lie one behind another.
+    order: int64 [in], columns by increasing input energy; they are rounded from the last to the first (act-order). lower: L,
+    float64 [in, in], in that order and column-major in memory.
     """
 
     order: torch.Tensor
     lower: torch.Tensor
 
 
-def factor_hessian(gram: torch.Tensor, damping: float = DAMPING) -> HessianFactor:
-    """gram: float32 [in, in]; damped by so much of its mean diagonal, and more until it can be factored.
+def factor_hessian(hessian: torch.Tensor, damping: float = DAMPING) -> HessianFactor:
+    """The factor of a Hessian damped by `damping` times its mean diagonal, ten times more until it can be factored.
 
-    Raises UserError where it is not finite, as no damping mends that.
+    hessian: float32 [in, in]. Raises UserError if its diagonal is not finite, which no damping mends.
 
-    One float64 matrix, which is most of what a wide linear takes in memory: its columns lie one behind another as LAPACK
-    wants them, or it would make a copy.
+    Only one float64 matrix is made, as it is most of the memory that a wide linear takes. It is column-major, so that LAPACK
+    needs no copy.
     """
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
-    size = float(gram.diagonal()[order].double().mean().clamp(min=1e-12))
-    if not math.isfinite(size):
-        raise UserError(f"second moments of {len(gram)} channels are not finite: their values are too large to calibrate on")
-    damping *= size
-    lower = torch.empty(gram.shape, dtype=torch.float64, device=gram.device).mT
-    _fill_(lower, gram, order, damping)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).flip(0)
+    mean_diagonal = float(hessian.diagonal()[order].double().mean().clamp(min=1e-12))
+    if not math.isfinite(mean_diagonal):
+        raise UserError(
+            f"second moments of {len(hessian)} channels are not finite: their values are too large to calibrate on"
+        )
+    damping *= mean_diagonal
+    lower = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).mT
+    _fill_(lower, hessian, order, damping)
     while not cholesky_(lower):
         damping *= 10
-        _fill_(lower, gram, order, damping)
+        _fill_(lower, hessian, order, damping)
     return HessianFactor(order, lower)
 
 
-def gptq_residual_energy(gram: torch.Tensor) -> torch.Tensor:
-    """What rounding each column costs for each squared step once GPTQ has made up for it: L_jj^2, float32 [in]."""
-    rounder = factor_hessian(gram)
-    left = torch.empty(len(gram), device=gram.device)
-    left[rounder.order] = rounder.lower.diagonal().square().float()
-    return left
+def gptq_residual_energy(hessian: torch.Tensor) -> torch.Tensor:
+    """L_jj^2, float32 [in]: the output error of a unit error in each column after GPTQ's compensation.
+
+    hessian: H, float32 [in, in].
+    """
+    factor = factor_hessian(hessian)
+    energy = torch.empty(len(hessian), device=hessian.device)
+    energy[factor.order] = factor.lower.diagonal().square().float()
+    return energy
 
 
-def _fill_(wide: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, damping: float) -> None:
-    """The damped Gram matrix in another order, some rows at a time. wide: float64, column by column."""
-    for start in range(0, len(gram), _FILLED):
-        rows = order[start : start + _FILLED]
-        wide.mT[start : start + _FILLED] = gram[rows][:, order]  # symmetric: its rows are its columns
-    wide.diagonal().add_(damping)
+def _fill_(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, damping: float) -> None:
+    """Writes the damped Hessian in another order, some rows at a time. target: float64 [in, in], column-major."""
+    for start in range(0, len(hessian), _COPIED_ROWS):
+        rows = order[start : start + _COPIED_ROWS]
+        target.mT[start : start + _COPIED_ROWS] = hessian[rows][:, order]  # symmetric: its rows are its columns
+    target.diagonal().add_(damping)

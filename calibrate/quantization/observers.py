@@ -1,8 +1,8 @@
-"""What the input of a quantizer looks like, gathered in one pass over batches. torch.
+"""Observers of quantizer inputs: ranges and histograms of activations, gathered in one pass over batches.
 
-Every token has a label: image, prompt or answer. An answer token's own position is a decode position: in generation it is
-fed to the model alone, after the prefill of image and prompt. With causal attention its activations do not depend on
-what comes after it, so a forward pass over prompt and answer together (teacher forcing) gives exactly those of decoding.
+Every token has a label: image, prompt or answer. The position of an answer token is a decode position: in generation the
+token is fed to the model alone, after the prefill of image and prompt. With causal attention its activations do not depend
+on what comes after it, so a forward pass over prompt and answer together (teacher forcing) gives exactly those of decoding.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qvlm_export.calibrate.blockwise.token_kinds import ALL_LABELS, TokenLabel
 from qvlm_export.calibrate.errors import UserError
 
 BINS = 2**14  # on each side of zero
-_COUNTED = 2**18  # values counted at a time, few enough to stay in the processor's cache
+_CHUNK_VALUES = 2**18  # values counted at a time, few enough to stay in the processor's cache
 _LOWEST_EXPONENT = -100  # smaller magnitudes lie in the bins beside zero
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often which values occur.
+    """A histogram of values in bins of equal width around zero.
 
     counts: int64 [2 * BINS]; bin BINS + j holds magnitudes in [j * width, (j + 1) * width), bin BINS - 1 - j the same with a
     minus sign. amax: the exact largest magnitude, below BINS * width.
@@ -37,33 +37,33 @@ class Histogram:
     amax: float
 
     def centers(self) -> torch.Tensor:
-        """The middle of each bin, float64 [2 * BINS]."""
+        """The center of each bin, float64 [2 * BINS]."""
         return (torch.arange(2 * BINS, dtype=torch.float64) - BINS + 0.5) * self.width
 
     def percentile(self, fraction: float) -> float:
-        """The magnitude that `fraction` of all values do not exceed: at most one bin width above the exact one.
+        """The magnitude that `fraction` of all values do not exceed, at most one bin width above the exact percentile.
 
-        1.0 gives the exact largest magnitude. 0.0 for a histogram without values.
+        A fraction of 1.0 gives the exact largest magnitude. A histogram without values gives 0.0.
         """
         if fraction >= 1.0:
             return self.amax
-        folded = self.counts[BINS:] + self.counts[:BINS].flip(0)
-        total = int(folded.sum())
+        magnitudes = self.counts[BINS:] + self.counts[:BINS].flip(0)
+        total = int(magnitudes.sum())
         if not total:
             return 0.0
-        reached = int(torch.searchsorted(folded.cumsum(0), max(1, math.ceil(fraction * total))))
-        return min((reached + 1) * self.width, self.amax)
+        index = int(torch.searchsorted(magnitudes.cumsum(0), max(1, math.ceil(fraction * total))))
+        return min((index + 1) * self.width, self.amax)
 
 
 class InputObserver:
-    """Statistics of one quantizer's input, for each TokenLabel apart, growing batch by batch.
+    """Statistics of one quantizer's input, kept separately for each TokenLabel and updated batch by batch.
 
-    Counts, ranges and histograms do not depend on how the tokens are split into batches: ranges are powers of two, and
-    doubling one merges bins in pairs, so no second pass is needed.
+    Counts, ranges and histograms do not depend on how tokens are split into batches. The range of a histogram is a power of
+    two, and doubling it merges bins in pairs, so no second pass is needed.
     """
 
     def __init__(self, name: str, channels: int) -> None:
-        """name: of the layer, for errors."""
+        """name: of the layer, for error messages; channels: of the input."""
         self._name = name
         self._exponent = _LOWEST_EXPONENT  # the histogram covers magnitudes below 2 ** exponent
         self._batches = 0
@@ -72,7 +72,7 @@ class InputObserver:
         self._amax = torch.zeros(len(TokenLabel), channels)
 
     def update(self, rows: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a batch. rows: float32 [tokens, channels]; labels: int64 [tokens], TokenLabel values.
+        """Adds a batch to the statistics. rows: float32 [tokens, channels]; labels: int64 [tokens], TokenLabel values.
 
         Raises UserError naming layer and batch when a value is not finite; nothing of that batch is added.
         """
@@ -82,17 +82,17 @@ class InputObserver:
         self._batches += 1
         if not rows.numel():
             return
-        self._cover(amax)
+        self._extend_range(amax)
         for label, count in enumerate(torch.bincount(labels, minlength=len(TokenLabel)).tolist()):
             if not count:
                 continue
             part = rows if count == len(rows) else rows[labels == label]
             self._tokens[label] += len(part)
             self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
-            self._counts[label] += torch.bincount(self._bins_of(part), minlength=2 * BINS)
+            self._counts[label] += torch.bincount(self._bin_indices(part), minlength=2 * BINS)
 
-    def _cover(self, amax: float) -> None:
-        """Doubles the range until it holds `amax`, merging bins."""
+    def _extend_range(self, amax: float) -> None:
+        """Doubles the histogram's range until it covers `amax`, merging bins in pairs."""
         exponent = max(math.frexp(amax)[1], _LOWEST_EXPONENT) if amax else _LOWEST_EXPONENT  # amax < 2 ** exponent
         doublings = exponent - self._exponent
         if doublings > 0:
@@ -100,58 +100,58 @@ class InputObserver:
             self._counts = torch.zeros_like(self._counts).index_add_(1, merged, self._counts)
             self._exponent = exponent
 
-    def _bins_of(self, part: torch.Tensor) -> torch.Tensor:
-        """int32 [values]. Multiplying by a power of two is exact, so a value's bin is, too."""
+    def _bin_indices(self, part: torch.Tensor) -> torch.Tensor:
+        """The bin of each value, int32 [values]; exact, because values are only multiplied by a power of two."""
         steps = part.abs().mul_(BINS * 2.0**-self._exponent).int()
         return steps.bitwise_xor_((part < 0).int().neg_()).add_(BINS).flatten()  # ~steps below zero: -1 - steps
 
     def tokens(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> int:
-        """How many tokens were seen."""
+        """The number of tokens observed."""
         return int(self._tokens[list(labels)].sum())
 
     def amax(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> torch.Tensor:
-        """Largest magnitude of each channel, float32 [channels]; exact."""
+        """The exact largest magnitude of each channel, float32 [channels]."""
         return self._amax[list(labels)].amax(0)
 
     def histogram(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> Histogram:
-        """Of all channels together."""
-        chosen = list(labels)
-        return Histogram(self._counts[chosen].sum(0), 2.0**self._exponent / BINS, float(self._amax[chosen].max()))
+        """The histogram of all channels together."""
+        indices = list(labels)
+        return Histogram(self._counts[indices].sum(0), 2.0**self._exponent / BINS, float(self._amax[indices].max()))
 
 
 def make_histogram(values: np.ndarray | torch.Tensor) -> Histogram:
-    """The histogram of values that are in memory, float32 of any shape."""
+    """The histogram of float32 values of any shape."""
     return observe_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram()
 
 
 def observe_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputObserver:
-    """A few rows at a time, as counting takes many times their memory.
+    """An observer that has observed the rows, a few at a time, as counting takes many times their memory.
 
-    name: of the layer that reads them. rows: float32 [tokens, channels]. labels: int64 [tokens], TokenLabel values; None for
-    all of one kind. Raises UserError naming the layer when a value is not finite.
+    name: of the layer that reads them. rows: float32 [tokens, channels]. labels: int64 [tokens], TokenLabel values; None if
+    all tokens have the same. Raises UserError naming the layer when a value is not finite.
     """
     channels = rows.shape[1]
-    statistics = InputObserver(name, channels)
-    kinds = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
-    few = max(1, _COUNTED // channels)
-    for part, kind in zip(rows.split(few), kinds.split(few), strict=True):
-        statistics.update(part.cpu(), kind.cpu())
-    return statistics
+    observer = InputObserver(name, channels)
+    row_labels = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
+    chunk = max(1, _CHUNK_VALUES // channels)
+    for part, part_labels in zip(rows.split(chunk), row_labels.split(chunk), strict=True):
+        observer.update(part.cpu(), part_labels.cpu())
+    return observer
 
 
 @contextmanager
 def observe_amax(module: nn.Module) -> Iterator[dict[str, float]]:
-    """Collects max |input| of every linear inside `module` while the context is open."""
+    """Collects max |input| of every linear inside `module`, by its name there, while the context is open."""
     amax: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             amax[name] = max(amax.get(name, 0.0), *(abs(float(bound)) for bound in args[0].aminmax()))
 
         return hook
 
     linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears]
+    handles = [layer.register_forward_pre_hook(make_hook(name)) for name, layer in linears]
     try:
         yield amax
     finally:

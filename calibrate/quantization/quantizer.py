@@ -1,7 +1,7 @@
-"""Choosing scales and rounding to codes. torch.
+"""Symmetric uniform quantizers (zero-point 0): scales from ranges, round-to-nearest, and fake quantization.
 
-Symmetric quantizers with zero-point 0. Scales are rounded to the type they are stored in *before* the codes are made, so
-that the codes are right for the scale the engine multiplies with.
+Scales are rounded to the type they are stored in *before* the codes are computed, so that the codes are right for the scale
+that the engine multiplies by.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 # The smallest normal float16: below it a scale loses bits, and a zero scale would divide by zero.
 MIN_FLOAT16_SCALE = 2.0**-14
 MIN_FLOAT32_SCALE = 2.0**-30
-CHUNK_ROWS = 256
+CHUNK_ROWS = 256  # rows quantized at a time, few enough to stay in the processor's cache
 
 
 def weight_scale(amax: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """Range -> scale as stored: float16 for groups, float32 for output channels. amax: float32 [out] or [out, groups]."""
+    """The scale, as stored, of a clipping range: float16 [out, groups], or float32 [out] for per-channel schemes.
+
+    amax: float32 [out, groups] or [out].
+    """
     return stored_weight_scale(amax / scheme.qmax, scheme)
 
 
 def stored_weight_scale(scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """float32 [out, groups] or [out] -> as stored: float16 [out, groups] or float32 [out], never 0."""
+    """A float32 scale [out, groups] or [out] in the type it is stored in, float16 or float32, and never 0."""
     if scheme.group_size is None:
         return scale.clamp(min=MIN_FLOAT32_SCALE).reshape(len(scale))
     return scale.clamp(min=MIN_FLOAT16_SCALE).half()
 
 
 def group_amax(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """Largest magnitude per group or per output channel. weight: float32 [out, in] -> [out, groups] or [out]."""
+    """The largest magnitude of each group or output channel, [out, groups] or [out]. weight: float32 [out, in]."""
     if scheme.group_size is None:
         return weight.abs().amax(dim=1)
     return weight.reshape(weight.shape[0], -1, scheme.group_size).abs().amax(dim=2)
@@ -42,8 +45,8 @@ def group_amax(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
 def covering_scale(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
     """The smallest scale, as stored, at which every weight has a code. weight: float32 [out, in].
 
-    Grouped codes reach one further below zero than above, so a group whose largest value is negative has smaller steps than
-    with its largest magnitude at qmax: 1.2 dB less noise at 4 bits, 2.5 dB at 3.
+    Codes of groups reach one further below zero than above. A group whose largest magnitude is negative therefore has
+    smaller steps than with that magnitude at qmax, which is 1.2 dB less noise at 4 bits and 2.5 dB at 3.
     """
     groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])
     lowest, highest = groups.aminmax(dim=2)
@@ -52,17 +55,17 @@ def covering_scale(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
 
 
 def round_to_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """Round to nearest, ties to even. weight: float32 [out, in], scale as stored -> int8 [out, in]."""
-    wide = scale.float()
+    """Codes int8 [out, in] by round-to-nearest, ties to even. weight: float32 [out, in]; scale: as stored."""
+    float_scale = scale.float()
     if scheme.group_size is None:
-        scaled = weight / wide[:, None]
+        scaled = weight / float_scale[:, None]
     else:
-        scaled = (weight.reshape(*wide.shape, scheme.group_size) / wide[:, :, None]).reshape(weight.shape)
+        scaled = (weight.reshape(*float_scale.shape, scheme.group_size) / float_scale[:, :, None]).reshape(weight.shape)
     return scaled.round_().clamp_(scheme.qmin, scheme.qmax).to(torch.int8)
 
 
 def activation_scale(amax: float, num_bits: int) -> float:
-    """Per-tensor activation scale, rounded up to a float16 value so that `amax` itself is not clipped."""
+    """The per-tensor activation scale of a range, rounded up to a float16 value so that `amax` itself is not clipped."""
     exact = max(amax / (2 ** (num_bits - 1) - 1), MIN_FLOAT16_SCALE)
     rounded = np.float16(exact)
     # As Python floats: numpy would round `exact` to float16 before it compares.
@@ -70,33 +73,34 @@ def activation_scale(amax: float, num_bits: int) -> float:
 
 
 def activation_scale_nearest(scale: float) -> float:
-    """The nearest float16 value to a searched scale."""
+    """The float16 value nearest to a searched scale, never 0."""
     return float(np.float16(max(scale, MIN_FLOAT16_SCALE)))
 
 
 def fake_quantize(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
-    """What the graph does to an activation: round half to even, codes -2^(b-1) .. 2^(b-1) - 1, and back to float.
+    """The activation as the graph quantizes and dequantizes it: ties to even, codes -2^(b-1) .. 2^(b-1) - 1.
 
-    Codes saturate at the lowest one too, as QuantizeLinear does, though calibrated scales use only +-(2^(b-1) - 1).
+    x: float32 of any shape, is not changed. Codes saturate at the lowest one as in QuantizeLinear, although calibrated
+    scales use only +-(2^(b-1) - 1).
     """
     return (x / scale).round_().clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1).mul_(scale)
 
 
 def squared_sum(x: torch.Tensor) -> float:
-    """Sum of squares, the same to the last bit on any number of threads: rows in float32, their sum in float64 by numpy."""
+    """The sum of squares, to the same bits on any number of threads: of rows in float32, over rows in float64 by numpy."""
     return float(x.square().sum(dim=-1).double().cpu().numpy().sum())
 
 
 def sqnr_db(exact: torch.Tensor, rounded: torch.Tensor) -> float | None:
-    """10 log10 of the energy over the error's; None when either is 0."""
+    """Signal-to-quantization-noise ratio in dB, 10 log10 of the energies of signal and error; None when either is 0."""
     energy, error = squared_sum(exact), squared_sum(exact - rounded)
     return 10 * math.log10(energy / error) if energy > 0 and error > 0 else None
 
 
 def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: float | None) -> QuantizedLinear:
-    """Round-to-nearest with absmax ranges. weight: floats of any type [out, in]; input_amax for quantized activations.
+    """The linear quantized by round-to-nearest with absmax ranges (the RTN baseline).
 
-    Some rows at a time, which stay in the processor's cache from one operation to the next.
+    weight: floats of any type [out, in]; input_amax: the range of the input, used where the scheme quantizes activations.
     """
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
     for start in range(0, len(weight), CHUNK_ROWS):
@@ -109,6 +113,6 @@ def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: floa
 
 
 def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    """Scales [out] or [out, groups] spread to float32 [out, columns]."""
-    wide = scale.float().reshape(scale.shape[0], -1)
-    return wide.repeat_interleave(columns // wide.shape[1], dim=1)
+    """The scale of every weight, float32 [out, columns], from scales [out] or [out, groups]."""
+    groups = scale.float().reshape(scale.shape[0], -1)
+    return groups.repeat_interleave(columns // groups.shape[1], dim=1)

@@ -1,8 +1,9 @@
-"""Q-VLM as printed, in the form that can be deployed: the floor that other calibrators have to beat. torch.
+"""Q-VLM (arXiv 2410.08119) as a baseline: entropy-based block partition and joint search of percentile clipping ranges.
 
-Symmetric quantizers with static ranges, the ranges of activations and weights by the paper's percentiles, blocks by the
-entropy of their inputs and the paper's rule, a joint search in each block with inputs from the quantized prefix, rounding to
-nearest. Nothing is folded and nothing is rounded by GPTQ. `calibrate_percentile` is the same search layer by layer.
+It is the method as printed, in a form that can be deployed: symmetric quantizers with static ranges and round-to-nearest,
+without equalization and without GPTQ. The clipping ranges of activations and weights are the paper's percentiles, blocks are
+formed by the entropy of their inputs and the paper's rule, and each block is searched jointly, with inputs from the already
+quantized preceding blocks. `calibrate_percentile` is the same search layer by layer.
 
 The ranges of a block's activations are searched jointly first, then those of its weights: K + K^2 + K^3 layer forwards each
 for a block of three, where all its quantizers at once would take K^2 + K^4 + K^6.
@@ -51,7 +52,10 @@ from qvlm_export.calibrate.qvlm.partition import (
 
 @dataclass(frozen=True)
 class PartitionedLayers:
-    """A model divided into blocks. forwards: block forwards that it took. thresholds: h0 in nats by bits."""
+    """The layers of a model and their partition into blocks.
+
+    forwards: block forwards that observing the inputs took. thresholds: h0 in nats by number of bits.
+    """
 
     inputs: Sequence[LayerInput]
     blocks: Blocks
@@ -60,46 +64,52 @@ class PartitionedLayers:
 
 
 def calibrate_qvlm(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Q-VLM as printed: entropy partition and joint search. Returns the summary for the record.
+    """Quantizes by Q-VLM, entropy partition and joint search, into `writer`'s folder; returns the summary for the record.
 
     Cost in block forwards: 2 float runs and up to 155 / 3 for the search, twice that with quantized activations.
     Raises UserError naming tensor or layer when weights or activations are not finite, or the block that no sample reached.
     """
-    inputs, measured = observe_inputs(job)
+    inputs, forwards = observe_inputs(job)
     blocks, thresholds = partition_by_entropy(inputs)
-    return _calibrate(job, writer, progress, "printed", PartitionedLayers(inputs, blocks, measured, thresholds))
+    return _calibrate(job, writer, progress, "printed", PartitionedLayers(inputs, blocks, forwards, thresholds))
 
 
 def calibrate_percentile(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """The same candidates and objective, every layer on its own: 2 float runs and 5 or 10 block forwards."""
-    inputs, measured = observe_inputs(job)
+    """Quantizes with the candidates and objective of `calibrate_qvlm`, but searches every layer on its own.
+
+    Returns the summary for the record. Cost in block forwards: 2 float runs and 5 for the search, 10 with quantized
+    activations. Raises UserError as `calibrate_qvlm`.
+    """
+    inputs, forwards = observe_inputs(job)
     return _calibrate(
-        job, writer, progress, "percentile", PartitionedLayers(inputs, partition_layerwise(len(inputs)), measured, {})
+        job, writer, progress, "percentile", PartitionedLayers(inputs, partition_layerwise(len(inputs)), forwards, {})
     )
 
 
 def _calibrate(
-    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: str, divided: PartitionedLayers
+    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: str, partition: PartitionedLayers
 ) -> dict[str, Any]:
-    inputs, blocks, forwards = divided.inputs, divided.blocks, float(divided.forwards)
+    inputs, blocks, forwards = partition.inputs, partition.blocks, float(partition.forwards)
     shards = BlockWriter(job, writer, progress)
-    found: list[BlockResult] = []
+    results: list[BlockResult] = []
 
     def step(block: Block, batches: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
-        half, plan = len(batches) // 2, job.block_schemes(block)
-        mine = [b for b in blocks if inputs[b.start].block == block.prefix]
+        half, schemes = len(batches) // 2, job.block_schemes(block)
+        inside = [b for b in blocks if inputs[b.start].block == block.prefix]
         with load_block(block, job.source) as module, torch.inference_mode():
-            for name in plan:
+            for name in schemes:
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
-            layers = [[make_quantizable_layer(module, inputs[k], plan) for k in b] for b in mine]
-            exact, rounded, searched = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
-            pairs = [pair for part, r in zip(layers, searched, strict=True) for pair in zip(part, r.clips, strict=True)]
-            linears = {name: linear for layer, clips in pairs for name, linear in layer.stored(clips).items()}
+            layers = [[make_quantizable_layer(module, inputs[k], schemes) for k in b] for b in inside]
+            exact, rounded, module_results = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
+            pairs = [
+                pair for part, r in zip(layers, module_results, strict=True) for pair in zip(part, r.clips, strict=True)
+            ]
+            linears = {name: linear for layer, clips in pairs for name, linear in layer.quantize(clips).items()}
         check_outputs(block, [*exact, *rounded], job.sample_numbers(block))
         shards.write(block, linears)
-        forwards += half + sum(r.layer_forwards for r in searched) * half / max(1, sum(len(b) for b in mine))
-        found.extend(searched)
+        forwards += half + sum(r.layer_forwards for r in module_results) * half / max(1, sum(len(b) for b in inside))
+        results.extend(module_results)
         return [*exact, *rounded]
 
     samples = [*job.samples, *job.samples]
@@ -111,16 +121,18 @@ def _calibrate(
         "samples": len(job.samples),
         "tokens": sum(len(s.input_ids) for s in job.samples),
         "block_forwards": round(forwards),
-        "entropy_thresholds": dict(divided.thresholds),
-        "blocks": [_record([inputs[k] for k in b], result) for b, result in zip(blocks, found, strict=True)],
+        "entropy_thresholds": dict(partition.thresholds),
+        "blocks": [_make_record([inputs[k] for k in b], result) for b, result in zip(blocks, results, strict=True)],
     }
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What the search of a block of layers chose. Errors: of its output, in units of the float output's energy.
+    """The chosen clips of a block of layers.
 
-    outputs: of all layers of the module up to the block's last. first_error: with all ranges whole.
+    outputs: of all layers of the module up to the block's last one. error: squared error of the block's output relative to
+    the float output's squared norm; first_error: the same with absmax ranges everywhere. layer_forwards: how many layer
+    forwards the search took.
     """
 
     clips: tuple[Clips, ...]
@@ -131,25 +143,26 @@ class BlockResult:
 
 
 def search_block(
-    layers: Sequence[QuantizableLayer], replay: Replay, before: Outputs, wanted: Mapping[str, torch.Tensor]
+    layers: Sequence[QuantizableLayer], replay: Replay, before: Outputs, float_outputs: Mapping[str, torch.Tensor]
 ) -> BlockResult:
-    """Joint search of a block's layers, with inputs from the already quantized layers before.
+    """Searches the clips of a block's layers jointly, with inputs from the already quantized layers before.
 
-    before: outputs of those in the same module. wanted: the float model's outputs by linear, float32 [tokens, out].
+    before: outputs of the layers before the block in the same module. float_outputs: the float model's outputs by linear,
+    float32 [tokens, out].
     """
 
     def error(outputs: Mapping[str, torch.Tensor]) -> float:
-        return relative_error(outputs, {name: wanted[name] for name in outputs})
+        return relative_error(outputs, {name: float_outputs[name] for name in outputs})
 
-    clips, found = [Clips()] * len(layers), []
+    clips, searches = [Clips()] * len(layers), []
     for kind in KINDS:
-        candidates = [list_clips(layer, now, kind) for layer, now in zip(layers, clips, strict=True)]
+        candidates = [list_clips(layer, current, kind) for layer, current in zip(layers, clips, strict=True)]
         if any(len(options) > 1 for options in candidates):
             chain = [SearchLayer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
-            found.append(search_tree(chain, error, before))
-            clips = [options[k] for options, k in zip(candidates, found[-1].choice, strict=True)]
-    forwards = sum(f.layer_forwards for f in found)
-    return BlockResult(tuple(clips), found[-1].outputs, found[0].first_error, found[-1].error, forwards)
+            searches.append(search_tree(chain, error, before))
+            clips = [options[k] for options, k in zip(candidates, searches[-1].choice, strict=True)]
+    forwards = sum(search.layer_forwards for search in searches)
+    return BlockResult(tuple(clips), searches[-1].outputs, searches[0].first_error, searches[-1].error, forwards)
 
 
 def _search_module(
@@ -159,18 +172,22 @@ def _search_module(
     exact: list[torch.Tensor],
     inputs: list[torch.Tensor],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[BlockResult]]:
-    """Searches all blocks of a module; returns the float outputs, the quantized outputs, and what was chosen."""
-    batches, found = batch_by_length(inputs), list[BlockResult]()
+    """Searches all blocks of a module; returns its float outputs, its quantized outputs, and a result for every block.
+
+    exact: inputs of the module in the float model; inputs: those from the already quantized modules before it.
+    """
+    batches, results = batch_by_length(inputs), list[BlockResult]()
     layers = [tuple(layer.linears) for block in blocks for layer in block]
-    exact_outputs, wanted = record_linear_outputs(module, [n for names in layers for n in names], run, batches.merge(exact))
+    names = [name for layer in layers for name in layer]
+    exact_outputs, linear_outputs = record_linear_outputs(module, names, run, batches.merge(exact))
     with replay_module(module, layers, run, batches.merge(inputs)) as replay:
         for block in blocks:
-            found.append(search_block(block, replay, found[-1].outputs if found else (), wanted))
-        rounded = replay.finish(found[-1].outputs if found else ())
-    return batches.split(exact_outputs), batches.split(rounded), found
+            results.append(search_block(block, replay, results[-1].outputs if results else (), linear_outputs))
+        rounded = replay.finish(results[-1].outputs if results else ())
+    return batches.split(exact_outputs), batches.split(rounded), results
 
 
-def _record(layers: Sequence[LayerInput], found: BlockResult) -> dict[str, Any]:
+def _make_record(layers: Sequence[LayerInput], result: BlockResult) -> dict[str, Any]:
     return {
         "layers": [
             {
@@ -180,34 +197,35 @@ def _record(layers: Sequence[LayerInput], found: BlockResult) -> dict[str, Any]:
                 "activation_percentile": clips.activation.percentile,
                 "weight_percentile": clips.weight.percentile,
             }
-            for layer, clips in zip(layers, found.clips, strict=True)
+            for layer, clips in zip(layers, result.clips, strict=True)
         ],
-        "error_before": found.first_error,
-        "error_after": found.error,
-        "layer_forwards": found.layer_forwards,
+        "error_before": result.first_error,
+        "error_after": result.error,
+        "layer_forwards": result.layer_forwards,
     }
 
 
 def observe_inputs(job: CalibrationJob) -> tuple[list[LayerInput], int]:
-    """One float pass: every planned layer's input, in the order of computation, and the block forwards it took.
+    """Runs the float model once; returns statistics of the inputs of all layers to quantize, and the block forwards it took.
 
-    Raises UserError naming layer and batch when an activation is not finite, or the block that no sample reached.
+    The layers are in the order of computation. Raises UserError naming layer and batch when an activation is not finite, or
+    the block that no sample reached.
     """
     layers: list[LayerInput] = []
     forwards = 0
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         nonlocal forwards
-        plan = job.block_schemes(block)
-        if not inputs and plan:
+        schemes = job.block_schemes(block)
+        if not inputs and schemes:
             raise UserError(f"{block.prefix}: no calibration sample reached it, so its ranges are unknown; add samples")
         with load_block(block, job.source) as module, torch.inference_mode():
-            groups = [group for group in find_shared_inputs(module) if any(name in plan for name in group.linears)]
-            with _gathered(block.prefix, module, groups) as gathered:
+            shared_inputs = [s for s in find_shared_inputs(module) if any(name in schemes for name in s.linears)]
+            with _observe_shared_inputs(block.prefix, module, shared_inputs) as observers:
                 outputs = [run(module, x) for x in inputs]
         check_outputs(block, outputs, job.sample_numbers(block))
         forwards += len(inputs)
-        layers.extend(_layer_input(block.prefix, group.linears, plan, gathered[group]) for group in groups)
+        layers.extend(_make_layer_input(block.prefix, s.linears, schemes, observers[s]) for s in shared_inputs)
         return outputs
 
     features = run_vision_blocks(job.blocks, job.source, job.samples, step)
@@ -215,31 +233,33 @@ def observe_inputs(job: CalibrationJob) -> tuple[list[LayerInput], int]:
     return layers, forwards
 
 
-def _layer_input(
-    block: str, linears: tuple[str, ...], plan: Mapping[str, LinearScheme], statistics: InputObserver
+def _make_layer_input(
+    block: str, linears: tuple[str, ...], schemes: Mapping[str, LinearScheme], observer: InputObserver
 ) -> LayerInput:
-    num_bits = max(plan[name].activation_bits or plan[name].weight_bits for name in linears if name in plan)
-    histogram = statistics.histogram()
+    num_bits = max(schemes[name].activation_bits or schemes[name].weight_bits for name in linears if name in schemes)
+    histogram = observer.histogram()
     entropy = histogram_entropy(histogram, activation_scale(histogram.amax, num_bits), num_bits)
     return LayerInput(block, linears, num_bits, entropy, {clip: clip.activation_amax(histogram) for clip in PAPER_CLIPS})
 
 
 @contextmanager
-def _gathered(prefix: str, module: nn.Module, groups: Sequence[SharedInput]) -> Iterator[dict[SharedInput, InputObserver]]:
-    """Gathers the statistics of the groups' inputs while the context is open, all tokens as one kind."""
+def _observe_shared_inputs(
+    prefix: str, module: nn.Module, shared_inputs: Sequence[SharedInput]
+) -> Iterator[dict[SharedInput, InputObserver]]:
+    """Observes the shared inputs while the context is open, with all tokens under one label; yields the observers."""
 
-    def watch(statistics: InputObserver) -> Callable[..., None]:
+    def make_hook(observer: InputObserver) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].flatten(0, -2)
-            statistics.update(rows, torch.zeros(len(rows), dtype=torch.int64))
+            observer.update(rows, torch.zeros(len(rows), dtype=torch.int64))
 
         return hook
 
-    first = {group: get_linear(module, group.linears[0]) for group in groups}
-    gathered = {g: InputObserver(f"{prefix}.{g.linears[0]}", x.in_features) for g, x in first.items()}
-    handles = [layer.register_forward_pre_hook(watch(gathered[group])) for group, layer in first.items()]
+    first_linears = {shared: get_linear(module, shared.linears[0]) for shared in shared_inputs}
+    observers = {s: InputObserver(f"{prefix}.{s.linears[0]}", linear.in_features) for s, linear in first_linears.items()}
+    handles = [linear.register_forward_pre_hook(make_hook(observers[s])) for s, linear in first_linears.items()]
     try:
-        yield gathered
+        yield observers
     finally:
         for handle in handles:
             handle.remove()

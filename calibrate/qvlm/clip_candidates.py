@@ -1,4 +1,8 @@
-"""A layer as the search of clipping ranges sees it: linears that share an input, and the ranges they can have. torch."""
+"""Candidate clipping ranges of a layer, and its fake-quantized output with each of them (Q-VLM, arXiv 2410.08119).
+
+A layer is the linears that share an input. Its candidates are the paper's five percentiles of the magnitude, for the input
+and for the weights.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ WHOLE = PAPER_CLIPS[0]
 
 @dataclass(frozen=True)
 class Clips:
-    """The ranges of a layer: of its input, and of the weights of all its linears."""
+    """The clipping ranges of a layer: of its input, and of the weights of all its linears."""
 
     activation: Clip = WHOLE
     weight: Clip = WHOLE
@@ -37,31 +41,38 @@ class Clips:
 
 @dataclass(frozen=True)
 class QuantizableLayer:
-    """A layer's linears and what they can become. weight_ranges: of each planned linear, for each paper clip."""
+    """A layer's float linears, and the amax of its input and weights for every clip.
+
+    schemes: of the linears to quantize; the others stay float. ranges: amax of the input. weight_ranges: amax of the weights
+    of each linear in `schemes`, float32 [out, in // group_size] or [out].
+    """
 
     linears: Mapping[str, nn.Linear]
-    schemes: Mapping[str, LinearScheme]  # of these linears; one that is not in it stays float
-    ranges: Mapping[Clip, float]  # of the input
+    schemes: Mapping[str, LinearScheme]
+    ranges: Mapping[Clip, float]
     weight_ranges: Mapping[tuple[str, Clip], torch.Tensor]
 
     def output(self, rows: torch.Tensor, clips: Clips) -> dict[str, torch.Tensor]:
-        """What the linears make of float32 [tokens, in] with these ranges: name -> float32 [tokens, out]."""
+        """Returns the fake-quantized outputs of the linears with these clips: name -> float32 [tokens, out].
+
+        rows: the layer's input, float32 [tokens, in].
+        """
         outputs = {}
         for name, linear in self.linears.items():
             x, weight = rows, linear.weight
             if name in self.schemes:
                 if (input_scale := self._input_scale(name, clips)) is not None:
                     x = fake_quantize(rows, input_scale, self.schemes[name].activation_bits or 8)
-                codes, scale = self._rounded(name, clips)
+                codes, scale = self._round_weight(name, clips)
                 weight = codes.float() * expand_scales(scale, codes.shape[1])
             outputs[name] = nn.functional.linear(x, weight, linear.bias)
         return outputs
 
-    def stored(self, clips: Clips) -> dict[str, QuantizedLinear]:
-        """The planned linears as integers."""
+    def quantize(self, clips: Clips) -> dict[str, QuantizedLinear]:
+        """Returns the linears in `schemes`, quantized to integer codes with these clips."""
         linears = {}
         for name, scheme in self.schemes.items():
-            codes, scale = self._rounded(name, clips)
+            codes, scale = self._round_weight(name, clips)
             linears[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), self._input_scale(name, clips))
         return linears
 
@@ -69,23 +80,26 @@ class QuantizableLayer:
         bits = self.schemes[name].activation_bits
         return None if bits is None else activation_scale(self.ranges[clips.activation], bits)
 
-    def _rounded(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
+    def _round_weight(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
         scale = weight_scale(self.weight_ranges[name, clips.weight], self.schemes[name])
         return round_to_codes(self.linears[name].weight, scale, self.schemes[name]), scale
 
 
-def make_quantizable_layer(module: nn.Module, layer: LayerInput, plan: Mapping[str, LinearScheme]) -> QuantizableLayer:
-    """The layer in its resident module. plan: of the module's linears, by their names inside it."""
+def make_quantizable_layer(module: nn.Module, layer: LayerInput, schemes: Mapping[str, LinearScheme]) -> QuantizableLayer:
+    """Returns the layer whose weights are in `module`. schemes: of the module's linears, by their names inside it."""
     linears = {name: get_linear(module, name) for name in layer.linears}
-    mine = {name: plan[name] for name in linears if name in plan}
-    weight_ranges = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in mine.items() for c in PAPER_CLIPS}
-    return QuantizableLayer(linears, mine, layer.ranges, weight_ranges)
+    layer_schemes = {name: schemes[name] for name in linears if name in schemes}
+    weight_ranges = {(n, c): c.weight_amax(linears[n].weight, s) for n, s in layer_schemes.items() for c in PAPER_CLIPS}
+    return QuantizableLayer(linears, layer_schemes, layer.ranges, weight_ranges)
 
 
-def list_clips(layer: QuantizableLayer, now: Clips, kind: Kind) -> list[Clips]:
-    """The paper's five ranges of one kind, with the other kind's as it is now; just `now` where the input stays float."""
+def list_clips(layer: QuantizableLayer, current: Clips, kind: Kind) -> list[Clips]:
+    """Returns the paper's five clips of one kind, each with the current clip of the other kind.
+
+    Returns only `current` for the activation clips of a layer whose input stays float.
+    """
     if kind == "weight":
-        return [replace(now, weight=clip) for clip in PAPER_CLIPS]
+        return [replace(current, weight=clip) for clip in PAPER_CLIPS]
     if all(scheme.activation_bits is None for scheme in layer.schemes.values()):
-        return [now]
-    return [replace(now, activation=clip) for clip in PAPER_CLIPS]
+        return [current]
+    return [replace(current, activation=clip) for clip in PAPER_CLIPS]

@@ -1,8 +1,8 @@
-"""Joint search of the clipping ranges of a block of consecutive layers (Q-VLM, section 3.1). torch.
+"""Joint search of the clipping ranges of a block of consecutive layers (Q-VLM, section 3.1).
 
 The search knows a layer as two functions and a list of candidates, so it is the same for a decoder's linears and for a
 toy chain. `prepare` turns the outputs of all layers before into this layer's input, `apply` computes its output with one
-candidate; `apply` is what costs, and is what is counted as a layer forward. `Replay` is the `prepare` of a model's block.
+candidate. `apply` is what takes the time, and is counted as a layer forward. `Replay` is the `prepare` of a model's module.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ Outputs = tuple[Any, ...]  # of the layers from the first of the chain on
 
 @dataclass(frozen=True)
 class Clip:
-    """A range: a fraction of the magnitude that the share `percentile` of a float tensor's values do not exceed."""
+    """A clipping range: `fraction` of the magnitude that the share `percentile` of a tensor's values does not exceed."""
 
     percentile: float = 1.0
     fraction: float = 1.0
 
     def rank(self, count: int) -> int:
-        """The place of that magnitude among `count` values, the smallest having 1."""
+        """Returns the rank of that magnitude among `count` values, the smallest having rank 1."""
         return max(1, math.ceil(self.percentile * count))
 
     def activation_amax(self, histogram: Histogram) -> float:
-        """The range of a layer's input."""
+        """Returns the amax of a layer's input, from its histogram."""
         return histogram.percentile(self.percentile) * self.fraction
 
     def weight_amax(self, weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-        """The range of every group or output channel, among whose own values the percentile is taken.
+        """Returns the amax of every group or output channel, among whose own values the percentile is taken.
 
         weight: float32 [out, in] -> float32 [out, in // group_size] or [out].
         """
@@ -59,7 +59,7 @@ PAPER_CLIPS = tuple(Clip(percentile) for percentile in PERCENTILES)
 
 @dataclass(frozen=True)
 class SearchLayer:
-    """A layer of a chain, as the search sees it.
+    """A layer of a chain as two functions and its candidates.
 
     prepare: outputs of all layers before it -> its input. apply: (input, candidate) -> its output, not changed afterwards.
     """
@@ -71,10 +71,11 @@ class SearchLayer:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best of a search.
+    """The best combination of a search.
 
-    choice: index of each layer's candidate. outputs: of the layers before the block and of the block's with that choice.
-    error: of the block's output. first_error: with the first candidate of every layer. layer_forwards: calls of `apply`.
+    choice: index of each layer's candidate. outputs: of the layers before the block, and of the block's layers with that
+    choice. error: of the block's output. first_error: the error with the first candidate of every layer. layer_forwards: how
+    often `apply` was called.
     """
 
     choice: tuple[int, ...]
@@ -85,11 +86,12 @@ class SearchResult:
 
 
 def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], before: Outputs = ()) -> SearchResult:
-    """Tries all combinations; what layers compute for the same candidates before them is computed once.
+    """Tries all combinations, depth first, and returns the best; the first of equally good combinations wins.
 
-    layers: of the block, in order. error: the block's output, that of its last layer -> what is to be least. before: outputs
-    of the layers before the block, already quantized. K candidates cost K + K^2 + .. + K^depth layer forwards, in the
-    memory of one output for each layer. The first of equally good combinations wins.
+    layers: of the block, in order. error: maps the block's output, that of its last layer, to the number to minimize.
+    before: outputs of the already quantized layers before the block.
+    A layer's output is computed once for all combinations that share the candidates up to it, so K candidates cost
+    K + K^2 + .. + K^depth layer forwards, in the memory of one output for each layer.
     """
     best: list[SearchResult] = []
     forwards = 0
@@ -97,9 +99,9 @@ def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], be
     def descend(outputs: Outputs, choice: tuple[int, ...]) -> None:
         nonlocal forwards
         layer = layers[len(choice)]
-        given = layer.prepare(outputs)
+        x = layer.prepare(outputs)
         for index, candidate in enumerate(layer.candidates):
-            output = layer.apply(given, candidate)
+            output = layer.apply(x, candidate)
             forwards += 1
             chosen = (*choice, index)
             if len(chosen) < len(layers):
@@ -115,52 +117,53 @@ def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], be
 
 
 class _Tap(nn.Module):
-    """Stands where a linear was: keeps what it is given, returns what it is told, zeros until then."""
+    """Stands in for a linear: records its last input, and returns the output that was set, or zeros where none is set."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
         self._out_features = out_features
-        self.given = torch.empty(0)
-        self.answer: torch.Tensor | None = None
+        self.input = torch.empty(0)
+        self.output: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.given = x
-        return x.new_zeros(*x.shape[:-1], self._out_features) if self.answer is None else self.answer
+        self.input = x
+        return x.new_zeros(*x.shape[:-1], self._out_features) if self.output is None else self.output
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A block between its linears: norms, attention and activation functions, with the linears' outputs given.
+    """A module whose linears are replaced by taps: it computes norms, attention and activation functions only.
 
     A layer is the names of the linears that share an input. Its outputs are a mapping from these names to float32
-    [tokens, out], the tokens of all `inputs` one after another. A replay computes none of these linears, so beside a layer
-    forward it costs little.
+    [tokens, out], the tokens of all `inputs` one after another. A replay computes none of these linears, so it costs little
+    compared to a layer forward.
     """
 
     module: nn.Module
-    layers: Sequence[tuple[str, ...]]  # in the order they are computed
+    layers: Sequence[tuple[str, ...]]  # in the order in which they are computed
     run: Run
     inputs: Sequence[torch.Tensor]
     taps: Mapping[str, _Tap]
 
     def given(self, outputs: Outputs) -> torch.Tensor:
-        """What the layer behind those that made `outputs` is given: float32 [tokens, in]."""
+        """Returns the input of the layer that follows those whose outputs are `outputs`, float32 [tokens, in]."""
         tap = self.taps[self.layers[len(outputs)][0]]
-        return torch.cat([tap.given.flatten(0, -2) for _ in self._runs(outputs)])
+        return torch.cat([tap.input.flatten(0, -2) for _ in self._run_inputs(outputs)])
 
     def finish(self, outputs: Outputs) -> list[torch.Tensor]:
-        """What the block returns for every input, from the outputs of all its layers."""
-        return list(self._runs(outputs))
+        """Returns the module's output for every input, from the outputs of all its layers."""
+        return list(self._run_inputs(outputs))
 
-    def _runs(self, outputs: Outputs) -> Iterator[torch.Tensor]:
+    def _run_inputs(self, outputs: Outputs) -> Iterator[torch.Tensor]:
+        """Runs the module on one input after another, with the outputs of its first layers set; yields its outputs."""
         start = 0
         for x in self.inputs:
             stop = start + x.shape[:-1].numel()
             for tap in self.taps.values():
-                tap.answer = None
+                tap.output = None
             for output in outputs:
                 for name, rows in output.items():
-                    self.taps[name].answer = rows[start:stop].unflatten(0, x.shape[:-1])
+                    self.taps[name].output = rows[start:stop].unflatten(0, x.shape[:-1])
             yield self.run(self.module, x)
             start = stop
 
@@ -169,7 +172,7 @@ class Replay:
 def replay_module(
     module: nn.Module, layers: Sequence[tuple[str, ...]], run: Run, inputs: Sequence[torch.Tensor]
 ) -> Iterator[Replay]:
-    """Takes the linears of `layers` out of the module while the context is open, and puts them back."""
+    """Replaces the linears of `layers` in the module by taps while the context is open."""
     linears = {name: get_linear(module, name) for layer in layers for name in layer}
     taps = {name: _Tap(linear.out_features) for name, linear in linears.items()}
     try:
@@ -184,13 +187,13 @@ def replay_module(
 def record_linear_outputs(
     module: nn.Module, names: Sequence[str], run: Run, batches: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Runs the module; returns its outputs, and by name those of its linears, float32 [tokens of all batches, out]."""
+    """Runs the module; returns its outputs, and those of the named linears, float32 [tokens of all batches, out]."""
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
-    def keeper(name: str) -> Callable[..., None]:
+    def make_hook(name: str) -> Callable[..., None]:
         return lambda _, __, output: rows[name].append(output.flatten(0, -2))
 
-    handles = [get_linear(module, name).register_forward_hook(keeper(name)) for name in names]
+    handles = [get_linear(module, name).register_forward_hook(make_hook(name)) for name in names]
     try:
         outputs = [run(module, x) for x in batches]
     finally:
@@ -199,8 +202,11 @@ def record_linear_outputs(
     return outputs, {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def relative_error(outputs: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
-    """Squared error over the energy of what is wanted, both over all linears. Values: float32 [tokens, out]."""
-    error = sum(float((rows - wanted[name]).square_().sum(dtype=torch.float64)) for name, rows in outputs.items())
-    energy = sum(float(wanted[name].square().sum(dtype=torch.float64)) for name in outputs)
+def relative_error(outputs: Mapping[str, torch.Tensor], float_outputs: Mapping[str, torch.Tensor]) -> float:
+    """Returns the squared error divided by the squared norm of the float outputs, both summed over the linears in `outputs`.
+
+    Values of both mappings: float32 [tokens, out].
+    """
+    error = sum(float((rows - float_outputs[name]).square_().sum(dtype=torch.float64)) for name, rows in outputs.items())
+    energy = sum(float(float_outputs[name].square().sum(dtype=torch.float64)) for name in outputs)
     return error / max(energy, 1e-300)

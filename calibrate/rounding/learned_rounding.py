@@ -1,10 +1,10 @@
-"""Learning the rounding of a whole block at once, by gradient through it. torch.
+"""Learned rounding: block reconstruction by gradient descent, in the spirit of AdaRound, BRECQ and SignRound.
 
-What was rounded linear by linear is the start; then the rounding of every weight, the scales of weights and activations, the
-gains of norms and the biases move together so that the block's output comes closest to the float block's. Rounding passes
-the gradient straight through. In the spirit of AdaRound (Nagel et al. 2020, section 3), BRECQ (Li et al. 2021, section 3.2)
-and SignRound (Cheng et al. 2023, section 3). Samples held back decide which step is kept, the start included, so the block
-never ends worse on them than it began.
+Sources: AdaRound (Nagel et al. 2020, section 3), BRECQ (Li et al. 2021, section 3.2), SignRound (Cheng et al. 2023, section
+3). The search starts from the codes of rounding linear by linear. The rounding of every weight, the scales of weights and
+activations, the gains of norms and the biases then move together, so that the block's output comes closest to the float
+block's; rounding has a straight-through gradient. Held-out samples decide which step is used, the start included, so that
+the block's error on them never grows.
 """
 
 from __future__ import annotations
@@ -30,44 +30,52 @@ from qvlm_export.calibrate.quantization.quantizer import (
     stored_weight_scale,
 )
 
-HELD_OUT_EVERY = 8  # every eighth picture decides, with all prompts about it; the others teach
+HELD_OUT_EVERY = 8  # every eighth image is held out, with all prompts about it; the others are trained on
 STEP_TOKENS = 768
-NUM_CHECKS = 4  # times that the held-back samples are looked at
-RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}  # Adam, in steps, log, log, units of the tensor
+NUM_CHECKS = 4  # evaluations on the held-out samples
+# Learning rates of Adam; units: quantization steps, log scale, log scale, units of the tensor.
+RATES = {"offset": 0.02, "scale": 1e-3, "input_scale": 1e-3, "float": 3e-4}
 
 
 @dataclass(frozen=True)
 class LearningBatch:
-    """x: inputs from the quantized prefix, y: what the float model gives there, float32 [B, tokens, width].
+    """x: inputs after the already quantized preceding blocks, y: the float block's outputs, float32 [B, tokens, width].
 
-    root: of what an error counts, float32 [B, tokens, 1]. group: int64 [B], of each input; those of a group, all prompts
-    about one picture, teach or decide together.
+    root_weights: square roots of the token weights, float32 [B, tokens, 1]. image_ids: int64 [B], of each input; the prompts
+    about one image are either all trained on or all held out.
     """
 
     x: torch.Tensor
     y: torch.Tensor
-    root: torch.Tensor
-    group: torch.Tensor
+    root_weights: torch.Tensor
+    image_ids: torch.Tensor
 
-    def rows(self, chosen: torch.Tensor) -> LearningBatch:
-        """Some of its inputs, by mask or number."""
-        return LearningBatch(self.x[chosen], self.y[chosen], self.root[chosen], self.group[chosen.to(self.group.device)])
+    def select(self, index: torch.Tensor) -> LearningBatch:
+        """The batch of some of the inputs. index: bool [B] or int64 indices."""
+        return LearningBatch(
+            self.x[index], self.y[index], self.root_weights[index], self.image_ids[index.to(self.image_ids.device)]
+        )
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What learning found. errors: relative squared error on the held-back samples, at the start and of what was kept."""
+    """A learned block: the step with the least error on the held-out samples.
+
+    linears, floats: quantized linears and all other tensors, learned ones with float16 values, by name inside the block.
+    error_before, error_after: relative squared error on the held-out samples, at the start and at that step. forwards,
+    backwards: number of samples in forward and backward passes through the block.
+    """
 
     linears: Mapping[str, QuantizedLinear]
-    floats: Mapping[str, torch.Tensor]  # by name inside the block; what was learned, gains and biases, float16 can hold
+    floats: Mapping[str, torch.Tensor]
     error_before: float
     error_after: float
-    forwards: int  # samples that ran through the block
+    forwards: int
     backwards: int
 
 
-class _Straight(torch.autograd.Function):
-    """Rounds to nearest; the gradient passes as if it did not."""
+class _StraightThroughRound(torch.autograd.Function):
+    """Rounds to nearest with a straight-through gradient, that of the identity."""
 
     @staticmethod
     def forward(_ctx: object, x: torch.Tensor) -> torch.Tensor:
@@ -78,139 +86,147 @@ class _Straight(torch.autograd.Function):
         return grads[0]
 
 
-def _rounded(x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = _Straight.apply(x)
+def _round_ste(x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _StraightThroughRound.apply(x)
     return out
 
 
 class LearnedLinear(nn.Module):
-    """A linear whose rounding, scales and bias learn. Starts as exactly the quantized linear it is given."""
+    """A linear with learnable rounding, scales and bias. It starts as exactly the quantized linear it is made from."""
 
     def __init__(self, layer: nn.Linear, linear: QuantizedLinear) -> None:
+        """layer: the float linear, whose bias is the start; linear: its codes and scales."""
         super().__init__()
         self.scheme: LinearScheme = linear.scheme
-        self.columns = layer.in_features
+        self.in_features = layer.in_features
         device = layer.weight.device
         self.register_buffer("codes", torch.from_numpy(linear.codes).float().to(device))
-        self.register_buffer("start", torch.from_numpy(linear.scale).float().reshape(layer.out_features, -1).to(device))
+        self.register_buffer(
+            "initial_scale", torch.from_numpy(linear.scale).float().reshape(layer.out_features, -1).to(device)
+        )
         self.offset = nn.Parameter(torch.zeros(layer.out_features, layer.in_features, device=device))
-        self.log_scale = nn.Parameter(torch.zeros_like(self.get_buffer("start")))
+        self.log_scale = nn.Parameter(torch.zeros_like(self.get_buffer("initial_scale")))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         scale = linear.input_scale
-        self.log_input = None if scale is None else nn.Parameter(torch.tensor(math.log(scale), device=device))
+        self.log_input_scale = None if scale is None else nn.Parameter(torch.tensor(math.log(scale), device=device))
 
     def scale(self) -> torch.Tensor:
-        """float32 [out, groups]."""
-        return self.get_buffer("start") * self.log_scale.exp()
+        """The current weight scales, float32 [out, groups]."""
+        return self.get_buffer("initial_scale") * self.log_scale.exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        start, bits = self.get_buffer("start"), self.scheme.activation_bits
-        # The value a code stood for at the start stays; other scales may give it another code.
-        moved = self.get_buffer("codes") * expand_scales(start / self.scale(), self.columns) + self.offset
-        weight = _rounded(moved).clamp(self.scheme.qmin, self.scheme.qmax) * expand_scales(self.scale(), self.columns)
-        if self.log_input is not None and bits is not None:
-            step = self.log_input.exp()
-            x = _rounded(x / step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+        """The linear's output with rounded weights and, where the scheme quantizes activations, rounded inputs."""
+        initial_scale, bits = self.get_buffer("initial_scale"), self.scheme.activation_bits
+        # A weight keeps the value that its code had at the start, so another scale may give it another code.
+        value = self.get_buffer("codes") * expand_scales(initial_scale / self.scale(), self.in_features) + self.offset
+        weight = _round_ste(value).clamp(self.scheme.qmin, self.scheme.qmax) * expand_scales(self.scale(), self.in_features)
+        if self.log_input_scale is not None and bits is not None:
+            step = self.log_input_scale.exp()
+            x = _round_ste(x / step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
         return apply_linear(x, weight, self.bias)
 
-    def quantized(self) -> QuantizedLinear:
-        """What has been learned, as it will be stored."""
+    def to_quantized(self) -> QuantizedLinear:
+        """Codes and scales at the current step, as they are stored."""
         with torch.no_grad():
             scale = stored_weight_scale(self.scale(), self.scheme)
-            start = self.get_buffer("start")
-            moved = self.get_buffer("codes") * expand_scales(start / self.scale(), self.columns) + self.offset
-            codes = moved.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
-            own = None if self.log_input is None else activation_scale_nearest(float(self.log_input.exp()))
-        return QuantizedLinear(self.scheme, codes.cpu().numpy(), scale.cpu().numpy(), own)
+            initial_scale = self.get_buffer("initial_scale")
+            value = self.get_buffer("codes") * expand_scales(initial_scale / self.scale(), self.in_features) + self.offset
+            codes = value.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
+            input_scale = (
+                None if self.log_input_scale is None else activation_scale_nearest(float(self.log_input_scale.exp()))
+            )
+        return QuantizedLinear(self.scheme, codes.cpu().numpy(), scale.cpu().numpy(), input_scale)
 
-    def settle_(self) -> None:
-        """Becomes exactly the linear that `quantized` gives."""
-        linear = self.quantized()
+    def snap_to_stored_(self) -> None:
+        """Turns this linear, in place, into exactly the one that `to_quantized` returns."""
+        linear = self.to_quantized()
         with torch.no_grad():
             self.get_buffer("codes").copy_(torch.from_numpy(linear.codes))
-            self.get_buffer("start").copy_(torch.from_numpy(linear.scale).float().reshape(self.log_scale.shape))
+            self.get_buffer("initial_scale").copy_(torch.from_numpy(linear.scale).float().reshape(self.log_scale.shape))
             self.offset.zero_()
             self.log_scale.zero_()
-            if self.log_input is not None and linear.input_scale is not None:
-                self.log_input.fill_(math.log(linear.input_scale))
+            if self.log_input_scale is not None and linear.input_scale is not None:
+                self.log_input_scale.fill_(math.log(linear.input_scale))
 
 
 def learn_block(
     module: nn.Module,
-    found: Mapping[str, QuantizedLinear],
+    quantized: Mapping[str, QuantizedLinear],
     run: Run,
     batches: Sequence[LearningBatch],
     *,
     steps: int,
     seed: int,
 ) -> Learned:
-    """Learns the linears `found` of a block whose float weights are in `module`.
+    """The block with rounding, scales, gains and biases learned in `steps` steps of Adam.
 
-    batches: see `make_learning_batches`.
+    module: the block with its float weights, is not changed. quantized: its linears at the start, by name inside the block.
+    run: computes a block's output from its input. batches: from `make_learning_batches`. seed: of the samples drawn.
     """
     student = copy.deepcopy(module)
-    linears = {name: LearnedLinear(get_linear(student, name), linear) for name, linear in found.items()}
+    linears = {name: LearnedLinear(get_linear(student, name), linear) for name, linear in quantized.items()}
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, linear)
-    _share_ranges(module, linears)
-    groups = _parameters(student, linears)
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    _share_input_scales(module, linears)
+    parameter_groups = _make_parameter_groups(student, linears)
+    optimizer = torch.optim.Adam(parameter_groups, betas=(0.9, 0.99))
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    teach, decide = _parted(batches)
+    training, held_out = _split_held_out(batches)
     generator = torch.Generator().manual_seed(seed)
-    best = before = _error(student, run, decide)
-    kept = _stored(student)
-    deciding = sum(len(batch.x) for batch in decide)
-    forwards, backwards = deciding, 0
+    least = before = _measure_error(student, run, held_out)
+    best = _copy_learned(student)
+    num_held_out = sum(len(batch.x) for batch in held_out)
+    forwards, backwards = num_held_out, 0
     for step in range(steps):
-        drawn = _draw(teach, generator)
+        batch = _draw_batch(training, generator)
         with torch.enable_grad():
-            wrong = (run(student, drawn.x) - drawn.y) * drawn.root
-            loss = _squares(wrong) / _squares(drawn.y * drawn.root)
+            difference = (run(student, batch.x) - batch.y) * batch.root_weights
+            loss = _sum_squares(difference) / _sum_squares(batch.y * batch.root_weights)
             optimizer.zero_grad()
-            with deterministic_small_matmul(drawn.x):
+            with deterministic_small_matmul(batch.x):
                 loss.backward()
-        share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        # Warm-up over 20 steps, then cosine decay.
+        decay = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * decay
         optimizer.step()
-        forwards, backwards = forwards + len(drawn.x), backwards + len(drawn.x)
+        forwards, backwards = forwards + len(batch.x), backwards + len(batch.x)
         if (step + 1) % max(1, steps // NUM_CHECKS) == 0:
-            settled = _settled(student)
-            error = _error(settled, run, decide)
-            forwards += deciding
-            if error < best:
-                best, kept = error, _stored(settled)
-    return Learned(*kept, before, best, forwards, backwards)
+            snapped = _copy_as_stored(student)
+            error = _measure_error(snapped, run, held_out)
+            forwards += num_held_out
+            if error < least:
+                least, best = error, _copy_learned(snapped)
+    return Learned(*best, before, least, forwards, backwards)
 
 
-def _share_ranges(module: nn.Module, linears: Mapping[str, LearnedLinear]) -> None:
-    """Linears that read one input with one range go on doing so: the graph quantizes it once."""
-    for group in find_shared_inputs(module):
-        known: dict[tuple[float, int | None], nn.Parameter] = {}
-        for linear in (linears[name] for name in group.linears if name in linears):
-            if linear.log_input is not None:
-                key = (float(linear.log_input.detach()), linear.scheme.activation_bits)
-                linear.log_input = known.setdefault(key, linear.log_input)
+def _share_input_scales(module: nn.Module, linears: Mapping[str, LearnedLinear]) -> None:
+    """Makes linears that share an input and its scale learn one scale together, as the graph quantizes the input once."""
+    for shared_input in find_shared_inputs(module):
+        scales: dict[tuple[float, int | None], nn.Parameter] = {}
+        for linear in (linears[name] for name in shared_input.linears if name in linears):
+            if linear.log_input_scale is not None:
+                key = (float(linear.log_input_scale.detach()), linear.scheme.activation_bits)
+                linear.log_input_scale = scales.setdefault(key, linear.log_input_scale)
 
 
-def _stored(student: nn.Module) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
-    """Its linears, and copies of its other tensors, by name inside the block."""
+def _copy_learned(student: nn.Module) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+    """The quantized linears of `student` and copies of its other tensors, by name inside the block."""
     linears = {name: part for name, part in student.named_modules() if isinstance(part, LearnedLinear)}
-    inside = {f"{name}.{part}" for name in linears for part in ("offset", "log_scale", "log_input")}
-    floats = {n: p.detach().clone() for n, p in student.named_parameters() if n not in inside}
-    return {name: linear.quantized() for name, linear in linears.items()}, floats
+    rounding = {f"{name}.{part}" for name in linears for part in ("offset", "log_scale", "log_input_scale")}
+    floats = {n: p.detach().clone() for n, p in student.named_parameters() if n not in rounding}
+    return {name: linear.to_quantized() for name, linear in linears.items()}, floats
 
 
-def _parameters(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> list[dict[str, object]]:
-    """Parameter groups of the optimizer; everything else in the block stays as it is."""
+def _make_parameter_groups(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> list[dict[str, object]]:
+    """Parameter groups of the optimizer; all other parameters of the block are not learned."""
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in RATES}
     for linear in linears.values():
         kinds["offset"].append(linear.offset)
         kinds["scale"].append(linear.log_scale)
-        if linear.log_input is not None and all(linear.log_input is not other for other in kinds["input_scale"]):
-            kinds["input_scale"].append(linear.log_input)
+        if linear.log_input_scale is not None and all(linear.log_input_scale is not other for other in kinds["input_scale"]):
+            kinds["input_scale"].append(linear.log_input_scale)
         kinds["float"] += [] if linear.bias is None else [linear.bias]
     kinds["float"] += [p for n, p in student.named_parameters() if "norm" in n]
     for parameters in kinds.values():
@@ -219,59 +235,66 @@ def _parameters(student: nn.Module, linears: Mapping[str, LearnedLinear]) -> lis
     return [{"params": parameters, "lr": RATES[kind]} for kind, parameters in kinds.items() if parameters]
 
 
-def _settled(student: nn.Module) -> nn.Module:
-    """A copy with everything as it will be stored."""
-    settled = copy.deepcopy(student)
-    for part in settled.modules():
+def _copy_as_stored(student: nn.Module) -> nn.Module:
+    """A copy of the block with every tensor as it will be stored: linears as quantized, gains and biases as float16."""
+    snapped = copy.deepcopy(student)
+    for part in snapped.modules():
         if isinstance(part, LearnedLinear):
-            part.settle_()
+            part.snap_to_stored_()
     with torch.no_grad():
-        for name, parameter in settled.named_parameters():
+        for name, parameter in snapped.named_parameters():
             if "norm" in name or name.endswith(".bias"):
                 parameter.copy_(parameter.half())
-    return settled
+    return snapped
 
 
 def make_learning_batches(
     inputs: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor] | None = None,
-    groups: Sequence[torch.Tensor] | None = None,
+    image_ids: Sequence[torch.Tensor] | None = None,
 ) -> list[LearningBatch]:
-    """Batches to learn from, see `LearningBatch`. weights: [B, tokens] of each, None for all alike. groups: None: each its
-    own."""
+    """One `LearningBatch` for each pair of inputs and targets.
+
+    inputs: of the block, targets: the float block's outputs, float32 [B, tokens, width]. weights: of the tokens, float32
+    [B, tokens]; None if all are equal. image_ids: int64 [B]; None if every input has its own image.
+    """
     if weights is None:
         weights = [torch.ones(x.shape[:2], device=x.device) for x in inputs]
-    if groups is None:
-        groups = torch.arange(sum(len(x) for x in inputs)).split([len(x) for x in inputs])
-    return [LearningBatch(x, y, w.sqrt()[..., None], g) for x, y, w, g in zip(inputs, wanted, weights, groups, strict=True)]
+    if image_ids is None:
+        image_ids = torch.arange(sum(len(x) for x in inputs)).split([len(x) for x in inputs])
+    parts = zip(inputs, targets, weights, image_ids, strict=True)
+    return [LearningBatch(x, y, w.sqrt()[..., None], ids) for x, y, w, ids in parts]
 
 
-def _parted(batches: Sequence[LearningBatch]) -> tuple[list[LearningBatch], list[LearningBatch]]:
-    """Those that teach and those that decide: of few groups the last one. A single group does both."""
-    groups = torch.cat([batch.group for batch in batches]).unique()
-    deciding = groups[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] if len(groups) >= HELD_OUT_EVERY else groups[-1:]
-    held = [torch.isin(batch.group, deciding) for batch in batches]
-    teach = [batch.rows(~mask) for batch, mask in zip(batches, held, strict=True) if not mask.all()]
-    decide = [batch.rows(mask) for batch, mask in zip(batches, held, strict=True) if mask.any()]
-    return (teach, decide) if teach and decide else (teach or decide, decide or teach)
+def _split_held_out(batches: Sequence[LearningBatch]) -> tuple[list[LearningBatch], list[LearningBatch]]:
+    """Batches to train on and batches that are held out.
+
+    With fewer than HELD_OUT_EVERY images the last one is held out. A single image is both trained on and held out.
+    """
+    images = torch.cat([batch.image_ids for batch in batches]).unique()
+    chosen = images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] if len(images) >= HELD_OUT_EVERY else images[-1:]
+    masks = [torch.isin(batch.image_ids, chosen) for batch in batches]
+    training = [batch.select(~mask) for batch, mask in zip(batches, masks, strict=True) if not mask.all()]
+    held_out = [batch.select(mask) for batch, mask in zip(batches, masks, strict=True) if mask.any()]
+    return (training, held_out) if training and held_out else (training or held_out, held_out or training)
 
 
-def _draw(batches: Sequence[LearningBatch], generator: torch.Generator) -> LearningBatch:
-    """Some inputs of one batch, every input of all batches being as likely."""
+def _draw_batch(batches: Sequence[LearningBatch], generator: torch.Generator) -> LearningBatch:
+    """About STEP_TOKENS tokens of inputs of one batch; every input of all batches is equally likely."""
     sizes = torch.tensor([float(len(batch.x)) for batch in batches])
     batch = batches[int(torch.multinomial(sizes, 1, generator=generator))]
     count = max(1, STEP_TOKENS // batch.x.shape[1])
-    return batch.rows(torch.randperm(len(batch.x), generator=generator)[:count])
+    return batch.select(torch.randperm(len(batch.x), generator=generator)[:count])
 
 
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    """The sum of squares, whose gradient passes, to the same bits on any number of threads: rows are summed one by one."""
+def _sum_squares(x: torch.Tensor) -> torch.Tensor:
+    """The differentiable sum of squares, float32 []: the same bits on any number of threads, as rows are added in order."""
     return x.square().flatten(0, -2).sum(1).double().cumsum(0)[-1].float()
 
 
-def _error(student: nn.Module, run: Run, batches: Sequence[LearningBatch]) -> float:
-    """Squared error relative to the float outputs."""
+def _measure_error(student: nn.Module, run: Run, batches: Sequence[LearningBatch]) -> float:
+    """Weighted squared error of the block's outputs, relative to the weighted energy of the float outputs."""
     with torch.no_grad():
-        wrong = sum(squared_sum((run(student, batch.x) - batch.y) * batch.root) for batch in batches)
-    return wrong / max(sum(squared_sum(batch.y * batch.root) for batch in batches), 1e-30)
+        error = sum(squared_sum((run(student, batch.x) - batch.y) * batch.root_weights) for batch in batches)
+    return error / max(sum(squared_sum(batch.y * batch.root_weights) for batch in batches), 1e-30)

@@ -1,4 +1,9 @@
-"""calibrate/rounding/output_hessian.py"""
+"""Output Hessian (Fisher) G = sum g g^T of a linear from its output gradients; sketched by random signs where it is wide.
+
+It tells in which directions errors of a linear's output move the model's output; `kronecker_rounding.py` rounds by it. Up to
+SKETCH_ROWS outputs G is stored itself, float32 [out, out]. Beyond, a sketch S is stored, bfloat16 [SKETCH_ROWS, out], with
+S^T S equal to G on average (Achlioptas 2003, theorem 1.1). Every function here takes either form.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +16,84 @@ from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.hessian import factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import squared_sum
 
-DAMPING = 0.1  # of the mean of G's diagonal: its gradients are of few samples
+DAMPING = 0.1  # of the mean of G's diagonal: ten times that of H, as the gradients come from few samples
 
-SKETCH_ROWS = 1024  # outputs beyond which a sketch of so many rows is kept of their gradients
+SKETCH_ROWS = 1024  # the number of outputs beyond which a sketch of this many rows replaces G
 
 
 def empty_output_hessian(outputs: int) -> torch.Tensor:
-    """What `add_gradients` adds to: float32 [out, out], or a sketch, bfloat16 [SKETCHED, out] with S^T S about G."""
+    """A zero to start `add_gradients` from: G, float32 [out, out], or its sketch, bfloat16 [SKETCH_ROWS, out]."""
     if outputs <= SKETCH_ROWS:
         return torch.zeros(outputs, outputs)
     return torch.zeros(SKETCH_ROWS, outputs, dtype=torch.bfloat16)
 
 
-def add_gradients(metric: torch.Tensor, gradients: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The metric with more gradients in it. gradients: float32 [tokens, out].
+def add_gradients(output_hessian: torch.Tensor, gradients: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The output Hessian or sketch with more gradients added to it; the argument is not changed.
 
-    A sketch holds random sums of the gradients (Achlioptas 2003, theorem 1.1), whose products are G's on average.
+    gradients: float32 [tokens, out]. generator: draws the signs by which a sketch sums the gradients.
     """
-    if len(metric) == metric.shape[1]:
-        return metric + matmul(gradients.T, gradients).cpu()
-    signs = torch.randint(0, 2, (len(metric), len(gradients)), generator=generator) * 2.0 - 1.0
-    more = matmul(signs.to(gradients.device), gradients).cpu() / len(metric) ** 0.5
-    return (metric.float() + more).bfloat16()
+    if len(output_hessian) == output_hessian.shape[1]:
+        return output_hessian + matmul(gradients.T, gradients).cpu()
+    signs = torch.randint(0, 2, (len(output_hessian), len(gradients)), generator=generator) * 2.0 - 1.0
+    update = matmul(signs.to(gradients.device), gradients).cpu() / len(output_hessian) ** 0.5
+    return (output_hessian.float() + update).bfloat16()
 
 
-def invert_cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """What `leverage_scores` multiplies inputs by, float32 [in, in], from their Gram matrix, float32 [in, in]."""
-    rounder = factor_hessian(gram)
-    inverse = torch.empty_like(gram)
+def invert_cholesky(hessian: torch.Tensor) -> torch.Tensor:
+    """R, float32 [in, in], with R R^T the inverse of the damped input Hessian, for `leverage_scores`.
+
+    hessian: H, float32 [in, in]. Raises UserError where it is not finite.
+    """
+    factor = factor_hessian(hessian)
+    inverse = torch.empty_like(hessian)
     with one_thread():
-        identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        inverse[rounder.order] = torch.linalg.solve_triangular(rounder.lower, identity, upper=False).T.float()
+        identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+        inverse[factor.order] = torch.linalg.solve_triangular(factor.lower, identity, upper=False).T.float()
     return inverse
 
 
 def leverage_scores(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """x^T H^-1 x of every row, float32 [tokens]. rows: float32 [tokens, in]; inverse: as `invert_cholesky` gives it."""
+    """The leverage x^T H^-1 x of every row, float32 [tokens].
+
+    rows: float32 [tokens, in]; inverse: the result of `invert_cholesky`.
+    """
     return matmul(rows, inverse).square().sum(1)
 
 
-def scale_output_hessian(metric: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """The metric of outputs that were divided by factors, float32 [out], which multiplies their gradients."""
-    own = factors.to(metric.device)
-    if len(metric) == metric.shape[1]:
-        return metric * own[:, None] * own
-    return (metric.float() * own).bfloat16()
+def scale_output_hessian(output_hessian: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The output Hessian or sketch of outputs that equalization divided by `factors`, float32 [out].
+
+    Dividing an output by a factor multiplies its gradients by it.
+    """
+    gradient_factors = factors.to(output_hessian.device)
+    if len(output_hessian) == output_hessian.shape[1]:
+        return output_hessian * gradient_factors[:, None] * gradient_factors
+    return (output_hessian.float() * gradient_factors).bfloat16()
 
 
-def root_output_importance(metrics: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """What an error of each output counts, as factors of its row, float32 [all outputs], mean square 1; all 1 where nothing
-    matters. metrics: of linears that share an input, one after another."""
-    sizes = [m.diagonal() if len(m) == m.shape[1] else m.float().square().sum(0) for m in metrics]
-    damped = torch.cat([size + DAMPING * size.mean() for size in sizes])
+def root_output_importance(output_hessians: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The square root of each output's importance, its entry in the damped diagonal of G: float32 [all outputs].
+
+    Multiplying a weight's rows by it makes squared errors count by importance. Its mean square is 1; it is 1 everywhere if
+    all gradients are 0. output_hessians: of the linears that share an input, in the order of their outputs.
+    """
+    diagonals = [g.diagonal() if len(g) == g.shape[1] else g.float().square().sum(0) for g in output_hessians]
+    damped = torch.cat([diagonal + DAMPING * diagonal.mean() for diagonal in diagonals])
     with one_thread():
         mean = damped.mean()
     return (damped / mean if mean > 0 else torch.ones_like(damped)).sqrt().to(device)
 
 
-def error_directions(metric: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """D float32 [out, k] with |e D|^2 what an error e does to the answers, DAMPING of its own size included."""
-    kept = metric.to(device).float()
-    if len(kept) == kept.shape[1]:
-        size = kept.diagonal().mean().clamp(min=1e-30)
+def error_directions(output_hessian: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """D, float32 [out, k], with |e D|^2 = e (G / mean(diag G) + DAMPING I) e^T for an error e of the output.
+
+    k is out, or SKETCH_ROWS + out for a sketch.
+    """
+    stored = output_hessian.to(device).float()
+    if len(stored) == stored.shape[1]:
+        mean_diagonal = stored.diagonal().mean().clamp(min=1e-30)
         with one_thread():
-            return torch.linalg.cholesky(kept / size + DAMPING * torch.eye(len(kept), device=device))
-    root = max(squared_sum(kept) / kept.shape[1], 1e-30) ** 0.5
-    return torch.cat([kept.T / root, DAMPING**0.5 * torch.eye(kept.shape[1], device=device)], 1)
+            return torch.linalg.cholesky(stored / mean_diagonal + DAMPING * torch.eye(len(stored), device=device))
+    root_mean = max(squared_sum(stored) / stored.shape[1], 1e-30) ** 0.5
+    return torch.cat([stored.T / root_mean, DAMPING**0.5 * torch.eye(stored.shape[1], device=device)], 1)

@@ -1,4 +1,9 @@
-"""calibrate/rounding/output_matching.py"""
+"""Output matching: ridge regression moves a weight so that quantized inputs reproduce the float layer's output.
+
+What goes in is the float weight W and the layer's inputs: X in the float model, and X_q in the quantized one, with the
+errors of the already quantized preceding blocks. What comes out is the weight V that is rounded instead of W. The ridge
+draws V towards W, so that V does not fit the calibration set too closely.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +13,48 @@ from qvlm_export.calibrate.numerics.cholesky import cholesky_
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import map_on_threads
 
-SOLVED_ROWS = 1024  # outputs whose weights are aimed at a time, by a thread of their own
+SOLVED_ROWS = 1024  # rows of the right-hand side that one thread solves for at a time
 
 
-def match_outputs(weight: torch.Tensor, gram: torch.Tensor, pulled: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The weight that best turns quantized inputs into the float layer's output, held back towards `weight`.
+def match_outputs(weight: torch.Tensor, hessian: torch.Tensor, cross_term: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The weight V, float32 [out, in], that minimizes |W X - V X_q|^2 + ridge * mean(diag H) |V - W|^2.
 
-    Minimises |W X - V Xq|^2 + ridge * mean(diag H) |V - W|^2 over V. gram: Xq Xq^T [in, in]; pulled: W X Xq^T [out, in].
+    Tokens are the columns of X and X_q here. weight: W, float32 [out, in]; hessian: H = X_q X_q^T [in, in]; cross_term:
+    W X X_q^T [out, in]. Raises RuntimeError if the regularized Hessian is not positive definite.
     """
-    held = ridge * _mean_energy(gram)
-    # V (H + held) = W X Xq^T + held W, solved from the right.
-    return _solved(gram.clone(), held, pulled + held * weight)
+    regularization = ridge * _mean_diagonal(hessian)
+    # V (H + regularization I) = W X X_q^T + regularization W, solved from the right.
+    return _solve(hessian.clone(), regularization, cross_term + regularization * weight)
 
 
 def match_outputs_by_tokens(
-    weight: torch.Tensor, wanted: torch.Tensor, seen: torch.Tensor, gram: torch.Tensor, ridge: float
+    weight: torch.Tensor,
+    float_inputs: torch.Tensor,
+    quantized_inputs: torch.Tensor,
+    hessian: torch.Tensor,
+    ridge: float,
 ) -> torch.Tensor:
-    """The same as `match_outputs`, from a system with a row for each token, where they are fewer than inputs.
+    """The result of `match_outputs`, from a [tokens, tokens] system, which is smaller where tokens are fewer than inputs.
 
-    V = W + W (X - Xq)^T (Xq Xq^T + held)^-1 Xq, by the push-through identity. wanted: X, seen: Xq, float32 [tokens, in],
-    rows times the root of what each counts; gram: Xq^T Xq [in, in].
+    V = W + W (X - X_q)^T (X_q X_q^T + regularization I)^-1 X_q by the push-through identity, tokens being the rows of X and
+    X_q here. float_inputs: X, quantized_inputs: X_q, float32 [tokens, in], every row multiplied by the square root of its
+    token's weight; hessian: X_q^T X_q [in, in].
     """
-    apart, system, held = (wanted - seen).T, matmul(seen, seen.T), ridge * _mean_energy(gram)
-    if len(weight) > weight.shape[1]:  # fewer rows to solve for
-        return weight + matmul(weight, matmul(_solved(system, held, apart), seen))
-    return weight + matmul(_solved(system, held, matmul(weight, apart)), seen)
+    gap, system = (float_inputs - quantized_inputs).T, matmul(quantized_inputs, quantized_inputs.T)
+    regularization = ridge * _mean_diagonal(hessian)
+    if len(weight) > weight.shape[1]:  # the identity in place of W has fewer rows to solve for
+        return weight + matmul(weight, matmul(_solve(system, regularization, gap), quantized_inputs))
+    return weight + matmul(_solve(system, regularization, matmul(weight, gap)), quantized_inputs)
 
 
-def _mean_energy(gram: torch.Tensor) -> float:
-    return float(gram.diagonal().mean().clamp(min=1e-12))
+def _mean_diagonal(hessian: torch.Tensor) -> float:
+    return float(hessian.diagonal().mean().clamp(min=1e-12))
 
 
-def _solved(system: torch.Tensor, held: float, rows: torch.Tensor) -> torch.Tensor:
-    """rows (system + held)^-1, some rows a thread. system: symmetric, overwritten."""
-    factor = system.mT  # its columns lie one behind another, so that LAPACK needs no copy
-    factor.diagonal().add_(held)
+def _solve(system: torch.Tensor, regularization: float, rows: torch.Tensor) -> torch.Tensor:
+    """rows (system + regularization I)^-1, SOLVED_ROWS rows on each thread. system: symmetric, is overwritten."""
+    factor = system.mT  # column-major, so that LAPACK needs no copy
+    factor.diagonal().add_(regularization)
     if not cholesky_(factor):
         raise RuntimeError("a damped Gram matrix is not positive definite")
     return torch.cat(map_on_threads(lambda part: torch.cholesky_solve(part.mT, factor).mT, rows.split(SOLVED_ROWS)))

@@ -1,4 +1,8 @@
-"""Quantizing the linears that share an input: its range, where their weights aim, scales and codes. torch."""
+"""Quantizes the linears that share an input: input range, output matching (ridge regression), weight scales and rounding.
+
+What goes in are their float weights and their shared input in the float and in the quantized model; what comes out are codes
+and scales. They are quantized together because they have one input range and one input Hessian H = X_q^T X_q.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +32,16 @@ from qvlm_export.calibrate.rounding.kronecker_rounding import factor_output_hess
 from qvlm_export.calibrate.rounding.output_hessian import root_output_importance
 from qvlm_export.calibrate.rounding.output_matching import match_outputs, match_outputs_by_tokens
 
-WIDE_INPUT = 1024  # inputs from which on solving for as many columns as there are outputs takes longer than a product
-MAX_SEARCH_ROWS = 512  # rows of a group's input that folding and activation ranges are judged on
+# From this many inputs on, output matching for more outputs than inputs solves for the identity instead, and multiplies.
+WIDE_INPUT = 1024
+MAX_SEARCH_ROWS = 512  # rows of a shared input on which equalization and activation ranges are judged
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A group's input, float32 [tokens, in]. wanted: in the float model, seen: from the quantized prefix.
+    """The shared input of linears: X in the float model, X_q after the already quantized preceding blocks.
 
-    weights: what each row counts, float32 [tokens]; None for all alike.
+    float_rows: X, quantized_rows: X_q, float32 [tokens, in]. weights: of the tokens, float32 [tokens]; None if all equal.
     """
 
     float_rows: torch.Tensor
@@ -44,163 +49,186 @@ class LayerInputs:
     weights: torch.Tensor | None = None
 
     def scale_by_root_weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` by the root of what each counts."""
+        """`rows` [tokens, in], each multiplied by the square root of its token's weight."""
         return rows if self.weights is None else rows * self.weights.sqrt()[:, None]
 
-    def scale_by_weights(self, seen: torch.Tensor) -> torch.Tensor:
-        """`quantized_rows` by what each row counts: with C for it, the Gram matrix is C^T seen."""
-        return seen if self.weights is None else seen * self.weights[:, None]
+    def scale_by_weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` [tokens, in], each multiplied by its token's weight: w X_q, with which the Hessian is (w X_q)^T X_q."""
+        return rows if self.weights is None else rows * self.weights[:, None]
 
-    def cross_term(self, counted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """W wanted^T C, float32 [out, in]; by way of the smaller of W wanted^T and wanted^T C. weight: W [out, in]."""
+    def cross_term(self, weighted_rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """W X^T (w X_q), float32 [out, in], with the smaller of W X^T and X^T (w X_q) in between.
+
+        weighted_rows: w X_q, as `scale_by_weights` returns it; weight: W [out, in].
+        """
         if len(weight) < weight.shape[1]:
-            return matmul(matmul(self.float_rows, weight.T).T, counted)
-        return matmul(weight, matmul(self.float_rows.T, counted))
+            return matmul(matmul(self.float_rows, weight.T).T, weighted_rows)
+        return matmul(weight, matmul(self.float_rows.T, weighted_rows))
 
-    def match_outputs(self, weight: torch.Tensor, seen: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
-        """`match_outputs` of W [out, in]. It is linear, so for many outputs the identity is aimed, and multiplied by W.
+    def match_outputs(
+        self, weight: torch.Tensor, quantized_rows: torch.Tensor, hessian: torch.Tensor, ridge: float
+    ) -> torch.Tensor:
+        """The weight V [out, in] that output matching gives for W, see `output_matching.py`.
 
-        seen: as quantized; gram: of it.
+        weight: W [out, in]; quantized_rows: X_q after the input quantizer; hessian: H of those [in, in]. Output matching is
+        linear in W, so for many outputs the identity is matched and multiplied by W.
         """
         into = weight.shape[1]
-        if len(seen) < into:
+        if len(quantized_rows) < into:
             return match_outputs_by_tokens(
-                weight, self.scale_by_root_weights(self.float_rows), self.scale_by_root_weights(seen), gram, ridge
+                weight,
+                self.scale_by_root_weights(self.float_rows),
+                self.scale_by_root_weights(quantized_rows),
+                hessian,
+                ridge,
             )
-        counted = self.scale_by_weights(seen)
+        weighted_rows = self.scale_by_weights(quantized_rows)
         if WIDE_INPUT <= into < len(weight):
-            pulled = matmul(self.float_rows.T, counted)
-            return matmul(weight, match_outputs(torch.eye(into, device=weight.device), gram, pulled, ridge))
-        return match_outputs(weight, gram, self.cross_term(counted, weight), ridge)
+            cross_term = matmul(self.float_rows.T, weighted_rows)
+            return matmul(weight, match_outputs(torch.eye(into, device=weight.device), hessian, cross_term, ridge))
+        return match_outputs(weight, hessian, self.cross_term(weighted_rows, weight), ridge)
 
 
 def quantize_linears(
     weights: Mapping[str, torch.Tensor],
-    plan: Mapping[str, LinearScheme],
-    variant: LinearConfig,
-    rows: LayerInputs,
-    metrics: Mapping[str, torch.Tensor] | None = None,
+    schemes: Mapping[str, LinearScheme],
+    config: LinearConfig,
+    inputs: LayerInputs,
+    output_hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantizedLinear]:
-    """Ranges and codes of linears that share an input. weights: float32 [out, in], folded.
+    """The quantized linears by name, in the order of `weights`.
 
-    metrics: by linear, of its output, as `kronecker_rounding.py` keeps them; for two-sided rounding.
+    weights: float32 [out, in] of linears that share an input, equalized. schemes: of each linear. output_hessians: G of each
+    linear's output or its sketch (`output_hessian.py`), needed for Kronecker-factored rounding only.
     """
-    found: dict[str, QuantizedLinear] = {}
-    for bits, part in split_by_activation_bits(weights, plan).items():  # those of other bits read other values
-        found |= _quantized_alike(part, plan, bits, (variant, rows, metrics))
-    return {name: found[name] for name in weights}
+    linears: dict[str, QuantizedLinear] = {}
+    # Linears that read the input in other bits read other values, and so have another Hessian.
+    for bits, part in split_by_activation_bits(weights, schemes).items():
+        linears |= _quantize_same_bits(part, schemes, bits, (config, inputs, output_hessians))
+    return {name: linears[name] for name in weights}
 
 
 def split_by_activation_bits(
-    weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme]
+    weights: Mapping[str, torch.Tensor], schemes: Mapping[str, LinearScheme]
 ) -> dict[int | None, dict[str, torch.Tensor]]:
-    """The weights of linears that read their input in as many bits, None for float."""
+    """The weights of linears by the bits in which they read their input, None for float."""
     parts: dict[int | None, dict[str, torch.Tensor]] = {}
     for name, weight in weights.items():
-        parts.setdefault(plan[name].activation_bits, {})[name] = weight
+        parts.setdefault(schemes[name].activation_bits, {})[name] = weight
     return parts
 
 
-def _quantized_alike(
+def _quantize_same_bits(
     weights: dict[str, torch.Tensor],
-    plan: Mapping[str, LinearScheme],
+    schemes: Mapping[str, LinearScheme],
     num_bits: int | None,
-    how: tuple[LinearConfig, LayerInputs, Mapping[str, torch.Tensor] | None],
+    settings: tuple[LinearConfig, LayerInputs, Mapping[str, torch.Tensor] | None],
 ) -> dict[str, QuantizedLinear]:
-    """`quantize_linears` of linears whose input has the same bits, None for float."""
-    variant, rows, metrics = how
+    """`quantize_linears` for linears that read their input in the same number of bits, None for float."""
+    config, inputs, output_hessians = settings
     input_scale: float | None = None
-    seen = rows.quantized_rows
+    quantized_rows = inputs.quantized_rows
     if num_bits is not None:
-        input_scale = choose_input_scale(variant, weights, rows, metrics, num_bits)
-        seen = fake_quantize(seen, input_scale, num_bits)
-    gram = matmul(rows.scale_by_weights(seen).T, seen)
-    if variant.ridge is not None:
-        whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
-        aimed = rows.match_outputs(whole, seen, gram, variant.ridge)
-        weights = dict(zip(weights, aimed.split([len(w) for w in weights.values()]), strict=True))
-        del whole, aimed
-    del seen
-    rounder = factor_hessian(gram) if variant.rounding != "nearest" else None
-    found = {}
-    for names in _alike(weights, plan, apart=variant.rounding == "two-sided"):
-        scheme, sizes = plan[names[0]], [len(weights[name]) for name in names]
+        input_scale = choose_input_scale(config, weights, inputs, output_hessians, num_bits)
+        quantized_rows = fake_quantize(quantized_rows, input_scale, num_bits)
+    hessian = matmul(inputs.scale_by_weights(quantized_rows).T, quantized_rows)
+    if config.ridge is not None:
+        joined = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
+        matched = inputs.match_outputs(joined, quantized_rows, hessian, config.ridge)
+        weights = dict(zip(weights, matched.split([len(w) for w in weights.values()]), strict=True))
+        del joined, matched
+    del quantized_rows
+    factor = factor_hessian(hessian) if config.rounding != "nearest" else None
+    linears = {}
+    for names in _join_for_rounding(weights, schemes, separate=config.rounding == "two-sided"):
+        scheme, sizes = schemes[names[0]], [len(weights[name]) for name in names]
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        metric = (metrics or {})[names[0]] if variant.rounding == "two-sided" else None
-        codes, scale = _rounded(weight, gram, rounder, metric, (variant, scheme))
+        output_hessian = (output_hessians or {})[names[0]] if config.rounding == "two-sided" else None
+        codes, scale = _round_weight(weight, hessian, factor, output_hessian, (config, scheme))
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
-            found[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
-    return found
+            linears[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
+    return linears
 
 
-def _alike(weights: Mapping[str, torch.Tensor], plan: Mapping[str, LinearScheme], *, apart: bool) -> list[list[str]]:
-    """Linears of one scheme together, whose outputs can be rounded as if of one linear; or each of them apart."""
-    together: dict[object, list[str]] = {}
+def _join_for_rounding(
+    weights: Mapping[str, torch.Tensor], schemes: Mapping[str, LinearScheme], *, separate: bool
+) -> list[list[str]]:
+    """Lists of names of linears to round as if they were one: those of one scheme; each one alone if `separate`."""
+    names_by_key: dict[object, list[str]] = {}
     for name in weights:
-        together.setdefault(name if apart else plan[name], []).append(name)
-    return list(together.values())
+        names_by_key.setdefault(name if separate else schemes[name], []).append(name)
+    return list(names_by_key.values())
 
 
-def _rounded(
+def _round_weight(
     weight: torch.Tensor,
-    gram: torch.Tensor,
-    rounder: HessianFactor | None,
-    metric: torch.Tensor | None,
-    how: tuple[LinearConfig, LinearScheme],
+    hessian: torch.Tensor,
+    factor: HessianFactor | None,
+    output_hessian: torch.Tensor | None,
+    settings: tuple[LinearConfig, LinearScheme],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [out, in] and scales as stored. rounder: None for rounding to nearest; metric: for two-sided rounding."""
-    variant, scheme = how
-    scale = choose_weight_scale(variant, weight, gram, scheme)
-    if rounder is None:
+    """Codes int8 [out, in] and scales as stored.
+
+    factor: of the Hessian, None for round-to-nearest; output_hessian: None for all but Kronecker-factored rounding.
+    """
+    config, scheme = settings
+    scale = choose_weight_scale(config, weight, hessian, scheme)
+    if factor is None:
         return round_to_codes(weight, scale, scheme), scale
-    if variant.weight_ranges == "rounded":
-        scale = search_gptq_scale(weight, gram, rounder, scale, scheme)
-    if metric is None:
-        return gptq_round(weight, rounder, scale, scheme), scale
-    return kronecker_round(weight, rounder, factor_output_hessian(metric, weight.device), scale, scheme), scale
+    if config.weight_ranges == "rounded":
+        scale = search_gptq_scale(weight, hessian, factor, scale, scheme)
+    if output_hessian is None:
+        return gptq_round(weight, factor, scale, scheme), scale
+    return kronecker_round(weight, factor, factor_output_hessian(output_hessian, weight.device), scale, scheme), scale
 
 
 def choose_weight_scale(
-    variant: LinearConfig, weight: torch.Tensor, gram: torch.Tensor, scheme: LinearScheme
+    config: LinearConfig, weight: torch.Tensor, hessian: torch.Tensor, scheme: LinearScheme
 ) -> torch.Tensor:
-    """As stored, of the range that the variant chooses before it rounds. weight: float32 [out, in]; gram: of its input."""
-    if variant.weight_ranges == "output":
-        return search_weight_scale(weight, gram, scheme)
-    if variant.weight_ranges == "absmax":
+    """The weight scales, as stored, of the range that `config.weight_ranges` chooses before rounding.
+
+    weight: float32 [out, in]; hessian: of its input [in, in].
+    """
+    if config.weight_ranges == "output":
+        return search_weight_scale(weight, hessian, scheme)
+    if config.weight_ranges == "absmax":
         return weight_scale(group_amax(weight, scheme), scheme)
     return covering_scale(weight, scheme)
 
 
 def choose_input_scale(
-    variant: LinearConfig,
+    config: LinearConfig,
     weights: Mapping[str, torch.Tensor],
-    rows: LayerInputs,
-    metrics: Mapping[str, torch.Tensor] | None,
+    inputs: LayerInputs,
+    output_hessians: Mapping[str, torch.Tensor] | None,
     num_bits: int,
 ) -> float:
-    """Of the range that the variant chooses for linears that read their input in so many bits; as `quantize_linears`."""
-    whole = torch.cat(list(weights.values()))
-    if variant.rounding == "two-sided" and variant.by_output and metrics is not None:
-        whole.mul_(root_output_importance([metrics[name] for name in weights], whole.device)[:, None])
-    return _input_scale(variant, rows.quantized_rows, rows.float_rows, whole, num_bits)
+    """The scale of the shared input, in `num_bits` bits, of the range that `config.activation_ranges` chooses.
+
+    The other arguments are those of `quantize_linears`.
+    """
+    joined = torch.cat(list(weights.values()))
+    if config.rounding == "two-sided" and config.by_output and output_hessians is not None:
+        joined.mul_(root_output_importance([output_hessians[name] for name in weights], joined.device)[:, None])
+    return _search_input_scale(config, inputs.quantized_rows, inputs.float_rows, joined, num_bits)
 
 
-def _input_scale(
-    variant: LinearConfig, seen: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, num_bits: int
+def _search_input_scale(
+    config: LinearConfig, quantized_rows: torch.Tensor, float_rows: torch.Tensor, weight: torch.Tensor, num_bits: int
 ) -> float:
-    if variant.activation_ranges == "absmax":
-        return activation_scale(float(seen.abs().max()), num_bits)
-    if variant.activation_ranges == "expected":
-        return choose_expected_scale(fit_tail(seen), weight, num_bits)
-    rows = select_rows(seen)
-    return activation_scale_nearest(search_activation_scale(seen[rows], wanted[rows], weight, num_bits))
+    if config.activation_ranges == "absmax":
+        return activation_scale(float(quantized_rows.abs().max()), num_bits)
+    if config.activation_ranges == "expected":
+        return choose_expected_scale(fit_tail(quantized_rows), weight, num_bits)
+    rows = select_rows(quantized_rows)
+    return activation_scale_nearest(search_activation_scale(quantized_rows[rows], float_rows[rows], weight, num_bits))
 
 
 def select_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Indices of at most SEARCH_TOKENS rows: evenly spread over all samples, and those with the largest values.
+    """Indices, int64, of at most MAX_SEARCH_ROWS rows: evenly spread over all samples, and those with the largest values.
 
-    A few tokens (the first of a sequence, mostly) have values far beyond all others; without them a range would look safe
-    that clips them.
+    A few tokens, mostly the first of a sequence, have values far beyond all others. Without them, a range that clips them
+    would look safe.
     """
     if len(rows) <= MAX_SEARCH_ROWS:
         return torch.arange(len(rows), device=rows.device)

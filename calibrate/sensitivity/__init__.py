@@ -1,1 +1,1 @@
-"""What quantization errors cost the model's output: gradients through the float model."""
+"""Sensitivity of the model's output to quantization errors: token weights and output Hessians from backward passes."""

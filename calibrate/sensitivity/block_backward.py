@@ -1,4 +1,9 @@
-"""The way back through one block: what its tokens count, and in which directions its outputs matter. torch."""
+"""Backward pass of one block: token sensitivities and the output Hessian (Fisher) G = sum g g^T of every linear.
+
+A block's tape entry holds the gradients of the probed logits by the block's outputs. From these follow, at every linear, the
+squared gradient at each token and the sum of outer products of the gradients, and for the preceding block the gradients by
+its outputs. Only this block's weights are in memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,8 @@ from qvlm_export.calibrate.rounding.output_hessian import (
 )
 from qvlm_export.calibrate.sensitivity.tape import RecordedForward, TapeEntry, record_forward
 
-MIN_TOKEN_WEIGHT = 0.1  # of the mean weight, for every token: few calibration tokens have nearly all the weight
+# Added to every token's weight, as a share of the mean weight: few calibration tokens have nearly all the weight.
+MIN_TOKEN_WEIGHT = 0.1
 
 TokenWeights = dict[str, list[torch.Tensor]]
 _T = TypeVar("_T")
@@ -31,10 +37,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """tokens: by linear that a group begins with, or by block for its output: one tensor an input, float32 [n, tokens],
-    mean 1 over all. outputs: by linear, or by block, the metric of its output as `kronecker_rounding.py` keeps it; empty
-    where
-    nobody asked."""
+    """How much errors at tokens and in output directions matter for the logits of the answer tokens.
+
+    tokens: token weights, one tensor float32 [n, tokens] for each input of a block; by canonical name of the first linear of
+    each shared input, and by block for the block's output. `measure_sensitivity` scales them to mean 1 over all tokens.
+    outputs: output Hessians as `output_hessian.py` stores them, by linear, and by block for the block's output; empty where
+    they were not asked for.
+    """
 
     tokens: TokenWeights = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,89 +51,101 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class BackwardRequest:
-    """metrics: of what came before, by linear, and by block where it learns; None where nobody asks. leverage: whether a
-    gradient counts there by the leverage of its token's input. generator: of signs."""
+    """What a block's backward pass has to compute besides token weights.
+
+    output_hessians: sums so far, to which this pass adds, by linear and by block; None where none are needed.
+    with_block_output: whether the block's own output gets an output Hessian, too, as learned rounding needs. leverage:
+    whether a token's gradient is weighted by the leverage of its input. generator: for the random signs of sketches.
+    """
 
     output_hessians: Mapping[str, torch.Tensor] | None
-    learns: bool
+    with_block_output: bool
     leverage: bool
     generator: torch.Generator
 
 
-def backward_block(visit: TapeEntry, resident: BlockLoader, device: torch.device, asked: BackwardRequest) -> Sensitivity:
-    """Weights and metrics of one block, and its inputs' gradients handed back to whatever made them."""
-    prefix, groups, generator = visit.block.prefix, find_shared_inputs(visit.block.module), asked.generator
-    weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{group.linears[0]}": [] for group in groups}}
-    gradients, metrics = [], {} if asked.output_hessians is None else select_block(asked.output_hessians, visit.block)
-    with nullcontext(visit.block.module) if visit.passed else resident(visit.block) as module:
-        asks = asked.output_hessians is not None and asked.leverage and len(visit.leaves) > 0
-        inverses = _inverse_factors(visit, module, groups, device) if asks else {}
-        for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
-            given = _gradient(leaf)
-            first, made = one.gradients(given.to(device), last=True)
-            gradients.append(first.cpu())
-            weights[prefix].append(given.square().sum(-1))
-            for group in groups:
-                weights[f"{prefix}.{group.linears[0]}"].append(_sizes(group, made).cpu())
-            if asked.output_hessians is not None and asked.learns:
-                _add(metrics, prefix, given.to(device).flatten(0, -2), generator)
-            for group in groups if asked.output_hessians is not None else ():
-                rows = {name: made[name].flatten(0, -2) for name in group.linears}
-                if group in inverses:
-                    roots = leverage_scores(one.read[group.linears[0]].flatten(0, -2), inverses[group]).sqrt()[:, None]
+def backward_block(entry: TapeEntry, load: BlockLoader, device: torch.device, request: BackwardRequest) -> Sensitivity:
+    """Squared gradients by token, not normalized, and the updated output Hessians of one block.
+
+    Clears the gradients of the entry's leaves and adds those by its inputs to the leaves that the inputs come from.
+    """
+    prefix, shared_inputs, generator = entry.block.prefix, find_shared_inputs(entry.block.module), request.generator
+    weights: dict[str, list[torch.Tensor]] = {prefix: [], **{f"{prefix}.{s.linears[0]}": [] for s in shared_inputs}}
+    hessians = {} if request.output_hessians is None else select_block(request.output_hessians, entry.block)
+    input_gradients = []
+    with nullcontext(entry.block.module) if entry.recorded else load(entry.block) as module:
+        needs_leverage = request.output_hessians is not None and request.leverage and len(entry.leaves) > 0
+        inverses = _invert_input_hessians(entry, module, shared_inputs, device) if needs_leverage else {}
+        for forward, leaf in zip(_iterate_forwards(entry, module, device), entry.leaves, strict=True):
+            output_gradient = _get_gradient(leaf)
+            input_gradient, linear_gradients = forward.gradients(output_gradient.to(device), last=True)
+            input_gradients.append(input_gradient.cpu())
+            weights[prefix].append(output_gradient.square().sum(-1))
+            for shared in shared_inputs:
+                weights[f"{prefix}.{shared.linears[0]}"].append(_sum_squares(shared, linear_gradients).cpu())
+            if request.output_hessians is not None and request.with_block_output:
+                _accumulate(hessians, prefix, output_gradient.to(device).flatten(0, -2), generator)
+            for shared in shared_inputs if request.output_hessians is not None else ():
+                rows = {name: linear_gradients[name].flatten(0, -2) for name in shared.linears}
+                if shared in inverses:
+                    x = forward.linear_inputs[shared.linears[0]].flatten(0, -2)
+                    roots = leverage_scores(x, inverses[shared]).sqrt()[:, None]
                     rows = {name: gradient * roots for name, gradient in rows.items()}
                 for name, gradient in rows.items():
-                    _add(metrics, f"{prefix}.{name}", gradient, generator)
+                    _accumulate(hessians, f"{prefix}.{name}", gradient, generator)
             leaf.grad = None
-    onwards = [(x, g) for x, g in zip(visit.inputs, visit.batches.split(gradients), strict=True) if x.requires_grad]
-    if onwards:
-        torch.autograd.backward([x for x, _ in onwards], [g for _, g in onwards])
-    return Sensitivity({name: visit.batches.split(parts) for name, parts in weights.items()}, metrics)
+    received = [(x, g) for x, g in zip(entry.inputs, entry.batches.split(input_gradients), strict=True) if x.requires_grad]
+    if received:
+        torch.autograd.backward([x for x, _ in received], [g for _, g in received])
+    return Sensitivity({name: entry.batches.split(parts) for name, parts in weights.items()}, hessians)
 
 
-def _inverse_factors(
-    visit: TapeEntry, module: nn.Module, groups: Sequence[SharedInput], device: torch.device
+def _invert_input_hessians(
+    entry: TapeEntry, module: nn.Module, shared_inputs: Sequence[SharedInput], device: torch.device
 ) -> dict[SharedInput, torch.Tensor]:
-    """Of what each group reads, its tokens weighted as in the search: see `leverage_scores`. One more way back."""
-    plain: dict[SharedInput, torch.Tensor] = {}
-    counted: dict[SharedInput, torch.Tensor] = {}
-    sizes: dict[SharedInput, list[torch.Tensor]] = {group: [] for group in groups}
-    for one, leaf in zip(_again(visit, module, device), visit.leaves, strict=True):
-        _, made = one.gradients(_gradient(leaf).to(device), last=False)
-        for group in groups:
-            rows, size = one.read[group.linears[0]].flatten(0, -2), _sizes(group, made).flatten()
-            sizes[group].append(size)
-            plain[group] = plain.get(group, 0.0) + matmul(rows.T, rows)
-            counted[group] = counted.get(group, 0.0) + matmul((rows * size[:, None]).T, rows)
-    with one_thread():  # so that sums over many tokens are the same on any number
-        mean = {group: float(torch.cat(parts).double().mean()) or 1.0 for group, parts in sizes.items()}
+    """For `leverage_scores`: the inverse factor, float32 [in, in], of each shared input's Hessian, its tokens weighted as in
+    the search. Takes one more backward pass through the block."""
+    unweighted: dict[SharedInput, torch.Tensor] = {}
+    weighted: dict[SharedInput, torch.Tensor] = {}
+    token_weights: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in shared_inputs}
+    for forward, leaf in zip(_iterate_forwards(entry, module, device), entry.leaves, strict=True):
+        _, linear_gradients = forward.gradients(_get_gradient(leaf).to(device), last=False)
+        for shared in shared_inputs:
+            x = forward.linear_inputs[shared.linears[0]].flatten(0, -2)
+            weight = _sum_squares(shared, linear_gradients).flatten()
+            token_weights[shared].append(weight)
+            unweighted[shared] = unweighted.get(shared, 0.0) + matmul(x.T, x)
+            weighted[shared] = weighted.get(shared, 0.0) + matmul((x * weight[:, None]).T, x)
+    with one_thread():  # so that sums over many tokens are the same on any number of threads
+        mean = {shared: float(torch.cat(parts).double().mean()) or 1.0 for shared, parts in token_weights.items()}
     return {
-        group: invert_cholesky(counted.pop(group) / mean[group] + MIN_TOKEN_WEIGHT * plain.pop(group)) for group in groups
+        shared: invert_cholesky(weighted.pop(shared) / mean[shared] + MIN_TOKEN_WEIGHT * unweighted.pop(shared))
+        for shared in shared_inputs
     }
 
 
-def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+def _get_gradient(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _sizes(group: SharedInput, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The squared gradient by what a group's linears give at every token, float32 [B, tokens]."""
-    return torch.stack([gradients[name].square().sum(-1) for name in group.linears]).sum(0)
+def _sum_squares(shared: SharedInput, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The squared norm, float32 [B, tokens], of each token's gradient by the outputs of the linears that share an input."""
+    return torch.stack([gradients[name].square().sum(-1) for name in shared.linears]).sum(0)
 
 
-def _again(visit: TapeEntry, module: nn.Module, device: torch.device) -> Iterator[RecordedForward]:
-    """Every batch through the block, computed again where that was not kept."""
-    if visit.passed:
-        return iter(visit.passed)
+def _iterate_forwards(entry: TapeEntry, module: nn.Module, device: torch.device) -> Iterator[RecordedForward]:
+    """Every batch's forward pass through the block, computed again where it was not recorded."""
+    if entry.recorded:
+        return iter(entry.recorded)
     names = list_linears(module)
-    return (record_forward(module, visit.run, x.to(device), names) for x in visit.batches.iter_merged(visit.inputs))
+    return (record_forward(module, entry.run, x.to(device), names) for x in entry.batches.iter_merged(entry.inputs))
 
 
 def select_block(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
-    """What belongs to one block, by the same names."""
+    """The entries whose names are the block's or inside it, under the same names."""
     return {n: value for n, value in named.items() if f"{n}.".startswith(f"{block.prefix}.")}
 
 
-def _add(metrics: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:
-    metric = metrics[name] if name in metrics else empty_output_hessian(gradients.shape[1])
-    metrics[name] = add_gradients(metric, gradients, generator)
+def _accumulate(hessians: dict[str, torch.Tensor], name: str, gradients: torch.Tensor, generator: torch.Generator) -> None:
+    hessian = hessians[name] if name in hessians else empty_output_hessian(gradients.shape[1])
+    hessians[name] = add_gradients(hessian, gradients, generator)

@@ -1,19 +1,18 @@
-"""How much an error matters for the answers, by token and by direction: one backward pass through the float model. torch.
+"""Token sensitivity and output Hessians by one backward pass through the float model (diagonal Fisher, Hutchinson probes).
 
-A block's error at a token that nothing later looks at costs nothing, such as the last layer's at the question; a few tokens
-decide an answer. So errors are weighted by the squared gradient of the answers' logits by the linear's output, token by
-token. Of all logits together that takes one backward pass: with random signs s, the gradient of s . logits has as its
-expected square the sum over the squared gradients of all of them (Hutchinson). For the KL divergence the signs are turned
-by the square root of its second derivative, diag(p) - p p^T. "modality" is the mean over all tokens of a kind, as MBQ
-(Li et al. 2024, section 3) weighs vision and language tokens. "kl+logits" is the sum of both, the logits' weighted so that
-they have as much of it: a divergence that few tokens decide says little about most directions.
+In go the samples and all prompts about them; out come a weight for every token at every linear (`Sensitivity.tokens`) and,
+where rounding needs it, the output Hessian of every linear (`Sensitivity.outputs`, see `kronecker_rounding.py`).
 
-Of the same gradients, for every linear: in which directions its output matters (`kronecker_rounding.py`). What is gathered
-on the way
-back through a block: `block_backward.py`.
+An error at a token that nothing later attends to costs nothing, such as the last layer's at the question, and a few tokens
+decide an answer. So errors are weighted token by token with the squared gradient of the answer tokens' logits by the
+linear's output. One backward pass does for all logits together: with random signs s, the expected square of the gradient of
+s . logits is the sum of the squared gradients of all logits (Hutchinson). For "kl" the signs are multiplied by a square root
+of the divergence's second derivative, diag(p) - p p^T. "kl+logits" is the sum of both, the logits' part scaled to the trace
+of the divergence's, as a divergence that few tokens decide says little about most directions. "modality" is the mean over
+all tokens of a kind, as MBQ (Li et al. 2024, section 3) weighs vision and language tokens.
 
-Forwards and backwards go block by block, one block's weights in memory at a time; what flows between blocks is kept
-(`tape.py`), so many samples go through in parts. Of a small model everything is kept.
+Both passes go block by block, with one block's weights in memory at a time (`block_backward.py`). Block outputs are kept on
+a tape (`tape.py`), so many samples go through in parts. For a small model the autograd graphs of all blocks are kept.
 """
 
 from __future__ import annotations
@@ -61,100 +60,107 @@ from qvlm_export.calibrate.sensitivity.tape import (
 )
 
 MAX_TAPE_VALUES = 2**31  # float32 values kept between blocks at a time
-_SEEDS = 2**20  # of a part, one for each of its blocks
+_SEEDS_PER_PART = 2**20  # more than a model has blocks, each of which takes one
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One part's way through the model. first: number of its first sample. metrics: of all parts so far, by linear, and by
-    block where it learns; None where nobody asks. others: features that prompts are mixed with. visited: is called twice for
-    every block. keeps: whether what is computed on the way there is kept for the way back."""
+class _Part:
+    """How one part of the samples goes through the model.
+
+    number: of the part. first_sample: number of its first sample. report_block: called twice for every block.
+    output_hessians: sums over all parts so far, by linear and by block; None where none are needed. partner_features: image
+    features [image tokens, hidden] that mixup prompts mix in, by the number of their sample. record_graphs: whether the
+    forward pass keeps its autograd graphs for the backward pass.
+    """
 
     number: int
-    first: int
+    first_sample: int
     method: SearchConfig
-    visited: Callable[[], None]
+    report_block: Callable[[], None]
     output_hessians: dict[str, torch.Tensor] | None
-    others: Mapping[int, torch.Tensor]
-    keeps: bool
+    partner_features: Mapping[int, torch.Tensor]
+    record_graphs: bool
 
-    def drawn(self, block: int | None = None) -> torch.Generator:
-        """What signs are drawn from: for the probe, or in a block, so that a resumed run draws the same."""
+    def make_generator(self, block: int | None = None) -> torch.Generator:
+        """The source of random signs for the probe or for a block: one each, so that a resumed run draws the same."""
         seed = self.method.seed + self.number
-        return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS + block)
+        return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS_PER_PART + block)
 
-    def asked(self, block: int) -> BackwardRequest:
-        """Of a block on the way back, the last having the highest number."""
-        return BackwardRequest(self.output_hessians, self.method.learn_steps > 0, self.method.leverage, self.drawn(block))
+    def make_request(self, block: int) -> BackwardRequest:
+        """The request for the backward pass of a block. block: how many blocks up to this one are on the tape."""
+        return BackwardRequest(
+            self.output_hessians, self.method.learn_steps > 0, self.method.leverage, self.make_generator(block)
+        )
 
 
 def measure_sensitivity(
     job: CalibrationJob, prompts: Prompts, method: SearchConfig, progress: Callable[[float], None] = lambda _: None
 ) -> Sensitivity:
-    """Nothing for the objective `plain`. Reads the weights twice for every part of the samples, once where
-    all that is computed is kept (`trail.is_kept`).
+    """Token weights of mean 1 and, where `method` needs them, output Hessians; empty for the token weighting "plain".
 
-    What an interrupted run measured is not measured again. progress: is told which share is done.
+    Reads the weights twice for every part of the samples, or once where all autograd graphs are kept (`fits_in_memory` in
+    `tape.py`). With a work folder, a run that was interrupted continues where it stopped. progress: called with the share
+    that is done, 0 to 1. Raises UserError naming the tensor, or the block and the sample, with NaN or infinite values.
     """
     if method.token_weighting == "plain":
         return Sensitivity()
-    parts = list(_parts(prompts, job.blocks))
-    first, found = _recalled(job.work, len(parts))
+    parts = list(_split_into_parts(prompts, job.blocks))
+    first, total = _load_total(job.work, len(parts))
     if first:
         delete_tape(job.work, _part_name(first - 1))
         progress(first / len(parts))
-    metrics = found.outputs if method.needs_output_hessians() else None
-    others = _other_features(job, prompts) if first < len(parts) else {}
-    keeps = _keeps(job, prompts)
+    hessians = total.outputs if method.needs_output_hessians() else None
+    partner_features = _compute_partner_features(job, prompts) if first < len(parts) else {}
+    record_graphs = _graphs_fit_in_memory(job, prompts)
     for number in range(first, len(parts)):
-        visits = itertools.count(1)
+        counter = itertools.count(1)
 
-        def visited(number: int = number, visits: Iterator[int] = visits) -> None:
-            progress((number + next(visits) / (2 * job.blocks.num_blocks())) / len(parts))
+        def report_block(number: int = number, counter: Iterator[int] = counter) -> None:
+            progress((number + next(counter) / (2 * job.blocks.num_blocks())) / len(parts))
 
         trim_heap()
-        before = sum(map(len, parts[:number]))
-        measured = _part_influence(job, parts[number], _Pass(number, before, method, visited, metrics, others, keeps))
-        for name, weights in measured.items():
-            found.tokens.setdefault(name, []).extend(weights)
-        _keep(job.work, number, found)
+        first_sample = sum(map(len, parts[:number]))
+        part = _Part(number, first_sample, method, report_block, hessians, partner_features, record_graphs)
+        for name, weights in _measure_part(job, parts[number], part).items():
+            total.tokens.setdefault(name, []).extend(weights)
+        _save_total(job.work, number, total)
         progress((number + 1) / len(parts))
-    tokens = found.tokens
+    tokens = total.tokens
     if method.token_weighting == "modality":
-        tokens = {name: _by_kind(weights, _labels(name, job, prompts)) for name, weights in tokens.items()}
-    return Sensitivity({name: _normalised(weights) for name, weights in tokens.items()}, found.outputs)
+        tokens = {name: _average_by_label(weights, _label_tokens(name, job, prompts)) for name, weights in tokens.items()}
+    return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.outputs)
 
 
-def _recalled(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
-    """The first part that was not measured yet, and what those before it gave together."""
+def _load_total(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
+    """The number of the first part that an interrupted run had not finished, and the sums over the parts before it."""
     for number in reversed(range(parts)) if work is not None else ():
-        if work is not None and (kept := work.load(_part_name(number))) is not None:
-            return number + 1, _unnamed(kept)
+        if work is not None and (saved := work.load(_part_name(number))) is not None:
+            return number + 1, _from_named_tensors(saved)
     return 0, Sensitivity()
 
 
-def _keep(work: CalibrationWork | None, number: int, found: Sensitivity) -> None:
-    """What all parts up to this one gave together, instead of what those before it did: metrics are large."""
+def _save_total(work: CalibrationWork | None, number: int, total: Sensitivity) -> None:
+    """Saves the sums over all parts up to this one in place of those before it, as output Hessians are large."""
     if work is None:
         return
-    work.save(_part_name(number), _named(found))
+    work.save(_part_name(number), _to_named_tensors(total))
     delete_tape(work, _part_name(number))
     if number:
         work.delete(_part_name(number - 1))
 
 
-def _named(found: Sensitivity) -> NamedTensors:
-    """As the work folder keeps it."""
-    tokens = {f"tokens/{name}": weights for name, weights in found.tokens.items()}
-    return tokens | {f"outputs/{name}": [metric] for name, metric in found.outputs.items()}
+def _to_named_tensors(sensitivity: Sensitivity) -> NamedTensors:
+    """As the work folder stores it."""
+    tokens = {f"tokens/{name}": weights for name, weights in sensitivity.tokens.items()}
+    return tokens | {f"outputs/{name}": [hessian] for name, hessian in sensitivity.outputs.items()}
 
 
-def _unnamed(kept: NamedTensors) -> Sensitivity:
+def _from_named_tensors(saved: NamedTensors) -> Sensitivity:
     by_kind: dict[str, TokenWeights] = {"tokens": {}, "outputs": {}}
-    for key, tensors in kept.items():
+    for key, tensors in saved.items():
         kind, _, name = key.partition("/")
         by_kind[kind][name] = tensors
-    return Sensitivity(by_kind["tokens"], {name: found for name, (found,) in by_kind["outputs"].items()})
+    return Sensitivity(by_kind["tokens"], {name: hessian for name, (hessian,) in by_kind["outputs"].items()})
 
 
 def _part_name(number: int) -> str:
@@ -162,144 +168,148 @@ def _part_name(number: int) -> str:
 
 
 def count_passes(job: CalibrationJob, prompts: Prompts, method: SearchConfig) -> tuple[int, int]:
-    """How many prompts and pictures go through a block, forwards and backwards."""
+    """How many forward passes and how many backward passes `measure_sensitivity` takes, of one prompt or image through one
+    block each."""
     if method.token_weighting == "plain":
         return 0, 0
-    pictures, others = (
+    images, partners = (
         (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
-        for samples in (job.samples, [job.samples[n] for n in _others(prompts)])
+        for samples in (job.samples, [job.samples[n] for n in _list_partners(prompts)])
     )
-    once = pictures + len(job.blocks.text_layers) * sum(map(len, prompts))
-    back = method.num_backward_passes()
-    return (1 if _keeps(job, prompts) else 1 + back) * once + others, back * once
+    once = images + len(job.blocks.text_layers) * sum(map(len, prompts))
+    backwards = method.num_backward_passes()
+    return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * once + partners, backwards * once
 
 
-def _keeps(job: CalibrationJob, prompts: Prompts) -> bool:
-    pictures = sum(len(sample.pixel_values) for sample in job.samples)
-    return fits_in_memory(job.blocks, pictures, sum(len(text.input_ids) for text in flatten_prompts(prompts)[0]))
+def _graphs_fit_in_memory(job: CalibrationJob, prompts: Prompts) -> bool:
+    images = sum(len(sample.pixel_values) for sample in job.samples)
+    return fits_in_memory(job.blocks, images, sum(len(text.input_ids) for text in flatten_prompts(prompts)[0]))
 
 
-def _parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
-    """As many samples at a time, with all prompts about their pictures, as memory is meant for."""
+def _split_into_parts(prompts: Prompts, blocks: ModelBlocks) -> Iterator[Prompts]:
+    """As many samples at a time, each with all prompts about its images, as have a tape of at most MAX_TAPE_VALUES."""
     values = blocks.text_width() * blocks.num_blocks()
     return split_by_size(
         prompts, [values * sum(len(prompt.input_ids) for prompt in about) for about in prompts], MAX_TAPE_VALUES
     )
 
 
-def _part_influence(job: CalibrationJob, prompts: Prompts, own: _Pass) -> TokenWeights:
-    blocks, source, pictured = job.blocks, job.source, [about[0] for about in prompts]
-    texts, pictures_of = flatten_prompts(prompts)
-    seeing = replace(job, samples=pictured)
-    trail = Tape(blocks, job.work, _part_name(own.number))
+def _measure_part(job: CalibrationJob, prompts: Prompts, part: _Part) -> TokenWeights:
+    """Squared gradients of one part, not normalized; adds to the part's output Hessians."""
+    blocks, source, samples = job.blocks, job.source, [about[0] for about in prompts]
+    texts, sample_of_text = flatten_prompts(prompts)
+    part_job = replace(job, samples=samples)
+    tape = Tape(blocks, job.work, _part_name(part.number))
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches, given = batch_by_length(inputs), [x.clone() if x.is_inference() else x for x in inputs]
-        leaves = known = trail.known()
-        kept: list[RecordedForward] = []
+        batches, block_inputs = batch_by_length(inputs), [x.clone() if x.is_inference() else x for x in inputs]
+        leaves = restored = tape.load_outputs()
+        recorded: list[RecordedForward] = []
         if leaves is None:
-            with resident(block) as module, torch.set_grad_enabled(own.keeps):
-                if own.keeps:
-                    kept = [
+            with load(block) as module, torch.set_grad_enabled(part.record_graphs):
+                if part.record_graphs:
+                    recorded = [
                         record_forward(module, run, x.to(job.device), list_linears(module))
-                        for x in batches.iter_merged(given)
+                        for x in batches.iter_merged(block_inputs)
                     ]
-                    leaves = [one.out.detach().cpu().clone() for one in kept]
+                    leaves = [forward.output.detach().cpu().clone() for forward in recorded]
                 else:
-                    leaves = [run(module, x.to(job.device)).cpu() for x in batches.iter_merged(given)]
-            numbers = pictures_of if block in blocks.text_layers else seeing.sample_numbers(block)
-            check_outputs(block, batches.split(leaves), [own.first + number for number in numbers])
+                    leaves = [run(module, x.to(job.device)).cpu() for x in batches.iter_merged(block_inputs)]
+            numbers = sample_of_text if block in blocks.text_layers else part_job.sample_numbers(block)
+            check_outputs(block, batches.split(leaves), [part.first_sample + number for number in numbers])
         for leaf in leaves:
             leaf.requires_grad_()
-        trail.add(TapeEntry(block, run, batches, given, leaves, kept), known=known is not None)
-        own.visited()
+        tape.add(TapeEntry(block, run, batches, block_inputs, leaves, recorded), restored=restored is not None)
+        part.report_block()
         return batches.split(leaves)
 
-    with torch.enable_grad(), open_block_loader(blocks, source, job.device) as resident:
-        features = run_vision_blocks(blocks, source, pictured, step)
-        seen = image_features_of_prompts(texts, pictures_of, features, own.others)
-        hidden = run_decoder_blocks(blocks, source, texts, seen, step)
-        if not trail.turned():
-            _probe(job, texts, hidden, own)
-    found: TokenWeights = {}
-    with torch.enable_grad(), open_block_loader(blocks, source, job.device, backwards=True) as resident:
-        while trail.visits:
-            if (kept := trail.found()) is None:
-                back = backward_block(trail.last(), resident, job.device, own.asked(len(trail.visits)))
-                trail.leave(_named(back))
+    with torch.enable_grad(), open_block_loader(blocks, source, job.device) as load:
+        features = run_vision_blocks(blocks, source, samples, step)
+        text_features = image_features_of_prompts(texts, sample_of_text, features, part.partner_features)
+        hidden = run_decoder_blocks(blocks, source, texts, text_features, step)
+        if not tape.backward_started():
+            _backpropagate_probes(job, texts, hidden, part)
+    weights: TokenWeights = {}
+    with torch.enable_grad(), open_block_loader(blocks, source, job.device, backwards=True) as load:
+        while tape.entries:
+            if (saved := tape.load_result()) is None:
+                result = backward_block(tape.last(), load, job.device, part.make_request(len(tape.entries)))
+                tape.pop(_to_named_tensors(result))
             else:
-                back = _unnamed(kept)
-                trail.leave()
-            found |= back.tokens
-            if own.output_hessians is not None:
-                own.output_hessians.update(back.outputs)
-            own.visited()
-    return found
+                result = _from_named_tensors(saved)
+                tape.pop()
+            weights |= result.tokens
+            if part.output_hessians is not None:
+                part.output_hessians.update(result.outputs)
+            part.report_block()
+    return weights
 
 
-def _others(prompts: Prompts) -> list[int]:
-    """Numbers of the samples whose pictures others are mixed with."""
+def _list_partners(prompts: Prompts) -> list[int]:
+    """Numbers of the samples whose image features mixup prompts mix in, in ascending order."""
     return sorted({text.other for about in prompts for text in about if isinstance(text, MixupSample)})
 
 
-def _other_features(job: CalibrationJob, prompts: Prompts) -> dict[int, torch.Tensor]:
-    """By number of the sample."""
-    numbers = _others(prompts)
+def _compute_partner_features(job: CalibrationJob, prompts: Prompts) -> dict[int, torch.Tensor]:
+    """Image features [image tokens, hidden] of the mixup partners, by number of the sample."""
+    numbers = _list_partners(prompts)
     return dict(zip(numbers, compute_image_features(job, [job.samples[n] for n in numbers]), strict=True)) if numbers else {}
 
 
-def _probe(job: CalibrationJob, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], own: _Pass) -> None:
-    """Gradients of the answers' probed logits by the last block's outputs, left in its leaves."""
+def _backpropagate_probes(job: CalibrationJob, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], part: _Part) -> None:
+    """Backpropagates the answer tokens' randomly signed logits into the gradients of the last block's leaves.
+
+    hidden: the last block's outputs, float32 [1, S, hidden] for each text.
+    """
     head = load_head(job.source, job.blocks.final_epsilon)
 
-    def logits_of(sample: Sample, states: torch.Tensor) -> torch.Tensor:
+    def answer_logits(sample: Sample, states: torch.Tensor) -> torch.Tensor:
         first = max(sample.answer_start - 1, 0)
         return head.logits(states[0, first : max(first + 1, len(sample.input_ids) - 1)])
 
-    objective, generator = own.method.token_weighting, own.drawn()
-    share = 0.0 if objective == "kl" else 1.0
-    if objective == "kl+logits":
+    weighting, generator = part.method.token_weighting, part.make_generator()
+    logits_share = 0.0 if weighting == "kl" else 1.0
+    if weighting == "kl+logits":
+        # The mean trace of diag(p) - p p^T over that of the identity, which is the logits' second derivative.
         with torch.no_grad():
-            curves = [1 - logits_of(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
-        share = float(torch.cat(curves).double().mean()) / len(
-            head.weight
-        )  # the mean trace of diag(p) - p p^T, of the identity's
+            traces = [1 - answer_logits(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
+        logits_share = float(torch.cat(traces).double().mean()) / len(head.weight)
 
-    def signs(like: torch.Tensor) -> torch.Tensor:
+    def draw_signs(like: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1.0
 
     for sample, states in zip(texts, hidden, strict=True):
-        logits = logits_of(sample, states)
-        probe = share**0.5 * signs(logits) if share else torch.zeros_like(logits)
-        if objective in {"kl", "kl+logits"}:
-            likely = logits.detach().softmax(-1)
-            turned = likely.sqrt() * signs(logits)
-            probe = probe + turned - likely * turned.sum(-1, keepdim=True)
+        logits = answer_logits(sample, states)
+        probe = logits_share**0.5 * draw_signs(logits) if logits_share else torch.zeros_like(logits)
+        if weighting in {"kl", "kl+logits"}:
+            p = logits.detach().softmax(-1)
+            signed_roots = p.sqrt() * draw_signs(logits)
+            probe = probe + signed_roots - p * signed_roots.sum(-1, keepdim=True)
         with deterministic_small_matmul(logits):
             torch.autograd.backward(logits, probe, retain_graph=True)  # hidden states of one batch share their leaf
 
 
-def _labels(name: str, job: CalibrationJob, prompts: Prompts) -> list[torch.Tensor]:
-    """TokenLabels of the inputs of a block, or of a linear inside one."""
+def _label_tokens(name: str, job: CalibrationJob, prompts: Prompts) -> list[torch.Tensor]:
+    """The TokenLabels of the inputs of the block with this name, or with this linear inside it."""
     blocks = job.blocks.all()
     owner = next(block for block in blocks if f"{name}.".startswith(f"{block.prefix}."))
     return label_block_inputs(owner, job.blocks, prompts)
 
 
-def _by_kind(weights: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Every token the mean of its kind."""
-    if not weights:  # of tower and projector, where no sample has pictures
+def _average_by_label(weights: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Weights of the same shapes in which every token has the mean weight of the tokens with its label."""
+    if not weights:  # of tower and projector, where no sample has images
         return []
-    kinds = torch.cat([label.expand(w.shape).flatten() for w, label in zip(weights, labels, strict=True)])
-    everything = torch.cat([w.flatten() for w in weights])
-    means = torch.zeros(len(TokenLabel)).index_add_(0, kinds, everything) / kinds.bincount(minlength=len(TokenLabel)).clamp(
-        min=1
-    )
+    flat_labels = torch.cat([label.expand(w.shape).flatten() for w, label in zip(weights, labels, strict=True)])
+    flat_weights = torch.cat([w.flatten() for w in weights])
+    means = torch.zeros(len(TokenLabel)).index_add_(0, flat_labels, flat_weights) / flat_labels.bincount(
+        minlength=len(TokenLabel)
+    ).clamp(min=1)
     return [means[label.expand(w.shape)] for w, label in zip(weights, labels, strict=True)]
 
 
-def _normalised(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Mean 1, and every token at least FLOOR of that; all 1 where nothing matters."""
+def _normalize(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Weights of mean 1 over all tokens, with MIN_TOKEN_WEIGHT times the mean added before; all 1 where all are 0."""
     count = sum(w.numel() for w in weights)
     mean = sum(float(w.double().sum()) for w in weights) / max(count, 1)
     if not mean > 0.0:

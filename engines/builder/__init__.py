@@ -1,1 +1,1 @@
-"""TensorRT engines from graphs, in a process of their own."""
+"""Builds TensorRT engines from ONNX graphs, in a child process."""

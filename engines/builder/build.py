@@ -1,4 +1,8 @@
-"""Builds engines in a process of its own, because a parser crash must not take the export with it."""
+"""Builds TensorRT engines in a child process, so that a crash of the parser does not end the export.
+
+ONNX files with their shape profiles go in, plans (TensorRT engine files) and a report on each come out. The child process is
+engines/builder/worker.py; the two exchange JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import Backend
 from qvlm_export.engines.config import Limits, ModelConfig
 
-# input name -> smallest, most likely, largest shape
+# input name -> smallest, most likely and largest shape, as in TensorRT's optimization profiles
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One engine: its ONNX file, where the plan goes, and the shapes it must accept."""
+    """One engine to build: the path of its ONNX file, the path its plan is written to, and the shapes it must accept."""
 
     onnx: str
     plan: str
@@ -29,7 +33,11 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """seconds and peak_bytes (resident) of the build; weights_bytes as TensorRT counts them, None when it did not say."""
+    """A finished build.
+
+    plan: path of the written file. seconds: duration of the build. plan_bytes: size of the file. weights_bytes: weight
+    memory that TensorRT reports, None when it reports none. peak_bytes: largest resident memory of the build process so far.
+    """
 
     plan: str
     seconds: float
@@ -39,22 +47,26 @@ class BuildReport:
 
 
 def vision_profile(config: ModelConfig, limits: Limits) -> Profile:
+    """Returns the shapes of pixel_values [images, 3, R, R], from one image to `limits.max_images`."""
     side = config.vision.image_size
     return {"pixel_values": ((1, 3, side, side), (1, 3, side, side), (limits.max_images, 3, side, side))}
 
 
 def language_profile(config: ModelConfig, limits: Limits) -> Profile:
-    """One profile for prefill and decode: two would store the weights twice."""
-    text, b, length = config.text, limits.max_batch, limits.max_length
-    usual = min(length, config.most_image_tokens + 64)
+    """Returns the shapes of all inputs of the language graph: ids, positions, image embeddings and caches.
+
+    One profile serves prefill and decode, because two profiles would store the weights twice.
+    """
+    text, batch, length = config.text, limits.max_batch, limits.max_length
+    usual_length = min(length, config.most_image_tokens + 64)
     usual_rows, most_rows = config.vision.tokens_per_image, limits.max_images * config.vision.tokens_per_image
     if config.tiles is not None:
-        usual_rows, most_rows = min(length, config.most_image_tokens), b * length
-    tokens = ((1, 1), (1, usual), (b, length))
+        usual_rows, most_rows = min(length, config.most_image_tokens), batch * length
+    tokens = ((1, 1), (1, usual_length), (batch, length))
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
         "input_ids": tokens,
         "position_ids": tokens,
-        "write_index": ((1,), (1,), (b,)),
+        "write_index": ((1,), (1,), (batch,)),
         "image_embeds": (
             (1, text.hidden_size),
             (usual_rows, text.hidden_size),
@@ -64,7 +76,7 @@ def language_profile(config: ModelConfig, limits: Limits) -> Profile:
     for i in range(text.num_layers):
         for part in ("key", "value"):
             cache = (text.num_kv_heads, length, text.head_dim)
-            shapes[f"past_key_values.{i}.{part}"] = ((1, *cache), (1, *cache), (b, *cache))
+            shapes[f"past_key_values.{i}.{part}"] = ((1, *cache), (1, *cache), (batch, *cache))
     return shapes
 
 
@@ -74,15 +86,16 @@ def build_engines(
     progress: Callable[[str, float], None],
     finished: Callable[[BuildReport], None] = lambda _: None,
 ) -> list[BuildReport]:
-    """Builds all jobs one after another; progress(plan, fraction of this plan done), 1.0 once it is written.
+    """Builds all jobs one after another and returns their reports, in the same order.
 
-    finished: called with each plan's report as soon as the plan is on disk.
+    progress(plan, fraction): called as a plan is built, with 1.0 once it is written. finished(report): called as soon as a
+    plan is on disk.
 
-    Raises UserError with TensorRT's own words when parsing or building fails, or when the process dies.
+    Raises UserError with TensorRT's own message when parsing or building fails, and when the process dies.
     """
     if not jobs:
         return []
-    order = {"module": backend.module, "targets": backend.targets, "jobs": [asdict(job) for job in jobs]}
+    request = {"module": backend.module, "targets": backend.targets, "jobs": [asdict(job) for job in jobs]}
     command = [
         sys.executable,
         "-P",
@@ -93,10 +106,10 @@ def build_engines(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the build process has no pipes")
-        process.stdin.write(json.dumps(order))
+        process.stdin.write(json.dumps(request))
         process.stdin.close()
         for line in process.stdout:
-            message = _message(line)
+            message = _parse_message(line)
             if "progress" in message:
                 progress(message["plan"], message["progress"])
             elif "report" in message:
@@ -106,16 +119,16 @@ def build_engines(
             elif "error" in message:
                 raise UserError(message["error"])
     if process.returncode != 0 or len(reports) != len(jobs):
-        failed = Path(jobs[min(len(reports), len(jobs) - 1)].onnx).name
+        failed_file = Path(jobs[min(len(reports), len(jobs) - 1)].onnx).name
         raise UserError(
-            f"{failed}: the {backend.name} build process ended with code {process.returncode}"
+            f"{failed_file}: the {backend.name} build process ended with code {process.returncode}"
             + ("; it was killed, most likely for memory" if process.returncode == -9 else "; its words are above")
         )
     return reports
 
 
-def _message(line: str) -> dict[str, Any]:
-    """One JSON line of the worker; anything else that a library prints is passed over."""
+def _parse_message(line: str) -> dict[str, Any]:
+    """Returns a JSON line of the worker as a dict; an empty one for anything else, which some library has printed."""
     try:
         message = json.loads(line)
     except ValueError:

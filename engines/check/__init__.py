@@ -1,1 +1,1 @@
-"""What was written and built, checked."""
+"""Checks of written graphs and built engines: weights, operand types, outputs."""

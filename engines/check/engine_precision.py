@@ -1,9 +1,12 @@
-"""Reads a built plan and says which operand types each linear is really executed with.
+"""Engine precision check: reads from a TensorRT-RTX plan which operand types each linear is really executed with.
+
+A plan and the scheme of every quantized linear go in, a `LinearCheck` of every linear comes out. TensorRT may build a Q/DQ
+graph and yet multiply in float16, and only the plan shows it.
 
 TensorRT-RTX plans carry readable programs: a header, typed descriptors of all tensors, and `main` with every operation, its
 inputs and the ONNX nodes it came from. INT8 products appear as `fully_connected`, INT4 ones as `runtime_fusion` with a gemm
-backbone; the fused inside of such a fusion is a program of its own (marked by its constants' region) and is not
-what decides. The text is undocumented (seen in TensorRT-RTX 1.7): where none is found, that is an error, not a pass.
+backbone. The inside of such a fusion is a program of its own, marked by the region of its constants, and is left out of the
+check. The text is undocumented (observed in TensorRT-RTX 1.7), so a plan without it is an error, not a pass.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ class Gemm:
 
 @dataclass(frozen=True)
 class LinearCheck:
-    """What was planned for a linear and what the engine executes: "int4 x half", "int8 x int8", or what it found."""
+    """The result of the check of one linear.
+
+    planned: name of its scheme, such as W4A16. executed: types that the engine computes with, such as
+    "half x int4 -> half" or "int8 x int8 -> float". passed: whether these are the types that the scheme asks for.
+    """
 
     linear: str
     planned: str
@@ -49,15 +56,15 @@ class LinearCheck:
 
 
 def read_gemms(plan: Path) -> list[Gemm]:
-    """Every matrix product that the plan's programs execute.
+    """Returns every matrix product that the programs in a plan execute, in their order.
 
-    Raises UserError when the file holds no program text this reader knows.
+    Raises UserError when the file holds no program text that this reader knows.
     """
     gemms: list[Gemm] = []
     programs: list[tuple[bytes, bytes, bytes]] = []
     if plan.stat().st_size:  # an empty file cannot be mapped
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            programs = list(_programs(data))
+            programs = list(_find_programs(data))
     if not programs:
         raise UserError(
             f"{plan.name}: holds no readable program, so what it executes cannot be proven; "
@@ -65,21 +72,24 @@ def read_gemms(plan: Path) -> list[Gemm]:
         )
     for header, descriptors, main in programs:
         if _FUSION_MARK not in header:
-            gemms += _gemms(descriptors, main)
+            gemms += _parse_gemms(descriptors, main)
     return gemms
 
 
 def check_engine_precision(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCheck]:
-    """Compares every planned linear with what the plan executes, in the plan's order of linears."""
+    """Compares what the plan executes with `planned` (linear -> scheme); returns one check of each, in the same order.
+
+    Raises UserError when the plan holds no readable program.
+    """
     executed: dict[str, list[Gemm]] = {}
     for gemm in read_gemms(plan):
         for linear in gemm.linears:
             executed.setdefault(linear, []).append(gemm)
-    return [_check(name, scheme, executed.get(name, [])) for name, scheme in planned.items()]
+    return [_check_linear(name, scheme, executed.get(name, [])) for name, scheme in planned.items()]
 
 
 def require_integer_products(plan: Path, checks: list[LinearCheck]) -> None:
-    """Raises UserError naming the first linear that does not run on integers."""
+    """Raises UserError, naming the first linear that failed, when any linear does not run as its scheme asks."""
     failed = [c for c in checks if not c.passed]
     if failed:
         first = failed[0]
@@ -89,52 +99,52 @@ def require_integer_products(plan: Path, checks: list[LinearCheck]) -> None:
         )
 
 
-def _programs(data: mmap.mmap) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(header, descriptors, main) of each program in the plan."""
-    at = data.find(_DESCRIPTORS)
-    while at >= 0:
-        header_start = data.rfind(b"header {", max(0, at - MAX_PROGRAM_BYTES), at)
-        end = data.find(_END, at)
-        main = data.find(_MAIN, at)
-        if end < 0 or main < 0 or header_start < 0 or main - at > MAX_PROGRAM_BYTES:
+def _find_programs(data: mmap.mmap) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Yields (header, descriptors, main) of each program in the plan."""
+    start = data.find(_DESCRIPTORS)
+    while start >= 0:
+        header_start = data.rfind(b"header {", max(0, start - MAX_PROGRAM_BYTES), start)
+        end = data.find(_END, start)
+        main = data.find(_MAIN, start)
+        if end < 0 or main < 0 or header_start < 0 or main - start > MAX_PROGRAM_BYTES:
             return
         main_end = data.find(_END, main)
-        yield data[header_start:at], data[at:end], data[main:main_end]
-        at = data.find(_DESCRIPTORS, main_end)
+        yield data[header_start:start], data[start:end], data[main:main_end]
+        start = data.find(_DESCRIPTORS, main_end)
 
 
-def _gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
-    types = {name: kind.decode() for name, kind in _TENSOR.findall(descriptors)}
-    found = []
-    for kind, text in _GEMM.findall(main):
-        inputs, outputs = _INPUTS.search(text), _OUTPUTS.search(text)
-        if inputs is None or outputs is None or (kind == b"runtime_fusion" and b"backbone=gemm" not in text):
+def _parse_gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
+    tensor_types = {name: kind.decode() for name, kind in _TENSOR.findall(descriptors)}
+    gemms = []
+    for kind, arguments in _GEMM.findall(main):
+        inputs, outputs = _INPUTS.search(arguments), _OUTPUTS.search(arguments)
+        if inputs is None or outputs is None or (kind == b"runtime_fusion" and b"backbone=gemm" not in arguments):
             continue
-        operand_types = [types.get(n, "unknown") for n in _QUOTED.findall(inputs.group(1))]
-        output_types = [types.get(n, "unknown") for n in _QUOTED.findall(outputs.group(1))]
+        operand_types = [tensor_types.get(n, "unknown") for n in _QUOTED.findall(inputs.group(1))]
+        output_types = [tensor_types.get(n, "unknown") for n in _QUOTED.findall(outputs.group(1))]
         # Index and shape arguments, and the alpha and beta of a plain product, are not operands.
         operands = operand_types[:2] if kind == b"fully_connected" else [t for t in operand_types if t not in _INDEX_TYPES]
-        linears = tuple(name.decode() for name in _LAYER.findall(text))
-        found.append(Gemm(linears, tuple(operands), output_types[0] if output_types else "unknown"))
-    return found
+        linears = tuple(name.decode() for name in _LAYER.findall(arguments))
+        gemms.append(Gemm(linears, tuple(operands), output_types[0] if output_types else "unknown"))
+    return gemms
 
 
-def _check(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
+def _check_linear(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
     if not gemms:
         return LinearCheck(name, scheme.name, "nothing under this name", False)
-    wanted = _is_int8 if scheme.group_size is None else _is_int4
-    passed = scheme.deployable and all(wanted(g) for g in gemms)
-    shown = next((g for g in gemms if not wanted(g)), gemms[0])
-    return LinearCheck(name, scheme.name, _describe(shown), passed)
+    runs_as_planned = _is_int8 if scheme.group_size is None else _is_int4
+    passed = scheme.deployable and all(runs_as_planned(g) for g in gemms)
+    reported = next((g for g in gemms if not runs_as_planned(g)), gemms[0])
+    return LinearCheck(name, scheme.name, _describe(reported), passed)
 
 
 def _is_int4(gemm: Gemm) -> bool:
-    """A half (or bfloat16) activation against an int4 weight, dequantized inside the product."""
+    """Returns whether a float16 or bfloat16 activation meets an int4 weight, which is dequantized inside the product."""
     return len(gemm.operands) >= 2 and gemm.operands[1] == "int4" and gemm.operands[0] in ("half", "bfloat16", "bf16")
 
 
 def _is_int8(gemm: Gemm) -> bool:
-    """Two int8 operands and a float result: a half result would hold raw sums and overflow."""
+    """Returns whether both operands are int8 and the result is float32 or int32; float16 would overflow on the raw sums."""
     return gemm.operands[:2] == ("int8", "int8") and gemm.output in ("float", "int32")
 
 

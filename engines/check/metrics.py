@@ -1,6 +1,7 @@
-"""How far two runs' logits are apart, token by token and summed over groups of tokens. numpy only.
+"""Distances between the logits of two runs: KL divergence, top-1 agreement, cosine similarity and SQNR.
 
-The reference always comes first. Sums are float64: a 13B model's logits are 32,000 wide and thousands of tokens long.
+Functions over arrays give one value a token; `measure` adds them up over a set of tokens. The reference always comes first.
+Sums are float64, because the logits of a 13B model are 32,000 wide and thousands of tokens long.
 """
 
 from __future__ import annotations
@@ -15,38 +16,44 @@ ROWS_AT_ONCE = 128  # bounds the float64 copies of wide logits
 
 
 def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(softmax(reference) || softmax(other)) in nats. Logits [T, vocab] -> float64 [T]; 0 where they are equal."""
+    """Returns KL(softmax(reference) || softmax(other)) in nats, logits [T, vocab] -> float64 [T]; 0 where they are equal."""
     log_p, log_q = _log_softmax(reference), _log_softmax(other)
     divergence: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     return np.maximum(divergence, 0.0)  # rounding may leave -1e-17
 
 
 def top1_agreement(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether both choose the same token. Logits [T, vocab] -> bool [T]; of equal logits the first counts."""
+    """Returns whether both have the same most likely token, logits [T, vocab] -> bool [T]; ties go to the first token."""
     same: np.ndarray = reference.argmax(axis=-1) == other.argmax(axis=-1)
     return same
 
 
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """Signal to quantization noise of whole arrays: 10 log10(sum reference^2 / sum (other - reference)^2).
+    """Returns the signal-to-quantization-noise ratio of whole arrays in dB.
 
-    inf where they are equal, -inf where the reference is all zero and the other is not.
+    It is 10 log10(sum reference^2 / sum (other - reference)^2): inf when both are equal, -inf when the reference is all zero
+    and the other is not.
     """
     return _decibels(_energy(reference), _energy(other.astype(np.float64) - reference))
 
 
 def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between the rows. [T, width] -> float64 [T]; 1 for two zero rows, 0 for one of them."""
+    """Returns the cosine of the angle between rows, [T, width] -> float64 [T]; 1 when both rows are zero, 0 when one is."""
     a, b = reference.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     both_zero = ~a.any(axis=-1) & ~b.any(axis=-1)
     dot: np.ndarray = (a * b).sum(axis=-1)
-    return np.where(both_zero, 1.0, dot / np.where(lengths == 0, 1.0, lengths))
+    return np.where(both_zero, 1.0, dot / np.where(norms == 0, 1.0, norms))
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a group of tokens adds up to. `non_finite_error` tokens have a NaN or infinite logit and are in no other sum."""
+    """The metrics of a set of tokens as sums, which can be added.
+
+    tokens: how many were measured. not_finite: how many have a NaN or infinite logit; they are in no other sum. kl: in nats.
+    agreed: tokens with the same most likely token. cosine: sum of the cosines. signal, noise: sums of squared logits of the
+    reference and of squared differences.
+    """
 
     tokens: int = 0
     not_finite: int = 0
@@ -61,22 +68,22 @@ class Sums:
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token; NaN for no token."""
+        """Mean KL divergence in nats a token; NaN without tokens."""
         return self._mean(self.kl)
 
     @property
     def agreement(self) -> float:
-        """Share of tokens whose most likely token is the same; those that are not finite do not agree."""
+        """Fraction of tokens with the same most likely token; one with a logit that is not finite counts as different."""
         return self.agreed / (self.tokens + self.not_finite) if self.tokens + self.not_finite else math.nan
 
     @property
     def mean_cosine(self) -> float:
-        """Mean over tokens; NaN for no token."""
+        """Mean cosine similarity of a token's logits; NaN without tokens."""
         return self._mean(self.cosine)
 
     @property
     def sqnr_db(self) -> float:
-        """Of the group's logits together; NaN for no token."""
+        """SQNR of all logits together in dB; NaN without tokens."""
         return _decibels(self.signal, self.noise) if self.tokens else math.nan
 
     def _mean(self, total: float) -> float:
@@ -84,11 +91,11 @@ class Sums:
 
 
 def measure(reference: np.ndarray, other: np.ndarray) -> Sums:
-    """All metrics over some tokens. Logits [T, vocab]; T may be 0."""
+    """Returns all metrics summed over tokens. Logits [T, vocab], T may be 0. Raises ValueError when the shapes differ."""
     total = Sums()
-    for a, b in _pieces(reference, other):
-        finite = np.isfinite(a).all(axis=-1) & np.isfinite(b).all(axis=-1)
-        total += _measure_finite(a[finite], b[finite]) + Sums(not_finite=int((~finite).sum()))
+    for reference_rows, other_rows in _split_rows(reference, other):
+        finite = np.isfinite(reference_rows).all(axis=-1) & np.isfinite(other_rows).all(axis=-1)
+        total += _measure_finite(reference_rows[finite], other_rows[finite]) + Sums(not_finite=int((~finite).sum()))
     return total
 
 
@@ -105,7 +112,7 @@ def _measure_finite(reference: np.ndarray, other: np.ndarray) -> Sums:
     )
 
 
-def _pieces(reference: np.ndarray, other: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _split_rows(reference: np.ndarray, other: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     if reference.shape != other.shape:
         raise ValueError(f"logits {reference.shape} against {other.shape}")
     for start in range(0, len(reference), ROWS_AT_ONCE):
@@ -113,10 +120,10 @@ def _pieces(reference: np.ndarray, other: np.ndarray) -> Iterator[tuple[np.ndarr
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    normalised: np.ndarray = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return normalised
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return log_probabilities
 
 
 def _energy(array: np.ndarray) -> float:

@@ -1,7 +1,10 @@
-"""Graphs and engines through NVIDIA Polygraphy: its runners, its comparator, its files.
+"""Comparison of graphs and engines with NVIDIA Polygraphy: its runners, its comparator and its file formats.
 
-Polygraphy is imported when it is used; an environment variable read at that moment decides whether it drives TensorRT or
-TensorRT-RTX, as for its own command line. Graphs run as float32 twins (engines/runtime/float32_graph.py).
+A sample goes in; a verdict on every output comes out, on request with files and command lines that repeat the comparison by
+hand. Graphs run as float32 copies (engines/runtime/float32_graph.py).
+
+Polygraphy is imported when it is used: an environment variable that it reads at that moment decides whether it drives
+TensorRT or TensorRT-RTX, as for its own command line.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 OUTPUTS = {"vision": "image_embeds", "language": "logits"}
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
-# Float16 makes INT8 roundings fall the other way here and there, and each is a whole step; Polygraphy's own default.
+# In float16 some activations round to the neighbouring INT8 code, an error of a whole step. 20 dB is Polygraphy's default.
 MIN_SNR_DB = 20.0
-# A graph repeats what it gave on the same machine; the tolerance is for other versions of ONNX Runtime.
+# A graph repeats its outputs exactly on the same machine; the tolerance is for other versions of ONNX Runtime.
 REPEAT_TOLERANCE = 1e-3
 NO_FUSION = "ORT_DISABLE_ALL"  # by default ONNX Runtime would round the activations of INT4 products to int8
 
@@ -37,7 +40,11 @@ Runners = Mapping[str, Any]  # part -> Polygraphy runner
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Polygraphy's comparator says of one output. snr_db: inf where both are equal."""
+    """The result of Polygraphy's comparator for one output.
+
+    part: vision or language. runners: names of the reference and of the runner compared with it. snr_db: signal-to-noise
+    ratio in dB, inf where both are equal. passed: whether it is at least MIN_SNR_DB.
+    """
 
     part: str
     output: str
@@ -48,9 +55,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Saved:
-    """What Polygraphy said; with --save-polygraphy also what is left for repeating it by hand.
+    """The verdicts of a comparison and, with --save-polygraphy, what is needed to repeat it by hand.
 
-    commands: lines for a shell, from any folder.
+    folder: holds the saved graphs, inputs and outputs, None when nothing was saved. commands: shell command lines that work
+    from any folder.
     """
 
     folder: Path | None
@@ -59,20 +67,22 @@ class Saved:
 
 
 def vision_feed(sample: Sample) -> dict[str, np.ndarray]:
+    """Returns the inputs of the vision graph: pixel_values float32 [n, 3, R, R]."""
     return {"pixel_values": np.ascontiguousarray(sample.pixel_values, np.float32)}
 
 
 def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs of the first pass over a sample, caches empty, in the engine's own types.
+    """Returns the inputs of the language graph for the prefill of a sample, with empty caches, in the engine's types.
 
-    image_embeds: [n, hidden] as the vision graph put them out, or the dummy row of `no_image`.
+    image_embeds: [n, hidden], the output of the vision graph, or the dummy row of `no_image`.
     """
     text, length = manifest.config.text, len(sample.input_ids)
-    narrow = np.float16 if manifest.float_type == "float16" else np.float32  # numpy's files know no bfloat16
-    cache = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), narrow)
+    # Polygraphy saves numpy arrays, and numpy has no bfloat16.
+    dtype = np.float16 if manifest.float_type == "float16" else np.float32
+    cache = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), dtype)
     return {
         "input_ids": sample.input_ids[None],
-        "image_embeds": place_features(image_embeds, sample.placement).astype(narrow),
+        "image_embeds": place_features(image_embeds, sample.placement).astype(dtype),
         "position_ids": np.arange(length, dtype=np.int64)[None],
         "write_index": np.zeros(1, np.int64),
         **{f"past_key_values.{i}.{part}": cache for i in range(text.num_layers) for part in ("key", "value")},
@@ -80,45 +90,48 @@ def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) 
 
 
 def no_image(manifest: Manifest) -> np.ndarray:
-    """The dummy row that a text-only prompt is given for image_embeds."""
+    """Returns the dummy row, zeros float32 [1, hidden], that stands for image_embeds in a prompt without images."""
     return np.zeros((1, manifest.config.text.hidden_size), np.float32)
 
 
 def write_float32_graph(graph: Path, target: Path, output: str) -> None:
-    """Writes the float32 twin of a shipped graph, with `output` as its only output, to `target` and `target`.data."""
+    """Writes the float32 copy of an exported graph, with `output` as its only output, to `target` and `target`.data."""
     model, _ = to_float32(ir.load(graph))
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name == output]
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def float32_runners(folder: Path) -> dict[str, Any]:
-    """Runners of the written twins, node by node as they stand in the file."""
+    """Returns part -> ONNX Runtime runner of the float32 copies written to `folder`, without any graph optimization."""
     import onnxruntime as ort
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))  # as Polygraphy's command line does
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))  # the same number that Polygraphy's command line uses
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, NO_FUSION)
 
-    def opener(part: str) -> Any:
+    def make_opener(part: str) -> Any:
         return lambda: ort.InferenceSession(str(folder / part / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
-    return {part: OnnxrtRunner(opener(part), "graph") for part in OUTPUTS}
+    return {part: OnnxrtRunner(make_opener(part), "graph") for part in OUTPUTS}
 
 
 def session_runners(manifest: Manifest) -> dict[str, Any]:
-    """Runners of the session's own fused graphs."""
+    """Returns part -> ONNX Runtime runner of the graphs as the session opens them, optimized and fused."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    def opener(part: str) -> Any:
+    def make_opener(part: str) -> Any:
         return lambda: open_float32_session(manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data"))
 
-    return {part: OnnxrtRunner(opener(part), "session") for part in OUTPUTS}
+    return {part: OnnxrtRunner(make_opener(part), "session") for part in OUTPUTS}
 
 
 def engine_runners(manifest: Manifest) -> dict[str, Any]:
-    """Runners of the engines, on the runtime that built them."""
+    """Returns part -> TensorRT runner of the engines, on the runtime that built them.
+
+    Raises UserError when this process already uses Polygraphy with the other TensorRT.
+    """
     _select_runtime(manifest)
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
@@ -129,12 +142,12 @@ def engine_runners(manifest: Manifest) -> dict[str, Any]:
 
 
 def _select_runtime(manifest: Manifest) -> None:
-    """Sets Polygraphy's own switch. It is read at the first import, so a process stays with one runtime."""
-    wanted = manifest.backend["name"] == "tensorrt-rtx"
-    os.environ[RTX_SWITCH] = "1" if wanted else "0"
+    """Sets Polygraphy's environment variable; it is read at the first import, so a process is bound to one runtime."""
+    use_rtx = manifest.backend["name"] == "tensorrt-rtx"
+    os.environ[RTX_SWITCH] = "1" if use_rtx else "0"
     from polygraphy import config
 
-    if bool(config.USE_TENSORRT_RTX) != wanted:
+    if bool(config.USE_TENSORRT_RTX) != use_rtx:
         raise UserError(
             f"Polygraphy already runs another TensorRT in this process; start a new one for {manifest.path.name}"
         )
@@ -142,7 +155,7 @@ def _select_runtime(manifest: Manifest) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Polygraphy's log off stdout and turns its exceptions into UserErrors."""
+    """Silences Polygraphy's log, which goes to stdout, and turns its exceptions into UserErrors."""
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
@@ -154,7 +167,7 @@ def quiet() -> Iterator[None]:
 
 
 class RunnerPair:
-    """Runs samples through a vision and a language runner, active for as long as the context is open."""
+    """A context manager that runs samples through a vision and a language runner, which are active inside it."""
 
     def __init__(self, manifest: Manifest, runners: Runners) -> None:
         self._manifest, self._runners, self._stack = manifest, runners, ExitStack()
@@ -170,7 +183,7 @@ class RunnerPair:
             self._stack.close()
 
     def logits(self, sample: Sample) -> np.ndarray:
-        """float32 [S, vocab], every position."""
+        """Returns the logits of a sample at every position, float32 [S, vocab]."""
         embeds = no_image(self._manifest)
         if len(sample.pixel_values):
             embeds = self._infer("vision", vision_feed(sample))
@@ -179,36 +192,38 @@ class RunnerPair:
 
     def _infer(self, part: str, feed: Mapping[str, np.ndarray]) -> np.ndarray:
         runner = self._runners[part]
-        types = {name: dtype for name, (dtype, _) in runner.get_input_metadata(use_numpy_dtypes=True).items()}
+        dtypes = {name: dtype for name, (dtype, _) in runner.get_input_metadata(use_numpy_dtypes=True).items()}
         with quiet():
-            outputs = runner.infer({name: array.astype(types[name], copy=False) for name, array in feed.items()})
-        return np.array(outputs[OUTPUTS[part]], np.float32)  # a copy: the runner's buffers are used again
+            outputs = runner.infer({name: array.astype(dtypes[name], copy=False) for name, array in feed.items()})
+        return np.array(outputs[OUTPUTS[part]], np.float32)  # a copy, because the runner reuses its buffers
 
 
 def save_case(manifest: Manifest, sample: Sample, folder: Path, others: Sequence[Runners], with_engine: bool) -> Saved:
-    """Writes twins, inputs.json and outputs.json of a sample into `folder`, a subfolder for each graph, and compares.
+    """Saves a comparison: the float32 copies of the graphs, inputs.json and outputs.json, in a subfolder for each graph.
 
-    The twins, run node by node, are the reference for `others`. with_engine: whether this export has engines.
+    The copies, run without graph optimization, are the reference for `others`. with_engine: whether this export has engines,
+    which adds their command lines. Returns the verdicts and the command lines.
     """
     for part in parts_of(sample):
         (folder / part).mkdir(parents=True, exist_ok=True)
         write_float32_graph(manifest.file(f"{part}_onnx"), folder / part / "model.onnx", OUTPUTS[part])
     golden, verdicts = compare_runs(manifest, sample, float32_runners(folder), others, folder)
-    commands = [line for part, output in golden.items() for line in _commands(manifest, part, folder, output, with_engine)]
+    commands = [c for part, output in golden.items() for c in _shell_commands(manifest, part, folder, output, with_engine)]
     return Saved(folder, tuple(commands), tuple(verdicts))
 
 
 def parts_of(sample: Sample) -> list[str]:
-    """The graphs that a sample runs through."""
+    """Returns the names of the graphs that a sample runs through: language alone when it has no images."""
     return list(OUTPUTS) if len(sample.pixel_values) else ["language"]
 
 
 def compare_runs(
     manifest: Manifest, sample: Sample, reference: Runners, others: Sequence[Runners], save_to: Path | None = None
 ) -> tuple[dict[str, np.ndarray], list[Verdict]]:
-    """Runs a sample on the reference and on others, graph by graph and all from the same inputs; the reference's outputs.
+    """Runs a sample on the reference and on `others`, graph by graph, all on the same inputs.
 
-    Inputs and the reference's outputs are saved below `save_to`, as Polygraphy saves them.
+    Returns the reference's outputs (part -> float32 array) and the verdicts. Inputs and reference outputs are saved below
+    `save_to` in Polygraphy's format.
     """
     golden: dict[str, np.ndarray] = {}
     verdicts: list[Verdict] = []
@@ -218,12 +233,12 @@ def compare_runs(
         for part in parts_of(sample):
             embeds = golden.get("vision", no_image(manifest))
             feed = vision_feed(sample) if part == "vision" else language_feed(manifest, sample, embeds)
-            place = None if save_to is None else save_to / part
+            part_folder = None if save_to is None else save_to / part
             results = Comparator.run(
                 [reference[part]],
                 data_loader=[feed],
-                save_inputs_path=None if place is None else str(place / "inputs.json"),
-                save_outputs_path=None if place is None else str(place / "outputs.json"),
+                save_inputs_path=None if part_folder is None else str(part_folder / "inputs.json"),
+                save_outputs_path=None if part_folder is None else str(part_folder / "outputs.json"),
             )
             golden[part] = np.array(results[0][1][0][OUTPUTS[part]], np.float32)
             verdicts += [compare(part, results, feed, runners[part]) for runners in others]
@@ -231,7 +246,7 @@ def compare_runs(
 
 
 def compare(part: str, reference: Any, feed: Mapping[str, np.ndarray], runner: Any) -> Verdict:
-    """Runs `runner` on the same inputs and lets Polygraphy's comparator judge its output. reference: RunResults."""
+    """Runs `runner` on `feed` and returns the comparator's verdict on its output. reference: RunResults on the same feed."""
     from polygraphy.comparator import Comparator, SnrCompareFunc
 
     results = Comparator.run([runner], data_loader=[dict(feed)])
@@ -243,21 +258,21 @@ def compare(part: str, reference: Any, feed: Mapping[str, np.ndarray], runner: A
     return Verdict(part, OUTPUTS[part], (runners[0], runners[1]), float(getattr(result, "snr", -np.inf)), bool(result))
 
 
-def _commands(manifest: Manifest, part: str, folder: Path, golden: np.ndarray, with_engine: bool) -> list[str]:
-    """The lines that repeat a comparison by hand: the graph against saved outputs, and the engine against them."""
-    place = folder / part
-    files = [str((place / f"{kind}.json").resolve()) for kind in ("inputs", "outputs")]
-    saved = ["--load-inputs", files[0], "--load-outputs", files[1]]
+def _shell_commands(manifest: Manifest, part: str, folder: Path, golden: np.ndarray, with_engine: bool) -> list[str]:
+    """Returns shell command lines that compare the graph, and the engine if there is one, with the saved outputs."""
+    part_folder = folder / part
+    paths = [str((part_folder / f"{kind}.json").resolve()) for kind in ("inputs", "outputs")]
+    saved = ["--load-inputs", paths[0], "--load-outputs", paths[1]]
     atol = f"{REPEAT_TOLERANCE * float(np.abs(golden).max()):.1e}"
     tolerance = ["--atol", atol, "--rtol", f"{REPEAT_TOLERANCE:.0e}"]
-    model = str((place / "model.onnx").resolve())
-    lines = [
+    model = str((part_folder / "model.onnx").resolve())
+    commands = [
         shlex.join(["polygraphy", "run", model, "--onnxrt", "--graph-optimization-level", NO_FUSION, *saved, *tolerance])
     ]
     if with_engine:
         plan = str(manifest.file(f"{part}_plan").resolve())
-        line = ["polygraphy", "run", plan, "--model-type", "engine", "--trt", *saved]
-        line += ["--compare", "snr", "--snr-threshold", f"{MIN_SNR_DB:g}"]
+        command = ["polygraphy", "run", plan, "--model-type", "engine", "--trt", *saved]
+        command += ["--compare", "snr", "--snr-threshold", f"{MIN_SNR_DB:g}"]
         switch = f"{RTX_SWITCH}=1 " if manifest.backend["name"] == "tensorrt-rtx" else ""
-        lines.append(switch + shlex.join(line))
-    return lines
+        commands.append(switch + shlex.join(command))
+    return commands

@@ -1,7 +1,7 @@
-"""Declares the two float graphs and fills in their weights lazily.
+"""The float ONNX graphs of vision tower and decoder, with weights that are loaded lazily from a checkpoint.
 
-The graphs are made once per float type; `insert_qdq` then turns planned linears into integers. Inputs and outputs are
-listed here and nowhere else.
+A `ModelConfig` and a float type go in, onnx_ir models come out; the pass `insert_qdq` (qdq.py) then quantizes their linears.
+All inputs and outputs of the graphs are declared here.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ FLOAT_TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
 
 
 def vision_graph(config: ModelConfig, dtype: ir.DataType) -> ir.Model:
-    """pixel_values float32 [images, 3, R, R] -> image_embeds [images * tokens, hidden] of type `dtype`.
+    """Returns the graph pixel_values float32 [images, 3, R, R] -> image_embeds [images * tokens, hidden] of type `dtype`.
 
-    With tiles these are the images, and a last row holds the vector that ends the rows of a picture.
+    In a model with tiles, pixel_values holds the tiles, and image_embeds has one row more, the `image_newline` vector.
     """
-    builder = GraphBuilder(_empty_graph("vision"))
+    builder = GraphBuilder(_make_empty_graph("vision"))
     side = config.vision.image_size
     pixels = builder.input("pixel_values", ir.DataType.FLOAT, ["images", 3, side, side])
     cast = pixels if dtype == ir.DataType.FLOAT else builder.op.Cast(pixels, to=dtype)
     embeds = VisionGraph(config, dtype)(builder.op, cast)
     embeds.shape = ir.Shape(["image_tokens", config.text.hidden_size])
     builder.add_output(embeds, "image_embeds")
-    return _finished(builder)
+    return _finish_model(builder)
 
 
 def language_graph(config: ModelConfig, limits: Limits, dtype: ir.DataType) -> ir.Model:
-    """The decoder with its caches.
+    """Returns the graph of the decoder with its key/value caches.
 
     Inputs: input_ids int64 [batch, sequence], image_embeds [image_tokens, hidden] (one dummy row for text),
     position_ids int64 [batch, sequence], write_index int64 [batch], past_key_values.{i}.key and .value
     [batch, kv_heads, max_length, head_dim]. Outputs: logits float32 [batch, sequence, vocab] and present_key_values.{i}.*.
     """
-    builder = GraphBuilder(_empty_graph("language"))
+    builder = GraphBuilder(_make_empty_graph("language"))
     text = config.text
     ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
     image_embeds = builder.input("image_embeds", dtype, ["image_tokens", text.hidden_size])
@@ -63,11 +63,11 @@ def language_graph(config: ModelConfig, limits: Limits, dtype: ir.DataType) -> i
         for part, value in (("key", cache.key), ("value", cache.value)):
             value.shape = ir.Shape(shape)
             builder.add_output(value, f"present_key_values.{i}.{part}")
-    return _finished(builder)
+    return _finish_model(builder)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the graphs need from a checkpoint, without building them."""
+    """Returns name -> shape of every tensor that the graphs need from a checkpoint, without building the graphs."""
     modules = (VisionGraph(config, ir.DataType.FLOAT), LanguageGraph(config, 1, ir.DataType.FLOAT))
     shapes = {
         name: tuple(int(d) for d in parameter.shape or ())
@@ -83,32 +83,32 @@ TIED_HEAD, TIED_TABLE = "language_model.lm_head.weight", "language_model.model.e
 
 
 def fill_weights(model: ir.Model, source: TensorSource) -> None:
-    """Points every initializer without data at its tensor in `source`; it is read when the graph is written.
+    """Gives every initializer without data, in place, a lazy tensor that is read from `source` when the graph is written.
 
-    A head that is tied to the embeddings reads the embedding table.
+    An output head that is tied to the embeddings reads the embedding table.
     """
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            stored = TIED_TABLE if name == TIED_HEAD and name not in source else str(name)
-            value.const_value = _lazy_float(source, stored, value)
+            source_name = TIED_TABLE if name == TIED_HEAD and name not in source else str(name)
+            value.const_value = _make_lazy_tensor(source, source_name, value)
 
 
-def _lazy_float(source: TensorSource, stored: str, value: ir.Value) -> ir.LazyTensor:
+def _make_lazy_tensor(source: TensorSource, source_name: str, value: ir.Value) -> ir.LazyTensor:
     if value.dtype is None or value.shape is None:
         raise ValueError(f"initializer {value.name} has no type")
     dtype: ir.DataType = value.dtype
-    return ir.LazyTensor(_loader(source, stored, dtype), dtype=dtype, shape=value.shape, name=value.name)
+    return ir.LazyTensor(_make_loader(source, source_name, dtype), dtype=dtype, shape=value.shape, name=value.name)
 
 
-def _loader(source: TensorSource, stored: str, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
+def _make_loader(source: TensorSource, source_name: str, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
     def load() -> ir.TensorProtocol:
-        return ir.Tensor(to_float(source.load(stored), dtype, stored), dtype=dtype)
+        return ir.Tensor(to_float(source.load(source_name), dtype, source_name), dtype=dtype)
 
     return load
 
 
 def to_float(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
-    """`array` as `dtype`. UserError naming the tensor where a value is not finite, before or after the conversion."""
+    """Returns `array` as `dtype`. Raises UserError with the tensor's name when a value is not finite in either type."""
     with np.errstate(over="ignore"):
         converted: np.ndarray = array.astype(dtype.numpy(), copy=False)
     if np.isfinite(converted).all():
@@ -118,11 +118,11 @@ def to_float(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")
 
 
-def _empty_graph(name: str) -> ir.Graph:
+def _make_empty_graph(name: str) -> ir.Graph:
     return ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
 
 
-def _finished(builder: GraphBuilder) -> ir.Model:
+def _finish_model(builder: GraphBuilder) -> ir.Model:
     for node in builder.graph:
-        node.metadata_props.clear()  # class names of this program, of no use to a reader of the file
+        node.metadata_props.clear()  # onnxscript stores the class names of this package, which do not belong in the file
     return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="qvlm-export")

@@ -1,7 +1,8 @@
-"""The language graph: a decoder of the Llama kind with a static key/value cache and image tokens placed inside.
+"""The language graph: a decoder of the Llama kind with a static key/value cache and image embeddings among its tokens.
 
-A sequence's token at position p lives in cache slot p, so the mask is one comparison and unequal lengths in a batch need
-no padding rules: a query sees the slots up to its own position, and slots are rewritten before they are seen.
+The token at position p of a sequence is stored in cache slot p. The mask is therefore one comparison, and sequences of
+unequal length need no padding mask: a query attends to the slots up to its own position, and every slot is written before a
+query reaches it.
 Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), ONNX operators TensorScatter-24 and Attention-23.
 """
 
@@ -26,7 +27,7 @@ from qvlm_export.engines.graph.layers import (
 
 
 class Embedding(nn.Module):
-    """input_ids [B, S] -> [B, S, hidden]."""
+    """Embedding table: input_ids int64 [B, S] -> [B, S, hidden]."""
 
     def __init__(self, config: TextConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -37,11 +38,11 @@ class Embedding(nn.Module):
 
 
 class Rope:
-    """cos and sin tables [max_length, D/2], shared by all layers."""
+    """Rotary position embedding: tables cos and sin [max_length, D/2], shared by all layers."""
 
     def __init__(self, op: OpBuilder, config: TextConfig, max_length: int, dtype: ir.DataType) -> None:
-        half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        frequency = 1.0 / np.float32(config.rope_theta) ** half
+        exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+        frequency = 1.0 / np.float32(config.rope_theta) ** exponent
         angle = np.arange(max_length, dtype=np.float32)[:, None] * frequency.astype(np.float32)[None, :]
         self.cos = op.builder.initializer(ir.tensor(np.cos(angle).astype(dtype.numpy())), "rope.cos", qualify=False)
         self.sin = op.builder.initializer(ir.tensor(np.sin(angle).astype(dtype.numpy())), "rope.sin", qualify=False)
@@ -49,7 +50,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one pass is given. ids, positions: [B, S]; index: [B]; image_embeds: [n, hidden]."""
+    """Inputs of one forward pass. ids, positions: int64 [B, S]; index: int64 [B]; image_embeds: [n, hidden]."""
 
     ids: ir.Value
     image_embeds: ir.Value
@@ -59,7 +60,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer shares: where the new tokens stand, what they may see, and the rotary tables."""
+    """Values that all layers share.
+
+    positions: int64 [B, S], of the new tokens. index: int64 [B], the cache slot of each sequence's first new token. mask:
+    [B, 1, S, L], added to the attention scores. rope: rotary tables.
+    """
 
     positions: ir.Value
     index: ir.Value
@@ -68,7 +73,7 @@ class Context:
 
 
 class Cache:
-    """One layer's cache while the graph is declared. key, value: [B, K, L, D]."""
+    """The key/value cache of one layer while the graph is declared. key, value: [B, K, L, D], after the write."""
 
     def __init__(self, past_key: ir.Value, past_value: ir.Value) -> None:
         self.past_key, self.past_value = past_key, past_value
@@ -76,13 +81,13 @@ class Cache:
         self.value: ir.Value = past_value
 
     def write(self, op: OpBuilder, key: ir.Value, value: ir.Value, index: ir.Value) -> None:
-        """Writes key and value [B, K, S, D] into slots index[b] .. index[b] + S - 1."""
+        """Declares the writing of key and value [B, K, S, D] into slots index[b] to index[b] + S - 1 of sequence b."""
         self.key = op.TensorScatter(self.past_key, key, index, axis=-2, mode="linear")
         self.value = op.TensorScatter(self.past_value, value, index, axis=-2, mode="linear")
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention over the cache."""
+    """Grouped-query attention over the cache: x [B, S, hidden] -> [B, S, hidden]; writes the new tokens into the cache."""
 
     def __init__(self, config: TextConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -102,11 +107,13 @@ class LlamaAttention(nn.Module):
         query = op.RotaryEmbedding(query, context.rope.cos, context.rope.sin, context.positions)
         key = op.RotaryEmbedding(key, context.rope.cos, context.rope.sin, context.positions)
         cache.write(op, key, value, context.index)
-        mixed = op.Attention(query, cache.key, cache.value, context.mask, scale=attention_scale(c.head_dim))
-        return self.o_proj(op, merge_heads(op, mixed, c.num_heads * c.head_dim))
+        attended = op.Attention(query, cache.key, cache.value, context.mask, scale=attention_scale(c.head_dim))
+        return self.o_proj(op, merge_heads(op, attended, c.num_heads * c.head_dim))
 
 
 class LlamaMLP(nn.Module):
+    """Gated MLP, down(silu(gate(x)) * up(x)): x [B, S, hidden] -> [B, S, hidden]."""
+
     def __init__(self, config: TextConfig, dtype: ir.DataType) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -119,6 +126,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
+    """Attention and MLP, each behind an RMS norm and with a residual: x [B, S, hidden] -> [B, S, hidden]."""
+
     def __init__(self, config: TextConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config, dtype)
@@ -132,7 +141,7 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """input_ids [B, S] and image_embeds [n, hidden] -> hidden states [B, S, hidden]; fills the caches."""
+    """The decoder without its head: inputs -> hidden states [B, S, hidden] after the last norm; writes all caches."""
 
     def __init__(self, config: ModelConfig, max_length: int, dtype: ir.DataType) -> None:
         super().__init__()
@@ -153,7 +162,7 @@ class LlamaModel(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head: logits float32 [B, S, vocab]."""
+    """Decoder and output head: inputs -> logits float32 [B, S, vocab]."""
 
     def __init__(self, config: ModelConfig, max_length: int, dtype: ir.DataType) -> None:
         super().__init__()
@@ -166,7 +175,7 @@ class LanguageModel(nn.Module):
 
 
 class LanguageGraph(nn.Module):
-    """The root, so that parameter names begin with `language_model.`."""
+    """Root module, which makes the parameter names begin with `language_model.`, as in the checkpoint."""
 
     def __init__(self, config: ModelConfig, max_length: int, dtype: ir.DataType) -> None:
         super().__init__()
@@ -177,26 +186,30 @@ class LanguageGraph(nn.Module):
 
 
 def place_images(op: OpBuilder, ids: ir.Value, embeds: ir.Value, image_embeds: ir.Value, image_token_id: int) -> ir.Value:
-    """Puts row k of image_embeds [n, hidden] where the k-th image token of the flattened batch stands.
+    """Returns embeds [B, S, hidden] with row k of image_embeds [n, hidden] at the k-th image token of the flattened batch.
 
-    Gather and Where only: no shape depends on data. Rows past the last are never used, so text needs one dummy row.
+    Gather and Where are used so that no shape depends on data. An index beyond the last row is clamped to it, and a prompt
+    without image tokens uses no row, so that one dummy row is enough for text.
     """
     is_image = op.Equal(ids, op.Constant(value_int=image_token_id))
-    flat = op.Reshape(op.Cast(is_image, to=ir.DataType.INT64), [-1])
-    order = op.Sub(op.CumSum(flat, op.Constant(value_int=0)), op.Constant(value_int=1))
-    last = op.Sub(op.Shape(image_embeds, start=0, end=1), op.Constant(value_ints=[1]))
-    row = op.Min(op.Max(order, op.Constant(value_ints=[0])), last)
-    rows = op.Gather(image_embeds, op.Reshape(row, op.Shape(ids)), axis=0)
+    is_image_flat = op.Reshape(op.Cast(is_image, to=ir.DataType.INT64), [-1])
+    image_index = op.Sub(op.CumSum(is_image_flat, op.Constant(value_int=0)), op.Constant(value_int=1))
+    last_row = op.Sub(op.Shape(image_embeds, start=0, end=1), op.Constant(value_ints=[1]))
+    row_index = op.Min(op.Max(image_index, op.Constant(value_ints=[0])), last_row)
+    rows = op.Gather(image_embeds, op.Reshape(row_index, op.Shape(ids)), axis=0)
     return op.Where(op.Unsqueeze(is_image, [-1]), rows, embeds)
 
 
 def causal_mask(op: OpBuilder, positions: ir.Value, max_length: int, window: int | None, dtype: ir.DataType) -> ir.Value:
-    """positions [B, S] -> additive mask [B, 1, S, L]: 0 where position - window < slot <= position, else MASKED_SCORE."""
+    """Returns the additive mask [B, 1, S, L] of queries at positions int64 [B, S].
+
+    It is 0 where position - window < slot <= position, and MASKED_SCORE elsewhere. window: None for no sliding window.
+    """
     slots = op.Constant(value=ir.tensor(np.arange(max_length, dtype=np.int64).reshape(1, 1, 1, -1)))
-    rows = op.Unsqueeze(positions, [1, 3])
-    hidden = op.Greater(slots, rows)
+    query_positions = op.Unsqueeze(positions, [1, 3])
+    is_masked = op.Greater(slots, query_positions)
     if window is not None and window < max_length:
-        too_old = op.LessOrEqual(slots, op.Sub(rows, op.Constant(value=ir.tensor(np.array(window, np.int64)))))
-        hidden = op.Or(hidden, too_old)
-    zero, masked = (op.Constant(value=ir.tensor(np.array(v, dtype.numpy()))) for v in (0.0, MASKED_SCORE))
-    return op.Where(hidden, masked, zero)
+        too_old = op.LessOrEqual(slots, op.Sub(query_positions, op.Constant(value=ir.tensor(np.array(window, np.int64)))))
+        is_masked = op.Or(is_masked, too_old)
+    zero, masked_score = (op.Constant(value=ir.tensor(np.array(v, dtype.numpy()))) for v in (0.0, MASKED_SCORE))
+    return op.Where(is_masked, masked_score, zero)

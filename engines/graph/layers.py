@@ -1,7 +1,7 @@
-"""The building blocks of the float graphs, as onnxscript modules named like the checkpoint's tensors.
+"""Building blocks of the float graphs: onnxscript modules whose parameters have the names of the checkpoint's tensors.
 
-Only ops that TensorRT fuses natively are used (opset 24); no plugin, no contrib op. Shapes: B batch, S new tokens,
-L cache length, H heads, K key/value heads, D head_dim.
+Only ONNX operators that TensorRT fuses natively are used (opset 24); no plugin, no contrib op. Shapes: B batch, S new
+tokens, L cache length, H heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-# Scores of keys that must not be seen. Far below any score, and far from float16's -65504 so that adding cannot overflow.
+# Mask value, added to the scores of keys that a query must not attend to. It lies far below any score, and far enough from
+# float16's -65504 that the sum cannot overflow.
 MASKED_SCORE = -30000.0
 
 
@@ -41,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[OpBuilder, ir.Value], ir.Value]] = {
 
 
 class Linear(nn.Module):
-    """x [.., in] -> [.., out]. The weight is declared [out, in] as in the checkpoint; `qdq.py` lays it out."""
+    """x [.., in] -> [.., out]. The weight is declared [out, in] as in the checkpoint; the passes of qdq.py transpose it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: ir.DataType) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNormalization over the last axis."""
+    """Layer normalization over the last axis, any shape."""
 
     def __init__(self, size: int, epsilon: float, dtype: ir.DataType) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNormalization over the last axis."""
+    """RMS normalization over the last axis, any shape."""
 
     def __init__(self, size: int, epsilon: float, dtype: ir.DataType) -> None:
         super().__init__()
@@ -79,14 +80,15 @@ class RMSNorm(nn.Module):
 
 
 def split_heads(op: OpBuilder, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """[B, S, H*D] -> [B, H, S, D]."""
+    """Splits the last axis into heads: [B, S, H*D] -> [B, H, S, D]."""
     return op.Transpose(op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
 
 
 def merge_heads(op: OpBuilder, x: ir.Value, width: int) -> ir.Value:
-    """[B, H, S, D] -> [B, S, H*D]."""
+    """Concatenates the heads: [B, H, S, D] -> [B, S, H*D]. width: H*D."""
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
 
 
 def attention_scale(head_dim: int) -> float:
+    """Returns the factor 1 / sqrt(head_dim) of the attention scores."""
     return 1.0 / math.sqrt(head_dim)

@@ -1,8 +1,8 @@
-"""The vision graph: pixel_values -> image_embeds, that is CLIP or SigLIP tower, feature selection and projector.
+"""The vision graph: CLIP or SigLIP tower, feature selection and projector, pixel_values -> image_embeds.
 
-Source of the structure: CLIP (Radford et al. 2021) as LLaVA uses it (Liu et al. 2023, section 4.1): hidden state of a
-layer before the last, class token dropped, a two-layer projector. SigLIP (Zhai et al. 2023) is built of the same layers,
-without class token and first norm.
+The structure is that of CLIP (Radford et al. 2021) as LLaVA uses it (Liu et al. 2023, section 4.1): the hidden state of a
+layer before the last, without the class token, goes through a two-layer projector. SigLIP (Zhai et al. 2023) is built of the
+same layers, without class token and first norm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qvlm_export.engines.graph.layers import ACTIVATIONS, LayerNorm, Linear, att
 
 
 class ClipEmbeddings(nn.Module):
-    """pixel_values [N, 3, R, R] -> [N, (1 +) patches, hidden]: patches by convolution, a class token before them."""
+    """Patch, class token and position embeddings: pixel_values [N, 3, R, R] -> [N, (1 +) patches, hidden]."""
 
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ClipEmbeddings(nn.Module):
 
 
 class PatchConv(nn.Module):
-    """A convolution whose stride is its kernel."""
+    """Patch embedding by a convolution whose stride equals its kernel: [N, 3, R, R] -> [N, hidden, R / patch, R / patch]."""
 
     def __init__(self, hidden: int, patch: int, bias: bool, dtype: ir.DataType) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PatchConv(nn.Module):
 
 
 class Table(nn.Module):
-    """A learned table that is added whole: x [N, rows, width]."""
+    """Learned position embedding: adds a table [rows, width] to x [N, rows, width]."""
 
     def __init__(self, rows: int, width: int, dtype: ir.DataType) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Table(nn.Module):
 
 
 class ClipAttention(nn.Module):
-    """Full attention among the patches of an image."""
+    """Full self-attention within an image: x [N, tokens, hidden] -> [N, tokens, hidden]."""
 
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -76,11 +76,13 @@ class ClipAttention(nn.Module):
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         head_dim = self._hidden // self._heads
         q, k, v = (split_heads(op, proj(op, x), self._heads, head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = op.Attention(q, k, v, scale=attention_scale(head_dim))
-        return self.out_proj(op, merge_heads(op, mixed, self._hidden))
+        attended = op.Attention(q, k, v, scale=attention_scale(head_dim))
+        return self.out_proj(op, merge_heads(op, attended, self._hidden))
 
 
 class ClipMLP(nn.Module):
+    """Two linears with an activation between them: x [N, tokens, hidden] -> [N, tokens, hidden]."""
+
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self._act = ACTIVATIONS[config.hidden_act]
@@ -92,6 +94,8 @@ class ClipMLP(nn.Module):
 
 
 class ClipLayer(nn.Module):
+    """Attention and MLP, each behind a layer norm and with a residual: x [N, tokens, hidden] -> [N, tokens, hidden]."""
+
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self.self_attn = ClipAttention(config, dtype)
@@ -105,7 +109,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """[N, tokens, hidden] -> the features [N, tokens, hidden] of each feature layer, in their order."""
+    """The layers of the tower: x [N, tokens, hidden] -> the output [N, tokens, hidden] of each feature layer, in order."""
 
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -113,20 +117,20 @@ class ClipEncoder(nn.Module):
         self.layers = nn.ModuleList([ClipLayer(config, dtype) for _ in range(config.num_layers)])
 
     def forward(self, op: OpBuilder, x: ir.Value) -> list[ir.Value]:
-        after = [x]
+        hidden_states = [x]
         for layer in self.layers:
-            after.append(layer(op, after[-1]))
-        return [after[number] for number in self._features]
+            hidden_states.append(layer(op, hidden_states[-1]))
+        return [hidden_states[number] for number in self._features]
 
 
 class ClipVisionModel(nn.Module):
-    """pixel_values [N, 3, R, R] -> features [N, tokens, hidden of all feature layers]."""
+    """The tower: pixel_values [N, 3, R, R] -> features [N, tokens, feature size], feature layers joined along the width."""
 
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self._drop_class_token = config.class_token and not config.keep_class_token
         self.embeddings = ClipEmbeddings(config, dtype)
-        # Spelled so in checkpoints.
+        # The misspelling is that of the checkpoints.
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype) if config.pre_norm else None
         self.encoder = ClipEncoder(config, dtype)
 
@@ -138,6 +142,8 @@ class ClipVisionModel(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """Wrapper that gives the parameters their prefix `vision_model.`; shapes as in ClipVisionModel."""
+
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self.vision_model = ClipVisionModel(config, dtype)
@@ -147,15 +153,15 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """features [N, tokens, feature size] -> [N, tokens, text hidden]."""
+    """The projector into the decoder's space: features [N, tokens, feature size] -> [N, tokens, text hidden]."""
 
     def __init__(self, config: ModelConfig, dtype: ir.DataType) -> None:
         super().__init__()
-        self._act = ACTIVATIONS.get(config.projector.hidden_act)  # None: only one linear
-        given, width, bias = config.vision.feature_size, config.text.hidden_size, config.projector.bias
+        self._act = ACTIVATIONS.get(config.projector.hidden_act)  # None where there is only one linear
+        in_features, width, bias = config.vision.feature_size, config.text.hidden_size, config.projector.bias
         epsilon = config.projector.norm_eps
-        self.projector_layernorm = None if epsilon is None else LayerNorm(given, epsilon, dtype)
-        self.linear_1 = Linear(given, width, bias, dtype)
+        self.projector_layernorm = None if epsilon is None else LayerNorm(in_features, epsilon, dtype)
+        self.linear_1 = Linear(in_features, width, bias, dtype)
         self.linear_2 = Linear(width, width, bias, dtype) if config.projector.num_linears == 2 else None
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -164,7 +170,10 @@ class Projector(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """pixel_values [N, 3, R, R] -> image_embeds [N * tokens, text hidden], with tiles one row more: `image_newline`."""
+    """Root module: pixel_values [N, 3, R, R] -> image_embeds [N * tokens, text hidden].
+
+    In a model with tiles, one more row at the end holds the `image_newline` vector.
+    """
 
     def __init__(self, config: ModelConfig, dtype: ir.DataType) -> None:
         super().__init__()

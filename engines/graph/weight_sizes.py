@@ -1,4 +1,4 @@
-"""engines/graph/weight_sizes.py"""
+"""Size of a model's weights in bytes, in float16 and quantized, computed from shapes and schemes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from qvlm_export.calibrate.checkpoint.scheme import GROUPED_BITS, LinearScheme
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights: as float16, and as planned; int4_bytes: those of it that are INT4 codes."""
+    """Bytes of a set of weights.
+
+    float16_bytes: all in float16. planned_bytes: quantized as their schemes say, with scales. int4_bytes: the part of
+    planned_bytes that is INT4 codes.
+    """
 
     float16_bytes: int
     planned_bytes: int
@@ -19,20 +23,24 @@ class Sizes:
 
     @property
     def compression(self) -> float:
+        """How many times smaller the quantized weights are than float16 ones."""
         return self.float16_bytes / self.planned_bytes
 
 
-def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, LinearScheme]) -> Sizes:
-    """Sizes of the tensors `shapes` (name -> shape) when the linears of `plan` are quantized."""
-    float16 = planned = int4 = 0
+def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, LinearScheme]) -> Sizes:
+    """Returns the sizes of the tensors `shapes` (name -> shape), of which those of the linears in `schemes` are quantized.
+
+    Scales are included; tensors without a scheme count as float16.
+    """
+    float16_bytes = planned_bytes = int4_bytes = 0
     for name, shape in shapes.items():
-        count = math.prod(shape)
-        float16 += 2 * count
-        scheme = plan.get(name.removesuffix(".weight"))
+        num_weights = math.prod(shape)
+        float16_bytes += 2 * num_weights
+        scheme = schemes.get(name.removesuffix(".weight"))
         if scheme is None:
-            planned += 2 * count
+            planned_bytes += 2 * num_weights
         else:
-            scales = math.prod(scheme.scale_shape((shape[0], shape[1])))
-            planned += count * scheme.stored_bits // 8 + scheme.scale_bytes * scales
-            int4 += count // 2 if scheme.stored_bits == GROUPED_BITS else 0
-    return Sizes(float16, planned, int4)
+            num_scales = math.prod(scheme.scale_shape((shape[0], shape[1])))
+            planned_bytes += num_weights * scheme.stored_bits // 8 + scheme.scale_bytes * num_scales
+            int4_bytes += num_weights // 2 if scheme.stored_bits == GROUPED_BITS else 0
+    return Sizes(float16_bytes, planned_bytes, int4_bytes)

@@ -1,4 +1,7 @@
-"""Writes a graph and its external data; weights are read, converted and packed one tensor at a time."""
+"""Writes an ONNX graph and its external data file, with few tensors in memory at a time.
+
+The weights are lazy tensors: each is read, converted and packed when it is written.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.external_data import CallbackInfo
 
-# One tensor is packed while another is written; bytes of those that are at work together, a larger one being alone.
+# Threads that pack tensors while others are written, and the bytes they may hold together; a larger tensor is packed alone.
 WORKERS, AT_WORK_BYTES = min(4, os.cpu_count() or 1), 2**29
 
 
 def write_graph(model: ir.Model, path: Path, progress: Callable[[float], None]) -> None:
-    """Writes `path` and `path`.data, and runs onnx's full checker on the result; progress(fraction of tensors written)."""
-    begun = 0
+    """Writes `path` and `path`.data, and runs onnx's full checker on them. progress: called with the fraction of tensors."""
+    num_started = 0
 
-    def report(_: ir.TensorProtocol, info: CallbackInfo) -> None:  # called one at a time, in no order
-        nonlocal begun
-        begun += 1
-        progress(begun / info.total)
+    def report(_: ir.TensorProtocol, info: CallbackInfo) -> None:  # one call at a time, but in any order of tensors
+        nonlocal num_started
+        num_started += 1
+        progress(num_started / info.total)
 
     data = f"{path.name}.data"
     ir.save(model, path, external_data=data, callback=report, max_workers=WORKERS, max_in_flight_bytes=AT_WORK_BYTES)
@@ -29,7 +32,7 @@ def write_graph(model: ir.Model, path: Path, progress: Callable[[float], None]) 
 
 
 def interface(model: ir.Model) -> dict[str, list[dict[str, object]]]:
-    """Names, types and shapes of inputs and outputs, for the manifest."""
+    """Returns names, types and shapes of the graph's inputs and outputs, for the manifest."""
 
     def describe(value: ir.Value) -> dict[str, object]:
         shape = [d if isinstance(d, int) else str(d) for d in value.shape or ()]

@@ -1,1 +1,1 @@
-"""Sessions on TensorRT and ONNX Runtime."""
+"""Runs exported models on TensorRT or ONNX Runtime: runners, sessions, sampling."""

@@ -1,7 +1,7 @@
-"""The float32 twin of a shipped graph, for ONNX Runtime on CPU.
+"""Pass that turns an exported graph into its float32 copy, for ONNX Runtime on CPU.
 
 ONNX Runtime's CPU kernels are slow or unfused in float16 (INT8 Q/DQ in float16 runs 32 times slower than float32), so the
-session computes the very file that was shipped in float32: same integers, same scales, weights widened when loaded.
+session loads the exported file and computes it in float32: same integers, same scales, float weights widened when loaded.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def to_float32(model: ir.Model) -> tuple[ir.Model, dict[str, np.ndarray]]:
-    """Rewrites `model` in place to float32.
+    """Pass: rewrites `model` to float32, in place; returns it and the widened weights, name -> float32 array.
 
-    Returns it with the widened weights by name; they are taken out of the graph's own tensors so that the caller can hand
-    them to ONNX Runtime without a copy through a file. Integer weights stay where they are on disk.
+    The caller can hand the widened weights to ONNX Runtime directly, without writing them to a file. Integer weights are not
+    loaded.
     """
     widened: dict[str, np.ndarray] = {}
     for name, value in model.graph.initializers.items():
@@ -39,7 +39,7 @@ def to_float32(model: ir.Model) -> tuple[ir.Model, dict[str, np.ndarray]]:
 
 
 def _widen_attributes(node: ir.Node) -> None:
-    """Constants, and the `to` and `output_dtype` of casts."""
+    """Widens a node's constant, or the type it casts or dequantizes to."""
     for key, attribute in list(node.attributes.items()):
         if key in ("to", "output_dtype") and attribute.as_int() in [d.value for d in NARROW]:
             node.attributes[key] = ir.AttrInt64(key, ir.DataType.FLOAT.value)
@@ -49,28 +49,33 @@ def _widen_attributes(node: ir.Node) -> None:
 
 
 def _split_quantizers(model: ir.Model) -> None:
-    """Gives every DequantizeLinear a QuantizeLinear of its own: ONNX Runtime fuses an INT8 product only then."""
+    """Gives every DequantizeLinear its own QuantizeLinear, because ONNX Runtime fuses an INT8 product only then."""
     for node in list(model.graph):
         if node.op_type != "QuantizeLinear":
             continue
-        for number, (reader, index) in enumerate(list(node.outputs[0].uses())[1:], start=1):
-            copy = ir.node("QuantizeLinear", list(node.inputs), name=f"{node.name}.{number}")
-            copy.outputs[0].name = f"{node.outputs[0].name}.{number}"
+        for index, (reader, input_index) in enumerate(list(node.outputs[0].uses())[1:], start=1):
+            copy = ir.node("QuantizeLinear", list(node.inputs), name=f"{node.name}.{index}")
+            copy.outputs[0].name = f"{node.outputs[0].name}.{index}"
             copy.outputs[0].dtype = ir.DataType.INT8
             model.graph.insert_after(node, copy)
-            reader.replace_input_with(index, copy.outputs[0])
+            reader.replace_input_with(input_index, copy.outputs[0])
 
 
 def _split_zero_points(model: ir.Model) -> None:
-    """Gives the weights of every linear a zero point of their own.
+    """Gives the weights of every linear their own zero point.
 
-    Where a processor needs unsigned weights, ONNX Runtime converts weights and zero points linear by linear, and refuses to
-    convert a shared one twice.
+    On processors that need unsigned weights, ONNX Runtime converts weights and zero points linear by linear, and fails on a
+    shared zero point, which it would convert twice.
     """
     for node in list(model.graph):
-        codes, zero = (node.inputs[0], node.inputs[2]) if len(node.inputs) == 3 else (None, None)
-        if node.op_type != "DequantizeLinear" or codes is None or zero is None or not codes.is_initializer():
+        codes, shared = (node.inputs[0], node.inputs[2]) if len(node.inputs) == 3 else (None, None)
+        if node.op_type != "DequantizeLinear" or codes is None or shared is None or not codes.is_initializer():
             continue
-        own = ir.Value(name=f"{codes.name}_zero_point", shape=zero.shape, type=zero.type, const_value=zero.const_value)
-        model.graph.register_initializer(own)
-        node.replace_input_with(2, own)
+        zero_point = ir.Value(
+            name=f"{codes.name}_zero_point",
+            shape=shared.shape,
+            type=shared.type,
+            const_value=shared.const_value,
+        )
+        model.graph.register_initializer(zero_point)
+        node.replace_input_with(2, zero_point)

@@ -1,4 +1,7 @@
-"""Runs an export's ONNX graphs on ONNX Runtime: on CPU as their float32 twins, with CUDA as they are written."""
+"""Runs the ONNX graphs of an export on ONNX Runtime: on CPU as their float32 copies, with CUDA as they are written.
+
+`open_runner` tries CUDA where it is available and falls back to the CPU with a reason.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from qvlm_export.engines.backend import gpu_present
 from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.float32_graph import to_float32
 
-# Below this size a weight travels inside the graph; above, ONNX Runtime is given the array itself.
+# Weights up to this size are passed to ONNX Runtime inside the graph, larger ones as arrays.
 INLINE_BYTES = 1024
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# With one of these on the CPU, weights or caches would travel to the GPU and back at every token, which is slower than no
-# GPU. Arithmetic on shapes ONNX Runtime leaves on the CPU by itself.
+# Operators that must run on the GPU: with one of them on the CPU, weights or caches would be copied between the two at every
+# token, which is slower than using no GPU. ONNX Runtime leaves arithmetic on shapes on the CPU by design.
 HEAVY_OPS = frozenset(
     {"Attention", "Conv", "Gemm", "MatMul", "QuantizeLinear", "DequantizeLinear", "TensorScatter"}
     | {"LayerNormalization", "RMSNormalization", "RotaryEmbedding"}
 )
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-# ONNX Runtime's errors have no class in common; RuntimeError is what its CUDA code raises.
+# ONNX Runtime's errors have no common base class; its CUDA code raises RuntimeError.
 _ORT_ERRORS = (
     errors.EPFail,
     errors.Fail,
@@ -46,14 +49,15 @@ Cache = list[ort.OrtValue]
 
 
 class NoCudaError(UserError):
-    """CUDA cannot be used for these graphs; the reason goes behind "CUDA: "."""
+    """CUDA cannot be used for these graphs; the message is a reason, which `open_runner` prefixes with `CUDA: `."""
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """What is asked of ONNX Runtime and the machine before and while CUDA is used. Tests hand in others.
+    """How ONNX Runtime is asked for CUDA; tests replace the parts.
 
-    memory: where caches live, in ONNX Runtime's word.
+    providers: names of the available execution providers. gpu: whether there is an NVIDIA GPU. create: opens a session.
+    memory: ONNX Runtime's name of the device that holds the caches.
     """
 
     providers: Callable[[], Sequence[str]] = ort.get_available_providers
@@ -62,14 +66,18 @@ class Cuda:
     memory: str = "cuda"
 
     def obstacle(self) -> str | None:
-        """Why CUDA is not tried, None when it is; empty where nobody would expect it."""
+        """Returns None when CUDA can be tried, otherwise the reason; it is empty on a machine where CUDA is not expected."""
         if CUDA in self.providers():
             return None if self.gpu() else "no NVIDIA GPU is here"
         return "for the GPU, install onnxruntime-gpu in place of onnxruntime" if self.gpu() else ""
 
 
 class OnnxRunner:
-    """Two sessions, vision and language. Caches belong to the caller; `step` writes into them."""
+    """Runs an export on two ONNX Runtime sessions, vision and language.
+
+    Caches belong to the caller; `step` writes into them. device: cpu or cuda. memory: ONNX Runtime's name of the device that
+    holds the caches. When ONNX Runtime fails, UserError is raised with the first line of its message.
+    """
 
     name = "onnxruntime"
 
@@ -83,22 +91,22 @@ class OnnxRunner:
     ) -> None:
         self.device, self._memory = device, memory
         self._manifest, self._vision, self._language = manifest, vision, language
-        self._types = {given.name: _NUMPY[given.type] for given in (*vision.get_inputs(), *language.get_inputs())}
+        self._dtypes = {value.name: _NUMPY[value.type] for value in (*vision.get_inputs(), *language.get_inputs())}
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        """float32 [n, 3, R, R] -> [n * tokens, hidden] in the graph's float type; one dummy row for no image."""
+        """Returns image embeddings [n * tokens, hidden] of pixels float32 [n, 3, R, R]; one dummy row when n is 0."""
         if len(pixel_values) == 0:
             return np.zeros((1, self._manifest.config.text.hidden_size), np.float32)
-        pixels = np.ascontiguousarray(pixel_values, self._types["pixel_values"])
-        with _errors_in_words(self.device):
+        pixels = np.ascontiguousarray(pixel_values, self._dtypes["pixel_values"])
+        with _translate_errors(self.device):
             embeds: np.ndarray = self._vision.run(["image_embeds"], {"pixel_values": pixels})[0]
         return embeds
 
     def new_cache(self, batch: int) -> Cache:
-        """Empty caches, one key and one value a layer: [batch, kv_heads, max_length, head_dim] in the graph's float type."""
+        """Returns empty caches, key and value of each layer: [batch, kv_heads, max_length, head_dim] in the graph's type."""
         text, length = self._manifest.config.text, self._manifest.limits.max_length
-        shape, dtype = (batch, text.num_kv_heads, length, text.head_dim), self._types["past_key_values.0.key"]
-        with _errors_in_words(self.device):
+        shape, dtype = (batch, text.num_kv_heads, length, text.head_dim), self._dtypes["past_key_values.0.key"]
+        with _translate_errors(self.device):
             return [
                 ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._memory, 0) for _ in range(2 * text.num_layers)
             ]
@@ -106,15 +114,16 @@ class OnnxRunner:
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Cache
     ) -> np.ndarray:
-        """One pass, writing into `cache`. ids, positions: int64 [B, S]; index: int64 [B] -> logits float32 [B, S, vocab].
+        """Runs one forward pass, which writes into `cache`; returns the logits, float32 [B, S, vocab].
 
-        Every cache is bound as input and output at once: ONNX Runtime then scatters in place instead of copying it.
+        ids, positions: int64 [B, S]. embeds: image embeddings [n, hidden]. index: int64 [B], the first cache slot to write.
+        Every cache is bound as input and as output, so that ONNX Runtime scatters in place and copies no cache.
         """
         binding = self._language.io_binding()
-        given = {"input_ids": ids, "image_embeds": embeds, "position_ids": positions, "write_index": index}
-        with _errors_in_words(self.device):
-            for name, array in given.items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(array, self._types[name]))
+        inputs = {"input_ids": ids, "image_embeds": embeds, "position_ids": positions, "write_index": index}
+        with _translate_errors(self.device):
+            for name, array in inputs.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(array, self._dtypes[name]))
             for number, value in enumerate(cache):
                 name = f"key_values.{number // 2}.{('key', 'value')[number % 2]}"
                 binding.bind_ortvalue_input(f"past_{name}", value)
@@ -125,26 +134,28 @@ class OnnxRunner:
         return logits.astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Gives the memory of both sessions back."""
+        """Releases both sessions and their memory."""
         del self._vision, self._language
 
 
 @contextmanager
-def _errors_in_words(device: str) -> Iterator[None]:
+def _translate_errors(device: str) -> Iterator[None]:
+    """Turns errors of ONNX Runtime into UserErrors."""
     try:
         yield
     except _ORT_ERRORS as error:
-        cure = "" if device == "cpu" else "; use --runtime onnxruntime:cpu"
-        raise UserError(f"ONNX Runtime failed on {device.upper()} ({_first_line(error)}){cure}") from error
+        remedy = "" if device == "cpu" else "; use --runtime onnxruntime:cpu"
+        raise UserError(f"ONNX Runtime failed on {device.upper()} ({_first_line(error)}){remedy}") from error
 
 
 def open_runner(
     manifest: Manifest, threads: int | None = None, fast: bool = False, cuda: Cuda | None = None
 ) -> tuple[OnnxRunner, str]:
-    """A runner, and why it does not use CUDA; empty when it does, or when there is nothing to say. cuda: None for CPU.
+    """Returns a runner and why it does not use CUDA; the reason is empty when it does, and where CUDA is not expected.
 
-    CUDA runs the float16 graphs as they are written, if it has a kernel for every product, and only after a first pass
-    through both; whatever goes wrong on the way leaves the CPU. fast: see `open_float32_session`.
+    cuda: None to use the CPU. threads, fast: on CPU, see `open_float32_session`. CUDA runs the float16 graphs as they are
+    written. It is used only when ONNX Runtime has a CUDA kernel for every heavy operator and a first pass through both
+    graphs succeeds; after any failure the CPU is used.
     """
     files = [
         (verify_file(manifest, f"{part}_onnx"), verify_file(manifest, f"{part}_data")) for part in ("vision", "language")
@@ -160,10 +171,10 @@ def open_runner(
 
 
 def _open_on_cuda(manifest: Manifest, graphs: Sequence[Path], cuda: Cuda) -> OnnxRunner:
-    """A runner that has passed one token and one picture. Raises NoCudaError."""
+    """Returns a runner on CUDA that has run one token and one image. Raises NoCudaError."""
     if manifest.float_type == "bfloat16":
         raise NoCudaError("numpy has no bfloat16 to hand over")
-    vision, language = (_cuda_session(graph, cuda.create) for graph in graphs)
+    vision, language = (_open_cuda_session(graph, cuda.create) for graph in graphs)
     config = manifest.config
     try:
         runner = OnnxRunner(manifest, vision, language, "cuda", cuda.memory)
@@ -175,37 +186,37 @@ def _open_on_cuda(manifest: Manifest, graphs: Sequence[Path], cuda: Cuda) -> Onn
     return runner
 
 
-def _cuda_session(graph: Path, create: Callable[..., ort.InferenceSession]) -> ort.InferenceSession:
-    """A session over the graph as it is written, all heavy nodes on the GPU. Raises NoCudaError."""
-    options = _options(fast=False)
+def _open_cuda_session(graph: Path, create: Callable[..., ort.InferenceSession]) -> ort.InferenceSession:
+    """Returns a session over the graph as it is written, all heavy operators on the GPU. Raises NoCudaError."""
+    options = _make_options(fast=False)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        # Without enable_fallback=0 it would print on stdout and go on with the CPU.
+        # Without enable_fallback=0, ONNX Runtime would print to stdout and continue on the CPU.
         session = create(str(graph), options, providers=[CUDA, CPU], enable_fallback=0)
-        assigned = session.get_provider_graph_assignment_info()
+        assignment = session.get_provider_graph_assignment_info()
     except _ORT_ERRORS as error:
         raise NoCudaError(_first_line(error)) from error
     if CUDA not in session.get_providers():
         raise NoCudaError("its libraries cannot be loaded")
-    if left := find_ops_outside(assigned, CUDA) & HEAVY_OPS:
-        raise NoCudaError(f"this ONNX Runtime has no kernel for {', '.join(sorted(left))}")
+    if cpu_operators := find_ops_outside(assignment, CUDA) & HEAVY_OPS:
+        raise NoCudaError(f"this ONNX Runtime has no kernel for {', '.join(sorted(cpu_operators))}")
     return session
 
 
-def find_ops_outside(assigned: Sequence[Any], provider: str) -> set[str]:
-    """Types of the nodes that ONNX Runtime gave to another provider. assigned: its OrtEpAssignedSubgraph objects."""
-    return {node.op_type for subgraph in assigned if subgraph.ep_name != provider for node in subgraph.get_nodes()}
+def find_ops_outside(assignment: Sequence[Any], provider: str) -> set[str]:
+    """Returns the operators of nodes assigned to other providers. assignment: OrtEpAssignedSubgraph objects of a session."""
+    return {node.op_type for subgraph in assignment if subgraph.ep_name != provider for node in subgraph.get_nodes()}
 
 
 def open_float32_session(
     graph: Path, data: Path, threads: int | None = None, fast: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """A CPU session over the float32 twin of a written graph.
+    """Returns a CPU session over the float32 copy of a written graph.
 
-    fast: INT4 products round their activations to 8 bits, block by block, which no engine does, and decode faster.
-    profile: how the file of ONNX Runtime's profile begins, None for none.
-
-    Integer weights are mapped from `data` by ONNX Runtime itself; widened float weights are handed over in memory.
+    data: its external data file, which ONNX Runtime maps for the integer weights; float weights are widened and handed over
+    in memory. threads: None for all cores of the process. fast: INT4 products round their activations to 8 bits, block by
+    block, which decodes faster but is not what an engine computes. profile: prefix of ONNX Runtime's profile file, None for
+    no profile. Raises UserError when ONNX Runtime cannot load the graph.
     """
     model, widened = to_float32(ir.load(graph))
     large = {name: array for name, array in widened.items() if array.nbytes > INLINE_BYTES}
@@ -213,8 +224,8 @@ def open_float32_session(
         model.graph.initializers[name].const_value = ir.ExternalTensor(
             data.name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
         )
-    options = _options(fast)
-    # x64 processors without VNNI add pairs of INT8 products in 16 bits, which overflow; this keeps them exact there.
+    options = _make_options(fast)
+    # x64 processors without VNNI add pairs of INT8 products in 16 bits, which can overflow; this option keeps them exact.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     if profile is not None:
@@ -228,14 +239,14 @@ def open_float32_session(
             proto,
             options,
             providers=[CPU],
-            # It would merge the quantizers that the twin keeps apart so that INT8 products fuse.
+            # It would merge the quantizers that the float32 copy keeps apart so that INT8 products fuse.
             disabled_optimizers=["CommonSubexpressionElimination"],
         )
     except (errors.Fail, errors.InvalidGraph) as error:
         raise UserError(f"{graph}: ONNX Runtime cannot load it ({_first_line(error)}); export again") from error
 
 
-def _options(fast: bool) -> ort.SessionOptions:
+def _make_options(fast: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # 0: INT4 products with float activations, as the engine computes them. 4: with activations rounded to int8.

@@ -1,4 +1,7 @@
-"""chooses engine, CUDA or CPU"""
+"""Opens an export on the runtime of this machine: the TensorRT engine, or the graph on ONNX Runtime with CUDA or on CPU.
+
+With `auto` the engine is tried first, then CUDA, then the CPU; the session carries the reason for what was chosen.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime:cpu"
 
 @dataclass(frozen=True)
 class Machine:
-    """What is asked of the machine when a session opens. Tests hand in others.
+    """What a session needs to know of the machine and how it opens an engine; tests replace the parts.
 
-    installed: whether a Python module is there. open_engine: see `TensorRTRunner`. cuda: of ONNX Runtime, None for its own.
+    installed: whether a Python module is installed. gpu: whether there is an NVIDIA GPU. open_engine: opens an engine of the
+    manifest on the runtime of that name, see `TensorRTRunner`. cuda: how ONNX Runtime uses CUDA, None for the default.
     """
 
     installed: Callable[[str], bool] = lambda module: importlib.util.find_spec(module) is not None
@@ -36,9 +40,9 @@ class Machine:
 def open_session(
     manifest: Manifest, runtime: str = "auto", threads: int | None = None, fast: bool = False, machine: Machine | None = None
 ) -> Session:
-    """A session on `runtime`. threads, fast: of ONNX Runtime on CPU, see `open_float32_session`.
+    """Returns a session on `runtime`. threads, fast: for ONNX Runtime on CPU, see `open_float32_session`.
 
-    Raises UserError when it cannot run here; with auto, an engine that turns out not to run makes way for the graph.
+    Raises UserError when the runtime cannot run here; with auto, the graph is used when the engine turns out not to run.
     """
     machine = machine or Machine()
     name, why = choose_runtime(manifest, runtime, machine)
@@ -54,20 +58,21 @@ def open_session(
     from qvlm_export.engines.runtime.onnx_runner import Cuda, open_runner
 
     cuda = None if runtime == "onnxruntime:cpu" else machine.cuda or Cuda(gpu=machine.gpu)
-    runner, no_cuda = open_runner(manifest, threads, fast, cuda)
-    return Session(manifest, runner, "; ".join(dict.fromkeys(reason for reason in (why, no_cuda) if reason)))
+    runner, cuda_reason = open_runner(manifest, threads, fast, cuda)
+    return Session(manifest, runner, "; ".join(dict.fromkeys(reason for reason in (why, cuda_reason) if reason)))
 
 
 def choose_runtime(manifest: Manifest, requested: str, machine: Machine | None = None) -> tuple[str, str]:
-    """The runtime for `--runtime`, and why. Raises UserError when the requested one cannot run here.
+    """Returns the runtime for the value of `--runtime`, and the reason for it.
 
-    auto takes the engine when a GPU and the runtime that built it are here, else the ONNX graph.
+    auto takes the engine when this machine has a GPU and the runtime that built it, otherwise the ONNX graph. Raises
+    UserError when the requested runtime is unknown or cannot run here.
     """
     if requested not in RUNTIMES:
         raise UserError(f"--runtime {requested}: unknown; choose one of {', '.join(RUNTIMES)}")
     if requested.startswith("onnxruntime"):
         return "onnxruntime", "as asked"
-    obstacle = _engine_obstacle(manifest, requested, machine or Machine())
+    obstacle = _find_engine_obstacle(manifest, requested, machine or Machine())
     if obstacle is None:
         return str(manifest.backend["name"]), "as asked" if requested != "auto" else "a GPU and the runtime are here"
     if requested == "auto":
@@ -75,15 +80,15 @@ def choose_runtime(manifest: Manifest, requested: str, machine: Machine | None =
     raise UserError(f"--runtime {requested}: {obstacle}; use --runtime onnxruntime")
 
 
-def _engine_obstacle(manifest: Manifest, requested: str, machine: Machine) -> str | None:
-    """Why the export's engine cannot run here as far as can be seen without opening it, or None."""
-    built = manifest.backend["name"]
-    if built not in MODULES:
+def _find_engine_obstacle(manifest: Manifest, requested: str, machine: Machine) -> str | None:
+    """Returns why the export's engine cannot run here, as far as is known without opening it, or None."""
+    engine_runtime = manifest.backend["name"]
+    if engine_runtime not in MODULES:
         return "this export has no engine"
-    if requested not in ("auto", built):
-        return f"this export's engine is for {built}"
-    if not machine.installed(MODULES[built]):
-        return f"{built} is not installed"
+    if requested not in ("auto", engine_runtime):
+        return f"this export's engine is for {engine_runtime}"
+    if not machine.installed(MODULES[engine_runtime]):
+        return f"{engine_runtime} is not installed"
     if not machine.gpu():
         return "no NVIDIA GPU is here"
     return None

@@ -1,4 +1,8 @@
-"""Choosing the next token from its logits. numpy only."""
+"""Sampling of the next token: greedy, temperature, nucleus (Holtzman et al. 2020), repetition penalty (Keskar et al. 2019).
+
+Logits of one position go in, a token id comes out. The caller passes the random generator, so that the same seed gives the
+same tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ from qvlm_export.calibrate.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_p keeps the smallest set of tokens with that much probability (Holtzman et al. 2020).
+    """How a token is chosen.
 
-    repetition_penalty divides positive and multiplies negative logits of tokens already there (Keskar et al. 2019).
+    temperature: divides the logits, 0 for greedy decoding. top_p: sample from the smallest set of most likely tokens that
+    has at least this probability (Holtzman et al. 2020). repetition_penalty: divides positive and multiplies negative logits
+    of tokens that the sequence already has (Keskar et al. 2019). Raises UserError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -23,7 +29,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value out of range; NaN is out of every range."""
+        """Raises UserError for a value out of range; the comparisons are written so that NaN is out of every range."""
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -34,33 +40,33 @@ class Sampling:
             raise UserError(f"seed {self.seed}: must be 0 or more")
 
 
-def pick_token(logits: np.ndarray, seen: list[int], sampling: Sampling, random: np.random.Generator) -> int:
-    """The next token. logits: float32 [vocab]; seen: the sequence so far, which the repetition penalty looks at."""
+def pick_token(logits: np.ndarray, sequence: list[int], sampling: Sampling, random: np.random.Generator) -> int:
+    """Returns the id of the next token. logits: float32 [vocab]. sequence: all tokens so far, for the repetition penalty."""
     if sampling.repetition_penalty != 1.0:
-        logits = _penalised(logits, seen, sampling.repetition_penalty)
+        logits = _penalise_repetition(logits, sequence, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # minus infinity is the right answer there
+    with np.errstate(over="ignore"):  # a quotient beyond float64 becomes minus infinity, which is the right limit
         scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
     probability = np.exp(scaled)
     probability /= probability.sum()
     if sampling.top_p < 1:
-        probability = _nucleus(probability, sampling.top_p)
+        probability = _keep_nucleus(probability, sampling.top_p)
     return int(random.choice(len(probability), p=probability))
 
 
-def _penalised(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
-    changed = logits.copy()
-    ids = np.unique(np.asarray(seen, np.int64))
-    changed[ids] = np.where(changed[ids] > 0, changed[ids] / penalty, changed[ids] * penalty)
-    return changed
+def _penalise_repetition(logits: np.ndarray, sequence: list[int], penalty: float) -> np.ndarray:
+    penalised = logits.copy()
+    ids = np.unique(np.asarray(sequence, np.int64))
+    penalised[ids] = np.where(penalised[ids] > 0, penalised[ids] / penalty, penalised[ids] * penalty)
+    return penalised
 
 
-def _nucleus(probability: np.ndarray, top_p: float) -> np.ndarray:
-    """Zeroes all but the most likely tokens that together reach top_p; the one that crosses it stays."""
+def _keep_nucleus(probability: np.ndarray, top_p: float) -> np.ndarray:
+    """Returns the probabilities [vocab], normalized over the most likely tokens up to the one that reaches top_p."""
     order = np.argsort(-probability, kind="stable")
-    before = np.cumsum(probability[order]) - probability[order]
-    kept = np.where(before < top_p, probability[order], 0.0)
+    cumulative_before = np.cumsum(probability[order]) - probability[order]
+    kept_probability = np.where(cumulative_before < top_p, probability[order], 0.0)
     nucleus = np.zeros_like(probability)
-    nucleus[order] = kept / kept.sum()
+    nucleus[order] = kept_probability / kept_probability.sum()
     return nucleus

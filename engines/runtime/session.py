@@ -1,11 +1,15 @@
-"""Runs an exported LLaVA on token ids: logits at every position, and generation through the cache."""
+"""Session on an exported LLaVA: logits at every position, and batched generation with a key/value cache.
+
+Token ids and pixel values go in, logits and token ids come out. A session works with any `Runner`, and checks all lengths
+before the runner writes into a cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,16 +18,13 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.sampling import Sampling, pick_token
 
-if TYPE_CHECKING:
-    pass
-
 
 class ContextError(UserError):
-    """More tokens than the engine's cache has room for."""
+    """The context would be longer than the engine's cache."""
 
 
 class Runner(Protocol):
-    """What a session needs of a runtime. A cache is whatever the runner makes of it; `step` writes into it.
+    """A runtime with an opened export. The cache is of the runner's own type.
 
     name: tensorrt, tensorrt-rtx or onnxruntime. device: cpu or cuda.
     """
@@ -31,34 +32,44 @@ class Runner(Protocol):
     name: str
     device: str
 
-    def embed_images(self, pixel_values: np.ndarray) -> np.ndarray: ...
+    def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Returns image embeddings [n * tokens, hidden] of pixels float32 [n, 3, R, R]; one dummy row when n is 0."""
+        ...
 
-    def new_cache(self, batch: int) -> Any: ...
+    def new_cache(self, batch: int) -> Any:
+        """Returns an empty cache for `batch` sequences."""
+        ...
 
-    def step(
-        self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Any
-    ) -> np.ndarray: ...
+    def step(self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Any) -> np.ndarray:
+        """Runs one forward pass, which writes into `cache`; returns the logits, float32 [B, S, vocab].
 
-    def close(self) -> None: ...
+        ids, positions: int64 [B, S]. embeds: image embeddings [n, hidden]. index: int64 [B], the first cache slot to write.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases the runtime's memory."""
+        ...
 
 
 @dataclass
 class Sequences:
-    """A batch of sequences that lives in a cache.
+    """A batch of sequences and its cache.
 
-    tokens: all tokens of each sequence. cached: int64 [B], how many of them the cache holds; the rest is fed next.
+    tokens: all tokens of each sequence. cached: int64 [B], how many of them the cache holds; the others are run in the next
+    step. cache: of the runner's type. logits: float32 [B, vocab], at the last cached token.
     """
 
     tokens: list[list[int]]
     cached: np.ndarray
     cache: Any
-    logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # of the last cached token
+    logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 class Session:
-    """A context manager over one runner. All lengths are checked here, before anything is written into a cache.
+    """Runs a model through one runner, which is closed at the end of the context.
 
-    why: the reason for this runner, for people.
+    why: the reason why this runner was chosen, to be printed.
     """
 
     def __init__(self, manifest: Manifest, runner: Runner, why: str = "") -> None:
@@ -75,11 +86,15 @@ class Session:
     def logits(
         self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, placement: Placement | None = None
     ) -> np.ndarray:
-        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position. placement: of tiles."""
+        """Returns the logits at every position, float32 [1, S, vocab].
+
+        input_ids: int64 [1, S]. pixel_values: float32 [n, 3, R, R], images or tiles. placement: for models with tiles, which
+        features each image token is made of. Raises UserError when the inputs do not fit together or into the engine.
+        """
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        return self._feed(self._empty(1), [ids[0]], pixel_values, placement)
+        return self._feed(self._make_sequences(1), [ids[0]], pixel_values, placement)
 
     def start(
         self,
@@ -87,13 +102,14 @@ class Session:
         pixel_values: np.ndarray | None = None,
         placement: Placement | None = None,
     ) -> Sequences:
-        """Prefills prompts of any lengths, int64 [S_b] each; their images stand in order in pixel_values.
+        """Prefills prompts, int64 [S_b] each and of any lengths, and returns them as sequences.
 
-        placement: of the tiles of all prompts together, see `join_placements`.
+        pixel_values: float32 [n, 3, R, R], the images of all prompts in order. placement: for models with tiles, of all
+        prompts together, see `join_placements`. Raises UserError when the prompts do not fit into the engine.
         """
         if len(prompts) > self.manifest.limits.max_batch:
             raise UserError(f"{len(prompts)} prompts at once, the engine was built for {self.manifest.limits.max_batch}")
-        sequences = self._empty(len(prompts))
+        sequences = self._make_sequences(len(prompts))
         self.extend(sequences, prompts, pixel_values, placement)
         return sequences
 
@@ -104,15 +120,15 @@ class Session:
         pixel_values: np.ndarray | None = None,
         placement: Placement | None = None,
     ) -> None:
-        """Writes new tokens behind the sequences (a chat's next turn); only they are computed.
+        """Appends new tokens to the sequences, such as a chat's next turn; only the new tokens are computed.
 
-        Raises UserError, with the sequences as they were, when they would not fit.
+        added: int64 [S_b] of each sequence. Raises UserError, and leaves the sequences unchanged, when they do not fit.
         """
         pending = [tokens[n:] for tokens, n in zip(sequences.tokens, sequences.cached, strict=True)]
-        fed = [np.array([*p, *a], np.int64) for p, a in zip(pending, added, strict=True)]
-        logits = self._feed(sequences, fed, pixel_values, placement)
-        lengths = np.array([len(f) for f in fed], np.int64)
-        sequences.logits = logits[np.arange(len(fed)), lengths - 1]
+        inputs = [np.array([*p, *a], np.int64) for p, a in zip(pending, added, strict=True)]
+        logits = self._feed(sequences, inputs, pixel_values, placement)
+        lengths = np.array([len(row) for row in inputs], np.int64)
+        sequences.logits = logits[np.arange(len(inputs)), lengths - 1]
         sequences.cached = sequences.cached + lengths
         for tokens, new in zip(sequences.tokens, added, strict=True):
             tokens.extend(int(t) for t in new)
@@ -120,65 +136,65 @@ class Session:
     def generate(
         self, sequences: Sequences, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling | None = None
     ) -> Iterator[list[int | None]]:
-        """Yields one token a sequence and step, None for sequences that have ended; a stop token is yielded, then nothing.
+        """Generates tokens; yields in each step one token of every sequence, None for sequences that have ended.
 
-        It ends when all sequences have stopped, after max_new_tokens, or when the longest sequence fills the cache. Stop
-        tokens do not become part of the sequences.
+        A sequence ends after a stop token, which is yielded but not added to the sequence. Generation ends when all
+        sequences have ended, after `max_new_tokens`, or when the longest one fills the cache. sampling: None for greedy.
         """
         sampling = sampling or Sampling()
         batch, dummy = len(sequences.tokens), np.zeros((1, self.manifest.config.text.hidden_size), np.float32)
-        randoms = [np.random.default_rng([sampling.seed, row]) for row in range(batch)]
+        generators = [np.random.default_rng([sampling.seed, row]) for row in range(batch)]
         alive = [True] * batch
-        room = self.manifest.limits.max_length - max(len(t) for t in sequences.tokens)
-        for _ in range(min(max_new_tokens, room)):
-            behind = np.array([len(t) for t in sequences.tokens]) > sequences.cached
-            if behind.any():
-                last = np.array([[t[-1]] for t in sequences.tokens], np.int64)
-                where = sequences.cached
-                sequences.logits = self.runner.step(last, dummy, where[:, None], where, sequences.cache)[:, -1]
-                sequences.cached = where + behind
-            chosen: list[int | None] = [
-                pick_token(sequences.logits[row], sequences.tokens[row], sampling, randoms[row]) if alive[row] else None
+        free_slots = self.manifest.limits.max_length - max(len(sequence) for sequence in sequences.tokens)
+        for _ in range(min(max_new_tokens, free_slots)):
+            has_uncached = np.array([len(sequence) for sequence in sequences.tokens]) > sequences.cached
+            if has_uncached.any():
+                last = np.array([[sequence[-1]] for sequence in sequences.tokens], np.int64)
+                positions = sequences.cached
+                sequences.logits = self.runner.step(last, dummy, positions[:, None], positions, sequences.cache)[:, -1]
+                sequences.cached = positions + has_uncached
+            step_tokens: list[int | None] = [
+                pick_token(sequences.logits[row], sequences.tokens[row], sampling, generators[row]) if alive[row] else None
                 for row in range(batch)
             ]
-            for row, token in enumerate(chosen):
+            for row, token in enumerate(step_tokens):
                 if token in stop_ids or token is None:
                     alive[row] = False
                 else:
                     sequences.tokens[row].append(token)
-            yield chosen
+            yield step_tokens
             if not any(alive):
                 return
 
-    def _empty(self, batch: int) -> Sequences:
+    def _make_sequences(self, batch: int) -> Sequences:
         return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))
 
     def _feed(
         self,
         sequences: Sequences,
-        fed: Sequence[np.ndarray],
+        inputs: Sequence[np.ndarray],
         pixel_values: np.ndarray | None,
         placement: Placement | None,
     ) -> np.ndarray:
-        """Runs new tokens behind what the cache holds; logits float32 [B, longest, vocab].
+        """Runs new tokens of each sequence after those in the cache; returns logits float32 [B, longest, vocab].
 
-        Rows are padded on the right; what padding writes into the cache is overwritten before it can be seen.
+        Rows are padded on the right. What padding writes into the cache is overwritten before any query attends to it.
         """
-        limits, longest = self.manifest.limits, max(len(f) for f in fed)
-        if min(len(f) for f in fed) == 0:
+        limits, longest = self.manifest.limits, max(len(row) for row in inputs)
+        if min(len(row) for row in inputs) == 0:
             raise UserError("the prompt is empty; give at least one token")
-        end = int((sequences.cached + np.array([len(f) for f in fed])).max())
+        end = int((sequences.cached + np.array([len(row) for row in inputs])).max())
         if end > limits.max_length:
             raise ContextError(
                 f"the context would be {end} tokens long, the engine was built for {limits.max_length}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
         vocabulary = self.manifest.config.text.vocab_size
-        if strangers := [int(t) for f in fed for t in f if not 0 <= t < vocabulary]:
-            raise UserError(f"token {strangers[0]} is not one of the {vocabulary} of this model's vocabulary")
-        embeds = self._embeds(fed, pixel_values, placement)
-        ids = np.full((len(fed), longest), _filler(self.manifest), np.int64)
-        for row, new in enumerate(fed):
+        if invalid_tokens := [int(t) for tokens in inputs for t in tokens if not 0 <= t < vocabulary]:
+            raise UserError(f"token {invalid_tokens[0]} is not one of the {vocabulary} of this model's vocabulary")
+        embeds = self._embed_images(inputs, pixel_values, placement)
+        ids = np.full((len(inputs), longest), _padding_token(self.manifest), np.int64)
+        for row, new in enumerate(inputs):
             ids[row, : len(new)] = new
         positions = sequences.cached[:, None] + np.arange(longest, dtype=np.int64)[None]
         if int(positions.max()) >= limits.max_length:
@@ -188,18 +204,19 @@ class Session:
             )
         return self.runner.step(ids, embeds, positions, sequences.cached, sequences.cache)
 
-    def _embeds(
+    def _embed_images(
         self, prompts: Sequence[np.ndarray], pixel_values: np.ndarray | None, placement: Placement | None
     ) -> np.ndarray:
+        """Returns one row for each image token of the prompts, or the dummy row; checks that tokens and images agree."""
         config, limits = self.manifest.config, self.manifest.limits
         images = 0 if pixel_values is None else len(pixel_values)
         if images and placement is None and config.tiles is not None:
             raise UserError("this model cuts pictures into tiles, and the placement of their features is missing; give it")
         tokens = sum(int((p == config.image_token_id).sum()) for p in prompts)
-        made = images * config.vision.tokens_per_image if placement is None else len(placement)
-        if tokens != made:
+        rows = images * config.vision.tokens_per_image if placement is None else len(placement)
+        if tokens != rows:
             raise UserError(
-                f"the prompt has {tokens} image tokens, {images} {'images' if placement is None else 'tiles'} make {made}; "
+                f"the prompt has {tokens} image tokens, {images} {'images' if placement is None else 'tiles'} make {rows}; "
                 "give one image for each <image>"
             )
         if images > limits.max_images and config.tiles is None:
@@ -210,17 +227,18 @@ class Session:
 
 
 def embed_tiles(runner: Runner, manifest: Manifest, pixel_values: np.ndarray) -> np.ndarray:
-    """float32 [n, 3, R, R], any number of them -> [n * tokens, hidden] (and the row of image_newline, with tiles).
+    """Returns image embeddings [n * tokens, hidden] of any number of images or tiles, float32 [n, 3, R, R].
 
-    The vision engine runs as often as its `max_images` asks for.
+    In a model with tiles there is one more row, `image_newline`, at the end. The vision engine runs several times where n
+    exceeds its `max_images`.
     """
-    most = manifest.limits.max_images
-    parts = [runner.embed_images(pixel_values[start : start + most]) for start in range(0, len(pixel_values), most)]
+    step = manifest.limits.max_images
+    parts = [runner.embed_images(pixel_values[start : start + step]) for start in range(0, len(pixel_values), step)]
     if manifest.config.tiles is not None:
         parts = [*(part[:-1] for part in parts[:-1]), parts[-1]]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _filler(manifest: Manifest) -> int:
-    """A padding token that is no image token."""
+def _padding_token(manifest: Manifest) -> int:
+    """Returns a token id for padding that is not the image token."""
     return 0 if manifest.config.image_token_id != 0 else 1

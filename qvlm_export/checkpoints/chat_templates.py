@@ -1,4 +1,7 @@
-"""The conversations that LLaVA's authors trained and evaluated with, and the prompt of one question in any of them."""
+"""Chat templates: a checkpoint's own, and the conversations that LLaVA's authors trained and evaluated with.
+
+Turns go in, the prompt text that the tokenizer gets comes out.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 OWN = "own"  # the checkpoint's chat template
-# What LLaVA-1.5 was trained with; for checkpoints without a chat template of their own.
+# The template that LLaVA-1.5 was trained with, for checkpoints without one.
 FALLBACK_TEMPLATE = "USER: {images}{prompt} ASSISTANT:"
-_MARK = "\u2063"  # an invisible separator, with which no template's picture begins
+_MARKER = "\u2063"  # an invisible separator, which no template writes first for an image
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """system: what comes first, with the space behind it. user, assistant: how a turn begins; end: of an answer."""
+    """The fixed texts of a conversation format.
+
+    system: the system prompt, with the space after it. user, assistant: what begins such a turn. end: what ends an answer.
+    """
 
     system: str
     user: str
@@ -44,14 +50,18 @@ _TEMPLATE = (
 )
 
 
-def chat_template(talk: Conversation, picture: str) -> str:
-    """The Jinja template of a conversation; picture: the text that stands for one, line break included."""
-    texts = (talk.system, talk.user, talk.assistant, talk.end, picture)
+def chat_template(conversation: Conversation, image_text: str) -> str:
+    """Returns the Jinja chat template of a conversation. image_text: what stands for one image, line break included."""
+    texts = (conversation.system, conversation.user, conversation.assistant, conversation.end, image_text)
     return f"{{% set system, user, assistant, end, picture = {texts!r} %}}{_TEMPLATE}"
 
 
 def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
-    """The prompt text of turns {"role", "text", "images": count}, ending where the model is to answer."""
+    """Returns the prompt text of a conversation, up to where the model is to answer.
+
+    turns: {"role": "user" or "assistant", "text": str, "images": number of images, 0 if missing}. The processor's chat
+    template is used where it has one, else FALLBACK_TEMPLATE.
+    """
     messages = [
         {
             "role": turn["role"],
@@ -67,25 +77,26 @@ def chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
         if turn["role"] == "assistant":
             parts.append(f" {turn['text']}</s>")
         else:
-            pictures = f"{processor.image_token}\n" * turn.get("images", 0)
-            parts.append(FALLBACK_TEMPLATE.format(images=pictures, prompt=turn["text"]))
+            images = f"{processor.image_token}\n" * turn.get("images", 0)
+            parts.append(FALLBACK_TEMPLATE.format(images=images, prompt=turn["text"]))
     return "".join(parts)
 
 
-def prompt_text(processor: Any, prompt: str, pictures: int, conversation: str = OWN) -> str:
-    """The whole text before the answer to one question. conversation: one of CHOICES."""
+def prompt_text(processor: Any, prompt: str, num_images: int, conversation: str = OWN) -> str:
+    """Returns the whole text before the answer to one question with `num_images` images. conversation: one of CHOICES."""
     if conversation == OWN:
-        return chat_text(processor, [{"role": "user", "text": prompt, "images": pictures}])
-    talk = CONVERSATIONS[conversation]
-    return f"{talk.system}{talk.user}{picture_text(processor) * pictures}{prompt} {talk.assistant}"
+        return chat_text(processor, [{"role": "user", "text": prompt, "images": num_images}])
+    form = CONVERSATIONS[conversation]
+    return f"{form.system}{form.user}{image_text(processor) * num_images}{prompt} {form.assistant}"
 
 
-def picture_text(processor: Any) -> str:
-    """What the processor's own template writes for one picture: what it has more than a turn without one.
+def image_text(processor: Any) -> str:
+    """Returns what the processor's chat template writes for one image, ending with a line break.
 
-    Checkpoints differ in it: some have tokens around the image token, some a space behind it.
+    Checkpoints differ in it: some have tokens around the image token, some a space after it. It is therefore found by
+    comparing a turn with one image to the same turn without.
     """
-    without, shown = (chat_text(processor, [{"role": "user", "text": _MARK, "images": n}]) for n in (0, 1))
-    start = next(at for at, pair in enumerate(zip(without, shown, strict=False)) if pair[0] != pair[1])
-    found = shown[start : start + len(shown) - len(without)]
-    return found.removesuffix("\n") + "\n"  # the line break may belong to the text
+    without, with_image = (chat_text(processor, [{"role": "user", "text": _MARKER, "images": n}]) for n in (0, 1))
+    start = next(at for at, pair in enumerate(zip(without, with_image, strict=False)) if pair[0] != pair[1])
+    difference = with_image[start : start + len(with_image) - len(without)]
+    return difference.removesuffix("\n") + "\n"  # some templates write the line break with the text instead

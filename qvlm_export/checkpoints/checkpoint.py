@@ -1,6 +1,6 @@
-"""Opens a checkpoint: finds its folder, reads its configuration, and checks every tensor's name and shape.
+"""Opens a checkpoint: finds its folder, converts its configuration, and checks the name, shape and dtype of every tensor.
 
-No weight is read here; only headers are.
+Only headers are read, no weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint, as llava-hf would have written it. `hf_config` is `config_json` as transformers completes it."""
+    """An opened checkpoint, in the layout of llava-hf whatever its own is.
+
+    name: as the user gave it. config_json: config.json in llava-hf's form. hf_config: `config_json` completed by
+    transformers with its defaults. config: the geometry that the graphs need. source: all tensors by canonical names.
+    """
 
     name: str
     folder: Path
@@ -39,43 +43,46 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Opens `--model`: an alias, a local folder, or a Hugging Face id.
+    """Opens the checkpoint `model`: an alias, a local folder, or a Hugging Face id.
 
-    Raises UserError for whatever keeps it from being a LLaVA with complete, well-formed weights.
+    Raises UserError when it is not a supported LLaVA with complete, well-formed weights.
     """
     folder = find_folder(model)
-    where, stored = str(folder / "config.json"), read_config(folder)
-    layout = find_layout(stored)
-    config_json = stored if layout.convert is None else layout.convert(stored, folder)
+    where, stored_config = str(folder / "config.json"), read_config(folder)
+    layout = find_layout(stored_config)
+    config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
     hf_config = completed_config(config_json, where)
     config = model_config(hf_config, where)
     source = open_weights(folder, renamer(layout))
     if layout.open_source is not None:
-        source = layout.open_source(source, stored, folder)
+        source = layout.open_source(source, stored_config, folder)
     check_tensors(source, config, folder)
     return Checkpoint(model, folder, config_json, hf_config, config, source)
 
 
 def completed_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """A config.json of llava-hf's form as transformers completes it. Raises UserError for one that it cannot read."""
+    """Returns the configuration object that transformers makes of a llava-hf config.json, defaults filled in.
+
+    where: the path of config.json, for errors. Raises UserError when transformers cannot read it.
+    """
     family = find_family(config_json, where)
     try:
         return family.config_class.from_dict(dict(config_json))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{where}: not a valid configuration ({words}); download it again") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"{where}: not a valid configuration ({message}); download it again") from error
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> None:
-    """Every tensor the graphs need must be there, of the right shape and of a float type."""
-    for name, wanted in expected_shapes(config).items():
+    """Raises UserError when a tensor that the graphs need is missing, or is not of the expected shape and a float dtype."""
+    for name, expected_shape in expected_shapes(config).items():
         if name not in source:
             if name == TIED_HEAD:
                 raise UserError(f"{folder}: lacks {name} though config.json does not tie it to the embeddings")
             raise UserError(f"{folder}: lacks the tensor {name}; the checkpoint is incomplete, download it again")
-        if source.shape(name) != wanted:
+        if source.shape(name) != expected_shape:
             raise UserError(
-                f"{folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(wanted)}; "
+                f"{folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(expected_shape)}; "
                 "weights and config do not belong together"
             )
         if source.dtype(name) not in _FLOATS:

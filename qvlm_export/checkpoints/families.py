@@ -1,8 +1,8 @@
-"""The model families and the layouts of checkpoints: one row each, no branches elsewhere.
+"""Tables of the supported model families and checkpoint layouts, one row each; no other module branches on them.
 
-A layout says how stored tensor names become the canonical ones (those of the llava-hf 1.5 repositories, which the graphs
-are declared with), and what a checkpoint needs before it looks as llava-hf would have written it. A family says which
-towers and decoders such a checkpoint may hold, and whether pictures are cut into tiles.
+A layout says how stored tensor names are renamed to the canonical ones (those of the llava-hf 1.5 repositories, which the
+graphs are declared with), and how a checkpoint is converted to what llava-hf would have written. A family says which vision
+towers and decoders such a checkpoint may hold, and whether images are cut into tiles.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Pre
 
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints import author_layout as original
+from qvlm_export.checkpoints import author_layout
 from qvlm_export.checkpoints.author_processor import make_processor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint is read. The first row of which config.json has one of the `marks` is taken; no marks: any.
+    """How checkpoints of one layout are read and converted.
 
-    renames: pattern and replacement. convert: config.json as it stands, its folder -> config.json as llava-hf would have
-    written it. open_source: the checkpoint's own tensors by canonical names, config.json as it stands, its folder -> all
-    tensors of the converted checkpoint. make_processor: folder -> a processor of transformers. All raise UserError; None
-    where nothing is to be done.
+    A checkpoint has the first layout in LAYOUTS of whose `config_keys` its config.json has one; a layout without keys fits
+    every config.json. renames: regular expressions and replacements for tensor names, applied in order.
+
+    convert: (config.json as stored, its folder) -> config.json as llava-hf would have written it.
+    open_source: (the folder's tensors by canonical names, config.json as stored, its folder) -> all tensors of the converted
+    checkpoint. make_processor: folder -> a processor of transformers. All three raise UserError, and are None where the
+    layout needs no conversion.
     """
 
     name: str
     renames: tuple[tuple[str, str], ...]
-    marks: tuple[str, ...] = ()
+    config_keys: tuple[str, ...] = ()
     convert: Callable[[Mapping[str, Any], Path], dict[str, Any]] | None = None
     open_source: Callable[[TensorSource, Mapping[str, Any], Path], TensorSource] | None = None
     make_processor: Callable[[Path], Any] | None = None
@@ -41,8 +44,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """model_type: as in config.json, of which `config_class` is transformers' own. towers, decoders: the model_types
-    allowed inside. tiled: whether pictures are cut into tiles; single_when_many: unless several come in one turn.
+    """A supported model family.
+
+    model_type: as in config.json. config_class: the configuration class of transformers for it. towers, decoders: the
+    supported model_types of vision_config and text_config. tiled: whether images are cut into tiles. single_when_many:
+    images are not cut into tiles when several come in one turn.
     """
 
     name: str
@@ -57,7 +63,7 @@ class Family:
 LAYOUTS = (
     Layout(
         name="authors",
-        marks=original.MARKS,
+        config_keys=author_layout.CONFIG_KEYS,
         renames=(
             (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
             (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -67,12 +73,12 @@ LAYOUTS = (
             (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
             (r"^lm_head\.", "language_model.lm_head."),
         ),
-        convert=original.convert_config,
-        open_source=original.open_source,
+        convert=author_layout.convert_config,
+        open_source=author_layout.open_source,
         make_processor=make_processor,
     ),
     Layout(
-        name="transformers",  # names of transformers 5, and of older releases, which llava-hf's repositories have
+        name="transformers",  # names of transformers 5, and of older releases, which the llava-hf repositories use
         renames=(
             (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
             (r"^model\.language_model\.(?!model\.)", "language_model.model."),
@@ -100,12 +106,12 @@ FAMILIES = (
 
 
 def find_layout(config: Mapping[str, Any]) -> Layout:
-    """The row of a config.json."""
-    return next(layout for layout in LAYOUTS if not layout.marks or any(mark in config for mark in layout.marks))
+    """Returns the layout of a checkpoint by its config.json as stored."""
+    return next(layout for layout in LAYOUTS if not layout.config_keys or any(key in config for key in layout.config_keys))
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
-    """The row of a config.json in transformers' form. Raises UserError naming what was found and what is supported."""
+    """Returns the family of a llava-hf config.json. Raises UserError naming its model_type and what is supported."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if family.model_type == model_type:
@@ -120,14 +126,14 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
 
 
 def renamer(layout: Layout) -> Callable[[str], str | None]:
-    """Stored tensor name -> canonical name; None for buffers that old checkpoints carry and nobody reads."""
-    patterns = [(re.compile(pattern), to) for pattern, to in layout.renames]
+    """Returns a function: stored tensor name -> canonical name, or None for the unused buffers of old checkpoints."""
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in layout.renames]
 
     def rename(name: str) -> str | None:
         if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
             return None
-        for pattern, to in patterns:
-            name = pattern.sub(to, name)
+        for pattern, replacement in patterns:
+            name = pattern.sub(replacement, name)
         return name
 
     return rename

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: folders, aliases, the Hugging Face hub."""
+"""Finds the folder of a checkpoint: a local folder, an alias, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _DOWNLOAD_TORCH = ["pytorch_model*.bin"]  # only where a repository has no safet
 
 
 def find_folder(model: str, option: str = "--model") -> Path:
-    """The folder of an alias, a path or a Hugging Face id (downloaded, or taken from its cache). option: begins errors."""
+    """Returns the folder of `model`: an alias, a path, or a Hugging Face id, which is downloaded or taken from the cache.
+
+    option: the name of the option, which begins error messages. Raises UserError when there is no such model.
+    """
     if model == TINY:
         return Path(str(files("qvlm_export") / "tiny"))
     path = Path(model).expanduser()
@@ -44,7 +47,10 @@ def find_folder(model: str, option: str = "--model") -> Path:
 
 
 def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") -> dict[str, Any]:
-    """A JSON file as a dictionary. Raises UserError when it is missing or no JSON object."""
+    """Returns the JSON file `name` in `folder` as a dictionary. what: the kind of model that the folder should hold.
+
+    Raises UserError when the file is missing or not a JSON object.
+    """
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}")
@@ -58,6 +64,6 @@ def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") 
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Returns the first line of an error's message, or the name of its class when it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

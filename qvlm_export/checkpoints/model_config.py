@@ -1,4 +1,7 @@
-"""From a configuration of transformers to the numbers that the graphs need; what they cannot express is refused."""
+"""Converts a configuration of transformers to `ModelConfig`, the geometry that the graphs are built from.
+
+Every value that the graphs cannot express is refused here, with the key, its value and what is supported.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ from qvlm_export.engines.config import ModelConfig, ProjectorConfig, TextConfig,
 from qvlm_export.engines.graph.layers import ACTIVATIONS
 
 ROPE_TYPES = ("default",)
-ANYRES = "anyres_max_"  # how LLaVA-OneVision begins vision_aspect_ratio
+ANYRES = "anyres_max_"  # LLaVA-OneVision writes vision_aspect_ratio as "anyres_max_9", 9 being the most tiles
 
 
 def model_config(config: PreTrainedConfig, where: str) -> ModelConfig:
-    """The numbers that the graphs need. Raises UserError for a value the graphs cannot express."""
+    """Returns the geometry that the graphs need of a llava-hf configuration. where: begins error messages.
+
+    Raises UserError for a value that the graphs cannot express.
+    """
     family = find_family({"model_type": config.model_type}, where)
     vision, text = config.vision_config, config.text_config
     _require(vision.model_type in family.towers, where, "vision_config.model_type", vision.model_type, family.towers)
@@ -41,12 +47,12 @@ def _vision_config(config: PreTrainedConfig, where: str) -> VisionConfig:
     vision, clip = config.vision_config, has_class_token(config)
     act, layer = vision.hidden_act, config.vision_feature_layer
     _require(act in ACTIVATIONS, where, "vision_config.hidden_act", act, tuple(ACTIVATIONS))
-    whole = isinstance(layer, int) or (len(layer) > 0 and all(isinstance(one, int) for one in layer))
-    _require(whole, where, "vision_feature_layer", layer, ("a layer, or several",))
+    is_layer = isinstance(layer, int) or (len(layer) > 0 and all(isinstance(one, int) for one in layer))
+    _require(is_layer, where, "vision_feature_layer", layer, ("a layer, or several",))
     layers = feature_layers(config)
     reachable = all(0 < n <= vision.num_hidden_layers for n in layers)
     _require(reachable, where, "vision_feature_layer", layer, ("a layer of the tower",))
-    if not clip:  # without a class token "default" would drop the first patch
+    if not clip:  # without a class token, "default" would drop the first patch
         strategy = config.vision_feature_select_strategy
         _require(strategy == "full", where, "vision_feature_select_strategy", strategy, ("full",))
     patch, size = vision.patch_size, vision.image_size
@@ -75,7 +81,7 @@ def _projector_config(config: PreTrainedConfig, where: str) -> ProjectorConfig:
     )
     return ProjectorConfig(
         hidden_act=act,
-        bias=getattr(config, "multimodal_projector_bias", True),  # VIP-LLaVA's always has one
+        bias=getattr(config, "multimodal_projector_bias", True),  # VIP-LLaVA has no such key and always a bias
         num_linears=1 if has_single_linear_projector(config) else 2,
         norm_eps=getattr(config, "projector_layernorm_eps", None),
     )
@@ -86,14 +92,14 @@ def _text_config(config: PreTrainedConfig, where: str) -> TextConfig:
     _require(text.hidden_act == "silu", where, "text_config.hidden_act", text.hidden_act, ("silu",))
     rope = text.rope_parameters
     _require(rope["rope_type"] in ROPE_TYPES, where, "text_config.rope_type", rope["rope_type"], ROPE_TYPES)
-    turned = rope.get("partial_rotary_factor", 1.0)
-    _require(turned == 1.0, where, "text_config.partial_rotary_factor", turned, (1.0,))
-    window, kinds = getattr(text, "sliding_window", None), set(getattr(text, "layer_types", None) or ())
-    _require(len(kinds) < 2, where, "text_config.layer_types", sorted(kinds), ("layers of one kind",))
-    whole = window is None or (isinstance(window, int) and window > 0)
-    _require(whole, where, "text_config.sliding_window", window, ("whole numbers above 0", "null"))
-    qwen = text.model_type == "qwen2"
-    bias = getattr(text, "attention_bias", qwen)
+    rotary_factor = rope.get("partial_rotary_factor", 1.0)
+    _require(rotary_factor == 1.0, where, "text_config.partial_rotary_factor", rotary_factor, (1.0,))
+    window, layer_types = getattr(text, "sliding_window", None), set(getattr(text, "layer_types", None) or ())
+    _require(len(layer_types) < 2, where, "text_config.layer_types", sorted(layer_types), ("layers of one kind",))
+    is_valid = window is None or (isinstance(window, int) and window > 0)
+    _require(is_valid, where, "text_config.sliding_window", window, ("whole numbers above 0", "null"))
+    is_qwen = text.model_type == "qwen2"  # its q, k and v have a bias, its output has none, and no key says so
+    bias = getattr(text, "attention_bias", is_qwen)
     return TextConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
@@ -108,18 +114,18 @@ def _text_config(config: PreTrainedConfig, where: str) -> TextConfig:
         attention_bias=bias,
         mlp_bias=getattr(text, "mlp_bias", False),
         tie_word_embeddings=config.tie_word_embeddings,
-        output_bias=bias and not qwen,
+        output_bias=bias and not is_qwen,
         sliding_window=window,
     )
 
 
 def _tile_config(config: PreTrainedConfig, family: Family, where: str) -> TileConfig:
     side, points = config.vision_config.image_size, config.image_grid_pinpoints
-    good = bool(points) and all(
+    are_valid = bool(points) and all(
         isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(n, int) and n > 0 and n % side == 0 for n in p)
         for p in points
     )
-    _require(good, where, "image_grid_pinpoints", points, (f"pairs of multiples of the tower's {side} pixels",))
+    _require(are_valid, where, "image_grid_pinpoints", points, (f"pairs of multiples of the tower's {side} pixels",))
     clip = has_class_token(config)
     strategy = config.vision_feature_select_strategy
     _require(not (clip and keeps_class_token(config)), where, "vision_feature_select_strategy", strategy, ("default",))
@@ -134,9 +140,9 @@ def _tile_config(config: PreTrainedConfig, family: Family, where: str) -> TileCo
 
 
 def _require_sizes(config: PreTrainedConfig, where: str) -> None:
-    """Counts must be whole and positive, and token ids must be rows of the embedding table.
+    """Raises UserError for counts that are not whole and positive, and for token ids beyond the embedding table.
 
-    That heads divide widths and that head_dim is even was checked by transformers.
+    transformers has already checked that heads divide widths and that head_dim is even.
     """
     vision, text = config.vision_config, config.text_config
     common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -148,20 +154,20 @@ def _require_sizes(config: PreTrainedConfig, where: str) -> None:
             value = getattr(part, key)
             _require(isinstance(value, int) and value > 0, where, f"{name}.{key}", value, ("whole numbers above 0",))
     _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
-    _require(heads % groups == 0, where, "text_config.num_key_value_heads", groups, (f"divisors of {heads} heads",))
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    _require(heads % kv_heads == 0, where, "text_config.num_key_value_heads", kv_heads, (f"divisors of {heads} heads",))
     _require(_head_dim(text) > 0, where, "text_config.head_dim", _head_dim(text), ("whole numbers above 0",))
-    rows = (f"token ids below vocab_size {text.vocab_size}",)
+    supported = (f"token ids below vocab_size {text.vocab_size}",)
     token, pad = config.image_token_index, text.pad_token_id
-    _require(0 <= token < text.vocab_size, where, "image_token_index", token, rows)
-    _require(pad is None or abs(pad) < text.vocab_size, where, "text_config.pad_token_id", pad, rows)
+    _require(0 <= token < text.vocab_size, where, "image_token_index", token, supported)
+    _require(pad is None or abs(pad) < text.vocab_size, where, "text_config.pad_token_id", pad, supported)
 
 
 def _head_dim(text: PreTrainedConfig) -> int:
-    stored = getattr(text, "head_dim", None)
-    return int(text.hidden_size // text.num_attention_heads if stored is None else stored)
+    head_dim = getattr(text, "head_dim", None)
+    return int(text.hidden_size // text.num_attention_heads if head_dim is None else head_dim)
 
 
-def _require(holds: bool, where: str, key: str, got: Any, allowed: tuple[Any, ...]) -> None:
-    if not holds:
+def _require(condition: bool, where: str, key: str, got: Any, allowed: tuple[Any, ...]) -> None:
+    if not condition:
         raise UserError(f"{where}: {key} is {got!r}; this family supports {', '.join(str(a) for a in allowed)}")

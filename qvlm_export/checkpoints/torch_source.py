@@ -1,4 +1,4 @@
-"""Old checkpoints in torch's own format, read without running the code a pickle may carry."""
+"""Reads checkpoints in torch's pickle format (`pytorch_model*.bin`) with weights_only, so that no code in them is run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 class TorchSource:
-    """A TensorSource over `pytorch_model*.bin`. Files are mapped into memory, so opening them reads no weights."""
+    """A TensorSource over `pytorch_model*.bin`. Files are mapped into memory, so opening them reads no weights.
+
+    rename: stored tensor name -> canonical name; None drops the tensor. Raises UserError for a missing or damaged file, and
+    for content other than plain tensors.
+    """
 
     def __init__(self, folder: Path, rename: Callable[[str], str | None]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
-        self._where: dict[str, OpenedFile] = {}
+        self._files: dict[str, OpenedFile] = {}
         for path in indexed_files(folder, SINGLE_FILE, INDEX_FILE):
             file = OpenedFile(path)
-            for stored, tensor in _load(path).items():
-                name = rename(stored)
+            for stored_name, tensor in _load(path).items():
+                name = rename(stored_name)
                 if name is not None:
-                    self._tensors[name], self._where[name] = tensor, file
+                    self._tensors[name], self._files[name] = tensor, file
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -37,18 +41,22 @@ class TorchSource:
         return iter(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        kind = self._tensors[name].dtype
-        return np.dtype(ml_dtypes.bfloat16) if kind == torch.bfloat16 else np.dtype(str(kind).removeprefix("torch."))
+        """Returns the numpy dtype of a tensor, bfloat16 being that of ml_dtypes."""
+        dtype = self._tensors[name].dtype
+        return np.dtype(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
 
     def files(self) -> list[Path]:
-        return [file.path for file in dict.fromkeys(self._where.values())]
+        """Returns the files that tensors are read from."""
+        return [file.path for file in dict.fromkeys(self._files.values())]
 
     def load(self, name: str) -> np.ndarray:
-        self._where[name].check_unchanged()
-        tensor = self._tensors[name].detach()  # numpy refuses a stored Parameter
+        """Reads a tensor. Raises UserError when its file was changed since it was opened."""
+        self._files[name].check_unchanged()
+        tensor = self._tensors[name].detach()  # a stored Parameter requires gradients, which numpy() refuses
         if tensor.dtype == torch.bfloat16:
             bits: np.ndarray = tensor.view(torch.int16).numpy()
             return bits.view(ml_dtypes.bfloat16)
@@ -58,7 +66,7 @@ class TorchSource:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
-        # Files from before torch 1.6 are no zip files and cannot be mapped.
+        # Files written before torch 1.6 are not zip files and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -66,8 +74,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             "download it again, or convert it to safetensors where you trust it"
         ) from error
     except DAMAGED_FILE_ERRORS as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable torch checkpoint ({first}); download it again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable torch checkpoint ({reason}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no dictionary of tensors; give a folder with model weights")
     for name, tensor in content.items():

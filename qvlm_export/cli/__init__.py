@@ -1,1 +1,1 @@
-"""The commands."""
+"""The command-line interface: one file for each command."""

@@ -1,4 +1,7 @@
-"""What the console scripts call. Nothing heavy is imported before Ctrl-C has its answer: one line, exit code 130."""
+"""Entry points of the console scripts.
+
+Each sets up Ctrl-C, to end the program with one line and exit code 130, before it imports anything slow.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,51 @@ import sys
 from importlib import import_module
 from types import FrameType
 
-INTERRUPTED = 130  # as shells have it: 128 and the signal's number
+INTERRUPTED = 130  # the convention of shells: 128 + the number of SIGINT
 
 
 def export() -> None:
-    """`qvlm-export`"""
-    _start("export")
+    """Runs `qvlm-export`."""
+    _run_app("export")
 
 
 def run() -> None:
-    """`qvlm-run`"""
-    _start("run")
+    """Runs `qvlm-run`."""
+    _run_app("run")
 
 
 def validate() -> None:
-    """`qvlm-validate`"""
-    _start("validate")
+    """Runs `qvlm-validate`."""
+    _run_app("validate")
 
 
 def evaluate() -> None:
-    """`qvlm-eval`"""
-    _start("evaluate")
+    """Runs `qvlm-eval`."""
+    _run_app("evaluate")
 
 
 def inspect() -> None:
-    """`qvlm-inspect`"""
-    _start("inspect")
+    """Runs `qvlm-inspect`."""
+    _run_app("inspect")
 
 
-def _start(module: str) -> None:
+def _run_app(module: str) -> None:
     """Imports a command's module and runs its app, which ends the process."""
-    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where a shell had it ignored
-    if heeded:
-        signal.signal(signal.SIGINT, _leave)
+    # A shell that starts a command in the background has it ignore Ctrl-C; that must stay so.
+    handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handles_interrupts:
+        signal.signal(signal.SIGINT, _exit_at_once)
     app = import_module(f"qvlm_export.cli.{module}").app
-    if heeded:
+    if handles_interrupts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
-    except KeyboardInterrupt:  # outside what the command guards itself
+    except KeyboardInterrupt:  # raised before or after the part of the command that handles it
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """Ends the process at once: an exception raised within an import may come out of it as another one."""
+def _exit_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """Ends the process at once, as an import may turn an exception raised within it into another one."""
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The command `qvlm-export`."""
+"""The command `qvlm-export`: from a LLaVA checkpoint to TensorRT engines."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ Examples:
   qvlm-export --list-models
 """
 
-LIST_WIDTH = 140  # of --list-models: a name that is cut helps nobody
+LIST_WIDTH = 140  # least width of the table of --list-models, so that no name is cut off
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def print_models(wanted: bool) -> None:
-    """The aliases of --model with the sizes that follow from their geometry; ends the program."""
-    if not wanted:
+def print_models(requested: bool) -> None:
+    """Prints the aliases of `--model` with the sizes of their models, and ends the program, if `requested`."""
+    if not requested:
         return
-    from qvlm_export.pipeline.planning.model_sizes import model_sizes
+    from qvlm_export.pipeline.preparation.model_sizes import model_sizes
 
     table = Table(title="--model takes tiny, a Hugging Face id, a folder, or", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("alias", "repository", "parameters", "float16", "int4", "image tokens"):
         table.add_column(column, justify="left" if column in ("alias", "repository") else "right", no_wrap=True)
     for size in model_sizes():
-        sizes = (megabytes(size.float16_bytes), megabytes(size.int4_bytes), f"{size.image_tokens}")
+        sizes = (format_bytes(size.float16_bytes), format_bytes(size.int4_bytes), f"{size.image_tokens}")
         table.add_row(size.alias, size.repository, f"{size.parameters / 1e9:.2f} B", *sizes)
     console = Console(markup=False, highlight=False)
     Console(markup=False, highlight=False, width=max(console.width, LIST_WIDTH)).print(table)
@@ -56,32 +56,32 @@ def main(
     model: Annotated[str, typer.Option(help="an alias of --list-models, a Hugging Face id, or a local folder")],
     out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
     scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
-    recipe: Annotated[Path | None, typer.Option(help="YAML of schemes per module, instead of --scheme")] = None,
-    calib_data: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer (optional)")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="how many samples to use; default: up to 128")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of schemes for single modules, instead of --scheme")] = None,
+    calib_data: Annotated[Path | None, typer.Option(help="JSONL calibration set: image, prompt, answer (optional)")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="number of calibration samples; default: up to 128")] = None,
     effort: Annotated[
-        str, typer.Option(help="rtn (round to nearest), fast (fold, GPTQ) or full (more prompts, two-sided, learned)")
+        str, typer.Option(help="rtn (nearest), fast (equalization, GPTQ) or full (augmentation, K-FAC, learned rounding)")
     ] = "rtn",
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
-    target: Annotated[list[str] | None, typer.Option(help="GPU generation, e.g. sm89; repeat for more")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="tokens a sequence may have, image included")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="GPU architecture, e.g. sm89; repeat for more")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens, with image and answer")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
-    work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted export")] = False,
+    work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint here")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted export")] = False,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="GiB that calibration may take; activations beyond it lie on disk")
+        float | None, typer.Option(min=0, help="GiB of memory for calibration; activations beyond it go to disk")
     ] = None,
-    device: Annotated[str, typer.Option(help="where calibration computes: cpu, cuda, or auto")] = "cpu",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would happen, stop")] = False,
+    device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
-    list_models: Annotated[  # noqa: ARG001  (its callback does it)
-        bool, typer.Option("--list-models", is_eager=True, callback=print_models, help="show the aliases and their sizes")
+    list_models: Annotated[  # noqa: ARG001  (handled by the callback)
+        bool, typer.Option("--list-models", is_eager=True, callback=print_models, help="list aliases with their sizes")
     ] = False,
 ) -> None:
-    """Takes a LLaVA checkpoint to TensorRT INT4/INT8 engines, and proves that they run on integers."""
+    """Converts a LLaVA checkpoint to TensorRT INT4/INT8 engines, and checks that their linears run on integers."""
     with errors_as_lines():
         from qvlm_export.pipeline.export import export
-        from qvlm_export.pipeline.planning.export_plan import ExportOptions, estimate_export, plan_export
+        from qvlm_export.pipeline.preparation.prepare import ExportOptions, estimate_export, prepare_export
         from qvlm_export.pipeline.progress import Reporter
 
         options = ExportOptions(
@@ -102,9 +102,9 @@ def main(
             device=device,
         )
         if dry_run:
-            plan = plan_export(options)
-            content = plan_summary(plan, estimate_export(plan))
-            show = show_plan
+            prepared = prepare_export(options)
+            content = dry_run_summary(prepared, estimate_export(prepared))
+            show = show_dry_run
         else:
             content = result_summary(export(options, Reporter(quiet=as_json)))
             show = show_result
@@ -114,45 +114,46 @@ def main(
             show(content, Console(markup=False, highlight=False))
 
 
-def plan_summary(plan: Any, estimated: Any) -> dict[str, Any]:
-    """What `--dry-run` says."""
+def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
+    """Returns what `--dry-run --json` prints. prepared: a PreparedExport; estimated: its Estimate."""
     counts: dict[str, int] = {}
-    for linear in plan.linears.values():
+    for linear in prepared.linears.values():
         counts[linear.name] = counts.get(linear.name, 0) + 1
     return {
-        "model": plan.checkpoint.name,
-        "backend": plan.backend.name,
-        "targets": list(plan.backend.targets),
-        "max_length": plan.limits.max_length,
-        "max_batch": plan.limits.max_batch,
+        "model": prepared.checkpoint.name,
+        "backend": prepared.backend.name,
+        "targets": list(prepared.backend.targets),
+        "max_length": prepared.limits.max_length,
+        "max_batch": prepared.limits.max_batch,
         "linears": counts,
-        "calibration_data": str(plan.options.calib_data or "built-in") if plan.samples else None,
-        "calibration_samples": len(plan.samples),
+        "calibration_data": str(prepared.options.calib_data or "built-in") if prepared.samples else None,
+        "calibration_samples": len(prepared.samples),
         "parts": {
             part: {
                 "float16_bytes": sizes.float16_bytes,
                 "weights_bytes": sizes.planned_bytes,
                 "compression": round(sizes.compression, 2),
             }
-            for part, sizes in plan.sizes.items()
+            for part, sizes in prepared.sizes.items()
         },
-        "disk_bytes": plan.disk_bytes,
+        "disk_bytes": prepared.disk_bytes,
         "memory_bytes": estimated.memory_bytes,
         "build_memory_bytes": estimated.build_memory_bytes,
         "seconds": estimated.seconds,
         "calibration_floor_seconds": estimated.floor_seconds,
         "estimate": estimated.in_words(),
-        "block_forwards": round(plan.cost.forwards),
+        "block_forwards": round(prepared.cost.forwards),
     }
 
 
-def show_plan(content: dict[str, Any], console: Console) -> None:
+def show_dry_run(content: dict[str, Any], console: Console) -> None:
+    """Prints what `--dry-run` found for people. content: as `dry_run_summary` returns it."""
     table = Table(title=f"{content['model']}: what would be written", title_justify="left")
     for column in ("part", "float16", "weights", "compression"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, sizes in content["parts"].items():
-        weights = megabytes(sizes["weights_bytes"])
-        table.add_row(part, megabytes(sizes["float16_bytes"]), weights, f"{sizes['compression']:.2f}x")
+        weights = format_bytes(sizes["weights_bytes"])
+        table.add_row(part, format_bytes(sizes["float16_bytes"]), weights, f"{sizes['compression']:.2f}x")
     console.print(table)
     linears = ", ".join(f"{count} {name}" for name, count in content["linears"].items()) or "none"
     console.print(f"quantized linears: {linears}")
@@ -160,11 +161,11 @@ def show_plan(content: dict[str, Any], console: Console) -> None:
     console.print(f"longest sequence: {content['max_length']} tokens, batch {content['max_batch']}")
     console.print(f"calibration: {content['calibration_data'] or 'not needed'}, {content['calibration_samples']} samples")
     console.print(content["estimate"])
-    console.print(f"disk needed: {megabytes(content['disk_bytes'])}. Nothing was written.")
+    console.print(f"disk needed: {format_bytes(content['disk_bytes'])}. Nothing was written.")
 
 
 def result_summary(result: Any) -> dict[str, Any]:
-    """What the export says when it is done."""
+    """Returns what `--json` prints after an export. result: an ExportResult."""
     manifest = result.manifest
     folder = manifest.path.parent
     builds = {Path(r.plan).name: {"seconds": round(r.seconds, 2), "peak_bytes": r.peak_bytes} for r in result.reports}
@@ -177,7 +178,7 @@ def result_summary(result: Any) -> dict[str, Any]:
         "scheme": manifest.scheme,
         "files": files,
         "compression": compression(manifest),
-        "schemes": {part: dict(_schemes(manifest.linears, part)) for part in ("language", "vision")},
+        "schemes": {part: dict(_count_schemes(manifest.linears, part)) for part in ("language", "vision")},
         "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
         "plan_check": [dict(check) for check in manifest.plan_check],
         "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
@@ -187,21 +188,22 @@ def result_summary(result: Any) -> dict[str, Any]:
     }
 
 
-def _schemes(linears: Mapping[str, str], part: str) -> Counter[str]:
-    """How many linears of a part have which scheme."""
+def _count_schemes(linears: Mapping[str, str], part: str) -> Counter[str]:
+    """Returns how many linears of a part have each scheme."""
     language = part == "language"
     return Counter(scheme for name, scheme in linears.items() if name.startswith("language_model.") == language)
 
 
 def compression(manifest: Any) -> dict[str, float]:
-    """By part: bytes of the weights in float16 over bytes of the weights written."""
-    from qvlm_export.pipeline.planning.export_plan import float16_bytes
+    """Returns by part the bytes of the weights in float16 over the bytes of the weights written."""
+    from qvlm_export.pipeline.preparation.prepare import float16_bytes
 
     float16 = float16_bytes(manifest.config)
     return {part: round(float16[part] / manifest.files[f"{part}_data"]["bytes"], 2) for part in float16}
 
 
 def show_result(content: dict[str, Any], console: Console) -> None:
+    """Prints the result of an export for people. content: as `result_summary` returns it."""
     table = Table(title=f"exported as {content['scheme']}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("file", "size", "scheme", "to fp16", "seconds", "memory"):
         table.add_column(column, justify="left" if column in ("file", "scheme") else "right", no_wrap=column != "scheme")
@@ -210,23 +212,23 @@ def show_result(content: dict[str, Any], console: Console) -> None:
         schemes = ", ".join(content["schemes"].get(part, {})) or "float16"
         table.add_row(
             entry["name"],
-            megabytes(entry["bytes"]) if "bytes" in entry else "",
+            format_bytes(entry["bytes"]) if "bytes" in entry else "",
             schemes if kind in ("plan", "onnx") else "",
             f"{content['compression'][part]:.2f}x less" if kind == "data" else "",
             f"{entry['seconds']:.1f}" if "seconds" in entry else "",
-            megabytes(entry["peak_bytes"]) if "peak_bytes" in entry else "",
+            format_bytes(entry["peak_bytes"]) if "peak_bytes" in entry else "",
         )
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
     console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
     if content["backend"]["version"] is not None and content["linears"]["planned"]:
-        _show_check(content, console)
-    seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in content["seconds"].items())
-    console.print(f"seconds: {seconds}; peak memory {megabytes(content['peak_bytes'])}")
+        _show_engine_check(content, console)
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in content["seconds"].items())
+    console.print(f"seconds: {stages}; peak memory {format_bytes(content['peak_bytes'])}")
 
 
-def _show_check(content: dict[str, Any], console: Console) -> None:
-    """What the engine check found, by kind of product; X.json lists it linear by linear."""
+def _show_engine_check(content: dict[str, Any], console: Console) -> None:
+    """Prints how many linears the engines execute in which precision; X.json lists every linear."""
     linears = content["linears"]
     console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
     kinds = Counter((check["planned"], check["executed"]) for check in content["plan_check"])
@@ -234,5 +236,6 @@ def _show_check(content: dict[str, Any], console: Console) -> None:
         console.print(f"  {count} {planned}: {executed}")
 
 
-def megabytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Returns a number of bytes as text, in MiB or, from 1 GiB on, in GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""The command `qvlm-run`."""
+"""The command `qvlm-run`: asks an exported model questions about images, once or in a chat."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Examples:
 """
 
 CHAT_HELP = (
-    "chat: one line a turn; /image PATH shows a picture with the next turn, /new begins without history and pictures, "
-    "Ctrl-C ends an answer, /quit the chat"
+    "chat: one line a turn; /image PATH adds an image to the next turn, /new starts again without history and images, "
+    "Ctrl-C ends an answer, /quit ends the chat"
 )
 _COMMAND = re.compile(r"/[a-z]+( |$)")
 
@@ -42,22 +42,22 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(epilog=EXAMPLES, cls=OneLineErrors)
 def main(
-    plan: Annotated[Path, typer.Argument(help="X.plan as qvlm-export wrote it")],
-    prompt: Annotated[str | None, typer.Option(help="what to ask")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat for more")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="go on asking, the history stays in the cache")] = False,
+    plan: Annotated[Path, typer.Argument(help="X.plan as written by qvlm-export")],
+    prompt: Annotated[str | None, typer.Option(help="question to ask")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="image file; repeat for more")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="ask line by line; the history stays in the KV cache")] = False,
     runtime: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx, onnxruntime or onnxruntime:cpu")] = "auto",
-    fast: Annotated[bool, typer.Option("--fast", help="ONNX Runtime: round INT4 products' activations to 8 bits")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this much probability")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="above 1 discourages repeating")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="ONNX Runtime: round activations of INT4 linears to 8 bits")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens that have this probability together")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1, tokens that occurred before become less likely")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="end the answer before this text; repeat for more")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable answer")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable answer on stdout")] = False,
 ) -> None:
-    """Asks an exported model questions about pictures."""
-    with errors_as_lines(), _interruption_as_line():
+    """Asks an exported model questions about images."""
+    with errors_as_lines(), _report_interruption():
         from qvlm_export.inference.model import Generation, load
         from qvlm_export.inputs.images import open_image
 
@@ -77,17 +77,17 @@ def main(
                 _chat(model, pictures, settings, as_json)
                 return
             conversation = model.chat()
-            pieces = conversation.say(prompt, pictures, settings)  # refuses what it cannot take
+            pieces = conversation.say(prompt, pictures, settings)  # raises UserError at once, before the runtime is shown
             if as_json:
                 _print_answer(model, conversation, pieces)
             else:
                 _show_runtime(model)
-                _show(pieces)
-                _say_why_cut(model, conversation)
+                _show_answer(pieces)
+                _explain_cut(model, conversation)
 
 
 @contextmanager
-def _interruption_as_line() -> Iterator[None]:
+def _report_interruption() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -95,55 +95,58 @@ def _interruption_as_line() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _chat(model: LoadedModel, pictures: list[Image.Image], settings: Generation, as_json: bool) -> None:
-    """Reads turns until end of input. A turn that cannot be taken costs a line, not the conversation."""
+def _chat(model: LoadedModel, images: list[Image.Image], settings: Generation, as_json: bool) -> None:
+    """Answers turns until the end of input or `/quit`. A turn that fails is reported in a line; the chat goes on."""
     from qvlm_export.engines.runtime.session import ContextError
 
-    conversation, shown = model.chat(), list(pictures)
+    conversation, waiting = model.chat(), list(images)
     if not as_json:
         _show_runtime(model)
         print(CHAT_HELP, file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() and not as_json else ""
     if prompt:
-        with suppress(ImportError):  # not in every Python
-            import readline  # noqa: F401  # input() then has keys to edit a line, and to fetch earlier ones
-    while (line := _next_line(prompt)) is not None and line != "/quit":
+        with suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  # gives input() line editing and a history
+    while (line := _read_line(prompt)) is not None and line != "/quit":
         try:
             if line == "/new":
-                conversation, shown = model.chat(), []
+                conversation, waiting = model.chat(), []
             elif _COMMAND.match(line):
-                shown.append(_picture(line))
+                waiting.append(_open_requested_image(line))
             elif line:
-                pieces = conversation.say(line, shown, settings)
-                shown = []  # the turn is taken, whatever becomes of its answer
+                pieces = conversation.say(line, waiting, settings)
+                waiting = []  # the turn is part of the conversation now, even if its answer fails
                 if as_json:
                     _print_answer(model, conversation, pieces)
                 else:
-                    _show(pieces)
-                    _say_why_cut(model, conversation, "; /new begins a new conversation")
+                    _show_answer(pieces)
+                    _explain_cut(model, conversation, "; /new begins a new conversation")
         except UserError as error:
-            way_out = ""
-            if shown and not _COMMAND.match(line):
-                way_out = f"; pictures that wait for the next turn: {len(shown)}, /new drops them"
+            hint = ""
+            if waiting and not _COMMAND.match(line):
+                hint = f"; pictures that wait for the next turn: {len(waiting)}, /new drops them"
             elif isinstance(error, ContextError):
-                way_out = "; /new begins a new conversation"
-            _complain(f"{' '.join(str(error).split())}{way_out}", as_json)
-        except KeyboardInterrupt:  # ends the answer, not the conversation
+                hint = "; /new begins a new conversation"
+            _print_error(f"{' '.join(str(error).split())}{hint}", as_json)
+        except KeyboardInterrupt:  # ends the answer, but not the conversation
             print("interrupted", file=sys.stderr)
 
 
-def _next_line(prompt: str) -> str | None:
-    """What the user types next; None at the end of input."""
+def _read_line(prompt: str) -> str | None:
+    """Returns the next line that the user types; None at the end of input."""
     try:
         return input(prompt).strip()
     except EOFError:
         if prompt:
-            print()  # the shell's prompt gets a line of its own
+            print()  # so that the prompt of the shell starts on a line of its own
         return None
 
 
-def _picture(line: str) -> Image.Image:
-    """The picture of `/image PATH`. Raises UserError, for other commands too: a mistyped one is no question."""
+def _open_requested_image(line: str) -> Image.Image:
+    """Returns the image of `/image PATH`.
+
+    Raises UserError when it cannot be opened, and for any other command, as a mistyped command must not become a question.
+    """
     from qvlm_export.inputs.images import open_image
 
     command, _, path = line.partition(" ")
@@ -154,7 +157,8 @@ def _picture(line: str) -> Image.Image:
     return open_image(Path(path.strip()), "/image")
 
 
-def _complain(message: str, as_json: bool) -> None:
+def _print_error(message: str, as_json: bool) -> None:
+    """Prints an error in a chat, as JSON on stdout or as a line on stderr."""
     if as_json:
         print(json.dumps({"error": message}), flush=True)
     else:
@@ -162,14 +166,14 @@ def _complain(message: str, as_json: bool) -> None:
 
 
 def _print_answer(model: LoadedModel, conversation: Chat, pieces: Iterator[str]) -> None:
-    """One line of JSON."""
+    """Prints the answer as one line of JSON."""
     runner, answer = model.session.runner, "".join(pieces)
     content = {"runtime": runner.name, "device": runner.device, "answer": answer, "ended": conversation.ended}
     print(json.dumps(content), flush=True)
 
 
-def _say_why_cut(model: LoadedModel, conversation: Chat, cure: str = "") -> None:
-    """Half an answer must not pass for a whole one."""
+def _explain_cut(model: LoadedModel, conversation: Chat, cure: str = "") -> None:
+    """Says on stderr when the answer was cut off, so that nobody takes it for a complete one, and why."""
     if conversation.ended == "max_new_tokens":
         print("cut off: --max-new-tokens allows no more", file=sys.stderr)
     elif conversation.ended == "context":
@@ -178,14 +182,14 @@ def _say_why_cut(model: LoadedModel, conversation: Chat, cure: str = "") -> None
 
 
 def _show_runtime(model: LoadedModel) -> None:
-    """What answers, and why; on stderr, once nothing stands in the way of an answer."""
+    """Says on stderr which runtime answers, and why it was chosen. Called once nothing stands in the way of an answer."""
     runner = model.session.runner
     place = f" on {runner.device.upper()}" if runner.name == "onnxruntime" else ""
     print(f"runtime: {runner.name}{place} ({model.session.why})", file=sys.stderr)
 
 
-def _show(pieces: Iterator[str]) -> None:
-    """Prints the pieces as they come, and ends the line however they end."""
+def _show_answer(pieces: Iterator[str]) -> None:
+    """Prints the pieces of an answer as they come, and ends the line even when the answer is interrupted."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -1,4 +1,4 @@
-"""The command `qvlm-validate`."""
+"""The command `qvlm-validate`: compares the forms of an exported model, and finds where accuracy is lost."""
 
 from __future__ import annotations
 
@@ -30,23 +30,29 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(epilog=EXAMPLES, cls=OneLineErrors)
 def main(
-    plan: Annotated[Path, typer.Argument(help="X.plan as qvlm-export wrote it, or X.json beside it")],
-    reference: Annotated[str | None, typer.Option(help="the checkpoint; default: the one that was exported")] = None,
+    plan: Annotated[Path, typer.Argument(help="X.plan as written by qvlm-export, or X.json beside it")],
+    reference: Annotated[
+        str | None, typer.Option(help="checkpoint to compare with; default: the one that was exported")
+    ] = None,
     samples: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer; default: the built-in scenes")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="how many samples to use at most")] = 64,
-    min_agreement: Annotated[float | None, typer.Option(min=0, max=1, help="least share of equal top-1 tokens")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="largest number of samples")] = 64,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="least share of positions with the same top-1 token")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(min=0, help="largest mean KL divergence, in nats")] = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="look at the output of every block")] = False,
-    save_polygraphy: Annotated[Path | None, typer.Option(help="write what Polygraphy needs to repeat it by hand")] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="compare the output of every block, too")] = False,
+    save_polygraphy: Annotated[
+        Path | None, typer.Option(help="write files and commands to repeat the comparison with Polygraphy")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
 ) -> None:
-    """Compares an export with its checkpoint rung by rung, and names where accuracy is lost.
+    """Compares an export with its checkpoint, form by form, and says where accuracy is lost.
 
-    The rungs: float (the checkpoint in torch), fake-quant (the calibrated checkpoint in torch), onnx graph (the Q/DQ graph
-    on ONNX Runtime), engine (TensorRT, where a GPU is).
+    The forms of the model: float (the checkpoint in torch), fake-quant (the calibrated checkpoint in torch), graph (the Q/DQ
+    graph on ONNX Runtime), engine (TensorRT, if there is a GPU).
 
-    Thresholds hold for the answer tokens of every rung that runs. Exit code 1 when one is not met, when the graph does not
-    hold the calibrated integers, or when Polygraphy finds graph and engine apart.
+    Thresholds apply to the answer tokens of every form that runs. The exit code is 1 when a threshold is not met, when the
+    graph does not contain the calibrated integers, or when Polygraphy finds that graph and engine differ.
     """
     with errors_as_lines():
         from qvlm_export.pipeline.progress import Reporter
@@ -63,85 +69,96 @@ def main(
 
 
 def show(content: dict[str, Any], console: Console, per_layer: bool) -> None:
-    """The result for people."""
-    console.print(ladder_table(content))
-    for rung in content["rungs"]:
-        if rung["status"] == "not run":
-            console.print(f"not run: {rung['name']}: {rung['reason']}", soft_wrap=True)
+    """Prints the result for people. content: the summary that `--json` prints."""
+    console.print(comparison_table(content))
+    for run in content["forms"]:
+        if run["status"] == "not run":
+            console.print(f"not run: {run['name']}: {run['reason']}", soft_wrap=True)
     if per_layer:
         console.print(layer_table(content))
     if (weights := content["weights"])["checked"]:
-        right = weights["checked"] - len({w["linear"] for w in weights["wrong"]})
-        console.print(f"graph: {right} of {weights['checked']} quantized linears hold the calibrated integers and scales")
+        correct = weights["checked"] - len({w["linear"] for w in weights["wrong"]})
+        console.print(f"graph: {correct} of {weights['checked']} quantized linears hold the calibrated integers and scales")
         for wrong in weights["wrong"]:
             console.print(f"  {wrong['linear']}: {wrong['what']}", soft_wrap=True)
     console.print(loss_line(content["loss"]), soft_wrap=True)
     for check in content["thresholds"]:
         sign = ">=" if check["metric"] == "agreement" else "<="
         met = "met" if check["passed"] else "NOT MET"
-        console.print(f"{check['metric']} {number(check['got'])} {sign} {check['wanted']:g} on {check['rung']}: {met}")
+        console.print(
+            f"{check['metric']} {format_number(check['got'])} {sign} {check['wanted']:g} on {check['form']}: {met}"
+        )
     show_polygraphy(content["polygraphy"], console)
 
 
-def ladder_table(content: dict[str, Any]) -> Table:
+def comparison_table(content: dict[str, Any]) -> Table:
+    """Returns a table of the scores of every form against the forms before it, for each kind of tokens."""
     title = f"{content['plan']}, {content['scheme']}, against {content['reference']}: {content['samples']} samples"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("rung", "against", "tokens", "count", "KL nats", "top-1", "SQNR dB", "cosine"):
-        table.add_column(column, justify="left" if column in ("rung", "against", "tokens") else "right")
-    for rung in content["rungs"]:
-        if rung["status"] != "run":
-            table.add_row(rung["name"], rung["status"], end_section=True)
-        for comparison in rung["comparisons"]:
-            for place, (group, scores) in enumerate(comparison["tokens"].items()):
-                names = (rung["name"], comparison["against"]) if place == 0 else ("", "")
+    for column in ("form", "against", "tokens", "count", "KL nats", "top-1", "SQNR dB", "cosine"):
+        table.add_column(column, justify="left" if column in ("form", "against", "tokens") else "right")
+    for run in content["forms"]:
+        if run["status"] != "run":
+            table.add_row(run["name"], run["status"], end_section=True)
+        for comparison in run["comparisons"]:
+            for place, (kind, scores) in enumerate(comparison["tokens"].items()):
+                names = (run["name"], comparison["against"]) if place == 0 else ("", "")
                 count = str(scores["count"]) + (f" ({scores['not_finite']} not finite)" if scores["not_finite"] else "")
-                values = [number(scores["kl"]), percent(scores["agreement"])]
-                values += [decibels(scores["sqnr_db"]), "-" if scores["cosine"] is None else f"{scores['cosine']:.5f}"]
-                table.add_row(*names, group, count, *values, end_section=place == len(comparison["tokens"]) - 1)
+                values = [format_number(scores["kl"]), format_percent(scores["agreement"])]
+                values += [
+                    format_decibels(scores["sqnr_db"]),
+                    "-" if scores["cosine"] is None else f"{scores['cosine']:.5f}",
+                ]
+                table.add_row(*names, kind, count, *values, end_section=place == len(comparison["tokens"]) - 1)
     return table
 
 
 def layer_table(content: dict[str, Any]) -> Table:
-    title = "SQNR in dB of block outputs on one sample: fake-quant against float, onnx graph against fake-quant"
+    """Returns a table of the SQNR of every block's output."""
+    title = "SQNR in dB of block outputs on one sample: fake-quant against float, graph against fake-quant"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("block", no_wrap=True)
-    for column in ("fake-quant", "onnx graph"):
+    for column in ("fake-quant", "graph"):
         table.add_column(column, justify="right")
     for layer in content["layers"]:
-        graph = decibels(layer["graph_sqnr_db"]) if layer["graph_compared"] else ""
-        table.add_row(layer["block"], decibels(layer["sqnr_db"]), graph)
+        graph = format_decibels(layer["graph_sqnr_db"]) if layer["graph_compared"] else ""
+        table.add_row(layer["block"], format_decibels(layer["sqnr_db"]), graph)
     return table
 
 
 def loss_line(loss: dict[str, Any] | None) -> str:
+    """Returns a line that names the form, and the layers if known, at which accuracy is lost."""
     if loss is None:
-        return "no rung loses accuracy"
-    cost = "" if loss["kl"] is None else f", {number(loss['kl'])} nats a token against the rung below"
-    named = f"; most in {', '.join(loss['layers'])}" if loss["layers"] else "; --per-layer looks for the layers"
-    return f"accuracy is lost at: {loss['rung']}{cost}{named}"
+        return "no form loses accuracy"
+    cost = "" if loss["kl"] is None else f", {format_number(loss['kl'])} nats a token against the form below"
+    layers = f"; most in {', '.join(loss['layers'])}" if loss["layers"] else "; --per-layer looks for the layers"
+    return f"accuracy is lost at: {loss['form']}{cost}{layers}"
 
 
 def show_polygraphy(saved: dict[str, Any] | None, console: Console) -> None:
+    """Prints the verdicts of Polygraphy, and the commands to repeat them."""
     if saved is None:
         return
     for verdict in saved["verdicts"]:
         passed = "PASSED" if verdict["passed"] else "FAILED"
         runners = " against ".join(reversed(verdict["runners"]))
-        console.print(f"polygraphy: {verdict['output']}, {runners}: SNR {decibels(verdict['snr_db'])} dB, {passed}")
+        console.print(f"polygraphy: {verdict['output']}, {runners}: SNR {format_decibels(verdict['snr_db'])} dB, {passed}")
     if saved["commands"]:
         console.print(f"\nto repeat by hand, from what was written to {saved['folder']}:", soft_wrap=True)
     for command in saved["commands"]:
-        console.print(command, soft_wrap=True)  # never wrapped: it is there to be pasted
+        console.print(command, soft_wrap=True)  # not wrapped, so that it can be pasted
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
+    """Returns three significant digits, or - for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
+    """Returns a share as a percentage, or - for None."""
     return "-" if value is None else f"{100 * value:.2f}%"
 
 
-def decibels(value: float | None) -> str:
-    """None stands for no noise at all."""
+def format_decibels(value: float | None) -> str:
+    """Returns an SQNR in dB, or "equal" for None, which stands for no noise at all."""
     return "equal" if value is None else f"{value:.1f}"

@@ -1,1 +1,1 @@
-"""Benchmarks asked of any form of the model."""
+"""Evaluation of any form of a model on visual question answering benchmarks."""

@@ -1,4 +1,7 @@
-"""Several processes that share the questions of one set: torchrun starts them, torch.distributed (gloo) joins them."""
+"""Data-parallel evaluation under torchrun: processes share the questions of a task, and torch.distributed gathers answers.
+
+Uses the gloo backend, so that it works without GPUs, too.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,28 @@ from datetime import timedelta
 
 from qvlm_export.evaluation.tasks.task import Answer
 
-# The slowest part may take this much longer than the fastest before the run is given up.
-PATIENCE = timedelta(hours=12)
+# How long the fastest process waits for the slowest one before the run fails.
+GATHER_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class World:
-    """rank: of this process, from 0. size: how many there are."""
+    """The processes of a run. rank: the number of this process, from 0. size: the number of processes."""
 
     rank: int = 0
     size: int = 1
 
 
 def world() -> World:
-    """As torchrun says in the environment; one process without it."""
+    """Returns this process's rank and the number of processes, from torchrun's environment; a single process without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return World(int(os.environ["RANK"]), size) if size > 1 else World()
 
 
 def use_own_gpu() -> None:
-    """Gives each process of a machine a GPU of its own where there are several; nothing without torchrun.
+    """Restricts each process of a machine to a GPU of its own if there are several; does nothing without torchrun.
 
-    By the environment, which torch, TensorRT and ONNX Runtime all heed, so before any of them touches CUDA.
+    Sets CUDA_VISIBLE_DEVICES, which torch, TensorRT and ONNX Runtime all respect, so call it before any of them uses CUDA.
     """
     if world().size == 1:
         return
@@ -42,16 +45,16 @@ def use_own_gpu() -> None:
 
 
 def gather(answers: dict[str, Answer]) -> dict[str, Answer] | None:
-    """The answers of all processes in the first one, None in the others. Waits for all of them."""
+    """Waits for all processes; returns the answers of all of them, by question id, in the first, and None in the others."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=GATHER_TIMEOUT)
     try:
-        here = World(dist.get_rank(), dist.get_world_size())
-        parts: list[dict[str, Answer]] | None = [{} for _ in range(here.size)] if here.rank == 0 else None
+        process = World(dist.get_rank(), dist.get_world_size())
+        parts: list[dict[str, Answer]] | None = [{} for _ in range(process.size)] if process.rank == 0 else None
         dist.gather_object(answers, parts)
     finally:
         dist.destroy_process_group()
     if parts is None:
         return None
-    return {one: answer for part in parts for one, answer in part.items()}
+    return {question_id: answer for part in parts for question_id, answer in part.items()}

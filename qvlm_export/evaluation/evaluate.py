@@ -1,4 +1,8 @@
-"""`qvlm-eval` without its command line: reads a task, asks a model its questions, keeps the answers, scores them."""
+"""Evaluation of a model on a benchmark: `qvlm-eval` without its command line.
+
+Reads the questions of a task, lets the model answer those that its file of predictions does not hold yet, and scores all
+answers. A run may be split into shards by hand or by torchrun, and be continued after it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,35 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN
 from qvlm_export.evaluation.ask import Manner, ask_all
 from qvlm_export.evaluation.distributed import gather, world
+from qvlm_export.evaluation.eval_model import EvalModel, find_eval_model, open_eval_model
 from qvlm_export.evaluation.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
-from qvlm_export.evaluation.subjects import IN_TORCH, EvalModel, find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.memes import HATEFUL_MEMES
 from qvlm_export.evaluation.tasks.scienceqa import SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Question, QuestionSet, Request, Score, Task
 from qvlm_export.evaluation.tasks.vqa import VIZWIZ, VQAV2
+from qvlm_export.inference.forms import IN_TORCH
 from qvlm_export.inference.torch_runner import check_device
 from qvlm_export.pipeline.progress import Reporter
 
-LOOKED_FOR = 50  # pictures, before a model is loaded
+CHECKED_IMAGES = 50  # looked for before a model is loaded
 TASKS = {task.name: task for task in (SCIENCEQA, VQAV2, VIZWIZ, HATEFUL_MEMES)}
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line says. None: decided from task and model. model: None where predictions are merged."""
+    """The options of the command line; None leaves a value to the task or the model.
+
+    model: an export, a calibrated checkpoint or a float checkpoint; None when shards are merged. model_form: "auto" or one
+    of `MODEL_FORMS`. form: how prompts are worded, one of `FORMS` in `tasks/task.py`. conversation: the chat format.
+    questions: a file of prompts that replaces the task's own. limit: only the first questions. shard: (part, parts), part
+    counted from 1. merge: predictions of all shards, which are scored together. runtime, fast: of graph and engine.
+    device: of the torch forms.
+    """
 
     model: str | None
     task: str
     data: Path
-    rung: str = "auto"
+    model_form: str = "auto"
     split: str | None = None
     form: str = FORMS[0]
     conversation: str = OWN
@@ -55,11 +67,16 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found. score: None where the split's answers are not public. failed: why, by question."""
+    """The result of an evaluation.
+
+    shard: (part, parts). questions: how many were selected, in all shards. answers: how many of them have an answer here.
+    score: None when the answers of the split are not public. failed: why a question could not be asked, by question id.
+    predictions, submission: the files that were written. seconds: the time for answering.
+    """
 
     task: str
     split: str
-    rung: str
+    model_form: str
     runtime: str
     shard: tuple[int, int]
     questions: int
@@ -71,11 +88,11 @@ class Evaluation:
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """The result as JSON holds it; metrics are shares of 1."""
+        """Returns the result as JSON values; metrics lie between 0 and 1."""
         return {
             "task": self.task,
             "split": self.split,
-            "rung": self.rung,
+            "model_form": self.model_form,
             "runtime": self.runtime,
             "shard": list(self.shard),
             "questions": self.questions,
@@ -92,70 +109,72 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Job:
-    """A checked command line with the questions it is about."""
+    """Checked options, the task they name, and its questions."""
 
     options: EvalOptions
     task: Task
     request: Request
-    given: QuestionSet
+    question_set: QuestionSet
 
     @property
-    def asked(self) -> Sequence[Question]:
-        """In the order of the official files."""
-        return self.given.questions[: self.options.limit]
+    def questions(self) -> Sequence[Question]:
+        """The questions up to --limit, in the order of the official files."""
+        return self.question_set.questions[: self.options.limit]
 
     @property
     def max_new_tokens(self) -> int:
+        """The longest answer in tokens: of the options, else of the task."""
         return self.options.max_new_tokens or self.task.max_new_tokens[self.options.form]
 
 
 def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
-    """The whole command. Raises UserError for bad input, before a model is loaded where that can be seen.
+    """Evaluates a model as the options say, or merges and scores the predictions of shards.
 
-    None in all processes of torchrun but the first.
+    Returns None in every process of torchrun but the first. Raises UserError for bad input, before a model is loaded where
+    possible.
     """
-    job, here = read_job(options), world()
-    if options.merge and here.rank > 0:
+    job, process = read_job(options), world()
+    if options.merge and process.rank > 0:
         return None
     if options.merge:
-        merged = merge_predictions(options.merge, [q.id for q in job.asked])
-        _check_data(merged.header, job)
+        merged = merge_predictions(options.merge, [q.id for q in job.questions])
+        _check_same_questions(merged.header, job)
         if options.predictions is not None:
             write_predictions(options.predictions, merged)
-        return _evaluation(job, merged, options.predictions, 0.0)
+        return _score_and_submit(job, merged, options.predictions, 0.0)
     if options.model is None:
         raise UserError("give a model or an export, or --merge with the predictions of its shards")
-    if here.size > 1 and options.shard != (1, 1):
+    if process.size > 1 and options.shard != (1, 1):
         raise UserError("--shard: torchrun splits the questions itself; leave --shard out, or torchrun")
-    subject = find_eval_model(options.model, options.rung)
-    _check_subject(job, subject)
-    shard = options.shard if here.size == 1 else (here.rank + 1, here.size)
-    began = time.monotonic()
-    found = _answers(job, subject, shard, reporter)
-    path = predictions_path(job, subject, shard)
-    if here.size > 1:
-        everything = gather(found.answers)
-        if everything is None:
+    eval_model = find_eval_model(options.model, options.model_form)
+    _check_model(job, eval_model)
+    shard = options.shard if process.size == 1 else (process.rank + 1, process.size)
+    start = time.monotonic()
+    predictions = _answer_questions(job, eval_model, shard, reporter)
+    path = predictions_path(job, eval_model, shard)
+    if process.size > 1:
+        answers = gather(predictions.answers)
+        if answers is None:
             return None
-        found = Predictions(Header(found.header.fingerprint), {q.id: everything[q.id] for q in job.asked}, 0)
-        path = predictions_path(job, subject, (1, 1))
-        write_predictions(path, found)
-    return _evaluation(job, found, path, time.monotonic() - began)
+        predictions = Predictions(Header(predictions.header.fingerprint), {q.id: answers[q.id] for q in job.questions}, 0)
+        path = predictions_path(job, eval_model, (1, 1))
+        write_predictions(path, predictions)
+    return _score_and_submit(job, predictions, path, time.monotonic() - start)
 
 
 def read_job(options: EvalOptions) -> Job:
-    """Reads the questions. Raises UserError for options or data that are wrong."""
+    """Checks the options and reads the questions. Raises UserError for wrong options or data."""
     if options.task not in TASKS:
         raise UserError(f"--task {options.task}: unknown; choose one of {', '.join(TASKS)}")
     task = TASKS[options.task]
     request = Request(options.data, options.split or task.splits[0], options.form, options.questions)
-    for option, value, known in (
+    for option, value, allowed in (
         ("--split", request.split, task.splits),
         ("--form", options.form, FORMS),
         ("--conversation", options.conversation, CHOICES),
     ):
-        if value not in known:
-            raise UserError(f"{option} {value}: unknown; choose one of {', '.join(known)}")
+        if value not in allowed:
+            raise UserError(f"{option} {value}: unknown; choose one of {', '.join(allowed)}")
     if options.questions is not None and not task.own_questions:
         raise UserError(f"--questions: {task.name} makes its prompts from its own files; leave it out")
     part, parts = options.shard
@@ -169,33 +188,39 @@ def read_job(options: EvalOptions) -> Job:
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: must be at least 1")
     job = Job(options, task, request, task.read(request))
-    _check_pictures(job)
+    _check_images(job)
     _check_submission(job)
     return job
 
 
-def _check_pictures(job: Job) -> None:
-    """One picture that is missing is counted and named; where none is there, it is the wrong directory."""
-    pictures = [question.image for question in job.asked if question.image is not None][:LOOKED_FOR]
-    if pictures and not any(path.is_file() for path in pictures):
-        raise UserError(f"--data {job.request.data}: holds no {pictures[0]}, nor the next pictures; unpack them there")
+def _check_images(job: Job) -> None:
+    """Raises UserError when none of the first images is there, so that the directory must be wrong.
+
+    A single missing image is no error: its question counts as failed.
+    """
+    paths = [question.image for question in job.questions if question.image is not None][:CHECKED_IMAGES]
+    if paths and not any(path.is_file() for path in paths):
+        raise UserError(f"--data {job.request.data}: holds no {paths[0]}, nor the next pictures; unpack them there")
 
 
-def _check_subject(job: Job, subject: EvalModel) -> None:
-    """Raises UserError for options that this model cannot take."""
-    options, manifest = job.options, subject.manifest
-    if options.pad_square and subject.config.tiles is not None:
+def _check_model(job: Job, eval_model: EvalModel) -> None:
+    """Raises UserError for options that do not suit the model."""
+    options, manifest = job.options, eval_model.manifest
+    if options.pad_square and eval_model.config.tiles is not None:
         raise UserError("--pad-square: this model cuts pictures into tiles, as they are; leave it out")
-    if options.batch is not None and manifest is not None and subject.rung not in IN_TORCH:
-        most = manifest.limits.max_batch
-        if options.batch > most:
-            raise UserError(f"--batch {options.batch}: the export takes {most}; export with --max-batch {options.batch}")
+    if options.batch is not None and manifest is not None and eval_model.model_form not in IN_TORCH:
+        max_batch = manifest.limits.max_batch
+        if options.batch > max_batch:
+            raise UserError(
+                f"--batch {options.batch}: the export takes {max_batch}; export with --max-batch {options.batch}"
+            )
 
 
 def _check_submission(job: Job) -> None:
+    """Raises UserError when there is nothing to score and no submission, or when the submission cannot be written."""
     options, path = job.options, job.options.submission
     if path is None:
-        if not job.given.truth and options.shard == (1, 1):
+        if not job.question_set.truth and options.shard == (1, 1):
             raise UserError(
                 f"--split {job.request.split}: its answers are not public, so nothing can be scored; --submission FILE "
                 "writes what the server takes"
@@ -210,9 +235,9 @@ def _check_submission(job: Job) -> None:
 
 
 def _data_fingerprint(job: Job) -> dict[str, Any]:
-    """What is asked, and how it is put, by the name that a refusal gives it."""
+    """Returns what identifies the questions and how they are put, by the names that error messages give to them."""
     digest = hashlib.sha256()
-    for path in job.given.files:
+    for path in job.question_set.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return {
@@ -223,59 +248,71 @@ def _data_fingerprint(job: Job) -> dict[str, Any]:
         "conversation": job.options.conversation,
         "pad_square": job.options.pad_square,
         "limit": job.options.limit,
-        # Last, as forms differ in it too, and a refusal names the first difference.
-        "prompts": hashlib.sha256(json.dumps([question.prompt for question in job.asked]).encode()).hexdigest(),
+        # The prompts come last: they differ with form, too, and an error message names the first difference only.
+        "prompts": hashlib.sha256(json.dumps([question.prompt for question in job.questions]).encode()).hexdigest(),
     }
 
 
-def _fingerprint(job: Job, subject: EvalModel) -> dict[str, Any]:
-    """Everything that answers depend on. Not the batch: prompts of one length are computed apart from each other."""
-    in_torch = subject.rung in IN_TORCH
+def _fingerprint(job: Job, eval_model: EvalModel) -> dict[str, Any]:
+    """Returns everything that the answers depend on, by name.
+
+    The batch size is not among it, as prompts of a batch have equal length and do not influence each other.
+    """
+    in_torch = eval_model.model_form in IN_TORCH
     return {
         **_data_fingerprint(job),
-        "model": subject.identity,
-        "rung": subject.rung,
+        "model": eval_model.identity,
+        "model_form": eval_model.model_form,
         "runtime": check_device(job.options.device) if in_torch else job.options.runtime,
         "fast": job.options.fast,
         "max_new_tokens": job.max_new_tokens,
     }
 
 
-def _check_data(header: Header, job: Job) -> None:
-    """Raises UserError where merged predictions answer other questions than those of the command line."""
-    for name, now in _data_fingerprint(job).items():
-        if (was := header.fingerprint.get(name)) != now:
-            raise UserError(f"--merge: the predictions were made with {name} {was}, not {now}; give the same options")
+def _check_same_questions(header: Header, job: Job) -> None:
+    """Raises UserError when merged predictions answer other questions than those of the options."""
+    for name, expected in _data_fingerprint(job).items():
+        if (recorded := header.fingerprint.get(name)) != expected:
+            raise UserError(
+                f"--merge: the predictions were made with {name} {recorded}, not {expected}; give the same options"
+            )
 
 
-def _answers(job: Job, subject: EvalModel, shard: tuple[int, int], reporter: Reporter) -> Predictions:
-    """Asks what is not answered yet. The answers of this shard, in order."""
-    path, header = predictions_path(job, subject, shard), Header(_fingerprint(job, subject), shard)
-    mine = job.asked[shard[0] - 1 :: shard[1]]
+def _answer_questions(job: Job, eval_model: EvalModel, shard: tuple[int, int], reporter: Reporter) -> Predictions:
+    """Answers the questions of a shard that its file of predictions lacks; returns all answers of the shard, in order."""
+    path, header = predictions_path(job, eval_model, shard), Header(_fingerprint(job, eval_model), shard)
+    questions = job.questions[shard[0] - 1 :: shard[1]]
     with PredictionWriter(path, header) as writer:
-        if strangers := set(writer.answers) - {question.id for question in mine}:
-            raise UserError(f"{path}: answers question {min(strangers)}, which is not asked; delete the file")
-        waiting = [question for question in mine if question.id not in writer.answers]
-        if len(waiting) < len(mine):
-            reporter.note(f"{path}: {len(mine) - len(waiting)} of {len(mine)} answers are there already")
-        if waiting:
-            _ask(job, subject, waiting, writer, reporter)
-        elif not mine:  # of more shards than questions, some are empty, and merge all the same
+        if foreign := set(writer.answers) - {question.id for question in questions}:
+            raise UserError(f"{path}: answers question {min(foreign)}, which is not asked; delete the file")
+        unanswered = [question for question in questions if question.id not in writer.answers]
+        if len(unanswered) < len(questions):
+            reporter.note(f"{path}: {len(questions) - len(unanswered)} of {len(questions)} answers are there already")
+        if unanswered:
+            _run_model(job, eval_model, unanswered, writer, reporter)
+        elif not questions:  # with more shards than questions some are empty, and need a file for --merge
             writer.begin()
-        return Predictions(header, {question.id: writer.answers[question.id] for question in mine}, 0)
+        return Predictions(header, {question.id: writer.answers[question.id] for question in questions}, 0)
 
 
-def predictions_path(job: Job, subject: EvalModel, shard: tuple[int, int]) -> Path:
-    """Where answers are kept. The part is in the name, unless the user named the file of a --shard."""
-    path = job.options.predictions or Path(f"{subject.name}.{job.task.name}-{job.request.split}.{subject.rung}.jsonl")
+def predictions_path(job: Job, eval_model: EvalModel, shard: tuple[int, int]) -> Path:
+    """Returns the file of a shard's predictions: --predictions, or a file named after model, task, split and form.
+
+    The part is added to the name when there are several shards, unless --predictions names the file of one --shard.
+    """
+    default = f"{eval_model.name}.{job.task.name}-{job.request.split}.{eval_model.model_form}.jsonl"
+    path = job.options.predictions or Path(default)
     if shard == (1, 1) or (job.options.predictions is not None and job.options.shard == shard):
         return path
     return path.with_name(f"{path.stem}.{shard[0]}-of-{shard[1]}{path.suffix}")
 
 
-def _ask(job: Job, subject: EvalModel, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter) -> None:
+def _run_model(
+    job: Job, eval_model: EvalModel, questions: Sequence[Question], writer: PredictionWriter, reporter: Reporter
+) -> None:
+    """Opens the model and adds its answers to the file of predictions, batch by batch."""
     options = job.options
-    with open_eval_model(subject, options.runtime, options.device, options.fast, options.batch) as model:
+    with open_eval_model(eval_model, options.runtime, options.device, options.fast, options.batch) as model:
         batch = options.batch or model.manifest.limits.max_batch
         manner = Manner(job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, batch)
         with reporter.stage(job.task.name) as stage:
@@ -289,21 +326,21 @@ def _ask(job: Job, subject: EvalModel, questions: Sequence[Question], writer: Pr
                         reporter.note(f"not asked: {answer.failed}")
 
 
-def _evaluation(job: Job, found: Predictions, path: Path | None, seconds: float) -> Evaluation:
-    """Scores the answers, and writes the submission."""
+def _score_and_submit(job: Job, predictions: Predictions, path: Path | None, seconds: float) -> Evaluation:
+    """Scores the answers and writes the submission if there is to be one."""
     submission = job.options.submission
     if submission is not None and job.task.submission is not None:
-        write_json(submission, job.task.submission(job.given, found.answers))
+        write_json(submission, job.task.submission(job.question_set, predictions.answers))
     return Evaluation(
         task=job.task.name,
         split=job.request.split,
-        rung=str(found.header.fingerprint["rung"]),
-        runtime=str(found.header.fingerprint["runtime"]),
-        shard=found.header.shard,
-        questions=len(job.asked),
-        answers=len(found.answers),
-        score=job.task.score(job.given, found.answers) if job.given.truth else None,
-        failed={one: answer.failed for one, answer in found.answers.items() if answer.failed},
+        model_form=str(predictions.header.fingerprint["model_form"]),
+        runtime=str(predictions.header.fingerprint["runtime"]),
+        shard=predictions.header.shard,
+        questions=len(job.questions),
+        answers=len(predictions.answers),
+        score=job.task.score(job.question_set, predictions.answers) if job.question_set.truth else None,
+        failed={question_id: a.failed for question_id, a in predictions.answers.items() if a.failed},
         predictions=path,
         submission=submission,
         seconds=seconds,

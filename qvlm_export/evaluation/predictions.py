@@ -1,7 +1,7 @@
-"""Predictions as JSONL: a first line that says of what, then one line an answer, written as they come.
+"""Files of predictions (JSONL): a header that identifies the run, then one line per answer, appended batch by batch.
 
-A killed run leaves a file that the same command goes on with; a file of anything else is refused. Files of shards merge
-into the one that a single run would have written.
+The same command continues the file that an interrupted run has left; a file of any other run is refused. The files of all
+shards merge into the one that a single run would have written.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ FORMAT, VERSION = "qvlm-eval predictions", 1
 
 @dataclass(frozen=True)
 class Header:
-    """fingerprint: everything that answers depend on, by name. shard: part and number of parts, from 1."""
+    """The first line of a file. fingerprint: everything that the answers depend on, by name. shard: (part from 1, parts)."""
 
     fingerprint: Mapping[str, Any]
     shard: tuple[int, int] = (1, 1)
 
     def line(self) -> str:
+        """The header as a line of JSON."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         return json.dumps(content, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A file as read. size: bytes up to the last whole line; what a killed run left behind it does not count."""
+    """The content of a file, answers by question id.
+
+    size: bytes up to the end of the last complete line; an interrupted run may have left part of another one behind it.
+    """
 
     header: Header
     answers: dict[str, Answer]
@@ -43,19 +47,23 @@ class Predictions:
 
 
 class PredictionWriter:
-    """Adds answers to a file, synced to disk batch by batch. A context manager. Nothing is written before `begin`."""
+    """Appends answers to a file and syncs it after every batch; a context manager. Nothing is written before `begin`.
+
+    answers: those that the file holds, by question id.
+    """
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Reads what the same command left. Raises UserError when the file is of another run, or cannot be written."""
-        _check_place(path)
+        """Reads the file if it exists. Raises UserError when it is of another run, or cannot be written."""
+        _check_writable(path)
         self._path, self._header = path, header
         self._file: IO[str] | None = None
-        self._found = read_predictions(path) if path.exists() else None
-        if self._found is not None:
-            _check_same(path, self._found.header, header, "give another --predictions, or delete the file to begin anew")
-        earlier = {} if self._found is None else self._found.answers
-        # What could not be asked is tried again.
-        self.answers = {one: answer for one, answer in earlier.items() if not answer.failed}
+        self._existing = read_predictions(path) if path.exists() else None
+        if self._existing is not None:
+            remedy = "give another --predictions, or delete the file to begin anew"
+            _check_same_run(path, self._existing.header, header, remedy)
+        existing_answers = {} if self._existing is None else self._existing.answers
+        # Questions that could not be asked are tried again.
+        self.answers = {question_id: answer for question_id, answer in existing_answers.items() if not answer.failed}
 
     def __enter__(self) -> PredictionWriter:
         return self
@@ -65,52 +73,56 @@ class PredictionWriter:
             self._file.close()
 
     def begin(self) -> IO[str]:
-        """Makes the file, or takes from it what a kill left half and what is tried again; once only."""
+        """Opens the file for appending, once; creates it, or removes failed questions and a partial last line from it."""
         if self._file is not None:
             return self._file
-        if self._found is None or len(self.answers) < len(self._found.answers):
+        if self._existing is None or len(self.answers) < len(self._existing.answers):
             write_predictions(self._path, Predictions(self._header, self.answers, 0))
         else:
-            os.truncate(self._path, self._found.size)
+            os.truncate(self._path, self._existing.size)
         self._file = self._path.open("a", encoding="ascii")
         return self._file
 
     def add(self, answers: Mapping[str, Answer]) -> None:
-        """Writes a batch; it is on disk when this returns."""
+        """Appends a batch of answers, by question id; they are synced to disk when this returns."""
         file = self.begin()
-        file.write("".join(_line(one, answer) for one, answer in answers.items()))
+        file.write("".join(_format_answer(question_id, answer) for question_id, answer in answers.items()))
         file.flush()
         os.fsync(file.fileno())
         self.answers |= answers
 
 
-def _line(one: str, answer: Answer) -> str:
-    """ASCII, as a model may say half a surrogate pair."""
-    said = {key: value for key, value in asdict(answer).items() if value}
-    return json.dumps({"id": one, **said}) + "\n"
+def _format_answer(question_id: str, answer: Answer) -> str:
+    """Returns an answer as a line of JSON in ASCII, since a model may generate half a surrogate pair."""
+    fields = {key: value for key, value in asdict(answer).items() if value}
+    return json.dumps({"id": question_id, **fields}) + "\n"
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Raises UserError for a file that is none of ours, is damaged in the middle, or answers a question twice."""
+    """Reads a file of predictions up to its last complete line.
+
+    Raises UserError for a file that qvlm-eval did not write, that is damaged before its end, or that answers a question
+    twice.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that qvlm-eval wrote") from error
-    whole = raw[: raw.rfind(b"\n") + 1]
-    lines = whole.split(b"\n")[:-1]
+    complete = raw[: raw.rfind(b"\n") + 1]
+    lines = complete.split(b"\n")[:-1]
     if not lines:
         raise UserError(f"{path}: holds no predictions; delete it, or give another --predictions")
-    header = _header(path, lines[0])
+    header = _parse_header(path, lines[0])
     answers: dict[str, Answer] = {}
     for number, line in enumerate(lines[1:], start=2):
-        one, answer = _answer(f"{path}:{number}", line)
-        if one in answers:
-            raise UserError(f"{path}:{number}: answers question {one} a second time; delete the file and run again")
-        answers[one] = answer
-    return Predictions(header, answers, len(whole))
+        question_id, answer = _parse_answer(f"{path}:{number}", line)
+        if question_id in answers:
+            raise UserError(f"{path}:{number}: answers question {question_id} a second time; delete the file and run again")
+        answers[question_id] = answer
+    return Predictions(header, answers, len(complete))
 
 
-def _header(path: Path, line: bytes) -> Header:
+def _parse_header(path: Path, line: bytes) -> Header:
     try:
         content = json.loads(line)
         if content["format"] != FORMAT:
@@ -124,18 +136,19 @@ def _header(path: Path, line: bytes) -> Header:
     return header
 
 
-def _answer(where: str, line: bytes) -> tuple[str, Answer]:
+def _parse_answer(where: str, line: bytes) -> tuple[str, Answer]:
     try:
         content = json.loads(line)
-        said = {key: content[key] for key in ("text", "failed") if key in content}
-        if not all(isinstance(value, str) for value in (content["id"], *said.values())):
+        texts = {key: content[key] for key in ("text", "failed") if key in content}
+        if not all(isinstance(value, str) for value in (content["id"], *texts.values())):
             raise ValueError("a value is no text")
-        return content["id"], Answer(choices=tuple(float(c) for c in content.get("choices", ())), **said)
+        return content["id"], Answer(choices=tuple(float(c) for c in content.get("choices", ())), **texts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: is no prediction ({error}); delete the file and run again") from error
 
 
-def _check_place(path: Path) -> None:
+def _check_writable(path: Path) -> None:
+    """Raises UserError when a file cannot be written at `path`; its folder need not exist yet."""
     if path.is_dir():
         raise UserError(f"--predictions {path}: is a folder; name a file in it")
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
@@ -143,40 +156,44 @@ def _check_place(path: Path) -> None:
         raise UserError(f"--predictions {path}: its folder cannot be written; choose another")
 
 
-def _check_same(path: Path, found: Header, wanted: Header, cure: str) -> None:
-    """Raises UserError naming the first thing in which two runs differ."""
-    ours = {**found.fingerprint, "shard": "{}/{}".format(*found.shard)}
-    theirs = {**wanted.fingerprint, "shard": "{}/{}".format(*wanted.shard)}
-    for name in (*theirs, *(name for name in ours if name not in theirs)):
-        if ours.get(name) != theirs.get(name):
+def _check_same_run(path: Path, header: Header, expected: Header, remedy: str) -> None:
+    """Raises UserError that names the first value in which the header of a file differs from the expected one."""
+    recorded = {**header.fingerprint, "shard": "{}/{}".format(*header.shard)}
+    current = {**expected.fingerprint, "shard": "{}/{}".format(*expected.shard)}
+    for name in (*current, *(name for name in recorded if name not in current)):
+        if recorded.get(name) != current.get(name):
             raise UserError(
-                f"{path}: holds answers of another run: {name} was {_short(ours.get(name))}, now it is "
-                f"{_short(theirs.get(name))}; {cure}"
+                f"{path}: holds answers of another run: {name} was {_shorten(recorded.get(name))}, now it is "
+                f"{_shorten(current.get(name))}; {remedy}"
             )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 def merge_predictions(paths: Sequence[Path], ids: Iterable[str]) -> Predictions:
-    """The answers of all shards, in the order of `ids`. Raises UserError when they are not the parts of one run."""
+    """Merges the files of all shards of a run into the predictions of one run, in the order of the question ids.
+
+    Raises UserError when the files are not all shards of one run, or when a question lacks an answer.
+    """
     parts = [read_predictions(path) for path in paths]
     first = parts[0].header
     for path, part in zip(paths, parts, strict=True):
-        _check_same(path, replace(part.header, shard=first.shard), first, "merge the shards of one run only")
+        _check_same_run(path, replace(part.header, shard=first.shard), first, "merge the shards of one run only")
     _check_shards(paths, [part.header.shard for part in parts])
-    answers = {one: answer for part in parts for one, answer in part.answers.items()}
-    wanted = list(ids)
-    if missing := [one for one in wanted if one not in answers]:
+    answers = {question_id: answer for part in parts for question_id, answer in part.answers.items()}
+    expected = list(ids)
+    if missing := [question_id for question_id in expected if question_id not in answers]:
         raise UserError(
-            f"--merge: {len(missing)} of {len(wanted)} questions lack an answer, such as {missing[0]}; finish the shards"
+            f"--merge: {len(missing)} of {len(expected)} questions lack an answer, such as {missing[0]}; finish the shards"
         )
-    return Predictions(replace(first, shard=(1, 1)), {one: answers[one] for one in wanted}, 0)
+    return Predictions(replace(first, shard=(1, 1)), {question_id: answers[question_id] for question_id in expected}, 0)
 
 
 def _check_shards(paths: Sequence[Path], shards: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError unless the shards are all parts of the same number, each once."""
     count = shards[0][1]
     for path, (part, of) in zip(paths, shards, strict=True):
         if of != count:
@@ -187,9 +204,10 @@ def _check_shards(paths: Sequence[Path], shards: Sequence[tuple[int, int]]) -> N
         raise UserError(f"--merge: shard {min(missing)}/{count} is missing; give all of them")
 
 
-def write_predictions(path: Path, found: Predictions) -> None:
-    """The whole file at once, through a temporary file."""
-    _check_place(path)
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Writes a whole file of predictions, through a temporary file. Raises UserError when it cannot be written."""
+    _check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = found.header.line() + "".join(_line(one, answer) for one, answer in found.answers.items())
+    lines = [_format_answer(question_id, answer) for question_id, answer in predictions.answers.items()]
+    text = predictions.header.line() + "".join(lines)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="ascii"))

@@ -1,1 +1,1 @@
-"""An export, or a checkpoint in torch, as a model that answers."""
+"""Runs an export, or a checkpoint in torch, on images and prompts: logits, generation and chat."""

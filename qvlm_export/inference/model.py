@@ -1,4 +1,8 @@
-"""`qvlm_export.load`: an exported LLaVA that answers questions about pictures, once or in a conversation."""
+"""`qvlm_export.load`: text generation with an exported LLaVA, for one prompt, a batch of prompts, or a conversation.
+
+Prompts and images go in, texts come out, in pieces while they are decoded if asked for. Below it are `inputs/samples.py`,
+which encodes prompts, and the session of `engines/runtime/session.py`, which works on token ids.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,15 @@ from qvlm_export.engines.runtime.session import Sequences, Session
 from qvlm_export.inputs.samples import encode_pictures, load_processor
 from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
 
-_MARK = "\u2063answer\u2063"  # invisible separators: no user types them
+_MARKER = "\u2063answer\u2063"  # invisible separators, which no user types
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Sampling):
-    """How to answer: how tokens are chosen, how many at most, and texts of which the first ends the answer before it."""
+    """Settings of text generation: those of `Sampling`, the most new tokens, and the stop strings.
+
+    stop: an answer ends before the first of these texts, which is not part of it. Raises UserError for values out of range.
+    """
 
     max_new_tokens: int = 64
     stop: Sequence[str] = ()
@@ -35,12 +42,12 @@ class Generation(Sampling):
         super().__post_init__()
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
-        if isinstance(self.stop, str):  # a sequence of its letters otherwise
+        if isinstance(self.stop, str):  # a string would be taken as a sequence of its letters
             raise UserError(f"stop {self.stop!r}: give a list of texts")
 
 
 class Settings(TypedDict, total=False):
-    """The fields of `Generation`, for keyword arguments."""
+    """The fields of `Generation`, as types of keyword arguments."""
 
     max_new_tokens: int
     stop: Sequence[str]
@@ -54,7 +61,7 @@ DEFAULTS = Generation()
 
 
 class LoadedModel:
-    """A session together with its processor. A context manager."""
+    """An exported model: its session and its processor. A context manager, which closes the session."""
 
     def __init__(self, session: Session, processor: Any) -> None:
         self.session = session
@@ -68,15 +75,17 @@ class LoadedModel:
 
     @property
     def manifest(self) -> Manifest:
+        """The manifest of the export."""
         return self.session.manifest
 
     def logits(
         self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None
     ) -> np.ndarray:
-        """int64 [1, S] and float32 [n, 3, R, R] -> float32 [1, S, vocab], every position.
+        """Returns the logits of every position: float32 [1, S, vocab].
 
-        For models that cut pictures into tiles as their processor gives them: float32 [n, most tiles, 3, R, R], and
-        image_sizes [n, 2], height and width of every picture in pixels.
+        input_ids: int64 [1, S], the image token repeated for each feature. pixel_values: float32 [n, 3, R, R]. For models
+        that cut images into tiles, pixel_values is float32 [n, most tiles, 3, R, R], padded as by their processor, and
+        image_sizes [n, 2] is height and width of every image in pixels. Raises UserError when they do not fit the model.
         """
         if self.manifest.config.tiles is None or pixel_values is None or not len(pixel_values):
             return self.session.logits(input_ids, pixel_values)
@@ -117,10 +126,10 @@ class LoadedModel:
         stream: bool = False,
         **changes: Unpack[Settings],
     ) -> str | Iterator[str]:
-        """The model's answer to one user turn with these pictures; with `stream`, in pieces as they are decoded.
+        """Returns the model's answer to one user turn with these images; with `stream`, an iterator over its pieces.
 
-        Keyword arguments are those of `Generation`, such as max_new_tokens=64 or temperature=0.7, and go before `settings`.
-        Raises UserError for a prompt that cannot be taken, at once and not with the first piece.
+        Keyword arguments are fields of `Generation`, such as max_new_tokens=64 or temperature=0.7, and override `settings`.
+        Raises UserError for bad settings and for a prompt that cannot be taken, with `stream`, too, before the first piece.
         """
         pieces = self.chat().say(prompt, images, settings, **changes)
         return pieces if stream else "".join(pieces)
@@ -132,37 +141,38 @@ class LoadedModel:
         settings: Generation = DEFAULTS,
         **changes: Unpack[Settings],
     ) -> list[str]:
-        """Answers to several prompts at once, each with its own pictures; as many as `--max-batch` of the export.
+        """Returns the answers to several prompts, computed as one batch; at most `--max-batch` of the export.
 
-        Raises UserError for prompts that cannot be taken, naming the prompt where it is one of them.
+        images: the images of each prompt; None for prompts without images. Raises UserError for prompts that cannot be
+        taken, and names the prompt where it is one of them.
         """
-        chosen, shown = replace(settings, **changes), [()] * len(prompts) if images is None else images
-        if not prompts or len(shown) != len(prompts):
+        generation, all_images = replace(settings, **changes), [()] * len(prompts) if images is None else images
+        if not prompts or len(all_images) != len(prompts):
             raise UserError(
-                f"{len(prompts)} prompts with pictures for {len(shown)}; give as many lists of pictures as prompts"
+                f"{len(prompts)} prompts with pictures for {len(all_images)}; give as many lists of pictures as prompts"
             )
         encoded = []
-        for number, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True), 1):
-            text = chat_text(self.processor, [{"role": "user", "text": prompt, "images": len(pictures)}])
-            rgb, where = [picture.convert("RGB") for picture in pictures], f"prompt {number}"
+        for number, (prompt, prompt_images) in enumerate(zip(prompts, all_images, strict=True), 1):
+            text = chat_text(self.processor, [{"role": "user", "text": prompt, "images": len(prompt_images)}])
+            rgb, where = [image.convert("RGB") for image in prompt_images], f"prompt {number}"
             encoded.append(encode_pictures(self.processor, self.manifest.config, text, rgb, where=where))
         pixels = [one.pixel_values for one in encoded if len(one.pixel_values)]
         rows = [len(one.pixel_values) * self.manifest.config.vision.tokens_per_image for one in encoded]
         placement = join_placements([one.placement for one in encoded], rows)
-        starts = [one.input_ids for one in encoded]
-        sequences = self.session.start(starts, np.concatenate(pixels) if pixels else None, placement)
-        return _decode_batch(self, sequences, [len(ids) for ids in starts], chosen)
+        input_ids = [one.input_ids for one in encoded]
+        sequences = self.session.start(input_ids, np.concatenate(pixels) if pixels else None, placement)
+        return _decode_batch(self, sequences, [len(ids) for ids in input_ids], generation)
 
     def chat(self) -> Chat:
-        """A new conversation."""
+        """Starts a new conversation."""
         return Chat(self.session, self.processor)
 
 
 class Chat:
-    """A conversation whose history stays in the cache: a turn computes its own tokens only.
+    """A conversation whose history stays in the key/value cache, so that a turn computes its own tokens only.
 
-    ended: why the last answer did: "stop" (the model's end token or a stop text), "max_new_tokens", or "context", which is
-    full; None while it goes on, or after it was broken off.
+    ended: why the last answer ended: "stop" (the model's end token or a stop string), "max_new_tokens", or "context" (it is
+    full). None while the answer goes on, and after it was interrupted.
     """
 
     ended: Literal["stop", "max_new_tokens", "context"] | None
@@ -180,33 +190,33 @@ class Chat:
         settings: Generation = DEFAULTS,
         **changes: Unpack[Settings],
     ) -> Iterator[str]:
-        """Adds a user turn, computes it, and returns the answer in pieces, which are decoded as they are asked for.
+        """Adds a user turn, computes it, and returns an iterator that decodes the answer piece by piece.
 
-        Raises UserError, with the conversation as it was, when the turn cannot be taken, such as for want of context. An
-        answer that is broken off (by the caller, or Ctrl-C) stays in the history as far as it came.
+        Raises UserError, and leaves the conversation unchanged, when the turn cannot be taken, for example because the
+        context is full. An answer that is interrupted (by the caller, or Ctrl-C) stays in the history as far as it came.
         """
-        chosen = replace(settings, **changes)
+        generation = replace(settings, **changes)
         turns = [*self._turns, {"role": "user", "text": text, "images": len(images)}]
         self._feed(turns, [image.convert("RGB") for image in images])
         self._turns, self.ended = [*turns, {"role": "assistant", "text": ""}], None
-        return self._answer(self._turns[-1], chosen)
+        return self._answer(self._turns[-1], generation)
 
     def _answer(self, turn: dict[str, Any], settings: Generation) -> Iterator[str]:
-        """Pieces of the answer, which is written into its turn."""
+        """Yields the pieces of the answer, and appends them to its turn."""
         for piece in self._decode(settings):
             turn["text"] += piece
             yield piece
 
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
-        """Computes what the conversation has more than the cache."""
+        """Encodes the part of the conversation that is not in the cache yet, and runs it through the model."""
         if self._sequences is None:
             new = encode_pictures(self._processor, self._config, chat_text(self._processor, turns), images)
             self._sequences = self._session.start([new.input_ids], new.pixel_values, new.placement)
             return
-        # What the template puts between the last answer and the next is the text behind a mark in the answer's place.
-        marked = [*turns[:-2], {"role": "assistant", "text": _MARK}, turns[-1]]
-        _, found, added = chat_text(self._processor, marked).rpartition(_MARK)
-        if not found:
+        # With a marker in place of the last answer, the new text is what the template writes after the marker.
+        with_marker = [*turns[:-2], {"role": "assistant", "text": _MARKER}, turns[-1]]
+        _, marker, added = chat_text(self._processor, with_marker).rpartition(_MARKER)
+        if not marker:
             raise UserError(
                 "the chat template leaves earlier answers out, so this conversation cannot go on; start a new one"
             )
@@ -214,59 +224,63 @@ class Chat:
         self._session.extend(self._sequences, [new.input_ids], new.pixel_values, new.placement)
 
     def _decode(self, settings: Generation) -> Iterator[str]:
-        """Text pieces. A piece is held back while it could be the beginning of a stop string or of a character."""
+        """Yields the answer in pieces. Text at its end is held back while it could begin a stop string or a character."""
         if self._sequences is None:
             raise RuntimeError("nothing was fed")
         sequence, tokenizer, stop = self._sequences.tokens[0], self._processor.tokenizer, tuple(settings.stop)
-        began, shown, stop_ids, stopped = len(sequence), "", frozenset({tokenizer.eos_token_id}), False
+        start, emitted, stop_ids, stopped = len(sequence), "", frozenset({tokenizer.eos_token_id}), False
         for (token,) in self._session.generate(self._sequences, settings.max_new_tokens, stop_ids, settings):
             stopped = token in stop_ids
-            text, ended = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)
-            safe = text if ended else text[: len(text) - _held(text, stop)]
-            if len(safe) > len(shown) and not safe.endswith("\ufffd"):
-                yield safe[len(shown) :]
-                shown = safe
+            text, ended = _cut_at_stop(tokenizer.decode(sequence[start:], skip_special_tokens=True).lstrip(), stop)
+            safe = text if ended else text[: len(text) - _partial_stop_length(text, stop)]
+            if len(safe) > len(emitted) and not safe.endswith("\ufffd"):
+                yield safe[len(emitted) :]
+                emitted = safe
             if ended:
                 self.ended = "stop"
                 return
         full = len(sequence) == self._session.manifest.limits.max_length
         self.ended = "stop" if stopped else "context" if full else "max_new_tokens"
-        rest = _cut(tokenizer.decode(sequence[began:], skip_special_tokens=True).lstrip(), stop)[0]
-        if len(rest) > len(shown):
-            yield rest[len(shown) :]
+        whole = _cut_at_stop(tokenizer.decode(sequence[start:], skip_special_tokens=True).lstrip(), stop)[0]
+        if len(whole) > len(emitted):
+            yield whole[len(emitted) :]
 
 
-def _decode_batch(model: LoadedModel, sequences: Sequences, began: Sequence[int], settings: Generation) -> list[str]:
-    """The answers behind the prompts, which end at `began`; over as soon as every row has ended or said a stop text."""
+def _decode_batch(
+    model: LoadedModel, sequences: Sequences, prompt_lengths: Sequence[int], settings: Generation
+) -> list[str]:
+    """Returns the answers after the prompts; decoding ends as soon as every row has ended or reached a stop string."""
     tokenizer, stop = model.processor.tokenizer, tuple(settings.stop)
 
     def answers() -> list[tuple[str, bool]]:
-        said = [tokens[start:] for tokens, start in zip(sequences.tokens, began, strict=True)]
-        return [_cut(tokenizer.decode(tokens, skip_special_tokens=True).lstrip(), stop) for tokens in said]
+        new_tokens = [tokens[start:] for tokens, start in zip(sequences.tokens, prompt_lengths, strict=True)]
+        return [_cut_at_stop(tokenizer.decode(tokens, skip_special_tokens=True).lstrip(), stop) for tokens in new_tokens]
 
-    over = [False] * len(began)
+    ended = [False] * len(prompt_lengths)
     for tokens in model.session.generate(sequences, settings.max_new_tokens, frozenset({tokenizer.eos_token_id}), settings):
-        over = [before or token is None for before, token in zip(over, tokens, strict=True)]
-        if stop and all(done or cut for done, (_, cut) in zip(over, answers(), strict=True)):
+        ended = [before or token is None for before, token in zip(ended, tokens, strict=True)]
+        if stop and all(done or stopped for done, (_, stopped) in zip(ended, answers(), strict=True)):
             break
     return [text for text, _ in answers()]
 
 
-def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there was one."""
-    found = [at for at in (text.find(s) for s in stop if s) if at >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """Returns the text before the first stop string, and whether there is one."""
+    positions = [at for at in (text.find(s) for s in stop if s) if at >= 0]
+    return (text[: min(positions)], True) if positions else (text, False)
 
 
-def _held(text: str, stop: tuple[str, ...]) -> int:
-    """How many characters at the end could be the beginning of a stop string."""
+def _partial_stop_length(text: str, stop: tuple[str, ...]) -> int:
+    """Returns how many characters at the end of the text could be the beginning of a stop string."""
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedModel:
-    """Opens an export by its plan (X.plan) or manifest (X.json). Raises UserError for a missing or damaged one.
+    """Opens an export by its engine file (X.plan) or manifest (X.json).
 
-    fast: on ONNX Runtime, let INT4 products round activations to 8 bits; quicker, and not what the engine computes.
+    runtime: one of RUNTIMES in `engines/runtime/open.py`. fast: lets ONNX Runtime round activations of INT4 products to
+    8 bits, which is quicker, but not what the engine computes. Raises UserError for a missing or damaged export, and for a
+    runtime that cannot run it here.
     """
     plan = Path(path)
     if plan.suffix not in (".plan", ".json"):

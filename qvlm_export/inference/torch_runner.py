@@ -1,8 +1,8 @@
-"""The checkpoint in torch as a session's runner: float, or with the linears of a calibrated checkpoint simulated.
+"""Runs a checkpoint in torch with a key/value cache: in float, or with fake quantization of a calibrated checkpoint.
 
-The modules are those that calibration runs block by block (`calibrate/blockwise/blocks.py`), all in memory at once, with a
-cache that
-is written as the graphs write theirs: the token at position p lies in slot p.
+`TorchRunner` stands in a session where an engine would. Its modules are those that calibration runs block by block
+(`calibrate/blockwise/blocks.py`), here all in memory at once. Its cache is written as the graphs write theirs: the token at
+position p lies in slot p.
 """
 
 from __future__ import annotations
@@ -29,91 +29,96 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
 from qvlm_export.engines.config import ModelConfig
 
-SLOTS_AT_ONCE = 256  # by which a cache grows
+SLOT_STEP = 256  # caches grow by a multiple of it
 DTYPES = {"cpu": torch.float32, "cuda": torch.float16}
 
-# Linear -> scale and bits of its input, for those whose input is quantized.
+# Linear -> (scale, bits) of its input, for linears whose input is quantized.
 Quantizers = Mapping[str, tuple[float, int]]
 
 
 class SlotCache:
-    """Keys and values by layer, [B, kv_heads, slots, head_dim], made of what the first pass brings.
+    """A key/value cache for the decoder layers of transformers, which need its method `update` only.
 
-    What a decoder layer of transformers asks of a cache is `update`. slots: int64 [B, S], where the pass's tokens go.
+    Keys and values are [B, kv_heads, slots, head_dim] in every layer, with the batch size and dtype of the first pass.
+    slots: int64 [B, S], where the tokens of the current pass are written. length: used slots of the longest sequence.
     """
 
     def __init__(self) -> None:
-        self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.slots = torch.zeros((0, 0), dtype=torch.int64)
-        self.length = 0  # of the longest sequence
+        self.length = 0
 
     def begin(self, slots: torch.Tensor) -> None:
-        """Where the next pass writes."""
+        """Sets the slots int64 [B, S] that the next pass writes."""
         self.slots = slots
         self.length = max(self.length, int(slots.max()) + 1)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes [B, kv_heads, S, head_dim] into the slots; returns all slots that any sequence has used."""
-        stored = self._stored.get(layer) or (keys[:, :, :0], values[:, :, :0])
-        grown = tuple(_grown(old, new, self.length) for old, new in zip(stored, (keys, values), strict=True))
-        where = self.slots[:, None, :, None].expand_as(keys)
-        for held, new in zip(grown, (keys, values), strict=True):
-            held.scatter_(2, where, new)
-        self._stored[layer] = (grown[0], grown[1])
-        return grown[0][:, :, : self.length], grown[1][:, :, : self.length]
+        """Writes keys and values [B, kv_heads, S, head_dim]; returns both for the first `length` slots of the layer."""
+        old_buffers = self._layers.get(layer) or (keys[:, :, :0], values[:, :, :0])
+        buffers = tuple(_grow_buffer(old, new, self.length) for old, new in zip(old_buffers, (keys, values), strict=True))
+        index = self.slots[:, None, :, None].expand_as(keys)
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            buffer.scatter_(2, index, new)
+        self._layers[layer] = (buffers[0], buffers[1])
+        return buffers[0][:, :, : self.length], buffers[1][:, :, : self.length]
 
 
-def _grown(held: torch.Tensor, like: torch.Tensor, length: int) -> torch.Tensor:
-    """The buffer with room for `length` slots; new ones are zero."""
-    if held.shape[2] >= length:
-        return held
-    slots = -(-length // SLOTS_AT_ONCE) * SLOTS_AT_ONCE
-    room = like.new_zeros((like.shape[0], like.shape[1], slots - held.shape[2], like.shape[3]))
-    return torch.cat([held, room], dim=2)
+def _grow_buffer(buffer: torch.Tensor, like: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the buffer with at least `length` slots; added slots are zero, of the dtype and sizes of `like`."""
+    if buffer.shape[2] >= length:
+        return buffer
+    slots = -(-length // SLOT_STEP) * SLOT_STEP
+    added = like.new_zeros((like.shape[0], like.shape[1], slots - buffer.shape[2], like.shape[3]))
+    return torch.cat([buffer, added], dim=2)
 
 
 class TorchRunner:
-    """See `qvlm_export.engines.runtime.session.Runner`. Weights are in memory until `close`."""
+    """A `Runner` (see `engines/runtime/session.py`) in torch. All weights are in memory until `close`."""
 
     name = "torch"
 
     def __init__(
         self, blocks: ModelBlocks, source: TensorSource, config: ModelConfig, quantizers: Quantizers, device: str = "cpu"
     ) -> None:
-        """Raises UserError for weights that are not finite."""
+        """Loads all weights to `device`, "cpu" (float32) or "cuda" (float16).
+
+        quantizers: linears whose inputs are fake-quantized, with scale and bits; empty for the float model. Raises
+        UserError for weights that are not finite.
+        """
         self.device, self._dtype = device, DTYPES[device]
         self._blocks, self._source = blocks, source
-        self._held = ExitStack()
+        self._resources = ExitStack()
         try:
             for block in blocks.all():
-                self._hold(block, quantizers)
-            self._table = self._tensor(EMBEDDING)
-            weight = self._tensor(HEAD) if HEAD in source else self._table
-            self._head = LanguageHead(self._tensor(FINAL_NORM), weight, config.text.rms_norm_eps)
+                self._load_block(block, quantizers)
+            self._embedding = self._load_tensor(EMBEDDING)
+            head_weight = self._load_tensor(HEAD) if HEAD in source else self._embedding
+            self._head = LanguageHead(self._load_tensor(FINAL_NORM), head_weight, config.text.rms_norm_eps)
             self._newline = None if config.tiles is None else load_finite(source, NEWLINE)[None].numpy()
         except BaseException:
-            self._held.close()
+            self._resources.close()
             raise
         self._rotary = blocks.rotary.to(device)
 
-    def _hold(self, block: Block, quantizers: Quantizers) -> None:
-        module = self._held.enter_context(load_block(block, self._source)).to(self.device, self._dtype)
+    def _load_block(self, block: Block, quantizers: Quantizers) -> None:
+        module = self._resources.enter_context(load_block(block, self._source)).to(self.device, self._dtype)
         names = [name for name in block.linear_names() if name in quantizers]
-        inside = {name.removeprefix(f"{block.prefix}."): quantizers[name] for name in names}
-        self._held.enter_context(fake_quantize_inputs(module, inside))
+        block_quantizers = {name.removeprefix(f"{block.prefix}."): quantizers[name] for name in names}
+        self._resources.enter_context(fake_quantize_inputs(module, block_quantizers))
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _load_tensor(self, name: str) -> torch.Tensor:
         return load_finite(self._source, name).to(self.device, self._dtype)
 
     def embed_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        """float32 [n, 3, R, R] -> float32 [n * tokens, hidden] and, with tiles, the row of `image_newline`.
+        """Returns the image features of float32 [n, 3, R, R] pixels: float32 [n * tokens, hidden].
 
-        One dummy row for no image.
+        A model that cuts images into tiles gives `image_newline` as one more row. Without images there is one row of zeros.
         """
         if len(pixel_values) == 0:
-            return np.zeros((1, self._table.shape[1]), np.float32)
+            return np.zeros((1, self._embedding.shape[1]), np.float32)
         sample = Sample(np.zeros(0, np.int64), np.ascontiguousarray(pixel_values, np.float32), 0)
 
         def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
@@ -125,32 +130,36 @@ class TorchRunner:
         return rows if self._newline is None else np.concatenate([rows, self._newline])
 
     def new_cache(self, batch: int) -> SlotCache:  # noqa: ARG002
-        """An empty cache; the first pass says how many sequences there are."""
+        """Returns an empty cache, which takes the batch size of the first pass."""
         return SlotCache()
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: SlotCache
     ) -> np.ndarray:
-        """One pass, writing into `cache`. ids, positions: int64 [B, S]; index: int64 [B] -> logits float32 [B, S, vocab]."""
+        """Runs one forward pass, writes its keys and values into `cache`, and returns the logits float32 [B, S, vocab].
+
+        ids, positions: int64 [B, S]. index: int64 [B], the slot of each row's first token. embeds: float32
+        [n, hidden], first one row for each image token of the batch, in order.
+        """
         tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
-        places = torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
+        position_ids = torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
         slots = torch.from_numpy(index[:, None] + np.arange(ids.shape[1])).to(self.device)
         with torch.inference_mode():
             cache.begin(slots)
-            x = self._embedded(tokens, torch.from_numpy(embeds))
-            rope = self._rotary(x, position_ids=places)
-            age = places[:, None, :, None] - torch.arange(cache.length, device=self.device)
+            x = self._embed(tokens, torch.from_numpy(embeds))
+            rope = self._rotary(x, position_ids=position_ids)
+            distance = position_ids[:, None, :, None] - torch.arange(cache.length, device=self.device)
             window = self._blocks.sliding_window or cache.length
-            seen = (age >= 0) & (age < window)  # [B, 1, S, slots]
+            mask = (distance >= 0) & (distance < window)  # [B, 1, S, slots], True where a token attends to a slot
             for block in self._blocks.text_layers:
                 x = block.module(
-                    x, attention_mask=seen, position_ids=places, past_key_values=cache, position_embeddings=rope
+                    x, attention_mask=mask, position_ids=position_ids, past_key_values=cache, position_embeddings=rope
                 )
             return self._head.logits(x).float().cpu().numpy()
 
-    def _embedded(self, tokens: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Token embeddings with the image rows in the places of the image tokens, in order. [B, S] -> [B, S, hidden]."""
-        x = self._table[tokens]
+    def _embed(self, tokens: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Returns token embeddings [B, S, hidden] with the rows of `embeds` in place of the image tokens, in order."""
+        x = self._embedding[tokens]
         is_image = tokens == self._blocks.image_token_id
         count = int(is_image.sum())
         if count:
@@ -158,16 +167,16 @@ class TorchRunner:
         return x
 
     def close(self) -> None:
-        """Gives the memory of the weights back."""
-        self._held.close()
-        del self._table, self._head
+        """Frees the weights."""
+        self._resources.close()
+        del self._embedding, self._head
 
 
 def check_device(device: str) -> str:
-    """cpu or cuda for `--device`, with auto for what is here. Raises UserError where there is no such device."""
+    """Returns "cpu" or "cuda" for `--device`; "auto" prefers cuda. Raises UserError for a device that is not there."""
     if device not in ("auto", *DTYPES):
         raise UserError(f"--device {device}: unknown; choose auto, cpu or cuda")
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return ("cuda" if there else "cpu") if device == "auto" else device
+    return ("cuda" if has_gpu else "cpu") if device == "auto" else device

@@ -1,1 +1,1 @@
-"""Pictures and prompts to model inputs."""
+"""Turns images and prompts into model inputs: tokens, pixels, and the placement of image features."""

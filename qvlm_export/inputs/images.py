@@ -1,4 +1,4 @@
-"""Opens the pictures that users hand in, and refuses those that would quietly spoil a result."""
+"""Opens image files as RGB, and refuses those that would silently give wrong results, such as CMYK or animations."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from PIL import Image, UnidentifiedImageError
 
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 
-MIN_SIDE = 8
+MIN_SIDE = 8  # pixels
 MAX_PIXELS = 64_000_000
-MAX_ASPECT = 100  # processors scale the shorter side up, so a thin strip would become gigabytes
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
+MAX_ASPECT_RATIO = 100  # processors scale the shorter side up, so that a thin strip would take gigabytes
+_SUPPORTED_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 
 
 def open_image(path: Path, where: str) -> Image.Image:
-    """An RGB picture, fully decoded. `where` begins the error line.
+    """Returns the image in RGB, fully decoded. where: begins error messages.
 
-    Raises UserError for a picture that is missing, damaged, animated, CMYK, tiny or huge.
+    Raises UserError for an image that is missing, damaged, animated, tiny, huge, a thin strip, or of an unusual colour mode
+    such as CMYK.
     """
     try:
-        # Size is checked below, before any pixel is decoded, so Pillow's own warning would only repeat it.
+        # The size is checked below, before any pixel is decoded, so that Pillow's own warning would only repeat it.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
-            _check(image, f"{where}: {path}")
+            _check_size_and_mode(image, f"{where}: {path}")
             image.load()
             return image.convert("RGB")
     except FileNotFoundError as error:
@@ -40,16 +41,16 @@ def open_image(path: Path, where: str) -> Image.Image:
         raise UserError(f"{where}: {path} cannot be read ({error}); save it again") from error
 
 
-def _check(image: Image.Image, what: str) -> None:
+def _check_size_and_mode(image: Image.Image, what: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{what} has {width}x{height} pixels; scale it below {MAX_PIXELS // 10**6} megapixels")
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{what} has {width}x{height} pixels, too small to show anything; leave it out")
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise UserError(f"{what} has {width}x{height} pixels, a strip of which nothing could be seen; leave it out")
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise UserError(f"{what} is animated ({frames} frames); save the frame you mean")
-    if image.mode not in _MODES:
+    if image.mode not in _SUPPORTED_MODES:
         raise UserError(f"{what} has colour mode {image.mode}; convert it to RGB")

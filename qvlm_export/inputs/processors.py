@@ -1,4 +1,7 @@
-"""Which class of transformers loads the processor in a folder, and one that stands in for transformers' own."""
+"""Chooses the class that loads a folder's processor: AutoProcessor of transformers, or our replacement for it.
+
+transformers' own LLaVA-OneVision processor cannot be made without a video processor, which needs torchvision.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from transformers import AutoProcessor
 
 
 class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
-    """transformers' own without videos, whose processor it would need torchvision for. Saved files name its class."""
+    """transformers' LLaVA-OneVision processor for images and text, without its video processor, which needs torchvision.
 
-    def __init__(  # noqa: PLR0917  (transformers reads its parts from this signature)
+    It has the name of transformers' class, so that saved files can be loaded by transformers.
+    """
+
+    def __init__(  # noqa: PLR0917  (transformers reads the names of its parts from this signature)
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
@@ -34,21 +40,21 @@ class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
         transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-# Instead of transformers' class of that name.
-_CLASSES = {"LlavaOnevisionProcessor": LlavaOnevisionProcessor}
-_NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+# Class name in the files -> the class that replaces transformers' class of that name.
+_REPLACEMENTS = {"LlavaOnevisionProcessor": LlavaOnevisionProcessor}
+_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def processor_class(folder: Path) -> Any:
-    """The class to load with: transformers' AutoProcessor, or what stands in for the class that the files name.
+    """Returns the class to load the processor in `folder` with: AutoProcessor, or the replacement of the class named there.
 
-    Files that cannot be read are left to transformers to report.
+    Unreadable files are skipped, as loading with AutoProcessor reports them.
     """
-    for name in _NAMED_IN:
+    for name in _CONFIG_FILES:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and "processor_class" in content:
-            return _CLASSES.get(str(content["processor_class"]), AutoProcessor)
+            return _REPLACEMENTS.get(str(content["processor_class"]), AutoProcessor)
     return AutoProcessor

@@ -1,4 +1,8 @@
-"""Calibration samples: JSONL of pictures, prompts and answers, through the model's own processor and chat template."""
+"""Reads calibration sets (JSONL of images, prompts and answers) and encodes prompts with the model's processor.
+
+The chat template and the processor are the checkpoint's own, so that samples have the tokens and pixels that the model sees
+in use.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.families import find_layout
-from qvlm_export.checkpoints.hub import read_config
+from qvlm_export.checkpoints.hub import first_line, read_config
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.processors import processor_class
@@ -25,7 +29,7 @@ from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
 
 
 class Line(BaseModel):
-    """One line of the JSONL."""
+    """One line of the JSONL; image is a path relative to the file, answer what the model should say."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     image: str | None = None
@@ -35,7 +39,7 @@ class Line(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """A checked line. `where` names it in errors."""
+    """A validated line. where: file and line number, for errors. image: the path to open, None without an image."""
 
     where: str
     line: Line
@@ -43,24 +47,24 @@ class Entry:
 
 
 def default_calibration() -> Path:
-    """The small set that ships with the package: drawn scenes, 64 questions."""
+    """Returns the path of the calibration set in the package: 64 questions about drawn scenes."""
     return Path(str(files("qvlm_export") / "inputs" / "calibration_set" / "scenes.jsonl"))
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor in a folder (transformers' own), or made of what its layout has instead.
+    """Returns the processor in `folder`, loaded by transformers or, for the authors' layout, built from the tokenizer.
 
-    Raises UserError when the folder has none, or a damaged one.
+    Raises UserError when there is no processor, or a damaged one.
     """
     if (folder / "config.json").exists():
-        make = find_layout(read_config(folder)).make_processor
-        if make is not None:
-            return make(folder)
+        make_processor = find_layout(read_config(folder)).make_processor
+        if make_processor is not None:
+            return make_processor(folder)
     try:
         processor = processor_class(folder).from_pretrained(folder)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
         raise UserError(
-            f"{folder}: its processor cannot be loaded ({_first_line(error)}); add the tokenizer and processor files"
+            f"{folder}: its processor cannot be loaded ({first_line(error)}); add the tokenizer and processor files"
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(f"{folder}: holds no processor of pictures and text; add processor_config.json of the model")
@@ -68,7 +72,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
-    """Runs a grey picture through the processor. Raises UserError when it fails or does not fit the model."""
+    """Encodes a grey image with the processor. Raises UserError when that fails or the result does not fit the model."""
     where = f"{folder}: its processor"
     if processor.tokenizer.eos_token_id is None:
         raise UserError(f"{where} names no end-of-sequence token; add tokenizer_config.json of the model")
@@ -77,75 +81,75 @@ def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
         text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
         encoded = None if text.count(processor.image_token) != 1 else encode_pictures(processor, config, text, [grey])
     except (*DAMAGED_FILE_ERRORS, TemplateError, UserError) as error:
-        raise UserError(f"{where} fails ({_first_line(error)}); download the processor files again") from error
+        raise UserError(f"{where} fails ({first_line(error)}); download the processor files again") from error
     if encoded is None:
         raise UserError(f"{where} has a chat template that does not place {processor.image_token}; download it again")
     _check_encoded(encoded, config, where)
 
 
 def _check_encoded(encoded: Encoded, config: ModelConfig, where: str) -> None:
-    """Raises UserError where it is not what this model takes."""
+    """Raises UserError when pixels or tokens are not what a model with this configuration takes."""
     pixels, ids = encoded.pixel_values, encoded.input_ids
-    side, together = config.vision.image_size, "do processor and config.json belong together?"
+    side, hint = config.vision.image_size, "do processor and config.json belong together?"
     if len(pixels) and pixels.shape[1:] != (3, side, side):
-        raise UserError(
-            f"{where}: a picture becomes {list(pixels.shape[1:])}, the model takes {[3, side, side]}; {together}"
-        )
+        raise UserError(f"{where}: a picture becomes {list(pixels.shape[1:])}, the model takes {[3, side, side]}; {hint}")
     if not np.isfinite(pixels).all():
         raise UserError(f"{where}: a picture becomes NaN or infinite; check image_mean and image_std of the processor")
-    found, wanted = int((ids == config.image_token_id).sum()), len(pixels) * config.vision.tokens_per_image
-    wanted, what = (wanted, "pictures") if encoded.placement is None else (len(encoded.placement), "tiles")
-    if found != wanted:
-        raise UserError(f"{where}: {found} image tokens for {len(pixels)} {what}, the model takes {wanted}; {together}")
+    count, expected = int((ids == config.image_token_id).sum()), len(pixels) * config.vision.tokens_per_image
+    expected, what = (expected, "pictures") if encoded.placement is None else (len(encoded.placement), "tiles")
+    if count != expected:
+        raise UserError(f"{where}: {count} image tokens for {len(pixels)} {what}, the model takes {expected}; {hint}")
     if int(ids.max()) >= config.text.vocab_size:
-        raise UserError(f"{where}: token {ids.max()} is beyond vocab_size {config.text.vocab_size}; {together}")
+        raise UserError(f"{where}: token {ids.max()} is beyond vocab_size {config.text.vocab_size}; {hint}")
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def read_entries(path: Path, count: int | None, max_count: int) -> list[Entry]:
+    """Returns the first `count` lines of a JSONL file, or up to `max_count` when `count` is None; blank lines are skipped.
 
-
-def read_entries(path: Path, wanted: int | None, at_most: int) -> list[Entry]:
-    """The first `wanted` lines, or up to `at_most` when that is None. Raises UserError naming file and line."""
+    Raises UserError, naming file and line, when a line is not valid or there are fewer than `count`.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows programs begin UTF-8 files with a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # programs on Windows write a byte order mark first
     except OSError as error:
         raise UserError(f"--calib-data {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--calib-data {path}: is not UTF-8 text; save it as UTF-8") from error
     entries: list[Entry] = []
-    for number, raw in enumerate(text.split("\n"), start=1):  # splitlines would also break at U+2028 inside a prompt
-        if raw.strip() and len(entries) < (wanted or at_most):
-            entries.append(_entry(path, number, raw))
+    for number, raw_line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 in a prompt
+        if raw_line.strip() and len(entries) < (count or max_count):
+            entries.append(_parse_line(path, number, raw_line))
     if not entries:
         raise UserError(f"--calib-data {path}: holds no samples; give one JSON object a line with image and prompt")
-    if wanted is not None and len(entries) < wanted:
-        raise UserError(f"--samples {wanted}: {path} holds only {len(entries)}; ask for fewer or add lines")
+    if count is not None and len(entries) < count:
+        raise UserError(f"--samples {count}: {path} holds only {len(entries)}; ask for fewer or add lines")
     return entries
 
 
-def _entry(path: Path, number: int, raw: str) -> Entry:
+def _parse_line(path: Path, number: int, raw_line: str) -> Entry:
     where = f"{path}:{number}"
     try:
-        content = json.loads(raw)
+        content = json.loads(raw_line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({_first_line(error)}); write one JSON object a line") from error
+        raise UserError(f"{where}: not JSON ({first_line(error)}); write one JSON object a line") from error
     try:
         line = Line.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise UserError(f'{where}: {field}: {first["msg"]}; write {{"image": path, "prompt": text}}') from error
+        details = error.errors()[0]
+        field = ".".join(str(part) for part in details["loc"]) or "the line"
+        raise UserError(f'{where}: {field}: {details["msg"]}; write {{"image": path, "prompt": text}}') from error
     return Entry(where, line, None if line.image is None else path.parent / line.image)
 
 
 def encode_entries(entries: list[Entry], processor: Any, config: ModelConfig, max_length: int) -> list[Sample]:
-    """Samples ready for the model. Raises UserError for a bad picture or a prompt beyond `max_length` tokens."""
+    """Returns one sample for each entry, in order; see `encode_entry`."""
     return [encode_entry(entry, processor, config, max_length) for entry in entries]
 
 
 def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: int) -> Sample:
+    """Returns the entry as a sample that is ready for the model.
+
+    Raises UserError for a bad image, and for more than `max_length` tokens of prompt and answer.
+    """
     images = [] if entry.image is None else [open_image(entry.image, entry.where)]
     prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
     sample = encode_answered(processor, config, prompt, entry.line.answer, images, where=entry.where)
@@ -160,22 +164,29 @@ def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: 
 def encode_answered(
     processor: Any, config: ModelConfig, prompt: str, answer: str | None, images: list[Image.Image], *, where: str
 ) -> Sample:
-    """A whole prompt with the answer behind it, and the end token behind that. Raises UserError, begun with `where`."""
+    """Returns the prompt, followed by the answer and the end-of-sequence token where there is an answer, as a sample.
+
+    prompt: the whole text, as from `chat_text`. images: RGB. where: begins error messages. Raises UserError when the text
+    or its images do not fit the model.
+    """
     encoded = encode_pictures(processor, config, prompt, images, where=where)
-    ids, start = encoded.input_ids, len(encoded.input_ids)
+    ids, answer_start = encoded.input_ids, len(encoded.input_ids)
     if answer is not None:
-        # Encoded as one text: tokenizers with a dummy prefix, as Llama's, give a text of its own other tokens.
+        # Prompt and answer are encoded as one text, because tokenizers with a dummy prefix, such as Llama's, give the answer
+        # other tokens when it is encoded alone. The answer starts behind the tokens that both texts begin with.
         whole = encode_pictures(processor, config, f"{prompt} {answer}", images, where=where).input_ids
-        start = int((ids == whole[:start]).cumprod().sum()) if len(whole) >= start else 0
+        answer_start = int((ids == whole[:answer_start]).cumprod().sum()) if len(whole) >= answer_start else 0
         ids = np.append(whole, processor.tokenizer.eos_token_id)
     _check_encoded(replace(encoded, input_ids=ids), config, where)
-    return Sample(ids, encoded.pixel_values, start, encoded.placement)
+    return Sample(ids, encoded.pixel_values, answer_start, encoded.placement)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text with its pictures. pixel_values: float32 [n, 3, R, R] of n pictures or tiles; input_ids: int64 [S] with every
-    image token; placement: of tiles, None without them.
+    """A text with its images as model inputs.
+
+    pixel_values: float32 [n, 3, R, R], n images or tiles of R x R pixels. input_ids: int64 [S], the image token repeated for
+    each feature. placement: which features the image tokens get when images are cut into tiles; None without tiles.
     """
 
     pixel_values: np.ndarray
@@ -186,9 +197,9 @@ class Encoded:
 def encode(
     processor: Any, text: str, images: list[Image.Image], where: str = "the prompt", continues: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_pictures` for a model without tiles: pixel_values and input_ids."""
+    """Returns pixel_values float32 [n, 3, R, R] and input_ids int64 [S]: `encode_pictures` for a model without tiles."""
     _check_text(processor, text, len(images), where)
-    encoded = _processed(processor, text, images, continues)
+    encoded = _run_processor(processor, text, images, continues)
     ids = np.asarray(encoded["input_ids"], np.int64)[0]
     if not images:
         return np.zeros((0, 3, 1, 1), np.float32), ids
@@ -204,34 +215,35 @@ def encode_pictures(
     where: str = "the prompt",
     continues: bool = False,
 ) -> Encoded:
-    """A turn, or several, as the model takes it: one image token a patch, pictures cut into tiles where it wants them.
+    """Returns the text of one or more turns and its images as model inputs; for some models images are cut into tiles.
 
-    The template may already begin with the tokenizer's BOS text, which must then not be added twice; nor is it when the
-    text `continues` a conversation. Raises UserError, begun with `where`, when the text does not hold one image token for
-    each picture.
+    text: holds the processor's image token once for each image. images: RGB. where: begins error messages. continues: the
+    text continues a conversation, so that no BOS token is added. Raises UserError when images and image tokens do not match.
     """
     if config.tiles is None or not images:
         return Encoded(*encode(processor, text, images, where, continues))
     _check_text(processor, text, len(images), where)
-    encoded = _processed(processor, text, images, continues)
+    encoded = _run_processor(processor, text, images, continues)
     sizes = [(image.height, image.width) for image in images]
     pixels = select_tiles(np.asarray(encoded["pixel_values"], np.float32), tile_counts(config, sizes))
     return Encoded(pixels, np.asarray(encoded["input_ids"], np.int64)[0], place_tiles(config, sizes))
 
 
-def _processed(processor: Any, text: str, images: list[Image.Image], continues: bool) -> Any:
+def _run_processor(processor: Any, text: str, images: list[Image.Image], continues: bool) -> Any:
     tokenizer = processor.tokenizer
-    add_special = not continues and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    # Nested, as pictures of one text: LLaVA-OneVision treats several in a text otherwise than one in each of several.
-    given = [images] if images else None
-    return processor(images=given, text=[text], return_tensors="np", add_special_tokens=add_special)
+    # A chat template may write the BOS text itself; the tokenizer must not add it a second time.
+    add_special_tokens = not continues and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    # Nested, as the images of one text: LLaVA-OneVision treats several images in one text differently from one in each text.
+    nested = [images] if images else None
+    return processor(images=nested, text=[text], return_tensors="np", add_special_tokens=add_special_tokens)
 
 
-def _check_text(processor: Any, text: str, images: int, where: str) -> None:
+def _check_text(processor: Any, text: str, num_images: int, where: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: holds half a surrogate pair, which is no text; write it as UTF-8")
-    found, token = text.count(processor.image_token), processor.image_token
-    if found != images:
+    count, token = text.count(processor.image_token), processor.image_token
+    if count != num_images:
         raise UserError(
-            f"{where}: has {found} times {token} for {images} pictures; the chat template places them, so leave {token} out"
+            f"{where}: has {count} times {token} for {num_images} pictures; the chat template places them, "
+            f"so leave {token} out"
         )

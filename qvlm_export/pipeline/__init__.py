@@ -1,1 +1,1 @@
-"""The export: stages, work folder, publishing."""
+"""The export pipeline: its stages, its work folder, and publishing the finished files."""

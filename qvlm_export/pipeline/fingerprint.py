@@ -1,4 +1,8 @@
-"""What a piece of work was begun with, so that --resume goes on with nothing else."""
+"""Fingerprint of an export's inputs: --resume continues unfinished work only with the inputs that it was begun with.
+
+Checkpoint, schemes, calibration set, effort, device and package versions go in; one digest for each comes out. What can only
+change the graphs or engines, such as limits and backends, is left out, so that it may change between two runs.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,18 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.checkpoints.checkpoint import Checkpoint
 
-PACKAGES = ("qvlm-export", "torch", "transformers", "numpy", "safetensors")  # whose versions may change a bit
-WHOLE_BYTES = 16 * 2**20  # of a file that is read whole; of a larger one SPOTS pieces are
+PACKAGES = ("qvlm-export", "torch", "transformers", "numpy", "safetensors")  # another version may give other bits
+WHOLE_BYTES = 16 * 2**20  # files up to this size are hashed whole; of larger ones, SPOTS pieces of SPOT_BYTES each
 SPOTS, SPOT_BYTES = 512, 16 * 2**10
 
 
 def work_fingerprint(
     checkpoint: Checkpoint, linears: Mapping[str, LinearScheme], samples: Sequence[Sample], effort: str, device: str
 ) -> dict[str, str]:
-    """By the words that name it in a refusal: a digest of everything that decides what calibration finds."""
+    """Returns a digest, or plain text, of everything that the result of calibration depends on.
+
+    The keys are the words by which an error message names the part that changed.
+    """
     parts = {f"the checkpoint's {path.name} ({path.parent})": file_digest(path) for path in checkpoint.source.files()}
     parts["the checkpoint's config.json"] = digest(checkpoint.config_json)
     parts["the scheme or recipe"] = digest({name: asdict(scheme) for name, scheme in linears.items()})
@@ -37,33 +44,34 @@ def work_fingerprint(
 
 
 def digest(content: Any) -> str:
-    """sha256 of plain data."""
+    """Returns the sha256, in hexadecimal, of data that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Of tokens, pixels and placements, whatever files they came from."""
-    found = hashlib.sha256()
+    """Returns the sha256 of the samples' tokens, pixels and placements, whatever files they came from."""
+    sha256 = hashlib.sha256()
     for sample in samples:
-        placed = () if sample.placement is None else (sample.placement.rows, sample.placement.weights)
-        for array in (sample.input_ids, sample.pixel_values, *placed):
-            found.update(repr((array.shape, str(array.dtype), sample.answer_start)).encode())
-            found.update(array.tobytes())
-    return found.hexdigest()
+        placement = () if sample.placement is None else (sample.placement.rows, sample.placement.weights)
+        for array in (sample.input_ids, sample.pixel_values, *placement):
+            sha256.update(repr((array.shape, str(array.dtype), sample.answer_start)).encode())
+            sha256.update(array.tobytes())
+    return sha256.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Of a weight file: its size, when it was changed, and its content at SPOTS places spread over it, the header first.
+    """Returns the sha256 of a weight file's size, modification time and content.
 
-    Reading 26 GB to say that nothing happened would cost as much as the work; a file that was written to has another time.
+    Of a file larger than WHOLE_BYTES, only SPOTS evenly spread pieces are read, the header among them: reading 26 GB to
+    find that nothing changed would cost as much as the work, and writing to a file changes its modification time.
     """
-    facts = path.stat()
-    found = hashlib.sha256(repr((facts.st_size, facts.st_mtime_ns)).encode())
+    status = path.stat()
+    sha256 = hashlib.sha256(repr((status.st_size, status.st_mtime_ns)).encode())
     with path.open("rb") as file:
-        if facts.st_size <= WHOLE_BYTES:
-            found.update(file.read())
+        if status.st_size <= WHOLE_BYTES:
+            sha256.update(file.read())
         else:
             for spot in range(SPOTS):
-                file.seek(spot * (facts.st_size - SPOT_BYTES) // (SPOTS - 1))
-                found.update(file.read(SPOT_BYTES))
-    return found.hexdigest()
+                file.seek(spot * (status.st_size - SPOT_BYTES) // (SPOTS - 1))
+                sha256.update(file.read(SPOT_BYTES))
+    return sha256.hexdigest()

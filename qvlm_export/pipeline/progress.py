@@ -1,4 +1,7 @@
-"""Progress for people: one bar a stage with the time left, on stderr; silent for machines and in log files."""
+"""Progress bars: one for each stage with the time left, on stderr.
+
+Log files get notes but no bars, and a quiet reporter prints nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Stage(Protocol):
-    """fraction(done) moves the bar of one stage, done between 0 and 1."""
+    """The running stage, as `Reporter.stage` hands it out."""
 
-    def fraction(self, done: float) -> None: ...
+    def fraction(self, done: float) -> None:
+        """Moves the stage's bar to `done`, a share between 0 and 1."""
 
 
 class Reporter:
-    """Shows stages and notes. console: where to, stderr when None.
+    """Shows the progress of stages, prints notes, and measures how long each stage takes.
 
-    seconds: that passed in each stage. processor_seconds: of all threads and of ended processes, which a busy machine
-    changes little.
+    console: where to print; stderr when None. quiet: print nothing, unless `console` is given.
+    seconds: wall time by stage. processor_seconds: CPU time by stage, of all threads and of child processes that have
+    ended; other load on the machine hardly changes it.
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
@@ -31,22 +36,23 @@ class Reporter:
         self.processor_seconds: dict[str, float] = {}
 
     def note(self, text: str) -> None:
-        """A line for the user, above the bars."""
+        """Prints a line for the user, above the bars."""
         self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        began, processor = time.monotonic(), _processor_seconds()
+        """Shows and times one stage. Stages of the same name add up; one that raises leaves its bar where it was."""
+        start, start_processor = time.monotonic(), _read_processor_seconds()
         columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=1.0)
             yield _Bar(bars, task)
             bars.update(task, completed=1.0)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-        self.processor_seconds[name] = self.processor_seconds.get(name, 0.0) + _processor_seconds() - processor
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        self.processor_seconds[name] = self.processor_seconds.get(name, 0.0) + _read_processor_seconds() - start_processor
 
 
-def _processor_seconds() -> float:
+def _read_processor_seconds() -> float:
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,6 +1,6 @@
-"""The stages of an export, each file in, file out: calibrated checkpoint, ONNX graphs, engines.
+"""The stages of an export: calibration, ONNX graphs, TensorRT engines.
 
-What a killed export finished is not made again.
+Each stage reads files and writes files. What an interrupted export completed is not made again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, la
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
 from qvlm_export.pipeline.fingerprint import digest
-from qvlm_export.pipeline.planning.export_plan import PARTS, ExportPlan, of_part
+from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import file_names
 from qvlm_export.pipeline.work_folder import WorkFolder
@@ -34,34 +34,43 @@ from qvlm_export.pipeline.work_folder import WorkFolder
 FLOAT_TYPE = "float16"
 
 
-def stage_key(plan: ExportPlan, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
-    """Of everything that a graph, or the engine built from it, depends on."""
-    backend = asdict(plan.backend) if stage == "build" else None
-    return digest([dict(fingerprint), asdict(plan.limits), FLOAT_TYPE, part, backend])
+def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
+    """Returns a digest of everything that a graph (stage "graph"), or the engine built from it ("build"), depends on.
+
+    part: one of PARTS.
+    """
+    backend = asdict(prepared.backend) if stage == "build" else None
+    return digest([dict(fingerprint), asdict(prepared.limits), FLOAT_TYPE, part, backend])
 
 
-def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> CalibratedCheckpoint | None:
-    """None when no linear is planned: then the graphs read the source itself."""
-    if not plan.linears:
+def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) -> CalibratedCheckpoint | None:
+    """Writes the calibrated checkpoint, unless it exists, and returns it.
+
+    Returns None when no linear is quantized; the graphs then take their weights from the source checkpoint.
+    Raises UserError when weights or activations are not finite.
+    """
+    if not prepared.linears:
         return None
-    options, checkpoint, folder = plan.options, plan.checkpoint, work.calibrated
-    moved = work.stage / f"{options.out.stem}.calibrated"
-    if moved.exists() and options.work_dir is None:  # killed while it was taken out of the work folder
+    options, checkpoint, folder = prepared.options, prepared.checkpoint, work.calibrated
+    moved = work.staging / f"{options.out.stem}.calibrated"
+    if moved.exists() and options.work_dir is None:  # an earlier run was killed after it had moved the checkpoint there
         moved.rename(folder)
     if (folder / INDEX_FILE).exists():
         return CalibratedCheckpoint(folder)
     if options.calib_data is None:
         reporter.note(
-            f"calibrating with {len(plan.samples)} of the package's own drawn scenes, as --calib-data was not given: "
+            f"calibrating with {len(prepared.samples)} of the package's own drawn scenes, as --calib-data was not given: "
             "activation ranges of your pictures and prompts may be clipped, which costs accuracy; give 64 or more real ones"
         )
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
-        narrow = is_narrow(plan.blocks, plan.samples, EFFORTS[options.effort].config)
-        kept = CalibrationWork(work.state, narrow=narrow, memory_bytes=plan.activations_bytes)
-        job = CalibrationJob(plan.blocks, checkpoint.source, plan.linears, plan.samples, kept, torch.device(plan.device))
-        if resumed := work.finished_blocks():
-            reporter.note(f"going on behind block {resumed} of {plan.blocks.num_blocks()}")
+        narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
+        state = CalibrationWork(work.state, narrow=narrow, memory_bytes=prepared.activations_bytes)
+        job = CalibrationJob(
+            prepared.blocks, checkpoint.source, prepared.linears, prepared.samples, state, torch.device(prepared.device)
+        )
+        if finished := work.count_finished_blocks():
+            reporter.note(f"going on behind block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)
@@ -69,85 +78,100 @@ def calibrate(plan: ExportPlan, work: WorkFolder, reporter: Reporter) -> Calibra
 
 
 def write_graphs(
-    plan: ExportPlan,
+    prepared: PreparedExport,
     calibrated: CalibratedCheckpoint | None,
     work: WorkFolder,
     fingerprint: Mapping[str, str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Writes both graphs, unless they are there; returns their inputs and outputs by part."""
-    dtype, config, names = FLOAT_TYPES[FLOAT_TYPE], plan.checkpoint.config, file_names(plan.options.out)
+    """Writes both ONNX graphs, unless they exist; returns a description of their inputs and outputs by part.
+
+    calibrated: None for graphs in float, which take their weights from the source checkpoint.
+    Raises UserError when a weight cannot be read or is not finite.
+    """
+    dtype, config, names = FLOAT_TYPES[FLOAT_TYPE], prepared.checkpoint.config, file_names(prepared.options.out)
     interfaces = {}
     with reporter.stage("graph") as stage:
         for number, part in enumerate(PARTS):
-            model = vision_graph(config, dtype) if part == "vision" else language_graph(config, plan.limits, dtype)
+            model = vision_graph(config, dtype) if part == "vision" else language_graph(config, prepared.limits, dtype)
             interfaces[part] = interface(model)
-            key = stage_key(plan, fingerprint, part, "graph")
-            if work.stages().get(f"{part}_onnx", {}).get("key") == key:
+            key = stage_key(prepared, fingerprint, part, "graph")
+            if work.completed_stages().get(f"{part}_onnx", {}).get("key") == key:
                 continue
-            _fill(model, plan, calibrated, part, dtype)
-            path = work.stage / names[f"{part}_onnx"]
+            _insert_weights(model, prepared, calibrated, part, dtype)
+            path = work.staging / names[f"{part}_onnx"]
             try:
                 write_graph(model, path, lambda done, n=number: stage.fraction((n + done) / len(PARTS)))  # type: ignore[misc]
-            except ir.serde.SerdeError as error:  # onnx_ir wraps what reading a tensor raised
-                raise _root_cause(error) from error
-            work.note_stage(f"{part}_onnx", key, [path, work.stage / names[f"{part}_data"]])
+            except ir.serde.SerdeError as error:  # onnx_ir wraps the error that reading a tensor raised
+                raise _get_root_cause(error) from error
+            work.record_stage(f"{part}_onnx", key, [path, work.staging / names[f"{part}_data"]])
     return interfaces
 
 
-def _fill(model: ir.Model, plan: ExportPlan, calibrated: CalibratedCheckpoint | None, part: str, dtype: ir.DataType) -> None:
+def _insert_weights(
+    model: ir.Model, prepared: PreparedExport, calibrated: CalibratedCheckpoint | None, part: str, dtype: ir.DataType
+) -> None:
+    """Gives the graph its weights in place: with Q/DQ nodes from the calibrated checkpoint, or in float from the source."""
     if calibrated is None:
-        fill_weights(model, plan.checkpoint.source)
+        fill_weights(model, prepared.checkpoint.source)
     else:
-        planned = of_part(plan.linears, part)
-        rewritten = insert_qdq(model, planned, calibrated, dtype)
-        if set(rewritten) != set(planned):
-            raise RuntimeError(f"{part}: rewrote {len(rewritten)} linears of {len(planned)} planned")
+        schemes = select_part(prepared.linears, part)
+        rewritten = insert_qdq(model, schemes, calibrated, dtype)
+        if set(rewritten) != set(schemes):
+            raise RuntimeError(f"{part}: rewrote {len(rewritten)} linears of {len(schemes)} planned")
         fill_weights(model, calibrated.floats)
     transpose_float_weights(model)
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def _get_root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def build(
-    plan: ExportPlan, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
+    prepared: PreparedExport, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
 ) -> tuple[list[BuildReport], list[LinearCheck]]:
-    """Builds the engines that are not there yet and reads them all back; none where the backend writes graphs alone."""
-    if plan.backend.module is None:
+    """Builds the engines that do not exist yet, and checks the precision of every quantized linear in all of them.
+
+    Returns the build reports, in the order of PARTS, and the checks; both are empty for a backend that builds no engines.
+    Raises UnfinishedError when a build fails: calibrated checkpoint and graphs serve another backend or machine. Raises
+    UserError when a quantized linear does not run on integers.
+    """
+    if prepared.backend.module is None:
         return [], []
-    names, config = file_names(plan.options.out), plan.checkpoint.config
-    profiles = {"vision": vision_profile(config, plan.limits), "language": language_profile(config, plan.limits)}
-    paths = {part: work.stage / names[f"{part}_plan"] for part in PARTS}
-    keys = {str(path): stage_key(plan, fingerprint, part, "build") for part, path in paths.items()}
-    noted = {path: work.stages().get(Path(path).name, {}) for path in keys}
-    found = {path: BuildReport(**n["report"]) for path, n in noted.items() if n.get("key") == keys[path]}
+    names, config = file_names(prepared.options.out), prepared.checkpoint.config
+    profiles = {"vision": vision_profile(config, prepared.limits), "language": language_profile(config, prepared.limits)}
+    paths = {part: work.staging / names[f"{part}_plan"] for part in PARTS}
+    keys = {str(path): stage_key(prepared, fingerprint, part, "build") for part, path in paths.items()}
+    records = {path: work.completed_stages().get(Path(path).name, {}) for path in keys}
+    reports = {path: BuildReport(**r["report"]) for path, r in records.items() if r.get("key") == keys[path]}
     jobs = [
-        BuildJob(str(work.stage / names[f"{part}_onnx"]), str(path), profiles[part])
+        BuildJob(str(work.staging / names[f"{part}_onnx"]), str(path), profiles[part])
         for part, path in paths.items()
-        if str(path) not in found
+        if str(path) not in reports
     ]
 
-    def finished(report: BuildReport) -> None:
-        found[report.plan] = report
-        work.note_stage(Path(report.plan).name, keys[report.plan], [Path(report.plan)], report=asdict(report))
+    def record_build(report: BuildReport) -> None:
+        reports[report.plan] = report
+        work.record_stage(Path(report.plan).name, keys[report.plan], [Path(report.plan)], report=asdict(report))
 
     order = [job.plan for job in jobs]
     with reporter.stage("build") as stage:
         try:
             build_engines(
-                plan.backend, jobs, lambda path, done: stage.fraction((order.index(path) + done) / len(order)), finished
+                prepared.backend,
+                jobs,
+                lambda path, done: stage.fraction((order.index(path) + done) / len(order)),
+                record_build,
             )
-        except UserError as error:  # the calibrated checkpoint and the graphs are good for another backend or machine
+        except UserError as error:  # keeps the work: the graphs can still be built by another backend or machine
             raise UnfinishedError(str(error)) from error
     checks: list[LinearCheck] = []
     with reporter.stage("check"):
         for part, path in paths.items():
-            linears = of_part(plan.linears, part)
-            found_in_plan = check_engine_precision(path, linears) if linears else []
-            require_integer_products(path, found_in_plan)
-            checks += found_in_plan
-    return [found[str(path)] for path in paths.values()], checks
+            schemes = select_part(prepared.linears, part)
+            part_checks = check_engine_precision(path, schemes) if schemes else []
+            require_integer_products(path, part_checks)
+            checks += part_checks
+    return [reports[str(path)] for path in paths.values()], checks

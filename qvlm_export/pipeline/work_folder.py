@@ -1,7 +1,8 @@
-"""The work folder of an export: one export at a time, and what a killed one goes on from.
+"""Checkpoint/restart of an export: the locked work folder that an interrupted export is resumed from.
 
-`.X.work` beside the output, or `--work-dir` and `.X.work` for what must lie beside the output. Inside, `.export` holds the
-lock, what the work was begun with (`begun.json`), the finished blocks, and which graphs and plans are whole (`stages.json`).
+The work folder is `.X.work` beside the output X.plan. With `--work-dir`, calibration works there, and `.X.work` holds only
+what must lie on the same disk as the output. In each of them, the folder `.export` holds the lock and the state: the
+fingerprint of the inputs (`begun.json`), the calibrated blocks, and which graphs and plans are complete (`stages.json`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import write_json
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.engines.manifest import Manifest, read_manifest
-from qvlm_export.pipeline.planning.preflight import calibrated_folder, scratch_folder
+from qvlm_export.pipeline.preparation.preflight import calibrated_folder, scratch_folder
 from qvlm_export.pipeline.publish import is_disk_full
 
 FINISHED = "finished"
@@ -33,120 +34,135 @@ STATE, BEGUN, STAGES = ".export", "begun.json", "stages.json"
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """scratch: beside the output, `.X.work`. kept: where the calibrated checkpoint is made, `--work-dir` or the same."""
+    """The folders that one export works in.
+
+    scratch: `.X.work` beside the output. work_dir: where calibration works and its checkpoint is written; the folder of
+    `--work-dir`, or `scratch` without that option.
+    """
 
     scratch: Path
-    kept: Path
+    work_dir: Path
 
     @property
-    def stage(self) -> Path:
-        """Finished files, until they are moved into place."""
+    def staging(self) -> Path:
+        """The folder of the finished files, until they are moved into place."""
         return self.scratch / "out"
 
     @property
     def state(self) -> Path:
-        return self.kept / STATE
+        """The folder with the fingerprint and the state of calibration."""
+        return self.work_dir / STATE
 
     @property
     def calibrated(self) -> Path:
-        return calibrated_folder(self.kept)
+        """The folder of the calibrated checkpoint."""
+        return calibrated_folder(self.work_dir)
 
-    def finished_blocks(self) -> int:
+    def count_finished_blocks(self) -> int:
+        """Returns how many blocks are calibrated."""
         return count_finished_blocks(self.state)
 
-    def unfinished(self) -> bool:
-        """Whether an earlier export left something that would have to be computed again."""
+    def has_unfinished_work(self) -> bool:
+        """Returns whether an interrupted export left results that a new one would have to compute again."""
         begun = (self.state / BEGUN).exists()
-        return bool(self.stages()) or (begun and (holds_work(self.state) or (self.calibrated / INDEX_FILE).exists()))
+        return bool(self.completed_stages()) or (
+            begun and (holds_work(self.state) or (self.calibrated / INDEX_FILE).exists())
+        )
 
-    def stages(self) -> dict[str, Any]:
-        """What is whole: by name {key: of everything it depends on, files: sizes by name, and what it said}."""
-        content = _read(self.scratch / STATE / STAGES)
+    def completed_stages(self) -> dict[str, Any]:
+        """Returns the records of the stages whose files are complete, by the name of the stage.
+
+        A record is {"key": digest of all that the stage depends on, "files": sizes in bytes by file name, and the details
+        given to `record_stage`}.
+        """
+        content = _read_json(self.scratch / STATE / STAGES)
         return {
             name: stage
             for name, stage in content.items()
-            if all(_size(self.stage / file) == size for file, size in stage["files"].items())
+            if all(_get_size(self.staging / file) == size for file, size in stage["files"].items())
         }
 
-    def note_stage(self, name: str, key: str, files: list[Path], **said: Any) -> None:
-        """Notes that `files` of the stage folder are whole, after they are on disk."""
+    def record_stage(self, name: str, key: str, files: list[Path], **details: Any) -> None:
+        """Records that a stage is complete, once its `files` in the staging folder are synced to disk."""
         for path in files:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sizes = {path.name: path.stat().st_size for path in files}
-        stages = {**_read(self.scratch / STATE / STAGES), name: {"key": key, "files": sizes, **said}}
+        stages = {**_read_json(self.scratch / STATE / STAGES), name: {"key": key, "files": sizes, **details}}
         write_json(self.scratch / STATE / STAGES, stages)
 
     def begin(self, fingerprint: Mapping[str, str], resume: bool) -> None:
-        """Takes up unfinished work, or clears it away when there is none worth it.
+        """Prepares the folders for a run: keeps unfinished work when `resume` is set, and clears away useless remains.
 
-        Raises UserError when the work was begun with something else, or when it is there and `resume` was not said.
+        Raises UserError when there is unfinished work but `resume` is not set, or when the work was begun with other inputs
+        than `fingerprint` describes.
         """
-        if not self.unfinished():
+        if not self.has_unfinished_work():
             self._clear()
         elif not resume:
             raise UserError(
-                f"{self.kept}: holds the unfinished work of an earlier export ({self.finished_blocks()} blocks are "
-                "calibrated); add --resume to go on with it, or delete the folder to begin anew"
+                f"{self.work_dir}: holds the unfinished work of an earlier export ({self.count_finished_blocks()} blocks "
+                "are calibrated); add --resume to go on with it, or delete the folder to begin anew"
             )
         else:
-            self._compare(fingerprint)
-        self.stage.mkdir(parents=True, exist_ok=True)
-        for path in (*self.stage.glob(".*"), *self.stage.glob("*.tmp")):  # what was being written
+            self._check_fingerprint(fingerprint)
+        self.staging.mkdir(parents=True, exist_ok=True)
+        for path in (*self.staging.glob(".*"), *self.staging.glob("*.tmp")):  # files that a killed run was writing
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(self.state / BEGUN, dict(fingerprint))
 
-    def _compare(self, fingerprint: Mapping[str, str]) -> None:
-        begun = _read(self.state / BEGUN)
+    def _check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Raises UserError naming the first input that is not what the work was begun with."""
+        begun = _read_json(self.state / BEGUN)
         changed = [name for name in dict.fromkeys((*begun, *fingerprint)) if begun.get(name) != fingerprint.get(name)]
         if changed:
             raise UserError(
-                f"--resume: {changed[0]} changed since the work in {self.kept} was begun; "
+                f"--resume: {changed[0]} changed since the work in {self.work_dir} was begun; "
                 "run the command as it was, or delete the folder to begin anew"
             )
 
     def _clear(self) -> None:
-        """Whatever an earlier export left, but the locks."""
-        for folder in (self.stage, self.calibrated, self.state / "blocks"):
+        """Removes everything that an earlier export left, except the locks."""
+        for folder in (self.staging, self.calibrated, self.state / "blocks"):
             shutil.rmtree(folder, ignore_errors=True)
         for path in (self.state / BEGUN, self.scratch / STATE / STAGES):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Before the results are moved into place: from now on there is nothing to be computed again."""
+        """Ends the work before the results are moved into place: from now on, nothing would have to be computed again."""
         (self.state / BEGUN).unlink(missing_ok=True)
         shutil.rmtree(self.state / "blocks", ignore_errors=True)
 
     def remove(self) -> None:
-        """Everything of the export but the calibrated checkpoint in --work-dir."""
-        if self.kept != self.scratch:
+        """Removes everything of the export except the calibrated checkpoint in `--work-dir`."""
+        if self.work_dir != self.scratch:
             shutil.rmtree(self.state, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @contextmanager
 def work_folder(out: Path, work_dir: Path | None) -> Iterator[WorkFolder]:
-    """Makes and locks the work folder of `--out out`. Folders that had to be made and stayed empty are gone afterwards.
+    """Makes and locks the work folder of `--out out`; afterwards removes the folders that it made, if they are empty.
 
-    Raises UserError when another export works there.
+    Raises UserError when another export holds the lock.
     """
     scratch = scratch_folder(out)
     work = WorkFolder(scratch, work_dir or scratch)
-    made = [folder for base in (scratch, work.kept) for folder in (base, *base.parents) if not folder.exists()]
+    missing = [folder for base in (scratch, work.work_dir) for folder in (base, *base.parents) if not folder.exists()]
     try:
         with ExitStack() as locks:
-            for folder in dict.fromkeys((scratch, work.kept)):
-                locks.enter_context(_locked(folder))
+            for folder in dict.fromkeys((scratch, work.work_dir)):
+                locks.enter_context(_lock_folder(folder))
             yield work
     finally:
-        for folder in made:
-            with suppress(OSError):  # not empty: the export, or what it goes on from, is there
+        for folder in missing:
+            with suppress(OSError):  # a folder that is not empty holds the export, or unfinished work, and stays
                 folder.rmdir()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for one process; a kill lets go of it."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Locks the folder for this process; the system releases the lock when the process dies."""
     path = folder / STATE / "lock"
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +175,7 @@ def _locked(folder: Path) -> Iterator[None]:
                     f"{folder}: another export is at work here (process {file.read() or 'unknown'}); "
                     "wait for it, or choose another --out and --work-dir"
                 ) from error
-            if not _same_file(file.fileno(), path):  # its owner has just finished and removed the folder
+            if not _is_same_file(file.fileno(), path):  # the export that held the lock has just removed the folder
                 continue
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -168,7 +184,7 @@ def _locked(folder: Path) -> Iterator[None]:
             return
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -176,47 +192,54 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def read_finished_export(work: WorkFolder, key: str) -> Manifest | None:
-    """The manifest of an export that was killed when all was done but moving it into place."""
-    noted = work.stages().get(FINISHED, {})
-    if noted.get("key") != key:
+    """Returns the manifest of an export that was interrupted when only moving the files into place was left to do.
+
+    Returns None when there is no such export, or when it was begun with other inputs than `key` stands for.
+    """
+    record = work.completed_stages().get(FINISHED, {})
+    if record.get("key") != key:
         return None
-    (name,) = noted["files"]
-    return read_manifest(work.stage / name)
+    (name,) = record["files"]
+    return read_manifest(work.staging / name)
 
 
 def explain_failure(error: BaseException, disk_bytes: int, work: WorkFolder) -> BaseException:
-    """The error as the user gets it, saying how to go on where work is left; clears away what is of no use.
+    """Returns the error to raise instead of `error`: with its cause, and how to resume when there is work to resume.
 
-    An error in the input makes the work useless, as it was begun with that input.
+    Removes the work folder when it is of no use: when it is empty, or when the input is bad, as the work was begun with
+    that input. disk_bytes: how much disk space the whole export needs.
     """
-    told: BaseException = error
+    reported: BaseException = error
     if isinstance(error, OSError | SafetensorError | UserError) and is_disk_full(error, work.scratch):
-        told = UnfinishedError(
+        reported = UnfinishedError(
             f"{work.scratch.parent}: the disk is full; {disk_bytes / 2**20:.0f} MiB are needed; free some"
         )
     elif is_out_of_memory(error):
-        told = UnfinishedError(f"memory ran out; {LESS_MEMORY}")
-    if (isinstance(told, UserError) and not isinstance(told, UnfinishedError)) or not work.unfinished():
+        reported = UnfinishedError(f"memory ran out; {LESS_MEMORY}")
+    if (isinstance(reported, UserError) and not isinstance(reported, UnfinishedError)) or not work.has_unfinished_work():
         work.remove()
-        return told
-    hint = f"what was finished is kept in {work.kept}; the same command with --resume goes on from there"
-    if isinstance(told, KeyboardInterrupt):
+        return reported
+    hint = f"what was finished is kept in {work.work_dir}; the same command with --resume goes on from there"
+    if isinstance(reported, KeyboardInterrupt):
         return KeyboardInterrupt(f"interrupted; {hint}")
-    return UnfinishedError(f"{told}; {hint}") if isinstance(told, UserError) else told
+    return UnfinishedError(f"{reported}; {hint}") if isinstance(reported, UserError) else reported
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises RuntimeErrors of its own making on CPU, and a class of its own on a GPU."""
-    words = ("can't allocate memory", "not enough memory", "CUDA out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    """Returns whether `error` says that memory ran out, of the host or of the GPU.
+
+    torch raises a plain RuntimeError on a CPU and a subclass of it on a GPU, so their messages are searched.
+    """
+    phrases = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(p in str(error) for p in phrases))
 
 
-def _size(path: Path) -> int | None:
+def _get_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none, as after a kill before it was written."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a file; {} when the file does not exist, as after a kill before it was written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

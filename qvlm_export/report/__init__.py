@@ -1,1 +1,1 @@
-"""What is in an export, and its HTML report."""
+"""Lists the contents of an export, and writes its HTML report."""

@@ -1,4 +1,7 @@
-"""What is in an export: sizes by component, schemes, kernels, inputs and outputs, files. Read from its manifest alone."""
+"""Inspects an export: sizes by component, schemes, kernels, inputs and outputs, files.
+
+Everything is read from the manifest; the files themselves are read only to verify their hashes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from qvlm_export.engines.graph.float_graphs import TIED_HEAD, TIED_TABLE, expect
 from qvlm_export.engines.graph.weight_sizes import estimate_sizes
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_files
 
-# Component -> how the names of its tensors begin.
+# Component -> prefixes of the names of its tensors.
 COMPONENTS = {
     "vision_tower": ("vision_tower.",),
     "projector": ("multi_modal_projector.", "image_newline"),
@@ -23,15 +26,17 @@ COMPONENTS = {
     "lm_head": ("language_model.lm_head.",),
     "embeddings": ("language_model.model.embed_tokens.",),
 }
-_TABLES = (TIED_TABLE, ".position_embedding.weight")  # matrices that are looked up in, not multiplied with
+_TABLES = (TIED_TABLE, ".position_embedding.weight")  # matrices whose rows are looked up, so no linears
 _SCHEME = re.compile(r"W(\d+)A(\d+)(?: g(\d+))?")
 
 
 @dataclass(frozen=True)
 class Component:
-    """Sizes of one part's weights. stored_bytes: in the .data files, with the weights' scales.
+    """Sizes of one component's weights.
 
-    A head that is tied to the embeddings has no parameters of its own, but the graph stores it a second time, transposed.
+    parameters: how many numbers there are. float16_bytes: their size in float16. stored_bytes: their size in the .data
+    files, scales included. A head that is tied to the embeddings has no parameters of its own, but the graph stores it a
+    second time, transposed.
     """
 
     name: str
@@ -41,12 +46,17 @@ class Component:
 
     @property
     def bits_per_weight(self) -> float | None:
+        """Stored bits for each parameter, scales included; None without parameters."""
         return 8 * self.stored_bytes / self.parameters if self.parameters else None
 
 
 @dataclass(frozen=True)
 class Linear:
-    """shape: [out, in]. scheme: "W4A16 g128", "W8A8" or the float type. executed: as the engine was found to run it."""
+    """A linear of the model.
+
+    shape: [out_features, in_features]. scheme: such as "W4A16 g128" or "W8A8", or the float type. executed: the operand
+    types of its kernel, as the precision check found them in the engine; None where it was not checked.
+    """
 
     name: str
     component: str
@@ -58,9 +68,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class File:
-    """A file, or a folder with the bytes of all its files. bytes, sha256: None when the manifest records none.
+    """A file or folder of the export.
 
-    state: "present", "verified", "missing", or "changed" when a size is not the manifest's.
+    role: its key in the manifest. bytes: its size; for a folder, the sum over its files. bytes and sha256 are None when the
+    manifest does not record them. state: "present", "verified", "missing", or "changed" when a size is not the manifest's.
     """
 
     role: str
@@ -72,7 +83,7 @@ class File:
 
 @dataclass(frozen=True)
 class Inspection:
-    """verified: how many files were read and found as written; None when that was not asked for."""
+    """The contents of an export. verified: how many files have the recorded hash; None when they were not read."""
 
     manifest: Manifest
     components: tuple[Component, ...]
@@ -82,11 +93,12 @@ class Inspection:
 
     @property
     def total(self) -> Component:
+        """The sizes of all components together."""
         fields = ("parameters", "float16_bytes", "stored_bytes")
         return Component("total", *(sum(getattr(c, field) for c in self.components) for field in fields))
 
     def summary(self) -> dict[str, Any]:
-        """Everything as JSON has it."""
+        """Returns everything as it is written as JSON."""
         manifest = self.manifest
         checks = manifest.plan_check
         return {
@@ -95,8 +107,8 @@ class Inspection:
             "scheme": manifest.scheme,
             "float_type": manifest.float_type,
             "tied_head": manifest.config.text.tie_word_embeddings,
-            "components": [_sizes(component) for component in self.components],
-            "total": _sizes(self.total),
+            "components": [_component_json(component) for component in self.components],
+            "total": _component_json(self.total),
             "linears": [asdict(linear) for linear in self.linears],
             "plan_check": {"checked": len(checks), "passed": sum(bool(check["passed"]) for check in checks)},
             "interface": dict(manifest.interface),
@@ -110,9 +122,10 @@ class Inspection:
 
 
 def inspect(plan: Path, verify: bool = False, progress: Callable[[float], None] = lambda _: None) -> Inspection:
-    """Reads the manifest of X.plan (or X.json); with `verify` every file too, calling progress(fraction).
+    """Reads the manifest of the export X.plan (or X.json).
 
-    Raises UserError for a missing or damaged manifest and, with `verify`, for a file that is not as it was written.
+    verify: also reads every file and compares its hash, calling progress(fraction) meanwhile. Raises UserError for a missing
+    or damaged manifest and, with `verify`, for a file that is not as it was written.
     """
     if plan.suffix not in (".plan", ".json"):
         raise UserError(f"{plan}: give the .plan that qvlm-export wrote, or the .json beside it")
@@ -121,31 +134,31 @@ def inspect(plan: Path, verify: bool = False, progress: Callable[[float], None] 
     components = component_sizes(manifest, shapes)
     linears = all_linears(manifest, shapes)
     verified = verify_files(manifest, progress) if verify else None
-    files = tuple(_file(manifest, role, verified or ()) for role in manifest.files)
+    files = tuple(_inspect_file(manifest, role, verified or ()) for role in manifest.files)
     return Inspection(manifest, components, linears, files, None if verified is None else len(verified))
 
 
 def component_sizes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Component, ...]:
-    """Sizes of every component; `shapes` are the model's tensors, a tied head not among them."""
+    """Returns the sizes of every component. shapes: of the model's tensors by name, without a tied head."""
     schemes = read_schemes(manifest, shapes)
     components = []
     for component in COMPONENTS:
-        inside = {name: shape for name, shape in shapes.items() if component_of(name) == component}
-        sizes = estimate_sizes(inside, schemes)
+        tensors = {name: shape for name, shape in shapes.items() if component_of(name) == component}
+        sizes = estimate_sizes(tensors, schemes)
         copied = component_of(TIED_HEAD) == component and TIED_HEAD not in shapes
         stored = sizes.planned_bytes + (2 * math.prod(shapes[TIED_TABLE]) if copied else 0)
-        components.append(Component(component, sum(map(math.prod, inside.values())), sizes.float16_bytes, stored))
+        components.append(Component(component, sum(map(math.prod, tensors.values())), sizes.float16_bytes, stored))
     return tuple(components)
 
 
 def read_schemes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LinearScheme]:
-    """The scheme of every quantized linear. Raises UserError naming one that the model has not, or a scheme unknown here."""
+    """Returns the scheme of every quantized linear. Raises UserError for an unknown scheme or a linear not in the model."""
     schemes = {}
     for name, text in manifest.linears.items():
-        found = _SCHEME.fullmatch(text)
-        if f"{name}.weight" not in shapes or found is None:
+        match = _SCHEME.fullmatch(text)
+        if f"{name}.weight" not in shapes or match is None:
             raise UserError(f"{manifest.path}: the manifest is damaged (linear {name} as {text}); export again")
-        weight_bits, activation_bits, group_size = (None if bits is None else int(bits) for bits in found.groups())
+        weight_bits, activation_bits, group_size = (None if bits is None else int(bits) for bits in match.groups())
         try:
             schemes[name] = LinearScheme(weight_bits or 0, None if activation_bits == 16 else activation_bits, group_size)
         except SchemeError as error:
@@ -154,7 +167,7 @@ def read_schemes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> d
 
 
 def all_linears(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Linear, ...]:
-    """Every linear of the model, the quantized ones with what the plan check found."""
+    """Returns every linear of the model, the quantized ones with the operand types that the engine check found."""
     executed = {check["linear"]: str(check["executed"]) for check in manifest.plan_check}
     with_head = {**shapes, TIED_HEAD: shapes[TIED_TABLE]}
     matrices = {n: s for n, s in with_head.items() if len(s) == 2 and n.endswith(".weight") and not n.endswith(_TABLES)}
@@ -172,11 +185,11 @@ def all_linears(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> tu
 
 
 def component_of(tensor: str) -> str:
-    """The component that a tensor of the checkpoint belongs to."""
-    return next(component for component, beginnings in COMPONENTS.items() if tensor.startswith(beginnings))
+    """Returns the component that a tensor of the checkpoint belongs to, by its canonical name."""
+    return next(component for component, prefixes in COMPONENTS.items() if tensor.startswith(prefixes))
 
 
-def _file(manifest: Manifest, role: str, verified: Collection[Path]) -> File:
+def _inspect_file(manifest: Manifest, role: str, verified: Collection[Path]) -> File:
     entry, recorded = manifest.files[role], manifest.recorded(role)
     size = sum(facts["bytes"] for facts in recorded.values()) if recorded else None
     path = manifest.path.parent / entry["name"]
@@ -189,6 +202,6 @@ def _file(manifest: Manifest, role: str, verified: Collection[Path]) -> File:
     return File(role, entry["name"], size, entry.get("sha256"), state)
 
 
-def _sizes(component: Component) -> dict[str, Any]:
+def _component_json(component: Component) -> dict[str, Any]:
     bits = component.bits_per_weight
     return {**asdict(component), "bits_per_weight": None if bits is None else round(bits, 3)}

@@ -1,6 +1,7 @@
-"""The plots of the report, as SVG that is the same for the same numbers. matplotlib, without any state of its own.
+"""Draws the plots of the report with matplotlib, as SVG that is the same to the byte for the same numbers.
 
-Labels are numbers and words of this file, never names from a checkpoint.
+matplotlib's global settings are neither used nor changed. Labels are numbers and words of this file, never names from a
+checkpoint, so that the SVG needs no escaping.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from matplotlib.ticker import FixedLocator
 from qvlm_export.report.contents import COMPONENTS
 from qvlm_export.report.rows import MODALITIES, BlockRow, LayerRow, LinearRow, Place
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-# Linears that do the same have one colour in all families.
-KINDS = {
+# Linears of the same function have one colour in all families.
+LINEAR_KINDS = {
     "query, key": ("q_proj", "k_proj"),
     "value": ("v_proj",),
     "attention output": ("o_proj", "out_proj"),
@@ -31,7 +32,7 @@ KINDS = {
     "MLP out": ("down_proj", "fc2", "linear_2"),
 }
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, and it can be searched
+    "svg.fonttype": "none",  # text is kept as text, which is smaller and can be searched
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -43,60 +44,60 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def errors(blocks: Sequence[BlockRow]) -> str:
-    """Error of each block's output by modality, rounded to nearest and as searched, logarithmic."""
+def plot_errors(blocks: Sequence[BlockRow]) -> str:
+    """Returns the SVG of the blocks' output errors by modality, round-to-nearest and as searched, on a logarithmic axis."""
     with _figure("errors") as (axes, svg):
         axes.set_yscale("log")
         for color, modality in zip(COLORS, MODALITIES, strict=False):
-            for dashes, found in (("-", [row.errors for row in blocks]), ("--", [row.nearest for row in blocks])):
-                points = [(k, errors[modality]) for k, errors in enumerate(found) if errors.get(modality, 0) > 0]
-                label = modality if dashes == "-" else "_"  # one entry in the legend
+            for dashes, errors in (("-", [row.errors for row in blocks]), ("--", [row.rtn_errors for row in blocks])):
+                points = [(k, error[modality]) for k, error in enumerate(errors) if error.get(modality, 0) > 0]
+                label = modality if dashes == "-" else "_"  # one entry in the legend for each modality
                 for _, part in itertools.groupby(points, key=lambda point: blocks[point[0]].place.component):
                     x, y = zip(*part, strict=True)
                     axes.plot(x, y, dashes, marker="o", markersize=4 if dashes == "-" else 2, color=color, label=label)
                     label = "_"
         axes.set_ylabel("relative squared error")
-        _places(axes, [row.place for row in blocks])
+        _label_places(axes, [row.place for row in blocks])
         axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return svg[0]
 
 
-def entropies(layers: Sequence[LayerRow], thresholds: Mapping[str, float]) -> str:
-    """Entropy of each layer's input by bits, with the boundaries between jointly searched layers."""
+def plot_entropies(layers: Sequence[LayerRow], thresholds: Mapping[str, float]) -> str:
+    """Returns the SVG of the input entropies by bits, with the boundaries between blocks that Q-VLM would search jointly."""
     with _figure("entropies") as (axes, svg):
         for color, bits in zip(COLORS, sorted({row.bits for row in layers}), strict=False):
-            mine = [(k, row.entropy) for k, row in enumerate(layers) if row.bits == bits]
-            x, y = zip(*mine, strict=True)
+            points = [(k, row.entropy) for k, row in enumerate(layers) if row.bits == bits]
+            x, y = zip(*points, strict=True)
             axes.bar(x, y, width=0.7, color=color, label=f"{bits} bits")
             if str(bits) in thresholds:
                 axes.axhline(thresholds[str(bits)], color=color, linewidth=1, linestyle="--")
         for k, row in enumerate(layers):
-            if row.starts and k:
+            if row.starts_block and k:
                 axes.axvline(k - 0.5, color="#555555", linewidth=0.5)
         axes.set_ylabel("entropy, nats")
-        _places(axes, [row.place for row in layers])
+        _label_places(axes, [row.place for row in layers])
         axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return svg[0]
 
 
-def sqnr(linears: Sequence[LinearRow]) -> str:
-    """SQNR of every quantized weight over the blocks, by what the linear does."""
+def plot_sqnr(linears: Sequence[LinearRow]) -> str:
+    """Returns the SVG of the SQNR of every quantized linear over the blocks, by the function of the linear."""
     rows = [row for row in linears if row.record.get("sqnr_db") is not None]
     places = list(dict.fromkeys(row.place for row in rows))
     with _figure("sqnr") as (axes, svg):
-        for color, (kind, names) in zip(COLORS, KINDS.items(), strict=False):
-            mine = [row for row in rows if row.linear.name.rpartition(".")[2] in names]
-            if mine:
-                x, y = [places.index(row.place) for row in mine], [row.record["sqnr_db"] for row in mine]
+        for color, (kind, names) in zip(COLORS, LINEAR_KINDS.items(), strict=False):
+            of_kind = [row for row in rows if row.linear.name.rpartition(".")[2] in names]
+            if of_kind:
+                x, y = [places.index(row.place) for row in of_kind], [row.record["sqnr_db"] for row in of_kind]
                 axes.plot(x, y, "o", markersize=5, color=color, alpha=0.8, label=kind)
         axes.set_ylabel("SQNR, dB")
-        _places(axes, places)
+        _label_places(axes, places)
         axes.legend(ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
     return svg[0]
 
 
-def _places(axes: Axes, places: Sequence[Place]) -> None:
-    """Names the components below the axis and numbers their blocks on it."""
+def _label_places(axes: Axes, places: Sequence[Place]) -> None:
+    """Writes the components' names below the axis and the numbers of their blocks on it."""
     axes.set_xlim(-0.7, len(places) - 0.3)
     ticks: dict[int, str] = {}
     start = 0
@@ -120,9 +121,9 @@ def _places(axes: Axes, places: Sequence[Place]) -> None:
 
 @contextmanager
 def _figure(name: str) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on; the list holds the SVG element when the context ends.
+    """Yields axes to draw on, and a list that gets the SVG element when the context ends.
 
-    Ids begin with `name`, so that plots can stand in one page.
+    The ids in the SVG begin with `name`, so that several plots can be in one page.
     """
     svg: list[str] = []
     with mpl.rc_context():

@@ -1,7 +1,7 @@
-"""X.report.html, what an export did at a glance: sizes, errors, entropies, what was chosen for every block and linear.
+"""Writes X.report.html, an overview of an export: sizes, errors and entropies of blocks, scheme and SQNR of every linear.
 
-Made from the manifest alone, in one file without scripts or anything from elsewhere. The same manifest gives the same bytes.
-What the calibrator kept no record of has no section.
+The page is made from the manifest alone. It is one file without scripts and without anything loaded from elsewhere, and the
+same manifest gives the same bytes. Sections whose numbers the calibrator did not record are left out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from qvlm_export.report.rows import MODALITIES, BlockRow, LayerRow, LinearRow, P
 
 
 def write_report(manifest: Manifest, path: Path) -> None:
-    """Writes the report, through a temporary file."""
+    """Writes the report of a manifest to `path`, through a temporary file. Raises UserError as `report_html` does."""
     html = report_html(manifest)
     write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
 
 
 def report_html(manifest: Manifest) -> str:
-    """The whole page. Raises UserError when the manifest names linears or schemes that cannot be."""
+    """Returns the whole page as HTML. Raises UserError when the manifest has linears or schemes that cannot exist."""
     shapes = expected_shapes(manifest.config)
     calibration = manifest.calibration
     blocks, layers = block_rows(calibration), layer_rows(calibration)
@@ -39,13 +39,13 @@ def report_html(manifest: Manifest) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"error": _error, "size": _size, "whole": "{:,}".format, "count": _count}
+    environment.filters |= {"error": _format_error, "size": _format_size, "whole": "{:,}".format, "count": _format_count}
     sizes = component_sizes(manifest, shapes)
     return environment.get_template("report.html.jinja").render(
         manifest=manifest,
         facts=header_facts(manifest),
-        sizes=[*sizes, Component("total", *(sum(getattr(s, f) for s in sizes) for f in _SUMS))],
-        plots=_plots(blocks, layers, linears, calibration),
+        sizes=[*sizes, Component("total", *(sum(getattr(s, f) for s in sizes) for f in _SUMMED_FIELDS))],
+        plots=_draw_plots(blocks, layers, linears, calibration),
         blocks=blocks,
         modalities=MODALITIES,
         linears=linears,
@@ -54,11 +54,11 @@ def report_html(manifest: Manifest) -> str:
     )
 
 
-_SUMS = ("parameters", "float16_bytes", "stored_bytes")
+_SUMMED_FIELDS = ("parameters", "float16_bytes", "stored_bytes")
 
 
 def header_facts(manifest: Manifest) -> dict[str, str]:
-    """What the head of the page says, by name, in order; only what there is."""
+    """Returns the facts at the head of the page, text by name, in order; those that the manifest lacks are left out."""
     calibration, backend = manifest.calibration, manifest.backend
     counts = [f"{calibration[key]:,} {key}" for key in ("samples", "prompts", "tokens") if key in calibration]
     cost = [
@@ -70,7 +70,7 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
     facts = {
         "scheme": manifest.scheme,
         "effort": str(calibration.get("effort", "")),
-        "method": _settings(calibration.get("method")),
+        "method": _format_settings(calibration.get("method")),
         "calibration": ", ".join(counts) + (f" of {calibration['data']}" if "data" in calibration else ""),
         "search cost": ", ".join(cost),
         "backend": re.sub(" +", " ", runtime).strip(),
@@ -81,14 +81,14 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
 
 
 def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
-    """The blocks whose search was recorded."""
+    """Returns a row for each block whose search was recorded. calibration: the section of this name in the manifest."""
     return [
         BlockRow(
             place=place_of(block["name"]),
             error=block["error"],
-            nearest=block["compared"]["nearest"],
+            rtn_errors=block["compared"]["nearest"],
             errors=block["compared"]["searched"],
-            held_back=block["held_back_errors"],
+            held_out_errors=block["held_back_errors"],
             cost=(block["forwards"], block["backwards"]),
         )
         for block in calibration.get("blocks", ())
@@ -96,24 +96,27 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
     ]
 
 
-def _settings(method: object) -> str:
-    """The settings of a search, nested ones too, in one line; a calibrator without settings has a name."""
+def _format_settings(method: object) -> str:
+    """Returns the settings of a search, nested ones included, in one line; for a calibrator without settings, its name."""
     if not isinstance(method, Mapping):
         return str(method or "")
-    said = [_settings(value) if isinstance(value, Mapping) else f"{name.replace('_', ' ')} {value}"
-            for name, value in method.items() if value is not None]  # fmt: skip
-    return ", ".join(said)
+    texts = [_format_settings(value) if isinstance(value, Mapping) else f"{name.replace('_', ' ')} {value}"
+             for name, value in method.items() if value is not None]  # fmt: skip
+    return ", ".join(texts)
 
 
 def layer_rows(calibration: Mapping[str, Any]) -> list[LayerRow]:
-    """All layers with an entropy, of whichever calibrator; where it says no boundaries, its blocks are the parts."""
+    """Returns a row for each set of shared-input linears with a recorded entropy, of any calibrator.
+
+    Where the record has no boundaries of jointly searched blocks, every recorded block is one.
+    """
     return [
         LayerRow(
             place=place_of(next(iter(layer["linears"]))),
             linears=tuple(layer["linears"]),
             bits=layer["bits"],
             entropy=layer["entropy"],
-            starts=layer.get("starts_block", number == 0),
+            starts_block=layer.get("starts_block", number == 0),
         )
         for block in calibration.get("blocks", ())
         for number, layer in enumerate(block.get("layers", ()))
@@ -121,7 +124,7 @@ def layer_rows(calibration: Mapping[str, Any]) -> list[LayerRow]:
 
 
 def linear_rows(calibration: Mapping[str, Any], linears: Sequence[Linear]) -> list[LinearRow]:
-    """Every linear of the model with its record, if there is one."""
+    """Returns a row for each linear of the model, with its record if there is one."""
     records: dict[str, Mapping[str, Any]] = {}
     for block in calibration.get("blocks", ()):
         records |= block.get("linears", {})
@@ -131,56 +134,52 @@ def linear_rows(calibration: Mapping[str, Any], linears: Sequence[Linear]) -> li
 
 
 def place_of(name: str) -> Place:
-    """The place of a block, or of a linear inside it, by its canonical name."""
-    component = next((c for c, starts in COMPONENTS.items() if f"{name}.".startswith(starts)), name)
+    """Returns the place of a block, or of the block that a linear is in, by its canonical name."""
+    component = next((c for c, prefixes in COMPONENTS.items() if f"{name}.".startswith(prefixes)), name)
     number = re.search(r"\.layers\.(\d+)(\.|$)", name)
     return Place(component, None if number is None else int(number[1]))
 
 
-def _plots(
+def _draw_plots(
     blocks: Sequence[BlockRow], layers: Sequence[LayerRow], linears: Sequence[LinearRow], calibration: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Title, explanation and SVG of each plot that has something to show."""
+    """Returns title, text and SVG of each plot that has data."""
     from qvlm_export.report import plots as report_plots  # matplotlib takes a second to import
 
     plots = []
-    if any(error > 0 for row in blocks for error in row.errors.values()):  # a logarithm shows no zeros
+    if any(error > 0 for row in blocks for error in row.errors.values()):  # a logarithmic axis cannot show zeros
         text = (
             "Squared error of each block's output against the float model's, relative to it, by the kind of token: rounded "
             "to nearest (dashed) and as it is now, on the same inputs. They come from the quantized blocks before, so "
             "errors grow along the model."
         )
-        plots.append({"title": "Error of each block", "text": text, "svg": report_plots.errors(blocks)})
+        plots.append({"title": "Error of each block", "text": text, "svg": report_plots.plot_errors(blocks)})
     if layers:
         text = (
             "Entropy of the codes of each layer's input (of float inputs: as if they had the weights' bits). Layers between "
             "two lines are what the Q-VLM rule would search jointly: where entropy is above the median (dashed) of all "
             "layers with as many bits."
         )
-        svg = report_plots.entropies(layers, calibration.get("entropy_thresholds", {}))
+        svg = report_plots.plot_entropies(layers, calibration.get("entropy_thresholds", {}))
         plots.append({"title": "Entropy of each layer", "text": text, "svg": svg})
     if any(row.record.get("sqnr_db") is not None for row in linears):
         text = (
             "What each linear gives, against what it gives in the float model; higher is closer. Its input comes from the "
             "quantized blocks before, whose errors are in it."
         )
-        plots.append({"title": "SQNR of each linear's output", "text": text, "svg": report_plots.sqnr(linears)})
+        plots.append({"title": "SQNR of each linear's output", "text": text, "svg": report_plots.plot_sqnr(linears)})
     # The SVGs are made of numbers and fixed words, so they need no escaping.
     return [{**plot, "svg": Markup(plot["svg"])} for plot in plots]
 
 
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(name.rpartition(".")[2] for name in names)
-
-
-def _error(value: float | None) -> str:
+def _format_error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def _count(count: float) -> str:
-    """Of runs, of which a part may have run."""
+def _format_count(count: float) -> str:
+    """Formats a number of block runs, which is a fraction where only a part of the block was run."""
     return f"{count:,.1f}".removesuffix(".0")
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _format_size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.1f} MiB"

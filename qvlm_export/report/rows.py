@@ -1,4 +1,4 @@
-"""qvlm_export/report/rows.py"""
+"""Rows of the report's tables and plots, as frozen dataclasses; `report.py` fills them from the manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODALITIES = ("image", "prompt", "answer")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block stands: its component, and its number in it (None for a component of one block)."""
+    """The position of a block: its component, and its number in the component (None for a component of one block)."""
 
     component: str
     number: int | None
@@ -24,35 +24,39 @@ class Place:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """A searched block. Errors are relative and squared, of its output. error: of all tokens and inputs; nearest and errors:
-    by modality, on some inputs, rounded to nearest and as searched; held_back: before and after learning, on samples it did
-    not see, as they count there.
+    """A block whose quantization was searched. Errors are relative squared errors of the block's output.
 
-    cost: block forwards and backwards.
+    error: over all tokens of all inputs. rtn_errors, errors: by modality of the tokens, over some of the inputs, with
+    round-to-nearest and as searched. held_out_errors: before and after learned rounding, on samples it was not trained on,
+    with token weights; None where nothing was learned. cost: number of block forwards and backwards.
     """
 
     place: Place
     error: float
-    nearest: Mapping[str, float]
+    rtn_errors: Mapping[str, float]
     errors: Mapping[str, float]
-    held_back: Sequence[float] | None
+    held_out_errors: Sequence[float] | None
     cost: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Linears that share an input. entropy: of its codes, in nats. starts: whether a joint search would begin with it."""
+    """Linears that share an input.
+
+    bits: of the input's codes; those of the weights for float inputs. entropy: of these codes, in nats. starts_block:
+    whether a block that Q-VLM would search jointly begins here.
+    """
 
     place: Place
     linears: tuple[str, ...]
     bits: int
     entropy: float
-    starts: bool
+    starts_block: bool
 
 
 @dataclass(frozen=True)
 class LinearRow:
-    """A linear of the model, `record` being what calibration kept of it: nothing for one that stayed float."""
+    """A linear of the model and its calibration record, which is empty for a linear that stayed float."""
 
     linear: Linear
     place: Place

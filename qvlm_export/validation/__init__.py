@@ -1,1 +1,1 @@
-"""Float, fake-quantized, graph and engine compared on the same samples."""
+"""Validation of an export: float, fake-quantized, graph and engine forms are compared on the same samples."""

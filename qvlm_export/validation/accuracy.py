@@ -1,7 +1,8 @@
-"""What the accuracy ladder finds, as data: comparisons, layers, where accuracy is lost, and whether thresholds hold.
+"""Results of comparing a model's forms: KL divergence, top-1 agreement, SQNR of block outputs, and thresholds on them.
 
-The rungs: float (the checkpoint in torch), fake-quant (the calibrated checkpoint in torch), onnx graph (the Q/DQ graph on
-ONNX Runtime), engine (TensorRT).
+Plain data and pure functions. `compare.py` fills in a `ComparisonChain`; from it follow the step of the export at which
+accuracy is lost, the layers behind that, and whether the thresholds of the command line are met. The forms of the model
+(float, fake-quant, graph, engine) are named in `inference/forms.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import numpy as np
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.engines.check.graph_weights import WrongWeight
 from qvlm_export.engines.check.metrics import Sums
+from qvlm_export.inference.forms import FAKE_QUANT, FLOAT, GRAPH
 
-GROUPS = ("image", "prompt", "answer")
-FLOAT, FAKE_QUANT, GRAPH, ENGINE = "float", "fake-quant", "onnx graph", "engine"
-NOTHING_LOST = 1e-6  # nats a token; what float32 rounding costs stays below
-NAMED_LAYERS = 3
+TOKEN_KINDS = ("image", "prompt", "answer")
+NEGLIGIBLE_KL = 1e-6  # nats per token; float32 rounding alone stays below it
+MAX_NAMED_LAYERS = 3
 
 
 @dataclass(frozen=True)
 class ModelRun:
-    """One form of the model. logits: number of a sample -> float32 [S, vocab]; None where it cannot run, for `reason`."""
+    """One form of the model, ready to compute logits.
+
+    name: one of `MODEL_FORMS`. logits: maps the index of a sample to its logits, float32 [S, vocab]; None when this form
+    cannot run here, and then `reason` says why.
+    """
 
     name: str
     logits: Callable[[int], np.ndarray] | None
@@ -33,20 +38,24 @@ class ModelRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A rung against a lower one, by group of tokens."""
+    """How far the logits of `form` are from those of an earlier form, `against`, summed by kind of token (`TOKEN_KINDS`)."""
 
-    rung: str
+    form: str
     against: str
-    groups: Mapping[str, Sums]
+    by_kind: Mapping[str, Sums]
 
     @property
     def total(self) -> Sums:
-        return sum(self.groups.values(), Sums())
+        """The sums over all kinds of tokens."""
+        return sum(self.by_kind.values(), Sums())
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """SQNR of a block's output on one sample: fake-quant against float, and the graph against fake-quant where asked for."""
+    """SQNR in dB of a block's output on one sample.
+
+    sqnr_db: fake-quant against float. graph_sqnr_db: graph against fake-quant; None when the graph's blocks were not run.
+    """
 
     block: str
     sqnr_db: float
@@ -54,96 +63,114 @@ class LayerScore:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Where accuracy is lost: the rung, in nats a token against the rung below it, and the layers that lose most."""
+class AccuracyLoss:
+    """Where accuracy is lost.
 
-    rung: str
+    form: the form that loses most. kl: its KL divergence from the form before it, in nats per token. layers: the blocks or
+    linears that contribute most to it, worst first; empty when they are not known.
+    """
+
+    form: str
     kl: float
     layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ComparisonChain:
-    """All findings. wrong: what in the graph is not as calibrated, of `linears` quantized linears looked at."""
+    """The forms of a model in the order of the export, and all comparisons between them.
 
-    rungs: tuple[ModelRun, ...]
+    runs: every form, including those that cannot run here. layers: scores of blocks that were recorded on one sample.
+    checked_linears: the number of quantized linears whose weights in the graph were compared with the calibrated ones.
+    wrong_weights: the differences that this found.
+    """
+
+    runs: tuple[ModelRun, ...]
     comparisons: tuple[Comparison, ...]
     layers: tuple[LayerScore, ...]
-    linears: int
-    wrong: tuple[WrongWeight, ...]
+    checked_linears: int
+    wrong_weights: tuple[WrongWeight, ...]
 
     def against_float(self) -> list[Comparison]:
-        """Every rung that ran against the checkpoint."""
+        """The comparison of every form that ran with the float checkpoint."""
         return [c for c in self.comparisons if c.against == FLOAT]
 
     def steps(self) -> list[Comparison]:
-        """Every rung that ran against the one below it."""
-        ran = [rung.name for rung in self.rungs if rung.logits is not None]
-        below = dict(zip(ran[1:], ran, strict=False))
-        return [c for c in self.comparisons if below.get(c.rung) == c.against]
+        """The comparison of every form that ran with the form that ran before it."""
+        forms = [run.name for run in self.runs if run.logits is not None]
+        previous = dict(zip(forms[1:], forms, strict=False))
+        return [c for c in self.comparisons if previous.get(c.form) == c.against]
 
 
 @dataclass(frozen=True)
 class Check:
-    """A threshold of the command line on one rung's answer tokens."""
+    """A threshold of the command line, checked on the answer tokens of one form.
 
-    rung: str
+    metric: "agreement" (share of tokens) or "kl" (nats per token). wanted: the threshold. got: the value of the metric.
+    """
+
+    form: str
     metric: str
     wanted: float
     got: float
     passed: bool
 
 
-def token_groups(sample: Sample, image_token_id: int) -> dict[str, np.ndarray]:
-    """Masks bool [S] over predictions, by the group of the token that each predicts: position t predicts token t + 1.
+def token_kind_masks(sample: Sample, image_token_id: int) -> dict[str, np.ndarray]:
+    """Returns a mask, bool [S], for each of `TOKEN_KINDS`: the positions whose logits predict a token of that kind.
 
-    The last position of a sample without an answer predicts the answer's first token. Behind the end of an answer there is
-    nothing to predict, and that position is in no group.
+    Position t predicts token t + 1. In a sample without an answer the last position predicts the first token of the answer;
+    in a sample with one it predicts nothing that is known, so it is in none of the masks.
     """
     length = len(sample.input_ids)
-    following = np.arange(1, length + 1)
+    predicted = np.arange(1, length + 1)
     is_image = np.append(sample.input_ids[1:] == image_token_id, False)
-    is_answer = (following >= sample.answer_start) & ((following < length) | (sample.answer_start == length))
-    return {"image": is_image, "prompt": ~is_image & (following < sample.answer_start), "answer": ~is_image & is_answer}
+    is_answer = (predicted >= sample.answer_start) & ((predicted < length) | (sample.answer_start == length))
+    return {"image": is_image, "prompt": ~is_image & (predicted < sample.answer_start), "answer": ~is_image & is_answer}
 
 
-def find_loss(ladder: ComparisonChain) -> Loss | None:
-    """The step that costs most, with the layers known to be behind it; None when no step costs anything.
+def find_accuracy_loss(chain: ComparisonChain) -> AccuracyLoss | None:
+    """Finds the form with the largest KL divergence from the form before it; None when every step is negligible.
 
-    A graph whose weights are not the calibrated ones is at fault, whatever it costs on these samples.
+    A graph whose weights differ from the calibrated ones is named whatever that costs on these samples, with the linears
+    that differ. A form with logits that are not finite has an infinite cost.
     """
-    costs = {c.rung: math.inf if c.total.not_finite else c.total.mean_kl for c in ladder.steps()}
-    if ladder.wrong:
-        return Loss(GRAPH, costs.get(GRAPH, math.nan), tuple(dict.fromkeys(w.linear for w in ladder.wrong)))
-    rung = max(costs, key=lambda name: costs[name])
-    if costs[rung] < NOTHING_LOST:
+    costs = {c.form: math.inf if c.total.not_finite else c.total.mean_kl for c in chain.steps()}
+    if chain.wrong_weights:
+        return AccuracyLoss(GRAPH, costs.get(GRAPH, math.nan), tuple(dict.fromkeys(w.linear for w in chain.wrong_weights)))
+    form = max(costs, key=lambda name: costs[name])
+    if costs[form] < NEGLIGIBLE_KL:
         return None
     scores = {
-        FAKE_QUANT: [(s.block, s.sqnr_db) for s in ladder.layers],
-        GRAPH: [(s.block, s.graph_sqnr_db) for s in ladder.layers if s.graph_sqnr_db is not None],
+        FAKE_QUANT: [(s.block, s.sqnr_db) for s in chain.layers],
+        GRAPH: [(s.block, s.graph_sqnr_db) for s in chain.layers if s.graph_sqnr_db is not None],
     }
-    return Loss(rung, costs[rung], worst_layers(scores.get(rung, [])))
+    return AccuracyLoss(form, costs[form], worst_layers(scores.get(form, [])))
 
 
 def worst_layers(scores: Sequence[tuple[str, float]]) -> tuple[str, ...]:
-    """The blocks that add most noise, worst first. scores: blocks in the order they run, SQNR in dB of their outputs.
+    """Returns up to three blocks whose outputs add the most quantization noise to that of their inputs, worst first.
 
-    Noise is carried on from block to block, so the lowest SQNR is seldom where it came from.
+    scores: (block, SQNR of its output in dB), in the order in which the blocks run. Noise propagates from block to block,
+    so the block with the lowest SQNR is seldom the one that caused it.
     """
     noise = [10 ** (-sqnr / 10) for _, sqnr in scores]
-    added = [(now - before, block) for (block, _), now, before in zip(scores, noise, [0.0, *noise], strict=False)]
-    return tuple(block for more, block in sorted(added, reverse=True)[:NAMED_LAYERS] if more > 0)
+    added = [(after - before, block) for (block, _), after, before in zip(scores, noise, [0.0, *noise], strict=False)]
+    return tuple(block for increase, block in sorted(added, reverse=True)[:MAX_NAMED_LAYERS] if increase > 0)
 
 
-def check_thresholds(ladder: ComparisonChain, min_agreement: float | None, max_kl: float | None) -> list[Check]:
-    """Every rung that ran against the checkpoint, on answer tokens: what a user of the model reads."""
+def check_thresholds(chain: ComparisonChain, min_agreement: float | None, max_kl: float | None) -> list[Check]:
+    """Checks the thresholds for every form that ran, against the float checkpoint; a threshold of None is not checked.
+
+    Only answer tokens count, as they are what a user of the model reads. min_agreement: share of tokens with the same
+    top-1. max_kl: mean KL divergence in nats per token; logits that are not finite fail it.
+    """
     checks = []
-    for comparison in ladder.against_float():
-        answer = comparison.groups["answer"]
+    for comparison in chain.against_float():
+        answer = comparison.by_kind["answer"]
         if min_agreement is not None:
-            held = answer.agreement >= min_agreement
-            checks.append(Check(comparison.rung, "agreement", min_agreement, answer.agreement, held))
+            passed = answer.agreement >= min_agreement
+            checks.append(Check(comparison.form, "agreement", min_agreement, answer.agreement, passed))
         if max_kl is not None:
-            held = answer.not_finite == 0 and answer.mean_kl <= max_kl
-            checks.append(Check(comparison.rung, "kl", max_kl, answer.mean_kl, held))
+            passed = answer.not_finite == 0 and answer.mean_kl <= max_kl
+            checks.append(Check(comparison.form, "kl", max_kl, answer.mean_kl, passed))
     return checks

@@ -1,8 +1,9 @@
-"""The accuracy ladder: one model in four forms, compared rung by rung on the same samples.
+"""Stepwise accuracy validation: the logits of one model in four forms are compared on the same samples.
 
-checkpoint (torch, float) -> fake-quant (torch, the calibrated integers) -> graph (ONNX Runtime) -> engine (TensorRT). Each
-rung is compared with the checkpoint and with the rung below it, so a loss has the name of the step that caused it. The
-torch rungs stream through memory block by block; logits exist for one sample at a time.
+float (the checkpoint in torch) -> fake-quant (the calibrated integers in torch) -> graph (Q/DQ on ONNX Runtime) -> engine
+(TensorRT). Each form is compared with the float checkpoint and with the form before it, so that a loss of accuracy can be
+attributed to the step that caused it. In torch the model streams through memory block by block; logits are computed for one
+sample at a time.
 """
 
 from __future__ import annotations
@@ -35,24 +36,17 @@ from qvlm_export.engines.check.polygraphy import RunnerPair, engine_runners, lan
 from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session, embed_tiles
+from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation.accuracy import (
-    ENGINE,
-    FAKE_QUANT,
-    FLOAT,
-    GRAPH,
-    GROUPS,
-    Comparison,
-    ComparisonChain,
-    LayerScore,
-    ModelRun,
-    token_groups,
-)
+from qvlm_export.validation.accuracy import TOKEN_KINDS, Comparison, ComparisonChain, LayerScore, ModelRun, token_kind_masks
 
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """What is compared, on what. per_layer: also look at every block of the graph."""
+    """An export, its float checkpoint and the samples on which they are compared.
+
+    per_layer: whether the outputs of every block of the graph are scored, too.
+    """
 
     manifest: Manifest
     checkpoint: Checkpoint
@@ -60,12 +54,15 @@ class ComparisonJob:
     per_layer: bool = False
 
 
-# Block outputs of the probed sample by rung and block: float32 [tokens, width].
+# Block outputs of the traced sample: form -> block -> float32 [tokens, width].
 Traces = dict[str, dict[str, np.ndarray]]
 
 
 def compare_forms(job: ComparisonJob, reporter: Reporter) -> ComparisonChain:
-    """Runs every rung that can run here. Raises UserError when none but the checkpoint can."""
+    """Runs every form that can run on this machine, and compares their logits, block outputs and weights.
+
+    Raises UserError when no form but the float checkpoint can run.
+    """
     blocks = make_blocks(job.checkpoint.hf_config)
     calibrated, reason = open_calibrated(job.manifest)
     obstacles = [reason, graph_obstacle(job.manifest), engine_obstacle(job.manifest)]
@@ -74,24 +71,24 @@ def compare_forms(job: ComparisonJob, reporter: Reporter) -> ComparisonChain:
     traces: Traces = {FLOAT: {}, FAKE_QUANT: {}, GRAPH: {}}
     with ExitStack() as stack:
         with reporter.stage("torch") as stage:
-            rungs = [*_torch_rungs(job, blocks, calibrated, traces, stage.fraction)]
+            runs = [*_run_torch_forms(job, blocks, calibrated, traces, stage.fraction)]
             if calibrated is None:
-                rungs.append(ModelRun(FAKE_QUANT, None, reason))
-        graph, session = _graph_rung(job.manifest, job.samples, stack)
-        rungs = [*rungs, graph, _engine_rung(job.manifest, job.samples, stack)]
+                runs.append(ModelRun(FAKE_QUANT, None, reason))
+        graph, session = _open_graph_run(job.manifest, job.samples, stack)
+        runs = [*runs, graph, _open_engine_run(job.manifest, job.samples, stack)]
         with reporter.stage("compare") as stage:
-            comparisons = _compare(job, rungs, stage.fraction)
+            comparisons = _compare_runs(job, runs, stage.fraction)
         if job.per_layer and session is not None:
-            traces[GRAPH] = _graph_blocks(job, blocks, session)
-    checked = {} if calibrated is None or session is None else calibrated.schemes
-    wrong = tuple(_wrong_weights(job.manifest, calibrated)) if calibrated is not None and checked else ()
-    return ComparisonChain(tuple(rungs), tuple(comparisons), tuple(_layer_scores(traces)), len(checked), wrong)
+            traces[GRAPH] = _run_graph_blocks(job, blocks, session)
+    schemes = {} if calibrated is None or session is None else calibrated.schemes
+    differences = tuple(_find_wrong_weights(job.manifest, calibrated)) if calibrated is not None and schemes else ()
+    return ComparisonChain(tuple(runs), tuple(comparisons), tuple(_score_layers(traces)), len(schemes), differences)
 
 
 def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, str]:
-    """The calibrated checkpoint beside the export, or why there is none.
+    """Opens the calibrated checkpoint beside the export; returns (None, reason) when there is none.
 
-    Raises UserError when it was changed: the graph made of it would be blamed for the difference.
+    Raises UserError when its files were changed since the export, as the difference would be attributed to the graph.
     """
     if not manifest.linears:
         return None, "the export quantizes no linear"
@@ -105,40 +102,42 @@ def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, st
     return calibrated, ""
 
 
-def _torch_rungs(
+def _run_torch_forms(
     job: ComparisonJob,
     blocks: ModelBlocks,
     calibrated: CalibratedCheckpoint | None,
     traces: Traces,
     progress: Callable[[float], None],
 ) -> Iterator[ModelRun]:
-    source, number = job.checkpoint.source, record_traces(job.samples)
+    """Yields the float run and, with a calibrated checkpoint, the fake-quant run; writes block outputs to `traces`."""
+    source, traced = job.checkpoint.source, find_traced_sample(job.samples)
     total, done = blocks.num_blocks() * (1 if calibrated is None else 2), itertools.count(1)
 
-    def watch(step: Step, outputs: dict[str, np.ndarray]) -> Step:
-        def record(prefix: str, batches: Sequence[torch.Tensor]) -> None:
+    def record_blocks(step: Step, outputs: dict[str, np.ndarray]) -> Step:
+        def record(block: str, batches: Sequence[torch.Tensor]) -> None:
             progress(next(done) / total)
-            if prefix.startswith("language_model."):
-                outputs[prefix] = batches[number].flatten(0, -2).numpy()
-            elif batches:  # none without pictures; the probed sample has the first ones
-                outputs[prefix] = batches[0][: len(job.samples[number].pixel_values)].flatten(0, -2).numpy()
+            if block.startswith("language_model."):
+                outputs[block] = batches[traced].flatten(0, -2).numpy()
+            elif batches:  # empty when no sample has an image; otherwise the traced sample has the first images
+                outputs[block] = batches[0][: len(job.samples[traced].pixel_values)].flatten(0, -2).numpy()
 
         return record_outputs(step, record)
 
-    yield ModelRun(FLOAT, _walk(job, blocks, source, watch(float_step(source), traces[FLOAT])))
+    yield ModelRun(FLOAT, _run_in_torch(job, blocks, source, record_blocks(float_step(source), traces[FLOAT])))
     if calibrated is not None:
         float_type = job.manifest.float_type
-        rounded = DequantizedSource(calibrated, float_type)
-        step = watch(fake_quantized_step(calibrated, rounded), traces[FAKE_QUANT])
-        yield ModelRun(FAKE_QUANT, _walk(job, round_rotary_tables(blocks, float_type), rounded, step))
+        dequantized = DequantizedSource(calibrated, float_type)
+        step = record_blocks(fake_quantized_step(calibrated, dequantized), traces[FAKE_QUANT])
+        yield ModelRun(FAKE_QUANT, _run_in_torch(job, round_rotary_tables(blocks, float_type), dequantized, step))
 
 
-def record_traces(samples: Sequence[Sample]) -> int:
-    """The number of the sample whose block outputs are looked at: the first with a picture."""
+def find_traced_sample(samples: Sequence[Sample]) -> int:
+    """Returns the index of the sample whose block outputs are recorded: the first that has an image, else 0."""
     return next((number for number, sample in enumerate(samples) if len(sample.pixel_values)), 0)
 
 
-def _walk(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource, step: Step) -> Callable[[int], np.ndarray]:
+def _run_in_torch(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource, step: Step) -> Callable[[int], np.ndarray]:
+    """Runs all samples through the blocks and returns a function: index of a sample -> logits, float32 [S, vocab]."""
     features = run_vision_blocks(blocks, source, job.samples, step)
     hidden = run_decoder_blocks(blocks, source, job.samples, features, step)
     head = load_head(source, job.checkpoint.config.text.rms_norm_eps)
@@ -146,7 +145,7 @@ def _walk(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource, step: S
 
 
 def graph_obstacle(manifest: Manifest) -> str:
-    """Why the graphs cannot run here; empty when they can."""
+    """Returns why the graphs cannot run on this machine; an empty string when they can."""
     if find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed; run: pip install 'qvlm-export[cpu]'"
     try:
@@ -158,12 +157,13 @@ def graph_obstacle(manifest: Manifest) -> str:
 
 
 def engine_obstacle(manifest: Manifest) -> str:
-    """Why the engines cannot run here; empty when they can."""
+    """Returns why the engines cannot run on this machine; an empty string when they can."""
     runtime, reason = choose_runtime(manifest, "auto")
     return reason if runtime == "onnxruntime" else ""
 
 
-def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> tuple[ModelRun, Session | None]:
+def _open_graph_run(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> tuple[ModelRun, Session | None]:
+    """Opens the graphs on ONNX Runtime until `stack` is closed; the session is None when they cannot run."""
     if reason := graph_obstacle(manifest):
         return ModelRun(GRAPH, None, reason), None
     session = stack.enter_context(open_session(manifest, "onnxruntime:cpu"))
@@ -171,52 +171,54 @@ def _graph_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack)
     def logits(number: int) -> np.ndarray:
         sample = samples[number]
         pixels = sample.pixel_values if len(sample.pixel_values) else None
-        found: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
-        return found
+        outputs: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
+        return outputs
 
     return ModelRun(GRAPH, logits), session
 
 
-def _engine_rung(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> ModelRun:
+def _open_engine_run(manifest: Manifest, samples: Sequence[Sample], stack: ExitStack) -> ModelRun:
+    """Opens the engines until `stack` is closed. Raises UserError when an engine file was changed since the export."""
     if reason := engine_obstacle(manifest):
         return ModelRun(ENGINE, None, reason)
     for role in sorted({"vision_plan", "language_plan"} & set(manifest.files)):
-        verify_file(manifest, role)  # a changed plan is refused; what else keeps it from running is a reason
+        verify_file(manifest, role)  # only a changed plan is an error; any other obstacle is reported as a reason
     try:
         pair = stack.enter_context(RunnerPair(manifest, engine_runners(manifest)))
-    except UserError as error:  # built for other GPUs, or for another version
+    except UserError as error:  # the engine was built for another GPU or another version of TensorRT
         return ModelRun(ENGINE, None, str(error))
     return ModelRun(ENGINE, lambda number: pair.logits(samples[number]))
 
 
-def _compare(job: ComparisonJob, rungs: Sequence[ModelRun], progress: Callable[[float], None]) -> list[Comparison]:
-    """Every rung that runs against the checkpoint and against the rung below it, sample by sample."""
+def _compare_runs(job: ComparisonJob, runs: Sequence[ModelRun], progress: Callable[[float], None]) -> list[Comparison]:
+    """Compares every form that runs with the float checkpoint and with the form before it, sample by sample."""
     sums: dict[tuple[str, str], dict[str, Sums]] = {}
     for number, sample in enumerate(job.samples):
-        groups = token_groups(sample, job.manifest.config.image_token_id)
-        seen: list[tuple[str, np.ndarray]] = []
-        for rung in rungs:
-            if rung.logits is None:
+        by_kind = token_kind_masks(sample, job.manifest.config.image_token_id)
+        references: list[tuple[str, np.ndarray]] = []  # the first form and the previous one, with their logits
+        for run in runs:
+            if run.logits is None:
                 continue
-            logits = rung.logits(number)
-            for name, lower in dict([*seen[:1], *seen[-1:]]).items():
-                group_sums = sums.setdefault((rung.name, name), dict.fromkeys(GROUPS, Sums()))
-                for group, mask in groups.items():
-                    group_sums[group] += measure(lower[mask], logits[mask])
-            seen = [*seen[:1], (rung.name, logits)]
+            logits = run.logits(number)
+            for name, reference in dict([*references[:1], *references[-1:]]).items():
+                kind_sums = sums.setdefault((run.name, name), dict.fromkeys(TOKEN_KINDS, Sums()))
+                for kind, mask in by_kind.items():
+                    kind_sums[kind] += measure(reference[mask], logits[mask])
+            references = [*references[:1], (run.name, logits)]
         progress((number + 1) / len(job.samples))
-    return [Comparison(rung, against, groups) for (rung, against), groups in sums.items()]
+    return [Comparison(form, against, by_kind) for (form, against), by_kind in sums.items()]
 
 
-def _wrong_weights(manifest: Manifest, calibrated: CalibratedCheckpoint) -> Iterator[WrongWeight]:
+def _find_wrong_weights(manifest: Manifest, calibrated: CalibratedCheckpoint) -> Iterator[WrongWeight]:
     language = [name for name in calibrated.schemes if name.startswith("language_model.")]
     vision = [name for name in calibrated.schemes if not name.startswith("language_model.")]
     yield from wrong_weights(manifest.file("vision_onnx"), calibrated, vision)
     yield from wrong_weights(manifest.file("language_onnx"), calibrated, language)
 
 
-def _graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session) -> dict[str, np.ndarray]:
-    sample, embeds = job.samples[record_traces(job.samples)], no_image(job.manifest)
+def _run_graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session) -> dict[str, np.ndarray]:
+    """Returns the output of every block of the graph on the traced sample: block -> float32 [tokens, width]."""
+    sample, embeds = job.samples[find_traced_sample(job.samples)], no_image(job.manifest)
     feeds = {}
     if len(sample.pixel_values):
         feeds["vision"] = vision_feed(sample)
@@ -225,12 +227,13 @@ def _graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session) -> 
         **language_feed(job.manifest, sample, embeds),
         "image_embeds": place_features(embeds, sample.placement),
     }
-    last = {b.prefix: b.linear_names()[-1] for b in blocks.all()}
-    outputs = run_blocks(job.manifest, last, feeds)
+    last_linears = {b.prefix: b.linear_names()[-1] for b in blocks.all()}
+    outputs = run_blocks(job.manifest, last_linears, feeds)
     return {block: output.reshape(-1, output.shape[-1]) for block, output in outputs.items()}
 
 
-def _layer_scores(traces: Traces) -> Iterator[LayerScore]:
-    for block, fake in traces[FAKE_QUANT].items():
+def _score_layers(traces: Traces) -> Iterator[LayerScore]:
+    for block, fake_quant in traces[FAKE_QUANT].items():
         graph = traces[GRAPH].get(block)
-        yield LayerScore(block, sqnr_db(traces[FLOAT][block], fake), None if graph is None else sqnr_db(fake, graph))
+        graph_sqnr_db = None if graph is None else sqnr_db(fake_quant, graph)
+        yield LayerScore(block, sqnr_db(traces[FLOAT][block], fake_quant), graph_sqnr_db)

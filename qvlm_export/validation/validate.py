@@ -1,4 +1,8 @@
-"""`qvlm-validate` without its command line: opens an export and its checkpoint, climbs the ladder, asks Polygraphy."""
+"""Validation of an export against its float checkpoint: `qvlm-validate` without its command line.
+
+Opens the export, the checkpoint it was made from and the samples, compares all forms of the model (`compare.py`), checks
+graph and engine with NVIDIA Polygraphy where both can run, and puts the results into one summary.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,22 @@ from qvlm_export.engines.check.metrics import Sums
 from qvlm_export.engines.check.polygraphy import Saved, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
+from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation.accuracy import ENGINE, FLOAT, GRAPH, Check, ComparisonChain, check_thresholds, find_loss
-from qvlm_export.validation.compare import ComparisonJob, compare_forms, graph_obstacle, record_traces
+from qvlm_export.validation.accuracy import Check, ComparisonChain, check_thresholds, find_accuracy_loss
+from qvlm_export.validation.compare import ComparisonJob, compare_forms, find_traced_sample, graph_obstacle
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What the command line says. reference: None for the checkpoint that was exported. samples: None for the built-in."""
+    """The options of the command line.
+
+    plan: X.plan, or X.json beside it. reference: the float checkpoint; None for the one that was exported. samples: a JSONL
+    file; None for the built-in samples. limit: the number of samples at most. min_agreement (0 to 1) and max_kl (nats per
+    token): thresholds on answer tokens; None for no threshold. per_layer: score every block of the graph, too.
+    save_polygraphy: a folder for the files with which Polygraphy repeats the comparison; None to write none.
+    """
 
     plan: Path
     reference: str | None = None
@@ -39,31 +50,36 @@ class ValidateOptions:
 
 @dataclass(frozen=True)
 class Validation:
-    """All that was found. polygraphy: None when Polygraphy had nothing to compare."""
+    """The result of a validation.
+
+    reference: the name of the float checkpoint. samples: their number. polygraphy: None when Polygraphy had nothing to
+    compare.
+    """
 
     manifest: Manifest
     reference: str
     samples: int
-    ladder: ComparisonChain
+    chain: ComparisonChain
     checks: Sequence[Check]
     polygraphy: Saved | None
 
     @property
     def passed(self) -> bool:
+        """Whether the graph holds the calibrated weights, every threshold is met, and Polygraphy passed every output."""
         verdicts = () if self.polygraphy is None else self.polygraphy.verdicts
-        return not self.ladder.wrong and all(c.passed for c in self.checks) and all(v.passed for v in verdicts)
+        return not self.chain.wrong_weights and all(c.passed for c in self.checks) and all(v.passed for v in verdicts)
 
     def summary(self) -> dict[str, Any]:
-        """The result as JSON holds it: None for a mean over no token, and for an SQNR without noise."""
-        ladder, loss = self.ladder, find_loss(self.ladder)
+        """Returns the result as JSON values: None stands for a mean over no token, and for an SQNR without any noise."""
+        chain, loss = self.chain, find_accuracy_loss(self.chain)
         return {
             "plan": self.manifest.path.with_suffix(".plan").name,
             "scheme": self.manifest.scheme,
             "reference": self.reference,
             "samples": self.samples,
-            "rungs": [_rung(ladder, rung.name, rung.logits is not None, rung.reason) for rung in ladder.rungs],
-            "loss": None if loss is None else {"rung": loss.rung, "kl": _finite(loss.kl), "layers": list(loss.layers)},
-            "weights": {"checked": ladder.linears, "wrong": [dataclasses.asdict(w) for w in ladder.wrong]},
+            "forms": [_summarize_form(chain, run.name, run.logits is not None, run.reason) for run in chain.runs],
+            "loss": None if loss is None else {"form": loss.form, "kl": _finite(loss.kl), "layers": list(loss.layers)},
+            "weights": {"checked": chain.checked_linears, "wrong": [dataclasses.asdict(w) for w in chain.wrong_weights]},
             "layers": [
                 {
                     "block": layer.block,
@@ -71,24 +87,25 @@ class Validation:
                     "graph_compared": layer.graph_sqnr_db is not None,
                     "graph_sqnr_db": _finite(layer.graph_sqnr_db),
                 }
-                for layer in ladder.layers
+                for layer in chain.layers
             ],
             "thresholds": [{**dataclasses.asdict(c), "got": _finite(c.got)} for c in self.checks],
-            "polygraphy": None if self.polygraphy is None else _polygraphy(self.polygraphy),
+            "polygraphy": None if self.polygraphy is None else _summarize_polygraphy(self.polygraphy),
             "passed": self.passed,
         }
 
 
-def _rung(ladder: ComparisonChain, name: str, ran: bool, reason: str) -> dict[str, Any]:
+def _summarize_form(chain: ComparisonChain, name: str, ran: bool, reason: str) -> dict[str, Any]:
     status = "reference" if name == FLOAT else "run" if ran else "not run"
-    found = [c for c in ladder.comparisons if c.rung == name]
     comparisons = [
-        {"against": c.against, "tokens": {g: _scores(s) for g, s in {"all": c.total, **c.groups}.items()}} for c in found
+        {"against": c.against, "tokens": {k: _summarize_sums(s) for k, s in {"all": c.total, **c.by_kind}.items()}}
+        for c in chain.comparisons
+        if c.form == name
     ]
     return {"name": name, "status": status, "reason": reason, "comparisons": comparisons}
 
 
-def _scores(sums: Sums) -> dict[str, Any]:
+def _summarize_sums(sums: Sums) -> dict[str, Any]:
     return {
         "count": sums.tokens + sums.not_finite,
         "not_finite": sums.not_finite,
@@ -99,7 +116,7 @@ def _scores(sums: Sums) -> dict[str, Any]:
     }
 
 
-def _polygraphy(saved: Saved) -> dict[str, Any]:
+def _summarize_polygraphy(saved: Saved) -> dict[str, Any]:
     verdicts = [{**dataclasses.asdict(v), "snr_db": _finite(v.snr_db)} for v in saved.verdicts]
     folder = None if saved.folder is None else str(saved.folder)
     return {"folder": folder, "commands": list(saved.commands), "verdicts": verdicts}
@@ -110,58 +127,65 @@ def _finite(value: float | None) -> float | None:
 
 
 def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
-    """The whole command. Raises UserError for bad input, before anything runs."""
+    """Validates an export as the options say. Raises UserError for bad input, before any model runs."""
     if options.plan.suffix not in (".plan", ".json"):
         raise UserError(f"{options.plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(options.plan.with_suffix(".json"))
     checkpoint = open_reference(manifest, options.reference)
     samples = read_samples(manifest, options.samples, options.limit)
     if options.save_polygraphy is not None:
-        _check_folder(options.save_polygraphy, manifest)
+        _prepare_folder(options.save_polygraphy, manifest)
     if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
         raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
-    ladder = compare_forms(ComparisonJob(manifest, checkpoint, samples, options.per_layer), reporter)
-    saved = _ask_polygraphy(manifest, samples[record_traces(samples)], ladder, options.save_polygraphy, reporter)
-    checks = check_thresholds(ladder, options.min_agreement, options.max_kl)
-    return Validation(manifest, checkpoint.name, len(samples), ladder, checks, saved)
+    chain = compare_forms(ComparisonJob(manifest, checkpoint, samples, options.per_layer), reporter)
+    saved = _run_polygraphy(manifest, samples[find_traced_sample(samples)], chain, options.save_polygraphy, reporter)
+    checks = check_thresholds(chain, options.min_agreement, options.max_kl)
+    return Validation(manifest, checkpoint.name, len(samples), chain, checks, saved)
 
 
 def open_reference(manifest: Manifest, reference: str | None) -> Checkpoint:
-    """The float checkpoint to compare with. Raises UserError when it is not here or is another model."""
+    """Opens the float checkpoint `reference`, or the one that was exported when it is None.
+
+    Raises UserError when the checkpoint cannot be opened or has another configuration than the export.
+    """
     name = str(manifest.model["name"]) if reference is None else reference
     try:
         checkpoint = open_checkpoint(name)
     except UserError as error:
-        message = str(error).replace("--model", "--reference")  # what it is called here
-        cure = "" if reference else f" ({manifest.path.name} was exported from it; --reference says where it is now)"
-        raise UserError(message + cure) from error
-    if differing := _differing(checkpoint.config, manifest.config):
-        raise UserError(f"--reference {name}: {differing}; give the checkpoint that was exported")
+        message = str(error).replace("--model", "--reference")  # the name of the option in this command
+        remedy = "" if reference else f" ({manifest.path.name} was exported from it; --reference says where it is now)"
+        raise UserError(message + remedy) from error
+    if difference := _describe_difference(checkpoint.config, manifest.config):
+        raise UserError(f"--reference {name}: {difference}; give the checkpoint that was exported")
     return checkpoint
 
 
-def _differing(found: ModelConfig, wanted: ModelConfig) -> str | None:
-    """The first value in which two models differ, in words."""
-    ours, theirs = dataclasses.asdict(found), dataclasses.asdict(wanted)
-    for part, value in theirs.items():
-        for key, was in (value if isinstance(value, dict) else {"": value}).items():
-            now = ours[part][key] if key else ours[part]
-            if now != was:
-                return f"{part}{'.' + key if key else ''} is {now}, the export has {was}"
+def _describe_difference(config: ModelConfig, exported: ModelConfig) -> str | None:
+    """Describes the first value in which a model's configuration differs from the exported one; None when none does."""
+    actual, expected = dataclasses.asdict(config), dataclasses.asdict(exported)
+    for part, value in expected.items():
+        for key, expected_value in (value if isinstance(value, dict) else {"": value}).items():
+            actual_value = actual[part][key] if key else actual[part]
+            if actual_value != expected_value:
+                return f"{part}{'.' + key if key else ''} is {actual_value}, the export has {expected_value}"
     return None
 
 
 def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Sample]:
-    """The first `limit` samples, through the processor of the export."""
+    """Reads the first `limit` samples of a JSONL file (None: the built-in samples) through the export's processor.
+
+    Raises UserError for a file that cannot be read, and for samples that the export does not take.
+    """
     processor = load_processor(verify_file(manifest, "processor"))
     try:
         entries = read_entries(path or default_calibration(), None, limit)
         return encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
     except UserError as error:
-        raise UserError(str(error).replace("--calib-data", "--samples")) from error  # what it is called here
+        raise UserError(str(error).replace("--calib-data", "--samples")) from error  # the name of the option here
 
 
-def _check_folder(folder: Path, manifest: Manifest) -> None:
+def _prepare_folder(folder: Path, manifest: Manifest) -> None:
+    """Makes the folder of --save-polygraphy. Raises UserError when it is a file, or when the graphs cannot run here."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save-polygraphy {folder}: is a file; give a folder")
     if reason := graph_obstacle(manifest):
@@ -169,11 +193,14 @@ def _check_folder(folder: Path, manifest: Manifest) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _ask_polygraphy(
-    manifest: Manifest, sample: Sample, ladder: ComparisonChain, folder: Path | None, reporter: Reporter
+def _run_polygraphy(
+    manifest: Manifest, sample: Sample, chain: ComparisonChain, folder: Path | None, reporter: Reporter
 ) -> Saved | None:
-    """Polygraphy's word on the session's graphs and, where it runs, on the engine; and its files when asked for."""
-    ran = {rung.name for rung in ladder.rungs if rung.logits is not None}
+    """Compares the session's graphs and, where they run, the engines in Polygraphy, and writes its files to `folder`.
+
+    None when there is nothing to compare: no folder is given, and graph and engine did not both run.
+    """
+    ran = {run.name for run in chain.runs if run.logits is not None}
     if folder is None and not {GRAPH, ENGINE} <= ran:
         return None
     with reporter.stage("polygraphy"):

@@ -1,4 +1,4 @@
-"""Choosing a TensorRT: what is installed, what was asked for, and the words for what cannot be."""
+"""The choice of the build backend: by what is installed and requested, and the errors where it is impossible."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ REAL_FIND_SPEC = importlib.util.find_spec
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(installed modules, gpu): makes this machine look like that."""
+    """A function machine(*modules, gpu) that makes only these TensorRT modules, and a GPU or none, appear to be there."""
 
-    def look_like(*modules, gpu=False):
+    def pretend(*modules, gpu=False):
         def find_spec(name, *rest):
             if name in ("tensorrt", "tensorrt_rtx"):
                 return REAL_FIND_SPEC("json") if name in modules else None
@@ -26,10 +26,11 @@ def machine(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         monkeypatch.setattr(backend, "gpu_present", lambda: gpu)
 
-    return look_like
+    return pretend
 
 
-def refused(requested, targets=()):
+def refusal_of(requested, targets=()):
+    """Chooses a backend, which must fail with one line; returns it."""
     with pytest.raises(UserError) as caught:
         choose_backend(requested, targets)
     assert "\n" not in str(caught.value)
@@ -38,7 +39,7 @@ def refused(requested, targets=()):
 
 @pytest.mark.parametrize("requested", ["cuda", "", "TensorRT", "rtx"])
 def test_an_unknown_backend_is_refused_with_the_choices(requested):
-    message = refused(requested)
+    message = refusal_of(requested)
     assert message.startswith(f"--backend {requested}: unknown; choose one of ")
     assert all(name in message for name in BACKENDS)
 
@@ -46,7 +47,7 @@ def test_an_unknown_backend_is_refused_with_the_choices(requested):
 @pytest.mark.parametrize("targets", [("sm90",), ("sm89", "sm90"), ("SM89",), ("89",)])
 def test_an_unknown_target_is_refused_with_the_choices(machine, targets):
     machine("tensorrt_rtx")
-    message = refused("tensorrt-rtx", targets)
+    message = refusal_of("tensorrt-rtx", targets)
     assert message.startswith(f"--target {targets[-1]}: unknown; TensorRT-RTX offers ")
     assert all(name in message for name in RTX_TARGETS)
 
@@ -55,12 +56,12 @@ def test_onnx_builds_nothing_and_takes_no_target(machine):
     machine()
     chosen = choose_backend("onnx", ())
     assert (chosen.name, chosen.module, chosen.version, chosen.targets) == ("onnx", None, None, ())
-    assert refused("onnx", ("sm89",)) == "--target sm89: the onnx backend builds no engine; leave --target out"
+    assert refusal_of("onnx", ("sm89",)) == "--target sm89: the onnx backend builds no engine; leave --target out"
 
 
-def test_without_tensorrt_auto_says_how_to_get_it(machine):
+def test_without_tensorrt_auto_names_what_to_install(machine):
     machine()
-    message = refused("auto")
+    message = refusal_of("auto")
     assert message.startswith("no TensorRT is installed; run: pip install 'qvlm-export[rtx]'")
     assert "--backend onnx" in message
 
@@ -68,7 +69,7 @@ def test_without_tensorrt_auto_says_how_to_get_it(machine):
 @pytest.mark.parametrize(("requested", "extra"), [("tensorrt-rtx", "qvlm-export[rtx]"), ("tensorrt", "qvlm-export[gpu]")])
 def test_a_backend_that_is_not_installed_names_its_extra(machine, requested, extra):
     machine()
-    assert refused(requested).startswith(f"--backend {requested}: not installed; run: pip install '{extra}'")
+    assert refusal_of(requested).startswith(f"--backend {requested}: not installed; run: pip install '{extra}'")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_backend_that_is_not_installed_names_its_extra(machine, requested, ext
         (("tensorrt",), True, "tensorrt"),
     ],
 )
-def test_auto_takes_the_full_tensorrt_only_where_it_can_build(machine, modules, gpu, name):
+def test_auto_chooses_the_full_tensorrt_only_with_a_gpu(machine, modules, gpu, name):
     machine(*modules, gpu=gpu)
     chosen = choose_backend("auto", ())
     assert chosen.name == name
@@ -90,24 +91,24 @@ def test_auto_takes_the_full_tensorrt_only_where_it_can_build(machine, modules, 
 
 def test_the_full_tensorrt_without_a_gpu_is_refused(machine):
     machine("tensorrt")
-    assert "--backend tensorrt: needs an NVIDIA GPU" in refused("tensorrt")
-    assert "no TensorRT is installed" in refused("auto")
+    assert "--backend tensorrt: needs an NVIDIA GPU" in refusal_of("tensorrt")
+    assert "no TensorRT is installed" in refusal_of("auto")
 
 
 def test_the_full_tensorrt_takes_no_target(machine):
     machine("tensorrt", "tensorrt_rtx", gpu=True)
     for requested in ("tensorrt", "auto"):
-        assert refused(requested, ("sm89",)).startswith("--target: TensorRT builds for the GPU of this machine")
+        assert refusal_of(requested, ("sm89",)).startswith("--target: TensorRT builds for the GPU of this machine")
     assert choose_backend("tensorrt", ()).targets == ()
 
 
-def test_every_target_that_has_int4_is_the_default(machine):
+def test_the_default_targets_are_all_that_support_int4(machine):
     machine("tensorrt_rtx")
     assert choose_backend("tensorrt-rtx", ()).targets == INT4_TARGETS
     assert set(INT4_TARGETS) == set(RTX_TARGETS) - {"sm75", "current"}
 
 
-def test_targets_are_kept_in_order_and_once(machine):
+def test_targets_keep_their_order_without_duplicates(machine):
     machine("tensorrt_rtx")
     assert choose_backend("tensorrt-rtx", ("sm120", "sm80", "sm120")).targets == ("sm120", "sm80")
 
@@ -120,7 +121,7 @@ def test_the_installed_tensorrt_rtx_has_a_version_and_every_target():
     assert all(hasattr(tensorrt_rtx.ComputeCapability, target.upper()) for target in RTX_TARGETS)
 
 
-def test_no_driver_means_no_gpu(monkeypatch):
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 

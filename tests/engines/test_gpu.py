@@ -1,6 +1,6 @@
-"""On a machine with an NVIDIA GPU: `pytest -m gpu` builds engines, runs them and compares them with ONNX Runtime.
+"""Tests that need an NVIDIA GPU, run by `pytest -m gpu`: engines are built, run and compared with ONNX Runtime.
 
-Written without one at hand and so never run yet; the first run decides what the sentences in docs say.
+They were written without a GPU and have never run; what the docs say about engines waits for the first run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCHEMES = ("fp16", "int8", "int4")
 
 
 def export_here(model: str, out: Path, **options: object) -> None:
-    """Exports for this machine: TensorRT-RTX for this very GPU, where its generation is none of the default targets."""
+    """Exports for this machine; with TensorRT-RTX for the current GPU, where its generation is not a default target."""
     device = Device()
     capability = device.capability()
     device.close()
@@ -44,8 +44,8 @@ def plan(request, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_plan_built_ahead_of_time_runs_here_or_says_why_not(tmp_path):
-    """Of the default targets, as a machine without a GPU builds it; its outcome belongs into docs."""
+def test_a_plan_built_ahead_of_time_runs_or_its_error_names_the_gpu(tmp_path):
+    """A plan for the default targets, as a machine without a GPU builds it; the outcome belongs in docs."""
     pytest.importorskip("tensorrt_rtx")
     qvlm_export.export("tiny", tmp_path / "ahead.plan", backend="tensorrt-rtx", samples=2)
     device = Device()
@@ -59,36 +59,36 @@ def test_a_plan_built_ahead_of_time_runs_here_or_says_why_not(tmp_path):
             assert model.session.runner.name == "tensorrt-rtx" or capability in model.session.why
 
 
-def test_several_rows_and_turns_share_the_engine(plan):
-    """A batch of unequal prompts against each alone, and a second turn against asking all at once."""
+def test_batches_and_turns_equal_single_prompts(plan):
+    """A batch of unequal prompts gives the logits of each prompt alone; a second turn those of one long prompt."""
     rows = [np.array([1, *range(5, 5 + length)]) for length in (12, 7)]
     with qvlm_export.load(plan) as engine:
         together = engine.session.start(rows).logits
-        for row, got in zip(rows, together, strict=True):
-            wanted = engine.logits(row[None])[0, -1]
-            assert np.linalg.norm(got - wanted) < 0.02 * np.linalg.norm(wanted)
+        for row, actual in zip(rows, together, strict=True):
+            expected = engine.logits(row[None])[0, -1]
+            assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
         chat, item = engine.chat(), unseen_items(1)[0]
         "".join(chat.say(item.prompt, [item.image]))
         "".join(chat.say("How many objects are there?", max_new_tokens=3))
         sequence = chat._sequences
         pixels = engine.processor.image_processor([item.image], return_tensors="np")["pixel_values"]
-        whole = engine.logits(np.array([sequence.tokens[0][: int(sequence.cached[0])]]), pixels)[0, -1]
-        assert np.linalg.norm(sequence.logits[0] - whole) < 0.02 * np.linalg.norm(whole)
+        expected_last = engine.logits(np.array([sequence.tokens[0][: int(sequence.cached[0])]]), pixels)[0, -1]
+        assert np.linalg.norm(sequence.logits[0] - expected_last) < 0.02 * np.linalg.norm(expected_last)
 
 
-def test_the_ladder_reaches_the_engine_and_polygraphy_repeats_it_by_hand(plan, tmp_path):
+def test_validation_runs_the_engine_and_its_polygraphy_commands_pass(plan, tmp_path):
     arguments = [str(plan), "--limit", "4", "--json", "--save-polygraphy", str(tmp_path / "case")]
     result = CliRunner().invoke(validate_app, arguments)
     assert result.exit_code == 0, result.stdout + result.stderr
     content = json.loads(result.stdout)
-    assert {rung["name"]: rung["status"] for rung in content["rungs"]}["engine"] == "run"
-    judged = {verdict["output"] for verdict in content["polygraphy"]["verdicts"] if "engine" in verdict["runners"]}
-    assert judged == {"image_embeds", "logits"}
-    lines = [line for line in content["polygraphy"]["commands"] if "--trt" in line]
-    assert len(lines) == 2
-    for line in lines:
-        done = run_shell(line)
-        assert done.returncode == 0, done.stdout + done.stderr
+    assert {model_form["name"]: model_form["status"] for model_form in content["forms"]}["engine"] == "run"
+    compared = {verdict["output"] for verdict in content["polygraphy"]["verdicts"] if "engine" in verdict["runners"]}
+    assert compared == {"image_embeds", "logits"}
+    commands = [command for command in content["polygraphy"]["commands"] if "--trt" in command]
+    assert len(commands) == 2
+    for command in commands:
+        process = run_shell(command)
+        assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_engine_logits_match_the_graph(plan):
@@ -97,9 +97,9 @@ def test_engine_logits_match_the_graph(plan):
         for item in unseen_items(14):
             text = chat_text(engine.processor, [{"role": "user", "text": item.prompt, "images": 1}])
             pixels, ids = encode(engine.processor, text, [item.image])
-            got, wanted = engine.logits(ids[None], pixels), graph.logits(ids[None], pixels)
-            assert np.isfinite(got).all()
-            assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+            actual, expected = engine.logits(ids[None], pixels), graph.logits(ids[None], pixels)
+            assert np.isfinite(actual).all()
+            assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
 
 
 def test_engine_answers_like_the_graph(plan):
@@ -117,25 +117,25 @@ def test_decoding_through_the_cache_equals_prefill(plan):
         sequences = engine.session.start([ids[:-6]], pixels)
         for token in ids[-6:]:
             engine.session.extend(sequences, [np.array([token])])
-        whole = engine.logits(ids[None], pixels)[0, -1]
-        assert np.linalg.norm(sequences.logits[0] - whole) < 0.02 * np.linalg.norm(whole)
+        expected = engine.logits(ids[None], pixels)[0, -1]
+        assert np.linalg.norm(sequences.logits[0] - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def test_int8_products_with_long_sums_do_not_overflow(llava, tmp_path):
-    """K of a real decoder, all activations and weights near their range: a float16 accumulator would be infinite."""
+    """With the K of a real decoder and values near the ends of their ranges, float16 sums would overflow."""
     folder = llava(dtype="float32", text={"hidden_size": 4096, "intermediate_size": 13824, "num_hidden_layers": 1})
     out = tmp_path / "wide.plan"
     export_here(str(folder), out, scheme="int8", samples=4)
     ids = np.array([[1, *range(5, 40)]])
     with qvlm_export.load(out) as engine, qvlm_export.load(out, "onnxruntime:cpu") as graph:
-        got, wanted = engine.logits(ids), graph.logits(ids)
-    assert np.isfinite(got).all()
-    assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+        actual, expected = engine.logits(ids), graph.logits(ids)
+    assert np.isfinite(actual).all()
+    assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_onnx_runtime_uses_cuda_or_says_why_not(plan):
-    """The float16 graph on the GPU, where onnxruntime-gpu is installed and has all kernels, against the twin on CPU."""
-    with qvlm_export.load(plan, "onnxruntime") as graph, qvlm_export.load(plan, "onnxruntime:cpu") as twin:
+def test_onnx_runtime_uses_cuda_or_gives_a_reason(plan):
+    """The float16 graph with CUDA, where onnxruntime-gpu has all kernels, against its float32 copy on the CPU."""
+    with qvlm_export.load(plan, "onnxruntime") as graph, qvlm_export.load(plan, "onnxruntime:cpu") as cpu:
         runner, why = graph.session.runner, graph.session.why
         print(f"{graph.manifest.scheme}: {runner.device} ({why})")
         if runner.device == "cpu":
@@ -143,32 +143,32 @@ def test_onnx_runtime_uses_cuda_or_says_why_not(plan):
         for item in unseen_items(14):
             text = chat_text(graph.processor, [{"role": "user", "text": item.prompt, "images": 1}])
             pixels, ids = encode(graph.processor, text, [item.image])
-            got, wanted = graph.logits(ids[None], pixels), twin.logits(ids[None], pixels)
-            assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+            actual, expected = graph.logits(ids[None], pixels), cpu.logits(ids[None], pixels)
+            assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
             assert graph.generate(item.prompt, [item.image], max_new_tokens=3)
 
 
-def test_the_device_says_what_it_is():
+def test_the_device_has_a_capability_and_copies_memory_both_ways():
     device = Device()
     assert device.capability().startswith("sm")
     address = device.allocate(64)
     device.upload(address, np.arange(16, dtype=np.float32))
-    back = np.zeros(16, np.float32)
-    device.download(back, address)
-    assert back.tolist() == list(range(16))
+    downloaded = np.zeros(16, np.float32)
+    device.download(downloaded, address)
+    assert downloaded.tolist() == list(range(16))
     device.close()
     assert not device.holds(address)
 
 
-def test_evaluation_of_the_engine_scores_as_that_of_the_graph(plan, tmp_path):
+def test_the_engine_scores_as_the_graph_in_an_evaluation(plan, tmp_path):
     sets = make_sets(tmp_path / "sets", 40)
     common = (plan, *of_task(sets, "scienceqa"), *FORM)
-    scores = [eval_json(*common, "--rung", r, "--predictions", tmp_path / f"{r}.jsonl") for r in ("auto", "graph")]
-    assert [score["rung"] for score in scores] == ["engine", "graph"]
+    scores = [eval_json(*common, "--model-form", r, "--predictions", tmp_path / f"{r}.jsonl") for r in ("auto", "graph")]
+    assert [score["model_form"] for score in scores] == ["engine", "graph"]
     assert abs(scores[0]["metrics"]["Avg"] - scores[1]["metrics"]["Avg"]) <= 0.05
 
 
-def test_evaluation_in_torch_on_the_gpu_scores_as_on_the_cpu(tmp_path):
+def test_torch_on_the_gpu_scores_as_on_the_cpu_in_an_evaluation(tmp_path):
     sets = make_sets(tmp_path / "sets", 40)
     common = ("tiny", *of_task(sets, "scienceqa"), *FORM)
     cuda, cpu = (eval_json(*common, "--device", d, "--predictions", tmp_path / f"{d}.jsonl") for d in ("cuda", "cpu"))

@@ -1,4 +1,4 @@
-"""The manifest: what is written comes back, and what is damaged, newer or gone is one line with its path."""
+"""The manifest: it is read back as written, and damaged, newer or missing files are one-line errors with the path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qvlm_export.engines.manifest import (
 
 @pytest.fixture
 def manifest(llava, tmp_path):
-    """A manifest with every field filled, and the one file it names."""
+    """A manifest with every field filled, beside the one file that it lists."""
     (tmp_path / "engine.onnx").write_bytes(b"graph")
     return Manifest(
         path=tmp_path / "engine.json",
@@ -50,7 +50,8 @@ def manifest(llava, tmp_path):
     )
 
 
-def refused(path, *words):
+def assert_refused(path, *words):
+    """Reads a manifest, which must fail with one line that contains all `words`."""
     with pytest.raises(UserError) as caught:
         read_manifest(path)
     message = str(caught.value)
@@ -61,13 +62,13 @@ def refused(path, *words):
 
 
 def change(path, **changes):
-    """Rewrites the file with some of its entries changed; None removes one."""
+    """Rewrites the file with some entries changed and a valid hash; None removes an entry."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in content.items() if value is not None}
-    path.write_text(json.dumps(seal(kept)), encoding="utf-8")
+    remaining = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(seal(remaining)), encoding="utf-8")
 
 
-def test_what_is_written_comes_back(manifest):
+def test_a_written_manifest_is_read_back_unchanged(manifest):
     write_manifest(manifest)
     assert read_manifest(manifest.path) == manifest
     assert [path.name for path in sorted(manifest.path.parent.iterdir())] == ["engine.json", "engine.onnx"]
@@ -97,43 +98,43 @@ def test_a_file_is_described_by_its_content(tmp_path):
     assert describe_file(path) == {"name": "some.data", "bytes": 200_000, "sha256": digest}
 
 
-def test_a_role_that_was_not_exported_is_named(manifest):
+def test_an_error_about_a_missing_role_names_it(manifest):
     assert manifest.file("language_onnx").read_bytes() == b"graph"
     with pytest.raises(UserError, match=re.escape(f"{manifest.path}: this export has no language_plan; export again")):
         manifest.file("language_plan")
 
 
-def test_a_file_that_is_gone_is_named(manifest, tmp_path):
+def test_a_missing_file_is_named(manifest, tmp_path):
     (tmp_path / "engine.onnx").unlink()
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'engine.onnx'}: is missing; it belongs to engine.json")):
         manifest.file("language_onnx")
 
 
-def test_a_missing_manifest(tmp_path):
-    refused(tmp_path / "engine.json", "there is no such manifest")
+def test_a_missing_manifest_is_refused(tmp_path):
+    assert_refused(tmp_path / "engine.json", "there is no such manifest")
 
 
-def test_a_folder_in_its_place(tmp_path):
-    refused(tmp_path, "not a readable manifest")
+def test_a_folder_in_place_of_the_manifest_is_refused(tmp_path):
+    assert_refused(tmp_path, "not a readable manifest")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"format": "qvlm-export", "version": 1'])
-def test_no_json(tmp_path, content):
+def test_a_file_that_is_no_json_is_refused(tmp_path, content):
     (tmp_path / "engine.json").write_bytes(content)
-    refused(tmp_path / "engine.json", "not a readable manifest", "export again")
+    assert_refused(tmp_path / "engine.json", "not a readable manifest", "export again")
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "null", "{}", '{"format": "other", "version": 1}'])
-def test_json_of_another_kind(tmp_path, content):
+def test_json_that_is_no_manifest_is_refused(tmp_path, content):
     (tmp_path / "engine.json").write_text(content)
-    refused(tmp_path / "engine.json", "is no manifest of qvlm-export")
+    assert_refused(tmp_path / "engine.json", "is no manifest of qvlm-export")
 
 
 @pytest.mark.parametrize("version", [3, 99, "1"])
-def test_a_newer_version(manifest, version):
+def test_a_newer_version_is_refused(manifest, version):
     write_manifest(manifest)
     change(manifest.path, version=version)
-    refused(manifest.path, f"manifest version {version}, this program reads 2", "update qvlm-export")
+    assert_refused(manifest.path, f"manifest version {version}, this program reads 2", "update qvlm-export")
 
 
 KEYS = ("model", "config", "limits", "float_type", "scheme", "linears", "calibration", "backend")
@@ -141,10 +142,10 @@ MORE_KEYS = ("plan_check", "interface", "versions", "files")
 
 
 @pytest.mark.parametrize("key", [*KEYS, *MORE_KEYS])
-def test_a_missing_entry(manifest, key):
+def test_a_missing_entry_is_refused_by_name(manifest, key):
     write_manifest(manifest)
     change(manifest.path, **{key: None})
-    refused(manifest.path, "the manifest is damaged", key)
+    assert_refused(manifest.path, "the manifest is damaged", key)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,10 @@ def test_a_missing_entry(manifest, key):
         {"plan_check": 7},
     ],
 )
-def test_an_entry_of_another_shape(manifest, changes):
+def test_an_entry_of_another_type_is_refused(manifest, changes):
     write_manifest(manifest)
     change(manifest.path, **changes)
-    refused(manifest.path, "the manifest is damaged", "export again")
+    assert_refused(manifest.path, "the manifest is damaged", "export again")
 
 
 def test_an_edited_manifest_is_refused(manifest):
@@ -169,15 +170,15 @@ def test_an_edited_manifest_is_refused(manifest):
     text = manifest.path.read_text(encoding="utf-8")
     manifest.path.write_text(text.replace('"float_type": "float16"', '"float_type": "float32"'), encoding="utf-8")
     assert manifest.path.read_text(encoding="utf-8") != text
-    refused(manifest.path, "was changed since the export wrote it", "export again")
+    assert_refused(manifest.path, "was changed since the export wrote it", "export again")
 
 
 @pytest.mark.parametrize("content", [b"", b"grap", b"graphs"])
 def test_a_file_of_another_size_is_refused(manifest, tmp_path, content):
     (tmp_path / "engine.onnx").write_bytes(content)
-    wanted = f"{tmp_path / 'engine.onnx'}: has {len(content)} bytes, the manifest says 5; it was changed or is incomplete"
+    expected = f"{tmp_path / 'engine.onnx'}: has {len(content)} bytes, the manifest says 5; it was changed or is incomplete"
     for use in (lambda: manifest.file("language_onnx"), lambda: verify_files(manifest)):
-        with pytest.raises(UserError, match=f"^{re.escape(wanted)}, export again$"):
+        with pytest.raises(UserError, match=f"^{re.escape(expected)}, export again$"):
             use()
 
 
@@ -189,52 +190,52 @@ def test_an_entry_without_a_size_is_accepted(manifest, tmp_path):
 
 
 @pytest.fixture
-def three(manifest, tmp_path):
-    """A manifest of two hashed files and a folder without a hash."""
+def with_folder(manifest, tmp_path):
+    """A manifest that lists two files with hashes and a folder without."""
     (tmp_path / "engine.plan").write_bytes(b"plan")
     plan = describe_file(tmp_path / "engine.plan")
     return replace(manifest, files={**manifest.files, "language_plan": plan, "processor": {"name": "engine.processor"}})
 
 
-def test_every_hashed_file_is_verified(three):
+def test_every_hashed_file_is_verified(with_folder):
     fractions = []
-    assert [path.name for path in verify_files(three, fractions.append)] == ["engine.onnx", "engine.plan"]
+    assert [path.name for path in verify_files(with_folder, fractions.append)] == ["engine.onnx", "engine.plan"]
     assert fractions == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("name", ["engine.onnx", "engine.plan"])
-def test_one_changed_bit_is_found(three, tmp_path, name):
+def test_one_changed_bit_is_detected(with_folder, tmp_path, name):
     data = bytearray((tmp_path / name).read_bytes())
     data[-1] ^= 1
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
         UserError, match=f"^{re.escape(str(tmp_path / name))}: its sha256 is .*it was changed, export again$"
     ):
-        verify_files(three)
+        verify_files(with_folder)
 
 
 @pytest.mark.parametrize("name", ["engine.onnx", "engine.plan"])
-def test_a_missing_file_cannot_be_verified(three, tmp_path, name):
+def test_a_missing_file_cannot_be_verified(with_folder, tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: is missing"):
-        verify_files(three)
+        verify_files(with_folder)
 
 
-def test_what_cannot_be_read_cannot_be_verified(three, tmp_path):
-    unread = replace(three, files={"language_onnx": {"name": "folder", "sha256": "0" * 64}})
+def test_a_file_that_cannot_be_read_is_refused(with_folder, tmp_path):
+    unreadable = replace(with_folder, files={"language_onnx": {"name": "folder", "sha256": "0" * 64}})
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'folder'}: cannot be read (Is a directory)")):
-        verify_files(unread)
+        verify_files(unreadable)
 
 
-def test_without_hashes_nothing_is_verified(three):
-    with pytest.raises(UserError, match=f"^{re.escape(str(three.path))}: lists no sha256"):
-        verify_files(replace(three, files={"language_onnx": {"name": "engine.onnx", "bytes": 5}}))
+def test_a_manifest_without_hashes_cannot_be_verified(with_folder):
+    with pytest.raises(UserError, match=f"^{re.escape(str(with_folder.path))}: lists no sha256"):
+        verify_files(replace(with_folder, files={"language_onnx": {"name": "engine.onnx", "bytes": 5}}))
 
 
 @pytest.fixture
 def processor(manifest, tmp_path):
-    """A manifest with a folder of two files, one of them in a folder of its own."""
+    """A manifest that lists a folder of two files, one of them in a subfolder."""
     folder = tmp_path / "engine.processor"
     (folder / "more").mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(b"tokens")
@@ -270,11 +271,11 @@ def change_size(folder):
     (folder / "more" / "image.json").write_bytes(b"{} ")
 
 
-def take_away(folder):
+def remove_file(folder):
     (folder / "more" / "image.json").unlink()
 
 
-def add_a_stranger(folder):
+def add_unlisted_file(folder):
     (folder / "preprocessor_config.json").write_bytes(b"{}")
 
 
@@ -284,18 +285,18 @@ def add_a_stranger(folder):
     [
         (change_content, "tokenizer.json: its sha256 is "),
         (change_size, "more/image.json: has 3 bytes, the manifest says 2; it was changed or is incomplete, export again"),
-        (take_away, "more/image.json: is missing; it belongs to engine.json"),
-        (add_a_stranger, "preprocessor_config.json: is not part of this export; take it away, or export again"),
+        (remove_file, "more/image.json: is missing; it belongs to engine.json"),
+        (add_unlisted_file, "preprocessor_config.json: is not part of this export; take it away, or export again"),
     ],
 )
-def test_a_folder_that_is_not_as_it_was_written_is_refused(processor, tmp_path, change, words, use):
+def test_a_folder_with_changed_files_is_refused(processor, tmp_path, change, words, use):
     folder = tmp_path / "engine.processor"
     change(folder)
     with pytest.raises(UserError, match=f"^{re.escape(f'{folder}/{words}')}"):
         use(processor)
 
 
-def test_hidden_files_in_a_folder_are_nobodys_business(processor, tmp_path):
+def test_hidden_files_in_a_folder_are_ignored(processor, tmp_path):
     (tmp_path / "engine.processor" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "engine.processor" / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / "engine.processor" / ".cache" / "huggingface" / "lock").write_bytes(b"x")
@@ -304,15 +305,15 @@ def test_hidden_files_in_a_folder_are_nobodys_business(processor, tmp_path):
     assert describe_folder(tmp_path / "engine.processor") == processor.files["processor"]
 
 
-def test_a_folder_without_a_record_is_opened_as_it_is(processor, tmp_path):
-    """As exports were before folders were recorded."""
+def test_a_folder_without_a_record_is_not_verified(processor, tmp_path):
+    """Exports made before folders were recorded have such entries."""
     older = replace(processor, files={**processor.files, "processor": {"name": "engine.processor"}})
-    add_a_stranger(tmp_path / "engine.processor")
+    add_unlisted_file(tmp_path / "engine.processor")
     assert verify_file(older, "processor") == tmp_path / "engine.processor"
     assert verify_files(older) == [tmp_path / "engine.onnx"]
 
 
-def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, monkeypatch):
+def test_large_files_are_hashed_by_verify_files_only(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest_module, "VERIFY_AT_OPEN_BYTES", 5)
     change_content(tmp_path / "engine.processor")
     verify_file(processor, "processor")
@@ -321,14 +322,14 @@ def test_large_files_are_left_to_the_command_that_verifies(processor, tmp_path, 
 
 
 @pytest.mark.usefixtures("processor")
-def test_files_are_described_while_something_else_is_done(tmp_path):
+def test_files_are_described_in_the_background(tmp_path):
     path, folder = tmp_path / "some.data", tmp_path / "engine.processor"
     path.write_bytes(bytes(3 * 2**20))
     with describe_in_background({"a": path, "b": folder}) as described:
         assert described() == {"a": describe_file(path), "b": describe_folder(folder)}
 
 
-def test_an_error_ends_the_hashing_of_a_large_file(tmp_path):
+def test_an_error_in_the_context_stops_the_hashing(tmp_path):
     path, read = tmp_path / "endless", threading.Event()
     os.mkfifo(path)
 
@@ -347,6 +348,6 @@ def test_an_error_ends_the_hashing_of_a_large_file(tmp_path):
     assert not writer.is_alive()
 
 
-def test_an_error_of_hashing_is_raised_where_it_is_waited_for(tmp_path):
+def test_an_error_of_the_hashing_is_raised_to_the_caller_that_waits(tmp_path):
     with describe_in_background({"a": tmp_path / "gone"}) as described, pytest.raises(FileNotFoundError):
         described()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.pipeline.export import export
-from qvlm_export.pipeline.planning.export_plan import ExportOptions
+from qvlm_export.pipeline.preparation.prepare import ExportOptions
 from qvlm_export.pipeline.progress import Reporter
 
 # What Python says of file operations before it does them. Renames are where unfinished becomes finished.

@@ -25,7 +25,7 @@ from qvlm_export.engines.config import Limits
 from qvlm_export.engines.graph.float_graphs import expected_shapes, fill_weights, language_graph, vision_graph
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import write_graph
-from qvlm_export.pipeline.planning.recipe import plan_linears, recipe_of_preset
+from qvlm_export.pipeline.preparation.recipe import assign_schemes, recipe_of_preset
 
 LIMITS = Limits(max_length=128, max_batch=2, max_images=2)
 PARTS = ("vision", "language")
@@ -55,7 +55,7 @@ def plan_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
     """The schemes that `--scheme preset` plans."""
     shapes = expected_shapes(checkpoint.config)
     names = make_blocks(checkpoint.hf_config).quantizable()
-    return plan_linears(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
+    return assign_schemes(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
 
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The wheel: made from the sources, installed apart from them, it must run on its own."""
+"""The wheel: built from the sources and installed elsewhere, it must run without them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """stdout of a command that must succeed."""
-    done = subprocess.run(
+    """Runs a command that must succeed, and returns its stdout."""
+    process = subprocess.run(
         list(map(str, command)),
         capture_output=True,
         text=True,
@@ -31,8 +31,8 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
         env=os.environ | environment,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +53,21 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "target"
 
 
-def test_what_is_inside(target: Path) -> None:
+def test_the_wheel_has_all_modules_and_data_files(target: Path) -> None:
     names = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     for folder, installed in (("qvlm_export", ""), ("calibrate", "qvlm_export/"), ("engines", "qvlm_export/")):
-        wanted = {installed + str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
-        assert len(wanted) > 10
-        assert wanted <= names
+        modules = {installed + str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        assert len(modules) > 10
+        assert modules <= names
     assert {"qvlm_export/py.typed", "qvlm_export/report/templates/report.html.jinja"} <= names
-    pictures = {
+    images = {
         f"qvlm_export/inputs/calibration_set/images/{path.name}" for path in default_calibration().parent.glob("images/*")
     }
-    assert len(pictures) == 64
-    assert pictures | {"qvlm_export/inputs/calibration_set/scenes.jsonl"} <= names
+    assert len(images) == 64
+    assert images | {"qvlm_export/inputs/calibration_set/scenes.jsonl"} <= names
     assert {name.partition("/")[0] for name in names if name.endswith(".py")} == {"qvlm_export"}
+    (license_file,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+    assert (target / license_file).read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_modules_come_from_the_wheel(target: Path, tmp_path: Path) -> None:
@@ -73,14 +75,14 @@ def test_modules_come_from_the_wheel(target: Path, tmp_path: Path) -> None:
         "import qvlm_export as q, qvlm_export.calibrate as c, qvlm_export.engines as e, qvlm_export.errors as u; "
         "assert q.UserError is u.UserError; print(q.__file__, c.__file__, e.__file__, q.__version__)"
     )
-    *found, version = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target)).split()
+    *paths, version = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target)).split()
     package = target / "qvlm_export"
-    assert found == [str(folder / "__init__.py") for folder in (package, package / "calibrate", package / "engines")]
+    assert paths == [str(folder / "__init__.py") for folder in (package, package / "calibrate", package / "engines")]
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
-def test_files_of_the_same_names_beside_a_script_are_not_in_the_way(target: Path, tmp_path: Path) -> None:
-    """Generic names such as calibrate.py are found first in the folder that a script lies in, or that Python starts in."""
+def test_files_named_like_our_folders_beside_a_script_do_no_harm(target: Path, tmp_path: Path) -> None:
+    """Python looks for generic names such as calibrate first in the folder of the script, or in the current folder."""
     for name in ("calibrate", "engines", "tools"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')\n", encoding="utf-8")
     script = tmp_path / "mine.py"
@@ -96,8 +98,8 @@ def test_files_of_the_same_names_beside_a_script_are_not_in_the_way(target: Path
     assert run(sys.executable, "-c", script.read_text(), cwd=tmp_path, PYTHONPATH=str(target)) == "fine\n"
 
 
-def test_command_runs_with_the_data_it_carries(llava: Llava, target: Path, tmp_path: Path) -> None:
-    """Without --calib-data, so that the package's own pictures are read."""
+def test_the_command_finds_its_built_in_calibration_set(llava: Llava, target: Path, tmp_path: Path) -> None:
+    """Without --calib-data, the calibration set in the package is read."""
     arguments = ("--model", llava(), "--out", "engine.plan", "--backend", "onnx", "--dry-run", "--json")
     output = run(sys.executable, target / "bin" / "qvlm-export", *arguments, cwd=tmp_path, PYTHONPATH=str(target))
     content = json.loads(output)

@@ -1,9 +1,10 @@
-"""Calibration and evaluation samples of the benchmark, as files that a peer in another environment reads with numpy alone.
+"""Calibration and evaluation sets of the benchmark, stored as .npz so that peers in other environments need only numpy.
 
     python -m tools.bench.data --model qvlm_export/tiny --out build/bench/data
 
-Calibration: 64 questions of the calibration split, other scenes for each seed; those of seed 0 are the set that ships with
-the package. Evaluation: 1,000 questions about test scenes, which neither training nor calibration saw.
+A calibration set has 64 questions about scenes of the calibration split, different scenes for each seed; the set of seed 0
+is the one that ships with the package. The evaluation set has 1,000 questions about scenes of the test split, which are used
+in neither training nor calibration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CALIBRATION_SAMPLES, QUESTIONS, SEEDS = 64, 1000, (0, 1, 2)
 
 
 def calibration_items(seed: int, count: int = CALIBRATION_SAMPLES) -> list[Item]:
-    """`count` questions on as many scenes of the calibration split, the kinds in turn; seeds share no scene."""
+    """`count` questions about as many scenes of the calibration split, cycling through the kinds; seeds share no scene."""
     items = []
     for number in range(count):
         kind = scenes.KINDS[number % len(scenes.KINDS)]
@@ -35,21 +36,27 @@ def calibration_items(seed: int, count: int = CALIBRATION_SAMPLES) -> list[Item]
 
 
 def encode_items(items: Sequence[Item], processor: Any) -> list[Sample]:
-    """As a calibration file's lines are encoded: the model's own chat template, the answer and the end token after it."""
+    """Samples of items: the model's chat template, then the answer and the end token, as calibration files are encoded.
+
+    Raises ValueError if the tokens of prompt and answer do not begin with the tokens of the prompt.
+    """
     samples = []
     for item in items:
         prompt = chat_text(processor, [{"role": "user", "text": item.prompt, "images": 1}])
         pixels, ids = encode(processor, prompt, [item.image])
-        _, whole = encode(processor, f"{prompt} {item.answer}", [item.image])
-        if not np.array_equal(ids, whole[: len(ids)]):
+        _, all_ids = encode(processor, f"{prompt} {item.answer}", [item.image])
+        if not np.array_equal(ids, all_ids[: len(ids)]):
             raise ValueError(f"{item.prompt!r}: the tokenizer joins prompt and answer, so the answer has no first token")
-        samples.append(Sample(np.append(whole, processor.tokenizer.eos_token_id), pixels, len(ids)))
+        samples.append(Sample(np.append(all_ids, processor.tokenizer.eos_token_id), pixels, len(ids)))
     return samples
 
 
 def save_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """One picture a sample. input_ids int64 [tokens in all], offsets int64 [n + 1], pixel_values float32 [n, 3, R, R],
-    answer_start int64 [n], counted from the sample's own first token."""
+    """Writes samples of one image each as .npz.
+
+    The arrays are input_ids int64 [tokens of all samples], offsets int64 [n + 1], pixel_values float32 [n, 3, R, R] and
+    answer_start int64 [n], which counts from the sample's own first token.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,
@@ -61,7 +68,7 @@ def save_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def load_samples(path: Path) -> list[Sample]:
-    """What `save_samples` wrote."""
+    """Reads the samples that `save_samples` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     spans = zip(arrays["offsets"], arrays["offsets"][1:], arrays["answer_start"], strict=False)
@@ -72,26 +79,29 @@ def load_samples(path: Path) -> list[Sample]:
 
 
 def answer_spans(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Positions first..last - 1 of each sample whose logits predict the answer and its end token."""
+    """(first, last) of each sample: the logits at positions first to last - 1 predict the answer and its end token."""
     return [(s.answer_start - 1, len(s.input_ids) - 1) for s in samples]
 
 
 def calibration_file(folder: Path, seed: int, samples: int = CALIBRATION_SAMPLES) -> Path:
+    """Path of the calibration set with this seed and number of samples."""
     return folder / (f"calibration-{seed}.npz" if samples == CALIBRATION_SAMPLES else f"calibration-{seed}-{samples}.npz")
 
 
 def evaluation_file(folder: Path, questions: int = QUESTIONS) -> Path:
+    """Path of the evaluation set with this number of questions."""
     return folder / f"evaluation-{questions}.npz"
 
 
 def make_data(model: Path, folder: Path, questions: int = QUESTIONS, samples: int = CALIBRATION_SAMPLES) -> None:
-    """Writes the files that are not there yet. Both models of the benchmark have one processor, so they share them.
+    """Writes the calibration sets of all seeds and the evaluation set, unless they exist.
 
-    samples: that a calibration set has; fewer than usual are the first of the usual ones.
+    Both models of the benchmark have the same processor, so they share the files. samples: size of a calibration set; a set
+    smaller than the default holds the first samples of the default set.
     """
-    processor, usual = None, max(samples, CALIBRATION_SAMPLES)
+    processor, drawn = None, max(samples, CALIBRATION_SAMPLES)
     sets = {
-        calibration_file(folder, seed, samples): (lambda s=seed: calibration_items(s, usual)[:samples]) for seed in SEEDS
+        calibration_file(folder, seed, samples): (lambda s=seed: calibration_items(s, drawn)[:samples]) for seed in SEEDS
     }
     for path, items in {**sets, evaluation_file(folder, questions): lambda: unseen_items(questions)}.items():
         if not path.exists():

@@ -1,12 +1,13 @@
-"""What an export costs at several sizes: seconds by stage, peak memory, bytes read and written.
+"""Benchmark of whole exports at several model sizes: seconds by stage, peak memory, bytes read and written.
 
     python -m tools.bench.export --sizes 1b,llava-7b,llava-13b --effort rtn --work /big/disk --out docs/bench_export.json
 
-Makes each checkpoint (`make_random_llava.py`), runs `qvlm-export --dry-run` for the estimate and then the export itself in a
-process of its own, adds a row to the JSON and deletes what it made, so that the largest size decides the disk. `tiny` is the
-model of the package. Bytes are those of storage (/proc/self/io), so a warm cache shows as few bytes read. Seconds are given
-as they passed and as the processors counted them, with the load average beside them: a busy machine stretches the first.
-`--plot docs/bench_export.png` draws cost against parameters from all rows there are.
+For each size this makes a random checkpoint (`tools/families/make_random_llava.py`), runs `qvlm-export --dry-run` for the
+estimate, then runs the export in its own process, adds a row to the JSON and deletes checkpoint and export, so that the disk
+only has to hold the largest size. The size `tiny` stands for the model of the package. Bytes are read from and written to
+storage (/proc/PID/io), so with a warm page cache few bytes are read. Both wall seconds and processor seconds are recorded,
+beside the load average, because a busy machine lengthens the wall time. `--plot docs/bench_export.png` draws the cost over
+the number of parameters from all rows of the JSON.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 TINY = "tiny"
-ESTIMATED = ("seconds", "calibration_floor_seconds", "memory_bytes", "build_memory_bytes", "disk_bytes")
+ESTIMATES = ("seconds", "calibration_floor_seconds", "memory_bytes", "build_memory_bytes", "disk_bytes")
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a command that prints JSON; wall and processor seconds, peak resident bytes, bytes of storage."""
+    """Runs a command that prints JSON; raises SystemExit if it fails.
+
+    Returns the JSON as "output", with wall and processor seconds, peak resident bytes, and bytes read from and written to
+    storage.
+    """
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watched: dict[str, int] = {}
-    watcher = threading.Thread(target=_watch_io, args=(process.pid, watched))
+    counters: dict[str, int] = {}
+    watcher = threading.Thread(target=_poll_counters, args=(process.pid, counters))
     watcher.start()
     stdout = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
@@ -51,29 +56,32 @@ def measured(command: list[str]) -> dict[str, Any]:
     return {
         "wall_seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        **watched,
-        "said": json.loads(stdout),
+        **counters,
+        "output": json.loads(stdout),
     }
 
 
-def _watch_io(process: int, watched: dict[str, int]) -> None:
-    """Keeps the last counts until the process is gone; a build's bytes are its own process's, and count when it ends."""
+def _poll_counters(process: int, counters: dict[str, int]) -> None:
+    """Updates `counters` with the kernel's counters of the process until it ends.
+
+    The kernel adds the bytes of a child process, such as an engine build, when the child ends.
+    """
     folder = Path(f"/proc/{process}")
     while True:
         try:
-            counts = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
+            io = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
             status = dict(line.split(":\t") for line in (folder / "status").read_text().splitlines() if ":\t" in line)
         except OSError:
             return
-        if "VmHWM" not in status:  # it has ended
+        if "VmHWM" not in status:  # a zombie: the process has ended
             return
-        watched |= {"read_bytes": int(counts["read_bytes"]), "written_bytes": int(counts["write_bytes"])}
-        watched["peak_bytes"] = 1024 * int(status["VmHWM"].split()[0])
+        counters |= {"read_bytes": int(io["read_bytes"]), "written_bytes": int(io["write_bytes"])}
+        counters["peak_bytes"] = 1024 * int(status["VmHWM"].split()[0])
         time.sleep(0.05)
 
 
 def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row. The checkpoint and the export are gone afterwards unless --keep."""
+    """Measures the export of one model size; returns a row of the JSON. Without --keep it deletes what it made."""
     checkpoint, out = args.work / f"checkpoint-{size}", args.work / f"export-{size}"
     if size != TINY and not (checkpoint / "model.safetensors.index.json").exists():
         tool = "tools.families.make_random_llava"
@@ -88,24 +96,24 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
         "--json",
     ]
     command += ["--effort", args.effort, "--samples", str(args.samples), "--backend", args.backend]
-    estimated = measured([*command, "--dry-run"])["said"]
-    found = measured(command)
-    said = found.pop("said")
-    sizes = {name: sum(part[name] for part in estimated["parts"].values()) for name in ("float16_bytes", "weights_bytes")}
+    estimate = measured([*command, "--dry-run"])["output"]
+    cost = measured(command)
+    output = cost.pop("output")
+    sizes = {name: sum(part[name] for part in estimate["parts"].values()) for name in ("float16_bytes", "weights_bytes")}
     row = {
         "size": size,
         "effort": args.effort,
         "samples": args.samples,
         "backend": args.backend,
         "parameters": sizes["float16_bytes"] // 2,
-        **found,
-        "seconds": said["seconds"],
-        "processor_seconds": said["processor_seconds"],
-        "build_peak_bytes": max((e.get("peak_bytes", 0) for e in said["files"].values()), default=0),
+        **cost,
+        "seconds": output["seconds"],
+        "processor_seconds": output["processor_seconds"],
+        "build_peak_bytes": max((e.get("peak_bytes", 0) for e in output["files"].values()), default=0),
         "float16_bytes": sizes["float16_bytes"],
-        "data_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_data")),
-        "plan_bytes": sum(e["bytes"] for role, e in said["files"].items() if role.endswith("_plan")),
-        "estimated": {name: estimated[name] for name in ESTIMATED},
+        "data_bytes": sum(e["bytes"] for role, e in output["files"].items() if role.endswith("_data")),
+        "plan_bytes": sum(e["bytes"] for role, e in output["files"].items() if role.endswith("_plan")),
+        "estimated": {name: estimate[name] for name in ESTIMATES},
         "load_before": args.load,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
@@ -116,16 +124,16 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Processor seconds and peak memory against parameters, for each effort and kind of processor."""
+    """Draws processor seconds and peak memory over parameters, one line for each effort and kind of processor."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["parameters"]):
-        vectors = row["machine"].split(", ")[2:]  # older rows do not say
-        lines.setdefault(", ".join([row["effort"], *vectors]), []).append(row)
-    for label, mine in sorted(lines.items()):
-        billions = [row["parameters"] / 1e9 for row in mine]
-        axes[0].plot(billions, [row["cpu_seconds"] for row in mine], "o-", label=label)
-        axes[1].plot(billions, [row["peak_bytes"] / 2**30 for row in mine], "o-", label=label)
+        instruction_set = row["machine"].split(", ")[2:]  # older rows do not have it
+        lines.setdefault(", ".join([row["effort"], *instruction_set]), []).append(row)
+    for label, line in sorted(lines.items()):
+        billions = [row["parameters"] / 1e9 for row in line]
+        axes[0].plot(billions, [row["cpu_seconds"] for row in line], "o-", label=label)
+        axes[1].plot(billions, [row["peak_bytes"] / 2**30 for row in line], "o-", label=label)
     for axis, ylabel in zip(axes, ("processor seconds, all stages", "GiB resident, without the engine build"), strict=True):
         axis.set(xlabel="billion parameters", ylabel=ylabel, xscale="log", yscale="log")
         axis.grid(visible=True, alpha=0.3)

@@ -1,14 +1,16 @@
-"""Compares quantization methods on the tiny LLaVA: ours and released peers, by bits, over three calibration seeds.
+"""Benchmark of quantization methods on the tiny LLaVA: ours and released peers, by bits, over three calibration seeds.
 
-    python tools/peers/make_envs.py build/peers               # once: the peers, each in its own environment
-    python -m tools.bench.methods                             # all that is missing, then docs/methods.md
+    python -m tools.peers.make_envs build/peers               # once: makes an environment for each peer
+    python -m tools.bench.methods                             # runs all cells that are missing
+    python -m tools.bench.methods --docs docs                 # the same, then writes docs/methods.md
     python -m tools.bench.methods --rows fast "modelopt*" --columns W8A8 --seeds 0
-    python -m tools.bench.methods --model-dir build/tiny-hard # the same on another model; its tables are added
+    python -m tools.bench.methods --model-dir build/tiny-hard # the same on another model, in tables of its own
     python -m tools.bench.methods --questions 10000 --rows fast full "llmcompressor: awq + gptq" --columns W3A16
     python -m tools.bench.methods --samples 8 --rows rtn fast full --columns W8A8 W4A16
 
-Every cell is one line of build/bench/results.jsonl, so a killed run goes on where it was; the last line of a cell counts.
-Each cell calibrates with one thread and says what it cost in processor seconds, which other work does not lengthen.
+A cell is one row (a method), one column (a scheme) and one calibration seed. Each result is appended to
+build/bench/results.jsonl, so a run that was killed continues where it stopped; if a cell has several lines, the last one
+counts. Each cell calibrates on one thread and reports processor seconds, which other load on the machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ TINY = TOOLS.parent / "qvlm_export" / "tiny"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured once. model: name of its folder. questions: to judge on. samples: to calibrate on."""
+    """One measurement.
+
+    model: name of its folder. questions: size of the evaluation set. samples: size of the calibration set.
+    """
 
     model: str
     row: str
@@ -63,12 +68,12 @@ class Cell:
 
     @staticmethod
     def of(record: Mapping[str, Any]) -> Cell:
-        """The cell that a line of the results is of."""
-        return Cell(**{own.name: record[own.name] for own in fields(Cell) if own.name in record})
+        """The cell to which a record of the results belongs."""
+        return Cell(**{field.name: record[field.name] for field in fields(Cell) if field.name in record})
 
 
 class Results:
-    """The cells measured so far, in a file that is only ever added to."""
+    """The results of all cells measured so far, in a JSONL file that is only appended to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -76,55 +81,61 @@ class Results:
         if path.exists():
             for line in path.read_text().splitlines():
                 if line.endswith("}"):  # a killed run may have left half a line
-                    self._keep(json.loads(line))
+                    self._store(json.loads(line))
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _store(self, record: dict[str, Any]) -> None:
         cell = Cell.of(record)
-        self._records.pop(cell, None)  # the newest comes last
+        self._records.pop(cell, None)  # reinserted below, so that the newest comes last
         self._records[cell] = record
 
     def get(self, cell: Cell, model_hash: str) -> dict[str, Any] | None:
-        """The cell's record, None when there is none for this very model."""
+        """The record of the cell, or None if there is none for a model with this hash."""
         record = self._records.get(cell)
         return record if record is not None and record["model_hash"] == model_hash else None
 
     def add(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        whole = {**vars(cell), **record}
+        """Appends the record of a cell; it replaces an earlier one."""
+        full_record = {**vars(cell), **record}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # The first newline ends what a killed run may have left.
+        # If a killed run has left half a line, it is ended here.
         broken = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as file:
-            file.write(("\n" if broken else "") + json.dumps(whole) + "\n")
-        self._keep(whole)
+            file.write(("\n" if broken else "") + json.dumps(full_record) + "\n")
+        self._store(full_record)
 
     def current(self) -> list[dict[str, Any]]:
-        """All cells of each model as it was when last measured."""
+        """The records that belong to the newest hash of each model."""
         newest = {record["model"]: record["model_hash"] for record in self._records.values()}
         return [record for record in self._records.values() if record["model_hash"] == newest[record["model"]]]
 
 
 def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) -> dict[str, float]:
-    """What the table shows. Logits [answer tokens of all samples, vocab].
+    """The metrics of the tables: mean KL in nats, SQNR of the logits in dB, top-1 agreement, exact match.
 
-    exact_match: share of questions whose every answer token is the most likely one, which is what greedy decoding needs.
+    reference and logits: [answer tokens of all samples, vocab]. exact_match is the share of questions whose every answer
+    token has the largest logit, which is when greedy decoding gives the right answer.
     """
     sums = measure(reference, logits)
-    best, right, at = logits.argmax(axis=-1), [], 0
+    top_tokens, correct, start = logits.argmax(axis=-1), [], 0
     for sample, (first, last) in zip(samples, answer_spans(samples), strict=True):
-        right.append(bool((best[at : at + last - first] == sample.input_ids[sample.answer_start :]).all()))
-        at += last - first
+        end = start + last - first
+        correct.append(bool((top_tokens[start:end] == sample.input_ids[sample.answer_start :]).all()))
+        start = end
     return {
         "kl": sums.mean_kl,
         "sqnr_db": sums.sqnr_db,
         "top1": sums.agreement,
-        "exact_match": sum(right) / len(right),
+        "exact_match": sum(correct) / len(correct),
         "not_finite": sums.not_finite,
     }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and the model that is measured. samples: to judge on; calibrated: how many to calibrate on."""
+    """The model that is measured, the folders, and the evaluation data.
+
+    reference: float32 logits of the answer tokens. samples: the evaluation set. calibration_size: in samples.
+    """
 
     model: Path
     work: Path
@@ -133,72 +144,77 @@ class Bench:
     results: Results
     reference: np.ndarray
     samples: Sequence[Sample]
-    calibrated: int
+    calibration_size: int
 
     @property
     def data(self) -> Path:
+        """Folder of the calibration and evaluation sets."""
         return self.work / "data"
 
     @property
     def evaluation(self) -> Path:
+        """File of the evaluation set."""
         return evaluation_file(self.data, len(self.samples))
 
-    def keep(self, cell: Cell, npy: Path) -> None:
-        """Scores a finished cell's files into the results."""
+    def add_cell(self, cell: Cell, npy: Path) -> None:
+        """Scores the logits of a finished cell (COLUMN-SEED.npy, with its cost in a .json beside it) and adds the result."""
         cost = json.loads(npy.with_suffix(".json").read_text())
-        found = score(self.reference, np.load(npy), self.samples)
-        self.results.add(cell, {"model_hash": self.model_hash, **found, **cost, "measured": time.strftime("%Y-%m-%d")})
-        print(f"  {cell.row:34} {cell.column:6} seed {cell.seed}: {found['kl']:.3g} nats, {found['sqnr_db']:.1f} dB, "
+        scores = score(self.reference, np.load(npy), self.samples)
+        self.results.add(cell, {"model_hash": self.model_hash, **scores, **cost, "measured": time.strftime("%Y-%m-%d")})
+        print(f"  {cell.row:34} {cell.column:6} seed {cell.seed}: {scores['kl']:.3g} nats, {scores['sqnr_db']:.1f} dB, "
               f"{cost['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
 def open_bench(model: Path, work: Path, envs: Path, counts: tuple[int, int] = (QUESTIONS, CALIBRATION_SAMPLES)) -> Bench:
-    """Makes data and reference logits where they are missing. counts: of questions, and of samples to calibrate on."""
-    questions, calibrated = counts
+    """Makes the data and the reference logits where they are missing.
+
+    counts: sizes of the evaluation set and of the calibration set.
+    """
+    questions, calibration_size = counts
     model_hash = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
-    make_data(model, work / "data", questions, calibrated)
+    make_data(model, work / "data", questions, calibration_size)
     samples = load_samples(evaluation_file(work / "data", questions))
-    stored = work / f"reference-{model_hash}-{questions}.npy"
-    if not stored.exists():
-        np.save(stored, ours.reference_logits(model, samples))
-    reference = np.load(stored)
-    bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples, calibrated)
+    reference_file = work / f"reference-{model_hash}-{questions}.npy"
+    if not reference_file.exists():
+        np.save(reference_file, ours.reference_logits(model, samples))
+    reference = np.load(reference_file)
+    bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples, calibration_size)
     float_cell = Cell(model.name, "float32", "float32", 0, questions)
     if bench.results.get(float_cell, model_hash) is None:
-        found = score(reference, reference, samples)
-        bench.results.add(float_cell, {"model_hash": model_hash, "kl": 0.0, "exact_match": found["exact_match"]})
+        scores = score(reference, reference, samples)
+        bench.results.add(float_cell, {"model_hash": model_hash, "kl": 0.0, "exact_match": scores["exact_match"]})
     return bench
 
 
 def environment() -> dict[str, str]:
-    """One thread, and nothing is fetched."""
+    """Environment variables of the measured processes: one thread, and no downloads."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run_peer(bench: Bench, row: PeerRow, cells: Sequence[Cell]) -> None:
-    """One process a cell. A cell that fails is named and left out; the next run tries it again."""
+    """Runs each cell of a peer in its own process. A cell that fails is reported and left for the next run."""
     python = bench.envs / row.peer / "bin" / "python"
     if not python.exists():
-        print(f"  {row.name}: {python} is not there; run tools/peers/make_envs.py")
+        print(f"  {row.name}: {python} is not there; run python -m tools.peers.make_envs")
         return
     for cell in cells:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "cell.npy"
-            given = {
+            options = {
                 "--model": bench.model, "--calibration": calibration_file(bench.data, cell.seed, cell.samples),
                 "--evaluation": bench.evaluation, "--column": cell.column, "--row": row.recipe, "--out": out,
             }  # fmt: skip
             program = TOOLS / "peers" / f"peer_{row.peer}.py"
-            command = [str(python), str(program), *(str(part) for pair in given.items() for part in pair)]
+            command = [str(python), str(program), *(str(part) for pair in options.items() for part in pair)]
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                bench.keep(cell, out)
+                bench.add_cell(cell, out)
             else:
                 print(f"  {cell.row} {cell.column} seed {cell.seed} failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def run_ours(bench: Bench, row: ours.OurRow, cells: Sequence[Cell]) -> None:
-    """One process for all cells of the row; each is kept as soon as it is written."""
+    """Runs all cells of a row in one process; each result is stored as soon as the process has printed its cell."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [
             sys.executable, "-m", "tools.bench.ours", "--row", row.name, "--model", str(bench.model),
@@ -208,19 +224,19 @@ def run_ours(bench: Bench, row: ours.OurRow, cells: Sequence[Cell]) -> None:
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for cell, line in zip(cells, process.stdout, strict=False):
-                bench.keep(cell, Path(line.split(" ", 1)[1].strip()))
+                bench.add_cell(cell, Path(line.split(" ", 1)[1].strip()))
         if process.returncode:
             print(f"  {row.name} failed with exit code {process.returncode}")
 
 
-def wanted(
+def cells_to_run(
     bench: Bench, row: ours.OurRow | PeerRow, columns: Sequence[str], seeds: Sequence[int], extra: bool, redo: bool
 ) -> Iterator[Cell]:
-    """The cells of a row that are to be run."""
+    """The cells of a row that have no result yet, or all with `redo`; with `extra` also those of ablations."""
     applies = row.columns if extra else row.main
     for column in columns:
         for seed in seeds:
-            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples), bench.calibrated)
+            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples), bench.calibration_size)
             if column in applies and (redo or bench.results.get(cell, bench.model_hash) is None):
                 yield cell
 
@@ -232,7 +248,7 @@ def main() -> None:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
     bench = open_bench(args.model_dir, args.work, args.envs, (args.questions, args.samples))
     for row in rows:
-        if cells := list(wanted(bench, row, args.columns, args.seeds, args.extra, args.redo)):
+        if cells := list(cells_to_run(bench, row, args.columns, args.seeds, args.extra, args.redo)):
             print(f"{row.name}: {len(cells)} cells", flush=True)
             (run_peer if isinstance(row, PeerRow) else run_ours)(bench, row, cells)  # type: ignore[operator]
     if args.docs:
@@ -246,10 +262,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["*"], help="names, or patterns as in file names")
     parser.add_argument("--columns", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
-    parser.add_argument("--extra", action="store_true", help="also ablations and the peers' weaker recipes")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="to judge on; tables of another number are added")
-    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="to calibrate on; another table, too")
-    parser.add_argument("--redo", action="store_true", help="run cells again that are there already")
+    parser.add_argument("--extra", action="store_true", help="also run ablations and the peers' weaker recipes")
+    parser.add_argument(
+        "--questions", type=int, default=QUESTIONS, help="size of the evaluation set; each has its own tables"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=CALIBRATION_SAMPLES,
+        help="size of the calibration set; each has its own table",
+    )
+    parser.add_argument("--redo", action="store_true", help="run cells that have a result again")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--envs", type=Path, default=Path("build/peers"))
     parser.add_argument("--docs", type=Path, help="write methods.md and bench_methods.json into this folder")

@@ -1,9 +1,10 @@
-"""Our own rows of the benchmark: calibrate, simulate in torch, hand back logits. One process runs all cells of one row.
+"""Our rows of the methods benchmark: calibrates, computes with fake quantization in torch, and stores the logits.
 
     python -m tools.bench.ours --row rtn --cells W8A8/0 W4A16/0 --model qvlm_export/tiny --data build/bench/data \\
         --evaluation build/bench/data/evaluation-1000.npz --out DIR
 
-Writes COLUMN-SEED.npy and .json into DIR, as the peers' programs do for one cell, and prints each cell when it is written.
+One process runs all cells of one row. For each cell it writes COLUMN-SEED.npy (logits of the answer tokens) and
+COLUMN-SEED.json (cost and settings) into DIR and then prints the cell. The peers' programs write the same for one cell.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, An
 
 @dataclass(frozen=True)
 class OurRow:
-    """A row of the table. main: columns that are run without being asked for; the others, ablations say, with --extra."""
+    """A row of the table.
+
+    line: the line of the summary table to which it belongs. columns: the schemes that can be run; those that are not in
+    `main` are run with --extra only, as are all columns of the ablations.
+    """
 
     name: str
     line: str
@@ -54,80 +59,86 @@ class OurRow:
     main: tuple[str, ...] = ALL
 
 
-def _searching(method: SearchConfig) -> Calibrator:
+def _make_calibrator(method: SearchConfig) -> Calibrator:
     return functools.partial(calibrate_search, method=method)
 
 
-def _changed(whole: SearchConfig, **settings: Any) -> SearchConfig:
-    """`fast` or `full`, its variant changed."""
-    return replace(whole, linear=replace(whole.linear, **settings))
+def _change_linear(config: SearchConfig, **settings: Any) -> SearchConfig:
+    """The configuration with other settings of its linears."""
+    return replace(config, linear=replace(config.linear, **settings))
 
 
 GPTQ = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
 ROWS = (
     OurRow("rtn", "round-to-nearest, absmax", calibrate_rtn),
     OurRow("percentile", "layer-wise percentile", calibrate_percentile),
-    OurRow("smoothquant", "SmoothQuant", _searching(SearchConfig("smoothquant", RTN_LINEAR))),
-    OurRow("awq", "AWQ-style", _searching(SearchConfig("awq", RTN_LINEAR))),
-    OurRow("gptq", "GPTQ", _searching(SearchConfig("none", GPTQ))),
-    OurRow("fold-mse-gptq", "folding + output-MSE + GPTQ", _searching(SearchConfig("search", LinearConfig(ridge=None)))),
-    OurRow("printed", "Q-VLM as printed", calibrate_qvlm),
-    OurRow("fast", "ours, fast", _searching(FAST)),
-    OurRow("full", "ours, full", _searching(FULL)),
+    OurRow("smoothquant", "SmoothQuant", _make_calibrator(SearchConfig("smoothquant", RTN_LINEAR))),
+    OurRow("awq", "AWQ-style", _make_calibrator(SearchConfig("awq", RTN_LINEAR))),
+    OurRow("gptq", "GPTQ", _make_calibrator(SearchConfig("none", GPTQ))),
+    OurRow(
+        "equalize-mse-gptq",
+        "equalization + output-MSE + GPTQ",
+        _make_calibrator(SearchConfig("search", LinearConfig(ridge=None))),
+    ),
+    OurRow("qvlm", "Q-VLM as printed", calibrate_qvlm),
+    OurRow("fast", "ours, fast", _make_calibrator(FAST)),
+    OurRow("full", "ours, full", _make_calibrator(FULL)),
     *(
-        OurRow(f"fast: {name}", f"fast, {name}", _searching(method), main=())
+        OurRow(f"fast: {name}", f"fast, {name}", _make_calibrator(method), main=())
         for name, method in {
-            "no folding": replace(FAST, equalization="none"),
-            "folding by one exponent": replace(FAST, equalization="search"),
+            "no equalization": replace(FAST, equalization="none"),
+            "equalization by one exponent": replace(FAST, equalization="search"),
             "tokens by logits": replace(FAST, token_weighting="logits"),
-            "tokens by modality": replace(FAST, token_weighting="modality"),
-            "no aiming": _changed(FAST, ridge=None),
-            "rounded to nearest": _changed(FAST, rounding="nearest"),
-            "largest values as ranges": _changed(FAST, activation_ranges="absmax"),
-            "activations clipped": _changed(FAST, activation_ranges="output"),
-            "weights clipped": _changed(FAST, weight_ranges="output"),
+            "tokens by kind": replace(FAST, token_weighting="modality"),
+            "no output matching": _change_linear(FAST, ridge=None),
+            "round-to-nearest": _change_linear(FAST, rounding="nearest"),
+            "absmax activation ranges": _change_linear(FAST, activation_ranges="absmax"),
+            "activation ranges by output error": _change_linear(FAST, activation_ranges="output"),
+            "weight ranges by output error": _change_linear(FAST, weight_ranges="output"),
         }.items()
     ),
     *(
-        OurRow(f"full: {name}", f"full, {name}", _searching(method), main=())
+        OurRow(f"full: {name}", f"full, {name}", _make_calibrator(method), main=())
         for name, method in {
-            "rounded by GPTQ": _changed(FULL, rounding="gptq"),
-            "rounded to nearest": _changed(FULL, rounding="nearest"),
-            "no undecided prompts": replace(FULL, mixup_prompts=0),
+            "rounded by GPTQ": _change_linear(FULL, rounding="gptq"),
+            "round-to-nearest": _change_linear(FULL, rounding="nearest"),
+            "no mixup prompts": replace(FULL, mixup_prompts=0),
             "own questions only": replace(FULL, questions=1, mixup_prompts=0, random_word_prompts=0),
-            "no scrambled texts": replace(FULL, random_word_prompts=0),
+            "no random words": replace(FULL, random_word_prompts=0),
             "no leverage": replace(FULL, leverage=False),
-            "all tokens and directions alike": replace(_changed(FULL, rounding="gptq"), token_weighting="plain"),
-            "tokens by modality": replace(FULL, token_weighting="modality"),
-            "by logits": replace(FULL, token_weighting="logits"),
-            "by KL": replace(FULL, token_weighting="kl"),
-            "factors and ranges by the output as it is": _changed(FULL, by_output=False),
-            "tower for itself": replace(FULL, vision="own"),
-            "tower rounded to nearest": replace(FULL, vision="none"),
-            "no folding": replace(FULL, equalization="none"),
-            "folding by one exponent": replace(FULL, equalization="search"),
-            "largest values as ranges": _changed(FULL, activation_ranges="absmax"),
-            "weights clipped": _changed(FULL, weight_ranges="output"),
-            "largest weights as ranges": _changed(FULL, weight_ranges="absmax"),
-            "ranges as GPTQ rounds best": _changed(FULL, weight_ranges="rounded"),
-            "no aiming": _changed(FULL, ridge=None),
-            "no learning": replace(FULL, learn_steps=0),
-            "300 steps of learning": replace(FULL, learn_steps=300),
-            "rounded to nearest, 300 steps of learning": replace(_changed(FULL, rounding="nearest"), learn_steps=300),
+            "no gradients": replace(_change_linear(FULL, rounding="gptq"), token_weighting="plain"),
+            "tokens by kind": replace(FULL, token_weighting="modality"),
+            "tokens by logits": replace(FULL, token_weighting="logits"),
+            "tokens by KL": replace(FULL, token_weighting="kl"),
+            "factors and ranges without output Hessians": _change_linear(FULL, by_output=False),
+            "tower for its own output": replace(FULL, vision="own"),
+            "tower round-to-nearest": replace(FULL, vision="none"),
+            "no equalization": replace(FULL, equalization="none"),
+            "equalization by one exponent": replace(FULL, equalization="search"),
+            "absmax activation ranges": _change_linear(FULL, activation_ranges="absmax"),
+            "weight ranges by output error": _change_linear(FULL, weight_ranges="output"),
+            "absmax weight ranges": _change_linear(FULL, weight_ranges="absmax"),
+            "weight ranges by GPTQ error": _change_linear(FULL, weight_ranges="rounded"),
+            "no output matching": _change_linear(FULL, ridge=None),
+            "no learned rounding": replace(FULL, learn_steps=0),
+            "300 steps of learned rounding": replace(FULL, learn_steps=300),
+            "round-to-nearest, 300 steps of learned rounding": replace(
+                _change_linear(FULL, rounding="nearest"), learn_steps=300
+            ),
         }.items()
     ),
 )
 
 
 @functools.lru_cache(maxsize=1)
-def opened(model_folder: Path) -> tuple[Checkpoint, ModelBlocks]:
-    """The checkpoint and its empty blocks, read once a process."""
+def load_model(model_folder: Path) -> tuple[Checkpoint, ModelBlocks]:
+    """The opened checkpoint and its blocks without weights; cached, so that a process opens it once."""
     checkpoint = open_checkpoint(str(model_folder))
     return checkpoint, make_blocks(checkpoint.hf_config)
 
 
-def plan_of(checkpoint: Checkpoint, blocks: ModelBlocks, column: str) -> dict[str, LinearScheme]:
-    """The column's scheme for every quantizable linear: tower, projector and decoder, without lm_head."""
+def schemes_of(checkpoint: Checkpoint, blocks: ModelBlocks, column: str) -> dict[str, LinearScheme]:
+    """The scheme of a column, such as W4A16, for every linear of tower, projector and decoder; lm_head stays float."""
     weight, _, activation = column.removeprefix("W").partition("A")
     activation_bits = None if activation == "16" else int(activation)
     return {
@@ -143,15 +154,15 @@ def calibrated_logits(
     calibration_samples: Sequence[Sample],
     evaluation_samples: Sequence[Sample],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Logits that predict the answers, float32 [tokens, vocab], and what the calibration cost and said.
+    """Calibrates one cell; returns logits of the answer tokens, float32 [tokens, vocab], and the record of its cost.
 
-    Opening the checkpoint is not measured. The calibrated checkpoint lies in a temporary folder and is read back for the
-    simulation, so what is judged is what is stored.
+    The cost leaves out opening the checkpoint. The calibrated checkpoint is written to a temporary folder and read back, so
+    the logits are those of what is stored.
     """
     row = next(r for r in ROWS if r.name == method_name)
-    checkpoint, blocks = opened(model_folder)
-    job = CalibrationJob(blocks, checkpoint.source, plan_of(checkpoint, blocks, column), calibration_samples)
-    logits, summary, cost = judged(job, checkpoint, row.calibrator, evaluation_samples)
+    checkpoint, blocks = load_model(model_folder)
+    job = CalibrationJob(blocks, checkpoint.source, schemes_of(checkpoint, blocks, column), calibration_samples)
+    logits, summary, cost = calibrate_and_run(job, checkpoint, row.calibrator, evaluation_samples)
     record = {
         "seconds": cost.seconds,
         "wall_seconds": cost.wall_seconds,
@@ -163,10 +174,13 @@ def calibrated_logits(
     return logits, record
 
 
-def judged(
+def calibrate_and_run(
     job: CalibrationJob, checkpoint: Checkpoint, calibrator: Calibrator, samples: Sequence[Sample]
 ) -> tuple[np.ndarray, dict[str, Any], Measured]:
-    """Logits of the answers to `samples` by what the calibrator stored, its summary, and what it cost."""
+    """Calibrates and runs the fake-quantized model on `samples`.
+
+    Returns logits of the answer tokens, float32 [tokens, vocab], the summary of the calibrator, and its cost.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         writer = CalibratedWriter(Path(scratch))
         with measured() as cost:
@@ -180,15 +194,18 @@ def judged(
 def answer_logits(
     checkpoint: Checkpoint, blocks: ModelBlocks, source: TensorSource, step: Step, samples: Sequence[Sample]
 ) -> np.ndarray:
-    """What peers.common.answer_logits says of a torch model, block by block: questions of equal length go together."""
+    """Logits of the answer tokens, float32 [tokens, vocab], block by block; questions of equal length form a batch.
+
+    The counterpart of peers.common.answer_logits, which runs a whole torch model.
+    """
     images = []
     for start in range(0, len(samples), VISION_BATCH):
         part = samples[start : start + VISION_BATCH]
-        together = Sample(np.zeros(0, np.int64), np.concatenate([s.pixel_values for s in part]), 0)
-        images += run_vision_blocks(blocks, source, [together], step)[0].chunk(len(part))
+        stacked = Sample(np.zeros(0, np.int64), np.concatenate([s.pixel_values for s in part]), 0)
+        images += run_vision_blocks(blocks, source, [stacked], step)[0].chunk(len(part))
     table = load_finite(source, "language_model.model.embed_tokens.weight")
-    groups = list(equal_lengths([len(s.input_ids) for s in samples]))
-    hidden = [torch.cat([embed_tokens(table, blocks.image_token_id, samples[n], images[n]) for n in g]) for g in groups]
+    batches = list(equal_lengths([len(s.input_ids) for s in samples]))
+    hidden = [torch.cat([embed_tokens(table, blocks.image_token_id, samples[n], images[n]) for n in b]) for b in batches]
 
     def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
@@ -199,21 +216,22 @@ def answer_logits(
         hidden = step(block, hidden, run)
     head = load_head(source, checkpoint.config.text.rms_norm_eps)
     spans = answer_spans(samples)
-    found = {}
-    for numbers, batch in zip(groups, hidden, strict=True):
+    logits = {}
+    for numbers, batch in zip(batches, hidden, strict=True):
         for row, number in enumerate(numbers):
             first, last = spans[number]
-            found[number] = head.logits(batch[row, first:last]).numpy()
-    return np.concatenate([found[number] for number in range(len(samples))])
+            logits[number] = head.logits(batch[row, first:last]).numpy()
+    return np.concatenate([logits[number] for number in range(len(samples))])
 
 
 def reference_logits(model_folder: Path, samples: Sequence[Sample]) -> np.ndarray:
-    """The float32 checkpoint's own."""
-    checkpoint, blocks = opened(model_folder)
+    """Logits of the answer tokens by the float32 checkpoint, float32 [tokens, vocab]."""
+    checkpoint, blocks = load_model(model_folder)
     return answer_logits(checkpoint, blocks, checkpoint.source, float_step(checkpoint.source), samples)
 
 
 def versions() -> Mapping[str, str]:
+    """Installed versions of the packages that determine a result, by name."""
     return {name: importlib.metadata.version(name) for name in ("qvlm-export", "torch", "transformers", "numpy")}
 
 
@@ -221,12 +239,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=[r.name for r in ROWS], required=True)
     parser.add_argument("--cells", nargs="+", required=True, help="COLUMN/SEED")
-    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="to calibrate on")
+    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="size of the calibration set")
     for name in ("model", "data", "evaluation", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
     evaluation = load_samples(args.evaluation)
-    opened(args.model)
+    load_model(args.model)
     for cell in args.cells:
         column, seed = cell.split("/")
         calibration = load_samples(calibration_file(args.data, int(seed), args.samples))

@@ -1,10 +1,10 @@
-"""Where the time of decoding on a CPU goes, by kind of node, from ONNX Runtime's own profile.
+"""Profile of decoding on a CPU: milliseconds a token by operator type, from ONNX Runtime's profiler.
 
     python -m tools.families.make_random_llava --like 1b-quarter --out build/quarter
     qvlm-export --model build/quarter --out build/quarter.plan --backend onnx --samples 1 --max-length 1024
     python -m tools.bench.profile_decode build/quarter.plan [--fast]
 
-Of every node the fastest of all steps counts, so that other work on the machine shows little.
+For every node the fastest of all steps counts, so that other load on the machine affects the result little.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qvlm_export.engines.runtime.onnx_runner import OnnxRunner, open_float32_ses
 from qvlm_export.engines.runtime.session import Session
 
 HEAD = "lm_head"
-PROMPT_TOKENS = 640  # a picture and a question
+PROMPT_TOKENS = 640  # an image and a question
 
 
 def profile(manifest: Manifest, threads: int, fast: bool, steps: int) -> list[dict[str, object]]:
-    """ONNX Runtime's events of `steps` decoded tokens."""
+    """Profiler events of ONNX Runtime over `steps` decoded tokens, without the prompt."""
     files = {part: (manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data")) for part in ("vision", "language")}
     with tempfile.TemporaryDirectory() as folder:
         vision = open_float32_session(*files["vision"], threads)
@@ -36,21 +36,21 @@ def profile(manifest: Manifest, threads: int, fast: bool, steps: int) -> list[di
         list(session.generate(sequences, steps + 1, frozenset()))
         events: list[dict[str, object]] = json.loads(Path(language.end_profiling()).read_text())
     runs = [event["ts"] for event in events if event.get("name") == "model_run"]
-    return [event for event in events if event["ts"] >= runs[1]]  # the first is the prompt
+    return [event for event in events if event["ts"] >= runs[1]]  # the first run is the prompt
 
 
 def fastest_ms(events: list[dict[str, object]]) -> Counter[str]:
-    """Milliseconds a step by kind of node, the head's product apart."""
+    """Milliseconds per step by operator type; the matrix product of lm_head has its own entry."""
     nodes: dict[str, tuple[str, float]] = {}
     for event in events:
         name, kind = str(event["name"]), event["args"].get("op_name") if event.get("cat") == "Node" else None
         if kind is not None and name.endswith("_kernel_time"):
             kind = HEAD if HEAD in name and "MatMul" in kind else kind
             nodes[name] = (kind, min(event["dur"] / 1000, nodes.get(name, (kind, np.inf))[1]))
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for kind, milliseconds in nodes.values():
-        found[kind] += milliseconds
-    return found
+        totals[kind] += milliseconds
+    return totals
 
 
 def main() -> None:
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    found = fastest_ms(profile(read_manifest(args.plan.with_suffix(".json")), args.threads, args.fast, args.steps))
-    for kind, milliseconds in found.most_common():
-        print(f"{kind:24} {milliseconds:8.3f} ms  {100 * milliseconds / found.total():5.1f} %")
-    print(f"{'all nodes':24} {found.total():8.3f} ms")
+    totals = fastest_ms(profile(read_manifest(args.plan.with_suffix(".json")), args.threads, args.fast, args.steps))
+    for kind, milliseconds in totals.most_common():
+        print(f"{kind:24} {milliseconds:8.3f} ms  {100 * milliseconds / totals.total():5.1f} %")
+    print(f"{'all nodes':24} {totals.total():8.3f} ms")
 
 
 if __name__ == "__main__":

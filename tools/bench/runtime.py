@@ -1,17 +1,18 @@
-"""Prefill time, decode speed and memory of torch and of the exports, on the same prompt.
+"""Benchmark of inference: prefill time, decode speed and memory of torch and of the exports, on the same prompt.
 
     python -m tools.families.make_random_llava --like 1b --out build/1b
     python -m tools.bench.runtime --model build/1b --work build/bench --out docs/bench_runtime.json
 
-On the CPU torch float32 and the graphs on ONNX Runtime. With --gpu torch float16, eager and compiled, and the engines, which
-are built for the GPU of this machine:
+Without --gpu it measures torch in float32 and the graphs on ONNX Runtime, both on the CPU. With --gpu it measures torch in
+float16, eager and compiled, and the engines, which are built for the GPU of this machine:
 
     python -m tools.families.make_random_llava --like llava-7b --out build/7b
     python -m tools.bench.runtime --gpu --model build/7b --work build/bench-gpu --out docs/bench_gpu.json
 
-Every row runs in a process of its own with the same number of threads; figures of one run are comparable, others are not.
-Decode speed is that of the median step, so that other work on the machine shows less. weights_gb_per_s: the language model's
-weights, read once a token; memory cannot be faster than it is.
+Every row runs in its own process with the same number of threads. Figures of one run can be compared with each other, but
+not with those of another run. Decode speed is that of the median step, so that other load on the machine affects it less.
+weights_gb_per_s is the size of the language model's weights, which are read once per token, times the decode speed; the
+memory bandwidth bounds it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_LENGTH = 1024
 
 
 def prompt_of(model: Path, words: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """input_ids int64 [S] with one picture, its pixels, and the image token."""
+    """Random prompt: input_ids int64 [S] with one image, its pixel values float32 [1, 3, R, R], and the image token."""
     config = json.loads((model / "config.json").read_text())
     vision, token = config["vision_config"], config["image_token_index"]
     side = vision["image_size"]
@@ -43,6 +44,7 @@ def prompt_of(model: Path, words: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def measure_torch(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of transformers' model on the CPU in float32 or on the GPU in float16."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -67,7 +69,7 @@ def measure_torch(row: str, args: argparse.Namespace) -> dict[str, float]:
         return steps
 
     with torch.inference_mode():
-        if args.gpu:  # kernels are chosen, or compiled, at their first run
+        if args.gpu:  # warm-up: kernels are chosen, or compiled, at their first run
             decode(run(**prompt)[1], args.tokens)
         prefill, out = run(**prompt)
         steps = decode(out, args.tokens)
@@ -76,6 +78,7 @@ def measure_torch(row: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_graph(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of an export on ONNX Runtime or TensorRT; the row is a scheme, with or without --fast."""
     from qvlm_export.engines.manifest import read_manifest
     from qvlm_export.engines.runtime.open import open_session
 
@@ -100,14 +103,17 @@ def measure_graph(row: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def figures(prefill: float, steps: list[float], language_bytes: int) -> dict[str, float]:
-    """Of seconds. language_bytes: of the language model's weights, the table of embeddings included."""
+    """Prefill time and decode rates, from the seconds of the prefill and of each decode step.
+
+    language_bytes: size of the language model's weights, embedding table included.
+    """
     step = statistics.median(steps)
     rates = {"decode_tokens_per_s": 1 / step, "weights_gb_per_s": language_bytes / step / 1e9}
     return {"prefill_ms": 1000 * prefill, **rates}
 
 
 def gpu_bytes() -> dict[str, float]:
-    """What the GPU's memory holds now, of all processes."""
+    """GPU memory in use by all processes, in bytes. Raises SystemExit if CUDA reports an error."""
     from cuda.bindings import runtime
 
     error, free, total = runtime.cudaMemGetInfo()
@@ -117,25 +123,26 @@ def gpu_bytes() -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
-    """What the figures hold for: the processor with its instructions for 8-bit products, and the GPU."""
+    """Name of the processor, its vector and 8-bit matrix instructions, and the name of the GPU if there is one."""
     lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    facts = {name.strip(): value.strip() for name, _, value in lines}
+    cpu = {name.strip(): value.strip() for name, _, value in lines}
     known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
-    found = {"processor": facts.get("model name", "unknown")}
-    found["instructions"] = " ".join(flag for flag in known if flag in facts.get("flags", "").split())
+    description = {"processor": cpu.get("model name", "unknown")}
+    description["instructions"] = " ".join(flag for flag in known if flag in cpu.get("flags", "").split())
     import torch
 
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    return description | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def run_row(args: argparse.Namespace) -> None:
-    """One row, in this process; prints JSON."""
-    got = (measure_torch if args.row.startswith("torch") else measure_graph)(args.row, args)
+    """Measures one row in this process and prints it as JSON."""
+    row = (measure_torch if args.row.startswith("torch") else measure_graph)(args.row, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**got, "peak_bytes": peak}))
+    print(json.dumps({**row, "peak_bytes": peak}))
 
 
 def run_all(args: argparse.Namespace) -> None:
+    """Measures every row in its own process, prints the table and writes it to --out; exports what is missing."""
     import qvlm_export
     from qvlm_export.engines.backend import gpu_present
 
@@ -143,12 +150,12 @@ def run_all(args: argparse.Namespace) -> None:
         raise SystemExit("--gpu: no NVIDIA GPU is here")
     table, rows = {}, GPU_ROWS if args.gpu else ROWS
     extra = ["--gpu"] if args.gpu else []
-    built = {"backend": "auto" if args.gpu else "onnx", "max_length": MAX_LENGTH, "samples": 1}
+    settings = {"backend": "auto" if args.gpu else "onnx", "max_length": MAX_LENGTH, "samples": 1}
     for row in rows:
         scheme = row.partition(" ")[0]
         if scheme != "torch" and not (args.work / f"{scheme}.json").exists():
             args.work.mkdir(parents=True, exist_ok=True)
-            qvlm_export.export(str(args.model), args.work / f"{scheme}.plan", scheme=scheme, **built)
+            qvlm_export.export(str(args.model), args.work / f"{scheme}.plan", scheme=scheme, **settings)
         forwarded = [f"--model={args.model}", f"--work={args.work}", f"--words={args.words}", f"--tokens={args.tokens}"]
         command = [
             sys.executable,
@@ -166,17 +173,17 @@ def run_all(args: argparse.Namespace) -> None:
         table[row]["prefill_ratio"] = base["prefill_ms"] / table[row]["prefill_ms"]
         print(f"{row:22} " + " ".join(f"{key} {value:.4g}" for key, value in table[row].items()), flush=True)
     if args.out:
-        settings = {"threads": args.threads, "text_tokens": args.words, "new_tokens": args.tokens, "max_length": MAX_LENGTH}
-        content = {"machine": machine(), "settings": settings, "rows": table}
+        prompt = {"threads": args.threads, "text_tokens": args.words, "new_tokens": args.tokens, "max_length": MAX_LENGTH}
+        content = {"machine": machine(), "settings": prompt, "rows": table}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="where the exports are made, or found")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the exports; those that are missing are made")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
-    parser.add_argument("--words", type=int, default=64, help="text tokens of the prompt, beside one picture")
+    parser.add_argument("--words", type=int, default=64, help="text tokens of the prompt, beside one image")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help="torch float16 and the engines, on this machine's GPU")

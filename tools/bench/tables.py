@@ -1,4 +1,7 @@
-"""The benchmark's cells as tables: docs/methods.md for people, docs/bench_methods.json for programs."""
+"""Tables of the methods benchmark: docs/methods.md to read, docs/bench_methods.json for programs.
+
+Used by `python -m tools.bench.methods --docs docs`.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,36 @@ from typing import Any
 from tools.bench.data import CALIBRATION_SAMPLES, QUESTIONS
 from tools.peers.rows import ALL
 
-WHOLES = ("fast", "full")  # the rows that ablations change one thing of
+WHOLES = ("fast", "full")  # the rows that have ablations, in which one setting is changed
 METRICS = ("kl", "sqnr_db", "top1", "exact_match", "seconds", "peak_bytes")
 
 HEAD = """# Quantization methods compared
 
-`python -m tools.bench.methods --docs docs` runs what is missing and writes this page (`python tools/peers/make_envs.py
-build/peers` first makes the peers' environments). Every row calibrates on the same 64 questions and is judged on the answer
-tokens of 1,000 questions about scenes that neither training nor calibration saw, against the float32 checkpoint: KL in nats
-a token / SQNR of the logits in dB. Medians over {seeds} calibration seeds, or over the number in brackets. KL's standard
-error is 15 to 30 %, so differences below that are none; a table of rows that are close to each other is judged on more
-questions (`--questions 10000`), calibrated as before.
+`python -m tools.bench.methods --docs docs` runs the cells that are missing and writes this page. (`python
+tools/peers/make_envs.py build/peers` first makes the environments of the peers, the released tools compared with.)
 
-All linears but lm_head, symmetric; weights of 3 and 4 bits in groups of 64, of 6 and 8 bits a scale per output channel;
-activations one static scale per tensor. Everything is simulated in torch in float32. One thread; seconds are the
-processor's and leave out loading; memory is the peak of the process while it calibrates, torch and the model included.
-Seconds of one day can be compared with each other; on another day it may have been another processor. Last bits that differ
-between processors move the KL of one seed by up to a factor of two, as a code on the edge falls to the other side.
+**Task.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint, on the answer tokens of
+1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in nats a token / SQNR of the
+logits in dB: medians over {seeds} calibration seeds, or over the number of seeds in brackets. KL's standard error is 15 to 30 %, so
+smaller differences mean nothing. Rows that are close to each other are also evaluated on more questions (`--questions 10000`),
+with the same calibration.
 
-Peers run as released, each in its own environment with the same torch: a line shows the recipe that did best in that
-column. modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be folded
-into the layer before (after GELU, across grouped heads); ours and llmcompressor's are folded and cost nothing. A recipe
-"by hand" is not one that the package offers in one pass.
+**Quantization.** All linears except lm_head, symmetric. Weights of 3 and 4 bits have scales for groups of 64, weights of 6 and 8
+bits a scale per output channel; activations have one static scale per tensor. All rows are fake-quantized in torch in float32.
 
-`tiny` is the model that ships; its planted outliers are undone by folding. `tiny-hard` (`python -m
-tools.tiny.plant_hard_outliers`, then `--model-dir build/tiny-hard`) computes the same with outliers that folding cannot
-undo:
-after GELU, in the residual stream of a few tokens, and sheared value heads.
+**Cost.** One thread. Seconds are CPU seconds without loading; memory is the peak of the process during calibration, torch and the
+model included. Seconds measured on one day are comparable with each other; another day's may be those of another processor. The
+last bits of results differ between processors and change the KL of one seed by up to a factor of two, as a value that lies
+between two codes is rounded the other way.
+
+**Peers** run as released, each in its own environment with the same torch. A line shows the recipe that did best in that column.
+modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be folded into the
+preceding layer (after GELU, across grouped heads); the factors of ours and of llmcompressor are folded and cost nothing. A
+recipe "by hand" is not one that the package offers in one pass.
+
+**Models.** `tiny` is the model that ships; equalization undoes its planted outliers. `tiny-hard` (`python -m
+tools.tiny.plant_hard_outliers`, then `--model-dir build/tiny-hard`) computes the same function with outliers that equalization
+cannot undo: after GELU, in the residual stream of a few tokens, and in sheared value heads.
 
 What the tables show, and why: [study.md](study.md).
 """
@@ -46,7 +52,7 @@ What the tables show, and why: [study.md](study.md).
 
 @dataclass(frozen=True)
 class Median:
-    """One row, column and model over its seeds."""
+    """Median metrics of one row, column and model over the calibration seeds."""
 
     model: str
     row: str
@@ -54,11 +60,14 @@ class Median:
     column: str
     seeds: int
     values: Mapping[str, float]
-    measured: str  # the day, of the newest seed
+    measured: str  # date of the newest seed
 
 
 def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[Median]:
-    """Medians over seeds of every metric, for the rows in `lines` (row -> the line it belongs to)."""
+    """Medians of every metric over the seeds.
+
+    lines: row -> the line of the summary table to which it belongs; other rows are left out.
+    """
     cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for record in records:
         if record["row"] in lines:
@@ -69,33 +78,33 @@ def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> l
             row,
             lines[row],
             column,
-            len(found),
-            {m: statistics.median(r[m] for r in found) for m in METRICS},
-            max(r["measured"] for r in found),
+            len(runs),
+            {m: statistics.median(r[m] for r in runs) for m in METRICS},
+            max(r["measured"] for r in runs),
         )
-        for (model, row, column), found in cells.items()
+        for (model, row, column), runs in cells.items()
     ]
 
 
-def unchanged(cells: Sequence[Median]) -> list[Median]:
-    """Without the rows that are another with one thing changed, which have tables of their own."""
+def without_ablations(cells: Sequence[Median]) -> list[Median]:
+    """The cells that are not of ablations, which have tables of their own."""
     return [cell for cell in cells if not cell.row.startswith(tuple(f"{whole}: " for whole in WHOLES))]
 
 
 def best_of(cells: Sequence[Median], model: str, line: str, column: str) -> Median | None:
-    """The row of a line with the least median KL; rows that were run on fewer seeds than another do not count."""
-    fitting = [c for c in cells if (c.model, c.line, c.column) == (model, line, column)]
-    most = max((c.seeds for c in fitting), default=0)
-    return min((c for c in fitting if c.seeds == most), key=lambda c: c.values["kl"], default=None)
+    """The cell of a line with the smallest median KL, among those with the most seeds; None if there is none."""
+    candidates = [c for c in cells if (c.model, c.line, c.column) == (model, line, column)]
+    most = max((c.seeds for c in candidates), default=0)
+    return min((c for c in candidates if c.seeds == most), key=lambda c: c.values["kl"], default=None)
 
 
 def number(value: float) -> str:
-    """Three digits, as short as they can be written."""
+    """Two significant digits; in scientific notation below 0.01."""
     return f"{value:.1e}".replace("e-0", "e-") if value < 0.01 else f"{value:.2g}"
 
 
 def summary_table(cells: Sequence[Median], model: str, lines: Sequence[str], seeds: int) -> list[str]:
-    """KL / SQNR of the best row of each line."""
+    """Lines of a Markdown table: KL / SQNR of the best row of each line, one column for each scheme."""
     table = [f"| | {' | '.join(ALL)} |", "|---" * (len(ALL) + 1) + "|"]
     for line in lines:
         entries = []
@@ -112,54 +121,60 @@ def summary_table(cells: Sequence[Median], model: str, lines: Sequence[str], see
 
 
 def samples_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[str]:
-    """KL / SQNR by the number of samples, of rows that were calibrated on more than one number of them: a table a column."""
+    """Markdown tables, one for each scheme: KL / SQNR over the size of the calibration set.
+
+    They have the rows that were calibrated on another number of samples than the default, and are empty if there are none.
+    """
     counts = sorted({r.get("samples", CALIBRATION_SAMPLES) for r in records})
     if len(counts) < 2:
         return []
     cells = {n: medians([r for r in records if r.get("samples", CALIBRATION_SAMPLES) == n], lines) for n in counts}
-    usual = {n: {(c.row, c.column): c for c in found} for n, found in cells.items()}
-    pairs = list(dict.fromkeys(pair for n in counts if n != CALIBRATION_SAMPLES for pair in usual[n]))
+    by_size = {n: {(c.row, c.column): c for c in of_size} for n, of_size in cells.items()}
+    pairs = list(dict.fromkeys(pair for n in counts if n != CALIBRATION_SAMPLES for pair in by_size[n]))
     text: list[str] = []
-    for column in (c for c in ALL if any(c == own for _, own in pairs)):
+    for column in (c for c in ALL if any(c == measured for _, measured in pairs)):
         text += ["", f"| {column} | {' | '.join(f'{n} samples' for n in counts)} |", "|---" * (len(counts) + 1) + "|"]
         for row in (row for row in lines if (row, column) in pairs):
-            found = [usual[n].get((row, column)) for n in counts]
-            entries = [f"{number(c.values['kl'])} / {c.values['sqnr_db']:.1f}" if c else "–" for c in found]
+            medians_of_row = [by_size[n].get((row, column)) for n in counts]
+            entries = [f"{number(c.values['kl'])} / {c.values['sqnr_db']:.1f}" if c else "–" for c in medians_of_row]
             text.append(f"| {row} | {' | '.join(entries)} |")
     return text
 
 
 def ablation_table(records: Sequence[Mapping[str, Any]], model: str, whole: str) -> list[str]:
-    """KL / SQNR of the row `whole` and of every row that is it with one thing changed, on the seeds that both have."""
+    """Lines of a Markdown table: KL / SQNR of the row `whole` and of its ablations, on the seeds that all of them have.
+
+    It is empty if there are no ablations.
+    """
     cells: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for record in records:
         if record["model"] == model and (record["row"] == whole or record["row"].startswith(f"{whole}: ")):
             cells.setdefault(record["row"], {}).setdefault(record["column"], {})[record["seed"]] = record
-    changed = [row for row in cells if row != whole]
-    columns = [column for column in ALL if any(column in cells[row] for row in changed)]
+    ablations = [row for row in cells if row != whole]
+    columns = [column for column in ALL if any(column in cells[row] for row in ablations)]
     if not columns or whole not in cells:
         return []
-    seeds = {c: set.intersection(*(set(cells[row][c]) for row in (whole, *changed) if c in cells[row])) for c in columns}
+    seeds = {c: set.intersection(*(set(cells[row][c]) for row in (whole, *ablations) if c in cells[row])) for c in columns}
     heads = [f"{column}, seed {' '.join(map(str, sorted(seeds[column])))}" for column in columns]
     table = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in (whole, *changed):
+    for row in (whole, *ablations):
         entries = []
         for column in columns:
-            found = [cells[row][column][seed] for seed in sorted(seeds[column])] if column in cells[row] else []
-            kl, db = (statistics.median(r[m] for r in found) if found else 0.0 for m in ("kl", "sqnr_db"))
-            entries.append(f"{number(kl)} / {db:.1f}" if found else "–")
+            runs = [cells[row][column][seed] for seed in sorted(seeds[column])] if column in cells[row] else []
+            kl, db = (statistics.median(r[m] for r in runs) if runs else 0.0 for m in ("kl", "sqnr_db"))
+            entries.append(f"{number(kl)} / {db:.1f}" if runs else "–")
         table.append(f"| {row.removeprefix(f'{whole}: ')} | {' | '.join(entries)} |")
     return table
 
 
 def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
-    """Every row of a column with everything that was measured, best first."""
+    """Lines of a Markdown table: every row of a scheme with all metrics, in the order of KL."""
     table = [
         "| row | seeds | KL, nats | SQNR, dB | top-1, % | exact match, % | seconds | peak, MiB | measured |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    fitting = [c for c in cells if (c.model, c.column) == (model, column)]
-    for cell in sorted(fitting, key=lambda c: c.values["kl"]):
+    of_column = [c for c in cells if (c.model, c.column) == (model, column)]
+    for cell in sorted(of_column, key=lambda c: c.values["kl"]):
         v = cell.values
         table.append(
             f"| {cell.row} | {cell.seeds} | {number(v['kl'])} | {v['sqnr_db']:.1f} | {100 * v['top1']:.2f} | "
@@ -169,35 +184,35 @@ def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
 
 
 def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path) -> None:
-    """Writes methods.md and bench_methods.json. lines: row -> the line of the first table it belongs to, in order."""
-    every = [record for record in records if record.get("questions", QUESTIONS) == QUESTIONS]
-    usual = [record for record in records if record.get("samples", CALIBRATION_SAMPLES) == CALIBRATION_SAMPLES]
-    larger = [record for record in usual if record not in every]
-    records = [record for record in usual if record in every]
+    """Writes methods.md and bench_methods.json. lines: row -> its line of the summary table, in the order of the table."""
+    usual_questions = [record for record in records if record.get("questions", QUESTIONS) == QUESTIONS]
+    usual_samples = [record for record in records if record.get("samples", CALIBRATION_SAMPLES) == CALIBRATION_SAMPLES]
+    larger = [record for record in usual_samples if record not in usual_questions]
+    records = [record for record in usual_samples if record in usual_questions]
     cells = medians(records, lines)
-    whole = unchanged(cells)
+    main_cells = without_ablations(cells)
     models = list(dict.fromkeys(c.model for c in cells))
     seeds = max((c.seeds for c in cells), default=0)
     text = HEAD.format(seeds=seeds).splitlines()
     for model in models:
         exact = next(r["exact_match"] for r in records if r["model"] == model and r["row"] == "float32")
         text += ["", f"## {model}", "", f"The float32 checkpoint answers {100 * exact:.1f} % of the questions exactly.", ""]
-        text += summary_table(whole, model, list(dict.fromkeys(lines.values())), seeds)
+        text += summary_table(main_cells, model, list(dict.fromkeys(lines.values())), seeds)
         for questions in sorted({r["questions"] for r in larger if r["model"] == model}):
-            again = unchanged(medians([r for r in larger if r["questions"] == questions], lines))
+            of_size = without_ablations(medians([r for r in larger if r["questions"] == questions], lines))
             text += ["", f"### {model}, judged on {questions:,} questions", ""]
-            text += summary_table(again, model, list(dict.fromkeys(lines.values())), seeds)
-        if tables := samples_tables([r for r in every if r["model"] == model], lines):
+            text += summary_table(of_size, model, list(dict.fromkeys(lines.values())), seeds)
+        if tables := samples_tables([r for r in usual_questions if r["model"] == model], lines):
             text += ["", f"### {model}, calibrated on fewer samples", *tables]
-        for questions in sorted({r.get("questions", QUESTIONS) for r in usual if r["model"] == model}):
-            judged = [r for r in usual if r.get("questions", QUESTIONS) == questions]
-            for changed in WHOLES:
-                if ablation := ablation_table(judged, model, changed):
-                    head = f"### {model}, one part of `{changed}` changed, judged on {questions:,} questions"
+        for questions in sorted({r.get("questions", QUESTIONS) for r in usual_samples if r["model"] == model}):
+            of_questions = [r for r in usual_samples if r.get("questions", QUESTIONS) == questions]
+            for whole in WHOLES:
+                if ablation := ablation_table(of_questions, model, whole):
+                    head = f"### {model}, one part of `{whole}` changed, judged on {questions:,} questions"
                     text += ["", head, "", *ablation]
         for column in ALL:
-            if any((c.model, c.column) == (model, column) for c in whole):
-                text += ["", f"### {model}, {column}", "", *detail_table(whole, model, column)]
+            if any((c.model, c.column) == (model, column) for c in main_cells):
+                text += ["", f"### {model}, {column}", "", *detail_table(main_cells, model, column)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "methods.md").write_text("\n".join(text) + "\n")
     versions = {p: v for r in records if r["row"] in lines for p, v in r["versions"].items()}

@@ -1,4 +1,4 @@
-"""Plan size and build time for sets of targets, to choose the default of `--target`.
+"""Engine size and build time for growing sets of GPU targets, from which the default of `--target` was chosen.
 
 python -m tools.bench.targets --model tiny --scheme int4
 """

@@ -1,9 +1,9 @@
-"""Every family on a small random model of its true structure: against transformers, on ONNX Runtime, as engines.
+"""Accuracy check of every model family on small random checkpoints: against transformers, on ONNX Runtime, as engines.
 
     python -m tools.families.check --out docs/families.md
 
-Errors are relative: the L2 norm of the difference of all logits over that of transformers' logits, the worst of several
-pictures. Engines are TensorRT-RTX plans for sm89, read back.
+Errors are relative: the L2 norm of the difference of all logits, divided by that of transformers' logits; the largest over
+several questions. Engines are built by TensorRT-RTX for sm89 and read back, not run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from qvlm_export.inputs.samples import encode_pictures, load_processor
 from tools.families.random_families import KINDS, write_family
 from tools.families.random_original import ORIGINALS, write_original
 
-SAMPLES = 4  # of the package's own scenes, to calibrate with
-# Heights and widths: wide, small, nearly square and large, two of unlike shape.
-PICTURES = ([(60, 90)], [(30, 20)], [(200, 210)], [(40, 300), (90, 80)])
+SAMPLES = 4  # size of the calibration set, from the built-in one
+# Heights and widths of the images of each question: wide; small; nearly square and large; two of different shapes.
+IMAGE_SIZES = ([(60, 90)], [(30, 20)], [(200, 210)], [(40, 300), (90, 80)])
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question in both forms: as the model's code wants it, and as ours."""
+    """One question. given: the inputs of transformers' model. sample: the same for ours."""
 
     given: dict[str, Any]
     sample: Sample
@@ -51,7 +51,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint, questions to it, transformers' model in float32 and its logits for each: float32 [S, vocab]."""
+    """A checkpoint with questions.
+
+    reference: transformers' model in float32. wanted: its logits for each question, float32 [S, vocab].
+    """
 
     checkpoint: Checkpoint
     questions: list[Question]
@@ -61,7 +64,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Row:
-    """What one kind of checkpoint came to. Errors are relative; int4: of the graph against the simulation in torch."""
+    """Results of one kind of checkpoint.
+
+    torch, fp16, int4: relative errors of the block-by-block model, of the float16 graph, and of the INT4 graph against fake
+    quantization in torch. integer: linears that run on integers in the engine, of `planned` quantized ones.
+    """
 
     kind: str
     repositories: str
@@ -73,34 +80,34 @@ class Row:
 
 
 def make_cases(checkpoint: Checkpoint) -> list[Question]:
-    """A question about each of PICTURES, through the checkpoint's own processor."""
+    """A question for each entry of IMAGE_SIZES, encoded by the checkpoint's own processor."""
     processor, rng, cases = load_processor(checkpoint.folder), np.random.default_rng(0), []
-    for sizes in PICTURES:
+    for sizes in IMAGE_SIZES:
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
         text = chat_text(processor, [{"role": "user", "text": "What color is it?", "images": len(images)}])
-        given = processor(images=[images], text=[text], return_tensors="pt")
+        inputs = processor(images=[images], text=[text], return_tensors="pt")
         encoded = encode_pictures(processor, checkpoint.config, text, images)
         sample = Sample(encoded.input_ids, encoded.pixel_values, len(encoded.input_ids), encoded.placement)
-        cases.append(Question(dict(given), sample))
+        cases.append(Question(dict(inputs), sample))
     return cases
 
 
 def reference_logits(model: torch.nn.Module, case: Question) -> np.ndarray:
-    """transformers in float32: [S, vocab]."""
+    """Logits of transformers' model, [S, vocab]."""
     with torch.inference_mode():
         logits: np.ndarray = model(**case.given).logits[0].numpy()
     return logits
 
 
 def walked_logits(blocks: ModelBlocks, source: TensorSource, epsilon: float, sample: Sample, step: Step) -> np.ndarray:
-    """The model block by block: [S, vocab]."""
+    """Logits of the model computed block by block, [S, vocab]."""
     features = run_vision_blocks(blocks, source, [sample], step)
     hidden = run_decoder_blocks(blocks, source, [sample], features, step)
     return load_head(source, epsilon).logits(hidden[0][0]).numpy()
 
 
 def simulated_logits(checkpoint: Checkpoint, folder: Path) -> Callable[[Sample], np.ndarray]:
-    """The calibrated checkpoint in torch, as its float16 graph computes it."""
+    """A function that computes logits with fake quantization in torch, with floats rounded as in the float16 graph."""
     calibrated = CalibratedCheckpoint(folder)
     source = DequantizedSource(calibrated, "float16")
     blocks = round_rotary_tables(make_blocks(checkpoint.hf_config), "float16")
@@ -109,17 +116,18 @@ def simulated_logits(checkpoint: Checkpoint, folder: Path) -> Callable[[Sample],
 
 
 def session_logits(session: Session, sample: Sample) -> np.ndarray:
-    """An export: [S, vocab]."""
+    """Logits of an exported model, [S, vocab]."""
     logits: np.ndarray = session.logits(sample.input_ids[None], sample.pixel_values, sample.placement)[0]
     return logits
 
 
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    """L2 norm of the difference, relative to that of `wanted`."""
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
 def torch_error(case: Kept) -> float:
-    """The walk through the checkpoint, block by block."""
+    """Largest relative error of the float32 model computed block by block."""
     opened = case.checkpoint
     blocks, step = make_blocks(opened.hf_config), float_step(opened.source)
     return max(
@@ -129,7 +137,7 @@ def torch_error(case: Kept) -> float:
 
 
 def fp16_error(case: Kept) -> float:
-    """The float16 export on ONNX Runtime."""
+    """Largest relative error of the float16 export on ONNX Runtime."""
     plan = case.checkpoint.folder / "fp16.plan"
     qvlm_export.export(case.checkpoint.folder, plan, scheme="fp16", backend="onnx")
     with qvlm_export.load(plan, "onnxruntime:cpu") as model:
@@ -140,41 +148,41 @@ def fp16_error(case: Kept) -> float:
 
 
 def int4_error(case: Kept) -> float:
-    """An export with an INT4 decoder on ONNX Runtime, against its simulation in torch.
+    """Largest relative error of an export with an INT4 decoder on ONNX Runtime, against fake quantization in torch.
 
-    The tower stays float: its INT8 roundings fall either way where sums are added in another order, and the error would be
-    that of a few ties. That its integers are the calibrated ones is looked at in the graph: `wrong_integers`.
+    The tower stays float: sums in another order change the INT8 rounding of activations near a tie, and the error would be
+    that of a few ties. `build_engine` checks that the integers of the tower in the graph are the calibrated ones.
     """
     folder = case.checkpoint.folder
     recipe, plan = folder / "float_tower.yaml", folder / "int4.plan"
     recipe.write_text('base: int4\nrules: [{match: "[vm]*", scheme: float}]\n')
     result = qvlm_export.export(folder, plan, recipe=recipe, backend="onnx", samples=SAMPLES)
-    simulated = simulated_logits(case.checkpoint, result.manifest.file("calibrated"))
+    simulate = simulated_logits(case.checkpoint, result.manifest.file("calibrated"))
     with qvlm_export.load(plan, "onnxruntime:cpu") as model:
-        found = [(session_logits(model.session, q.sample), simulated(q.sample)) for q in case.questions]
-    return max(relative(got, wanted) for got, wanted in found)
+        pairs = [(session_logits(model.session, q.sample), simulate(q.sample)) for q in case.questions]
+    return max(relative(got, wanted) for got, wanted in pairs)
 
 
 def build_engine(case: Kept) -> tuple[int, int]:
-    """The default export with TensorRT-RTX engines: planned linears, and how many run on the calibrated integers."""
+    """Exports with TensorRT-RTX engines; returns the number of quantized linears, and how many run on the right integers."""
     folder = case.checkpoint.folder
-    made = qvlm_export.export(folder, folder / "engine.plan", backend="tensorrt-rtx", targets=("sm89",), samples=SAMPLES)
-    manifest = made.manifest
+    result = qvlm_export.export(folder, folder / "engine.plan", backend="tensorrt-rtx", targets=("sm89",), samples=SAMPLES)
+    manifest = result.manifest
     calibrated = CalibratedCheckpoint(manifest.file("calibrated"))
     wrong = {
-        found.linear
+        mismatch.linear
         for part in ("vision", "language")
-        for found in wrong_weights(manifest.file(f"{part}_onnx"), calibrated, _of_part(manifest.linears, part))
+        for mismatch in wrong_weights(manifest.file(f"{part}_onnx"), calibrated, _select_part(manifest.linears, part))
     }
-    return len(manifest.linears), sum(check.passed and check.linear not in wrong for check in made.checks)
+    return len(manifest.linears), sum(check.passed and check.linear not in wrong for check in result.checks)
 
 
-def _of_part(linears: Iterable[str], part: str) -> list[str]:
+def _select_part(linears: Iterable[str], part: str) -> list[str]:
     return [name for name in linears if name.startswith("language_model.") == (part == "language")]
 
 
 def check(kind: str, case: Kept) -> Row:
-    """All of a row."""
+    """Runs all checks of one kind of checkpoint."""
     planned, integer = build_engine(case)
     return Row(kind, ALL[kind], torch_error(case), fp16_error(case), int4_error(case), integer, planned)
 
@@ -183,7 +191,7 @@ ALL = {**{name: kind.repositories for name, kind in KINDS.items()}, **{n: o.repo
 
 
 def make(folder: Path, kind: str) -> Kept:
-    """Writes a checkpoint of a kind and asks transformers, in float32."""
+    """Writes a checkpoint of a kind and computes transformers' float32 logits for its questions."""
     if kind in ORIGINALS:
         reference = write_original(folder, kind)
     else:
@@ -195,9 +203,9 @@ def make(folder: Path, kind: str) -> Kept:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """The rows as a Markdown table."""
     lines = [
-        "| built like | torch, block by block | fp16 graph | int4 graph, against its simulation | engine: integer linears |",
+        "| built like | torch, block by block | fp16 graph | int4 graph, against fake-quant | engine: integer linears |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -209,8 +217,8 @@ def table(rows: list[Row]) -> str:
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
-def replaced(text: str, rows: list[Row]) -> str:
-    """A document with a new table between its two marks."""
+def replace_table(text: str, rows: list[Row]) -> str:
+    """The document with a new table between its two marks."""
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + table(rows) + END + rest.partition(END)[2]
 
@@ -219,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a Markdown file with the two marks")
     parser.add_argument("--kinds", nargs="*", choices=ALL, default=list(ALL))
-    parser.add_argument("--keep", type=Path, help="keep the checkpoints here")
+    parser.add_argument("--keep", type=Path, help="folder to keep the checkpoints in")
     args = parser.parse_args()
     rows = []
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as place:
@@ -227,7 +235,7 @@ def main() -> None:
             folder = Path(place) / kind
             rows.append(check(kind, make(folder, kind)))
             print(rows[-1], flush=True)
-    args.out.write_text(replaced(args.out.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    args.out.write_text(replace_table(args.out.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

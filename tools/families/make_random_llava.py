@@ -1,10 +1,10 @@
-"""Writes a LLaVA checkpoint of true geometry with random weights, shard by shard, in the memory of one shard.
+"""Writes a LLaVA checkpoint of real geometry with random weights, shard by shard, in the memory of one shard.
 
     python -m tools.families.make_random_llava --like llava-13b --out /big/disk/llava-13b-random
 
-config.json, tensor names and shapes are those of the llava-hf 1.5 repositories. Weights have the spread of trained ones
-and a few outlier channels, so that quantizers meet what they are made for. The tokenizer is the tiny model's: any text can
-be encoded, none of it means anything to random weights.
+config.json, tensor names and shapes are those of the llava-hf 1.5 repositories. The weights have a spread like that of trained
+ones and a few outlier channels, so that quantizers meet realistic ranges. The tokenizer is that of the tiny model: it can
+encode any text, and random weights do not need a better one.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ class Geometry:
 GEOMETRIES = {
     "llava-13b": Geometry(5120, 13824, 40, 40, 40),
     "llava-7b": Geometry(4096, 11008, 32, 32, 32),
-    "13b-tenth": Geometry(5120, 13824, 4, 40, 40),  # its blocks, few of them: what one costs in time and memory
+    "13b-tenth": Geometry(5120, 13824, 4, 40, 40),  # a tenth of its layers, to measure the time and memory of one
     "1b": Geometry(2048, 8192, 16, 32, 8),
-    "1b-quarter": Geometry(2048, 8192, 4, 32, 8, small_tower=True),  # shows where a 1b's time goes: no cache holds it
+    "1b-quarter": Geometry(
+        2048, 8192, 4, 32, 8, small_tower=True
+    ),  # to profile the decoding of 1b: too large for a processor's caches
     "100m": Geometry(768, 2048, 12, 12, 4, small_tower=True),
 }
 
 
 def make_config(geometry: Geometry, image_token: int) -> LlavaConfig:
-    """The published configuration at this size; the image token is the tokenizer's."""
+    """The configuration of LLaVA 1.5 at this size. image_token: its index in the tokenizer."""
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     if geometry.small_tower:
         tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -76,7 +78,11 @@ def make_config(geometry: Geometry, image_token: int) -> LlavaConfig:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """float16. Norm gains around 0.5 with outlier channels, matrices of standard deviation 1 / sqrt(in), small biases."""
+    """A random float16 tensor with a spread that fits its name.
+
+    Norm gains lie around 0.5 with a few outlier channels, matrices have a standard deviation of 1 / sqrt(in), also with
+    outlier channels, and biases are small.
+    """
     if "norm" in name:
         gain = 0.5 + 0.05 * torch.randn(shape, generator=generator)
         if name.endswith("bias"):
@@ -93,7 +99,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 
 def write_checkpoint(out: Path, geometry: Geometry, seed: int) -> None:
-    """Everything a checkpoint folder needs; the index is written last."""
+    """Writes weights, configuration and processor to the folder `out`; the index of the shards is written last."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.train_tokenizer(num_scenes=50)
     config = make_config(geometry, tokenizer.convert_tokens_to_ids("<image>"))

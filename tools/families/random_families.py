@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights of every family, of its true structure, as `save_pretrained` writes them."""
+"""Small random checkpoints of every supported model family, with its real structure, as `save_pretrained` writes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tools.tiny import model
 
 SIDE, PATCH = 48, 8
 PATCHES = (SIDE // PATCH) ** 2
-NEXT_POINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]  # as llava-hf's, in sides of the tower
+NEXT_POINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]  # those of llava-hf, scaled to the side of this tower
 ANY_POINTS = [[SIDE * h, SIDE * w] for h in range(1, 7) for w in range(1, 7)]
 IMAGE = 4
 
@@ -45,17 +45,22 @@ def _tokenizer() -> Any:
 
 
 def clip(**changes: Any) -> CLIPVisionConfig:
+    """A small CLIP tower with other settings where `changes` names them."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
     return CLIPVisionConfig(**{**sizes, "image_size": SIDE, "patch_size": PATCH, "projection_dim": 128, **changes})
 
 
 def siglip() -> SiglipVisionConfig:
-    """Heads of 72 channels, a width that no group divides and a picture that is no multiple of a patch, as SO400M."""
+    """A small SigLIP tower that, like SO400M, has awkward sizes.
+
+    Heads have 72 channels, no group size divides the width, and the image side is no multiple of the patch size.
+    """
     sizes = {"hidden_size": 144, "intermediate_size": 304, "num_hidden_layers": 3, "num_attention_heads": 2}
     return SiglipVisionConfig(**sizes, image_size=SIDE + 3, patch_size=PATCH, vision_use_head=False)
 
 
 def decoder(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+    """A small decoder of the kind, such as LlamaConfig, with other settings where `changes` names them."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     common = {"num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5}
@@ -65,9 +70,9 @@ def decoder(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
 def _llava_processor(**changes: Any) -> Any:
     side = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side)
-    given = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    settings = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return LlavaProcessor(
-        **{"image_processor": images, **given, **changes},
+        **{"image_processor": images, **settings, **changes},
         tokenizer=_tokenizer(),
         chat_template=model.CHAT_TEMPLATE,
     )
@@ -128,7 +133,7 @@ def _onevision() -> LlavaOnevisionConfig:
 
 @dataclass(frozen=True)
 class Kind:
-    """A family with one of its decoders, and the repositories that are built like it."""
+    """A model family with one of its decoders. repositories: the published checkpoints that are built like it."""
 
     repositories: str
     config: Callable[[], PreTrainedConfig]
@@ -171,7 +176,7 @@ KINDS = {
 
 
 def write_family(folder: Path, kind: str, seed: int = 0) -> None:
-    """A float16 checkpoint with its processor."""
+    """Writes a float16 checkpoint of a kind in KINDS, with its processor."""
     torch.manual_seed(seed)
     config = KINDS[kind].config()
     model = AutoModelForImageTextToText.from_config(config)
@@ -181,7 +186,7 @@ def write_family(folder: Path, kind: str, seed: int = 0) -> None:
 
 
 def randomize_(model: torch.nn.Module) -> None:
-    """Large enough that attention attends and logits differ; the default initialisation is nearly constant."""
+    """Draws weights that are large enough for attention and logits to vary; the default initialization is nearly constant."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

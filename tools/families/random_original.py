@@ -1,8 +1,8 @@
-"""Small checkpoints with random weights in the layout of LLaVA's authors, file by file as liuhaotian's repositories have it.
+"""Small random checkpoints in the file layout of LLaVA's authors, as in the repositories of liuhaotian.
 
-The model is made in transformers' form first, as llava-hf would have converted it, and taken apart: the language model with
-`mm_*` keys and a projector of its own naming, CLIP in a folder of its own unless it was trained too, the tokenizer as a
-sentencepiece model, and no rows for an image token.
+The model is first made in transformers' form, as llava-hf would have converted it, and then split into the authors' layout:
+the language model with `mm_*` keys in its configuration and other names for the projector, CLIP in a separate folder unless it
+was trained, too, the tokenizer as a sentencepiece model, and no embedding rows for an image token.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class Original:
-    """A kind of checkpoint. keys: more of config.json; tokens: added to the tokenizer; inside: whether the tower's weights
-    are in the checkpoint; side: of a picture; legacy: as in tokenizer_config.json, None for no such key.
+    """A kind of checkpoint.
+
+    keys: further keys of config.json. tokens: added to the tokenizer. inside: whether the checkpoint holds the weights of the
+    tower. side: of an image, in pixels. legacy: as in tokenizer_config.json, None for no such key. text_keys: further keys of
+    the decoder's configuration.
     """
 
     repositories: str
@@ -91,7 +94,7 @@ ORIGINALS = {
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A tokenizer.model of Llama's kind: BPE with bytes to fall back on, nothing normalized, a dummy prefix."""
+    """A tokenizer.model like Llama's: BPE with byte fallback and a dummy prefix, without normalization."""
     lines = [f"USER: {q.text} ASSISTANT: {q.answer}" for n in range(100) for q in scenes.questions("train", n)[1]]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -104,7 +107,7 @@ def sentencepiece_model() -> bytes:
 
 
 def make_config(kind: Original, vocabulary: int) -> PreTrainedConfig:
-    """As llava-hf would have it: tables of a multiple of 64 rows, the image token behind the vocabulary."""
+    """The configuration that llava-hf would convert: tables of a multiple of 64 rows, the image token after the vocabulary."""
     sizes = {"vocab_size": (vocabulary // 64 + 1) * 64, "pad_token_id": 0, **kind.text_keys}
     common = {
         "vision_config": clip(image_size=kind.side),
@@ -118,12 +121,16 @@ def make_config(kind: Original, vocabulary: int) -> PreTrainedConfig:
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
-    """transformers' model with values that float16 holds; new rows are the mean, a projector's missing half is identity."""
+    """transformers' model in float32 with values that float16 can represent.
+
+    Embedding rows after the vocabulary are the mean of the others, and the second linear of a projector that has only one in
+    the authors' layout is the identity.
+    """
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).eval()
     randomize_(model)
     with torch.no_grad():
-        for parameter in model.parameters():  # parameters alone: the rotary table would be rounded too
+        for parameter in model.parameters():  # not the buffers: the rotary table must not be rounded
             parameter.copy_(parameter.half().float())
         for table in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
             table[config.image_token_index :] = table[: config.image_token_index].mean(0).half().float()
@@ -135,30 +142,31 @@ def make_model(config: PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
 
 
 def write_original(folder: Path, name: str, seed: int = 0) -> torch.nn.Module:
-    """Writes the folder of a kind, and its tower's beside it where that is apart; returns the model in float32."""
-    kind, (folder_tower, named) = ORIGINALS[name], _tower_place(folder, name)
+    """Writes a checkpoint of a kind in ORIGINALS, and its tower in a folder beside it; returns the model in float32."""
+    kind, (tower_folder, tower_name) = ORIGINALS[name], _locate_tower(folder, name)
     vocabulary = VOCABULARY + len(kind.tokens)
     config = make_config(kind, vocabulary)
     model = make_model(config, seed)
     folder.mkdir(parents=True)
-    own, tower = _taken_apart(model, config, kind.inside)
+    own, tower = _split_weights(model, config, kind.inside)
     save = _save_safetensors if kind.safetensors else _save_torch
     save(folder, own)
-    _write_tower(folder_tower, config, tower, kind.safetensors)
-    _write_config(folder, kind, config, vocabulary, named)
+    _write_tower(tower_folder, config, tower, kind.safetensors)
+    _write_config(folder, kind, config, vocabulary, tower_name)
     _write_tokenizer(folder, kind)
     return model
 
 
-def _tower_place(folder: Path, name: str) -> tuple[Path, str]:
-    """Where the tower lies, and how it is named: with a path, or as a repository whose folder is beside."""
+def _locate_tower(folder: Path, name: str) -> tuple[Path, str]:
+    """The folder of the tower and its name in config.json: a path, or a repository whose folder lies beside."""
     place = folder.parent / f"{name}-{TOWER}"
     return (place, f"openai/{place.name}") if name == "v1.5" else (place, str(place))
 
 
-def _taken_apart(
+def _split_weights(
     model: torch.nn.Module, config: PreTrainedConfig, inside: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of the language model's checkpoint and of the tower's, under the names of the authors' layout."""
     own: dict[str, torch.Tensor] = {}
     tower: dict[str, torch.Tensor] = {}
     rows, linear = config.image_token_index, config.projector_hidden_act == "linear"
@@ -169,7 +177,7 @@ def _taken_apart(
             if inside:
                 own[f"model.vision_tower.vision_tower.vision_model.{inner}"] = tensor
             else:
-                tower[f"vision_model.{inner}"] = value.clone()  # float32, as OpenAI's
+                tower[f"vision_model.{inner}"] = value.clone()  # float32, as in OpenAI's repository
         elif name.startswith("model.multi_modal_projector."):
             number, kind = name.removeprefix("model.multi_modal_projector.linear_").split(".")
             if not linear:
@@ -179,9 +187,9 @@ def _taken_apart(
         elif name == "lm_head.weight":
             own[name] = tensor[:rows].clone()
         else:
-            stored = name.replace("model.language_model.", "model.")
-            own[stored] = tensor[:rows].clone() if "embed_tokens" in name else tensor
-    own["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as transformers stored it then
+            own_name = name.replace("model.language_model.", "model.")
+            own[own_name] = tensor[:rows].clone() if "embed_tokens" in name else tensor
+    own["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # a buffer that transformers stored at that time
     return own, tower
 
 
@@ -211,7 +219,7 @@ def _write_index(path: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -
 
 
 def _write_tower(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], safetensors: bool) -> None:
-    """A whole CLIP, text model included, as OpenAI's repositories hold it."""
+    """Writes a CLIP repository as OpenAI publishes it, with some of the text model's tensors."""
     folder.mkdir(parents=True)
     vision = config.vision_config.to_dict()
     _write_json(folder / "config.json", {"model_type": "clip", "text_config": {}, "vision_config": vision})

@@ -1,7 +1,8 @@
-"""The tiny LLaVA as one row of layers, all in memory, for studies of what quantizing some of them does to the others.
+"""Layer-by-layer replay of a whole LLaVA in memory, to measure what quantizing some layers does to later ones.
 
-A layer is a group of linears that share an input. What lies between layers (norms, attention, the residual stream, the
-placement of the picture among the tokens) is replayed with transformers' own modules.
+A layer is a set of linears that share an input, such as q, k and v. The computations between layers (norms, attention, the
+residual stream, the placement of the image features among the tokens) are replayed with transformers' own modules. The whole
+model must fit into memory, so this is for the tiny model.
 """
 
 from __future__ import annotations
@@ -38,34 +39,39 @@ Logits = Callable[[list[torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole model as a row of layers, over one set of samples. Layers before the one in question make
-    `list_linears_before`."""
+    """A whole model as a sequence of layers, over one set of samples.
 
-    replays: tuple[Replay, ...]  # one a block
-    bridges: tuple[Bridge, ...]  # outputs of the block before -> inputs of this one
-    whole: tuple[nn.Module, ...]  # the float blocks
-    places: tuple[tuple[int, int], ...]  # of each layer: its block, and its number in it
+    Layers that precede the ones in question have the outputs `preceding_outputs`, of float or of quantized layers.
+    """
+
+    replays: tuple[Replay, ...]  # one per block
+    bridges: tuple[Bridge, ...]  # outputs of the preceding block -> inputs of this one
+    float_blocks: tuple[nn.Module, ...]
+    places: tuple[tuple[int, int], ...]  # of each layer: the number of its block, and its number in the block
     layers: tuple[QuantizableLayer, ...]
-    inputs: tuple[torch.Tensor, ...]  # of each layer in the float model, float32 [tokens, in]
-    wanted: tuple[Any, ...]  # of each layer: what its linears make in the float model
-    before: tuple[Any, ...]  # the same, or quantized
-    names: tuple[str, ...]
-    logits: Logits
+    inputs: tuple[torch.Tensor, ...]  # input of each layer in the float model, float32 [tokens, in]
+    float_outputs: tuple[Any, ...]  # of each layer: the outputs of its linears in the float model, by name
+    preceding_outputs: tuple[Any, ...]  # the same, or those of quantized layers
+    names: tuple[str, ...]  # of the first linear of each layer
+    logits: Logits  # outputs of the last block -> logits of the answer tokens
 
-    def given(self, first: int, window: Outputs) -> torch.Tensor:
-        """What layer first + len(window) is given if the layers from `first` on make `window`: [tokens, in]."""
+    def input_after(self, first: int, window: Outputs) -> torch.Tensor:
+        """Input of layer first + len(window) if the layers from `first` on have the outputs `window`: [tokens, in]."""
         block, target = self.places[first][0], self.places[first + len(window)][0]
-        outputs = (*self._prefix(first), *window)
+        outputs = (*self._preceding_in_block(first), *window)
         replay = self.replays[block]
         if target == block:
             return replay.given(outputs)
         inputs = self.bridges[target](replay.finish(outputs[: len(replay.layers)]))
         return replace(self.replays[target], inputs=inputs).given(outputs[len(replay.layers) :])
 
-    def final(self, first: int, window: Outputs) -> torch.Tensor:
-        """The answers' logits if the layers from `first` on make `window` and those behind are float: [tokens, vocab]."""
+    def answer_logits(self, first: int, window: Outputs) -> torch.Tensor:
+        """Logits of the answer tokens, [tokens, vocab], if the layers from `first` on have the outputs `window`.
+
+        The layers after the window are float.
+        """
         block = self.places[first][0]
-        replay, outputs, number = self.replays[block], (*self._prefix(first), *window), first + len(window)
+        replay, outputs, number = self.replays[block], (*self._preceding_in_block(first), *window), first + len(window)
         while True:
             while len(outputs) < len(replay.layers):
                 outputs = (*outputs, {n: x(replay.given(outputs)) for n, x in self.layers[number].linears.items()})
@@ -77,32 +83,35 @@ class Chain:
             replay = replace(self.replays[block], inputs=self.bridges[block](hidden))
         for later in range(block, len(self.replays)):
             run = self.replays[later].run
-            hidden = [run(self.whole[later], x) for x in self.bridges[later](hidden)]
+            hidden = [run(self.float_blocks[later], x) for x in self.bridges[later](hidden)]
         return self.logits(hidden)
 
-    def _prefix(self, first: int) -> Outputs:
-        return self.before[first - self.places[first][1] : first]
+    def _preceding_in_block(self, first: int) -> Outputs:
+        return self.preceding_outputs[first - self.places[first][1] : first]
 
 
 @contextmanager
 def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, grid: Sequence[Clip]) -> Iterator[Chain]:
-    """Samples have one picture each; those of one length are a batch. grid: the ranges that layers can be asked for."""
+    """The chain of a checkpoint over samples of one image each; samples of equal length form a batch.
+
+    scheme: such as W4A4. grid: the clipping ranges of activations that the layers support.
+    """
     lengths = sorted({len(s.input_ids) for s in samples})
     batches = [[s for s in samples if len(s.input_ids) == length] for length in lengths]
     ordered = [s for batch in batches for s in batch]
-    tapped, whole = make_blocks(checkpoint.hf_config), make_blocks(checkpoint.hf_config)
+    replay_blocks, float_blocks = make_blocks(checkpoint.hf_config), make_blocks(checkpoint.hf_config)
     table, head = (
         load_finite(checkpoint.source, EMBEDDING),
         load_head(checkpoint.source, checkpoint.config.text.rms_norm_eps),
     )
 
-    def placed(features: list[torch.Tensor]) -> list[torch.Tensor]:
+    def embed(features: list[torch.Tensor]) -> list[torch.Tensor]:
         images = iter(features[0])
-        return [torch.cat([embed_tokens(table, tapped.image_token_id, s, next(images)) for s in b]) for b in batches]
+        return [torch.cat([embed_tokens(table, replay_blocks.image_token_id, s, next(images)) for s in b]) for b in batches]
 
     def decode(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
-        rope = tapped.rotary(x, position_ids=positions)
+        rope = replay_blocks.rotary(x, position_ids=positions)
         out: torch.Tensor = module(x, attention_mask=None, position_ids=positions, position_embeddings=rope)
         return out
 
@@ -112,74 +121,84 @@ def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, g
 
     with ExitStack() as stack, torch.inference_mode():
         hidden = [torch.from_numpy(np.concatenate([s.pixel_values for s in ordered]))]
-        for block in tapped.entries:
+        for block in replay_blocks.entries:
             hidden = [stack.enter_context(load_block(block, checkpoint.source))(hidden[0])]
-        built = _Builder(stack, checkpoint, scheme, grid)
-        for pair in zip(tapped.vision_layers, whole.vision_layers, strict=True):
-            hidden = built.add(*pair, lambda module, x: module(x, attention_mask=None), lambda outputs: outputs, hidden)
-        hidden = built.add(
-            tapped.projector, whole.projector, lambda module, x: module(x), lambda out: [x[:, 1:] for x in out], hidden
+        builder = _ChainBuilder(stack, checkpoint, scheme, grid)
+        for pair in zip(replay_blocks.vision_layers, float_blocks.vision_layers, strict=True):
+            hidden = builder.add(*pair, lambda module, x: module(x, attention_mask=None), lambda outputs: outputs, hidden)
+        hidden = builder.add(
+            replay_blocks.projector,
+            float_blocks.projector,
+            lambda module, x: module(x),
+            lambda out: [x[:, 1:] for x in out],
+            hidden,
         )
-        for number, pair in enumerate(zip(tapped.text_layers, whole.text_layers, strict=True)):
-            hidden = built.add(*pair, decode, (lambda outputs: outputs) if number else placed, hidden)
-        yield built.chain(logits)
+        for number, pair in enumerate(zip(replay_blocks.text_layers, float_blocks.text_layers, strict=True)):
+            hidden = builder.add(*pair, decode, (lambda outputs: outputs) if number else embed, hidden)
+        yield builder.chain(logits)
 
 
-class _Builder:
-    """Gathers a Chain block by block."""
+class _ChainBuilder:
+    """Builds a Chain block by block, in the order of the forward pass."""
 
     def __init__(self, stack: ExitStack, checkpoint: Checkpoint, scheme: str, grid: Sequence[Clip]) -> None:
         self._stack, self._source, self._scheme, self._grid = stack, checkpoint.source, scheme, grid
-        fields = ("replays", "bridges", "whole", "places", "layers", "inputs", "wanted", "names")
+        fields = ("replays", "bridges", "float_blocks", "places", "layers", "inputs", "float_outputs", "names")
         self._parts: dict[str, list[Any]] = {name: [] for name in fields}
 
-    def add(self, tapped: Block, whole: Block, run: Run, bridge: Bridge, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the float block on what the block before made, keeps what its layers saw and made; returns its outputs."""
-        module = self._stack.enter_context(load_block(tapped, self._source))
-        batches, groups = bridge(hidden), [group.linears for group in find_shared_inputs(module)]
-        rows: dict[str, list[torch.Tensor]] = {linears[0]: [] for linears in groups}
+    def add(
+        self, replay_block: Block, float_block: Block, run: Run, bridge: Bridge, hidden: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Runs the float block on the outputs of the preceding one and records the inputs and outputs of its layers.
 
-        def keeper(name: str) -> Callable[..., None]:
+        Returns the outputs of the block.
+        """
+        module = self._stack.enter_context(load_block(replay_block, self._source))
+        batches, layers = bridge(hidden), [shared.linears for shared in find_shared_inputs(module)]
+        rows: dict[str, list[torch.Tensor]] = {linears[0]: [] for linears in layers}
+
+        def make_hook(name: str) -> Callable[..., None]:
             return lambda _, args: rows[name].append(args[0].flatten(0, -2))
 
-        handles = [get_linear(module, name).register_forward_pre_hook(keeper(name)) for name in rows]
-        outputs, made = record_linear_outputs(module, [n for linears in groups for n in linears], run, batches)
+        handles = [get_linear(module, name).register_forward_pre_hook(make_hook(name)) for name in rows]
+        outputs, linear_outputs = record_linear_outputs(module, [n for linears in layers for n in linears], run, batches)
         for handle in handles:
             handle.remove()
         parts = self._parts
-        for place, linears in enumerate(groups):
+        for place, linears in enumerate(layers):
             parts["places"].append((len(parts["replays"]), place))
             parts["inputs"].append(torch.cat(rows[linears[0]]))
-            parts["wanted"].append({name: made[name] for name in linears})
-            parts["layers"].append(self._planned({n: get_linear(module, n) for n in linears}, parts["inputs"][-1]))
-            parts["names"].append(f"{tapped.prefix}.{linears[0]}")
-        parts["whole"].append(self._stack.enter_context(load_block(whole, self._source)))
+            parts["float_outputs"].append({name: linear_outputs[name] for name in linears})
+            parts["layers"].append(self._make_layer({n: get_linear(module, n) for n in linears}, parts["inputs"][-1]))
+            parts["names"].append(f"{replay_block.prefix}.{linears[0]}")
+        parts["float_blocks"].append(self._stack.enter_context(load_block(float_block, self._source)))
         parts["bridges"].append(bridge)
-        parts["replays"].append(self._stack.enter_context(replay_module(module, groups, run, batches)))
+        parts["replays"].append(self._stack.enter_context(replay_module(module, layers, run, batches)))
         return outputs
 
-    def _planned(self, linears: dict[str, nn.Linear], given: torch.Tensor) -> QuantizableLayer:
-        histogram = make_histogram(given)
-        plan = {
+    def _make_layer(self, linears: dict[str, nn.Linear], inputs: torch.Tensor) -> QuantizableLayer:
+        histogram = make_histogram(inputs)
+        schemes = {
             name: fit_scheme(name, tuple(x.weight.shape), *parse_scheme_bits(self._scheme)) for name, x in linears.items()
         }
-        weights = {(name, WHOLE): WHOLE.weight_amax(x.weight, plan[name]) for name, x in linears.items()}
-        return QuantizableLayer(linears, plan, {clip: clip.activation_amax(histogram) for clip in self._grid}, weights)
+        weights = {(name, WHOLE): WHOLE.weight_amax(x.weight, schemes[name]) for name, x in linears.items()}
+        return QuantizableLayer(linears, schemes, {clip: clip.activation_amax(histogram) for clip in self._grid}, weights)
 
     def chain(self, logits: Logits) -> Chain:
-        parts = {name: tuple(values) for name, values in self._parts.items()}
-        return Chain(**parts, before=parts["wanted"], logits=logits)
+        """The chain of all blocks that were added, with float outputs of preceding layers."""
+        fields = {name: tuple(values) for name, values in self._parts.items()}
+        return Chain(**fields, preceding_outputs=fields["float_outputs"], logits=logits)
 
 
-def with_quantized_prefix(chain: Chain, grid: Sequence[Clip]) -> Chain:
-    """The same chain where what comes before is quantized, each layer with the range that is best for its own output."""
+def quantize_preceding(chain: Chain, grid: Sequence[Clip]) -> Chain:
+    """The same chain with quantized preceding layers, each with the clipping range that is best for its own output."""
     for k, (block, place) in enumerate(chain.places):
         if place == 0 and block:
-            last = chain.replays[block - 1]
-            inputs = chain.bridges[block](last.finish(chain.before[k - len(last.layers) : k]))
+            previous = chain.replays[block - 1]
+            inputs = chain.bridges[block](previous.finish(chain.preceding_outputs[k - len(previous.layers) : k]))
             replays = (*chain.replays[:block], replace(chain.replays[block], inputs=inputs), *chain.replays[block + 1 :])
             chain = replace(chain, replays=replays)
-        rows, layer, wanted = chain.given(k, ()), chain.layers[k], chain.wanted[k]
-        best = min((layer.output(rows, Clips(c)) for c in grid), key=lambda output: relative_error(output, wanted))
-        chain = replace(chain, before=(*chain.before[:k], best, *chain.before[k + 1 :]))
+        rows, layer, float_outputs = chain.input_after(k, ()), chain.layers[k], chain.float_outputs[k]
+        best = min((layer.output(rows, Clips(c)) for c in grid), key=lambda output: relative_error(output, float_outputs))
+        chain = replace(chain, preceding_outputs=(*chain.preceding_outputs[:k], best, *chain.preceding_outputs[k + 1 :]))
     return chain

@@ -1,13 +1,13 @@
-"""Does entropy tell which layers should be searched jointly? Measured on the tiny LLaVA, against the true difference.
+"""Study of Q-VLM's entropy proxy (arXiv 2410.08119): does it predict which layers gain from a joint search?
 
     OMP_NUM_THREADS=1 python -m tools.study.entropy --out docs/entropy
     python -m tools.study.entropy --out docs/entropy --redraw
 
-The discretization-error difference (DED) of consecutive layers is E(one by one) / E(jointly) - 1: how much larger the
-error of the last one's output is when each layer's activation range is the best for its own output than when the ranges are
-the best together. It is measured for every pair and triple by trying everything, and correlated with what can be known
-cheaply. Weights have their whole range. Writes <out>.json and <out>.png, and prints the table that docs/entropy.md has;
---redraw makes figure and table from the <out>.json that is there.
+The discretization-error difference (DED) of consecutive layers is E(one by one) / E(jointly) - 1, where E is the error of
+the last layer's output. One by one, each layer has the activation range that is best for its own output; jointly, the layers
+have the ranges that are best together. The DED of every pair and triple of the tiny LLaVA is measured by exhaustive search
+and correlated with proxies that are cheap to compute. Weights are not clipped. It writes <out>.json and <out>.png and prints
+the table that docs/entropy.md shows; --redraw makes figure and table from an existing <out>.json.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from qvlm_export.calibrate.qvlm.clip_candidates import Clips
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Outputs, SearchLayer, relative_error, search_tree
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
-from tools.study.chain import Chain, open_chain, with_quantized_prefix
+from tools.study.chain import Chain, open_chain, quantize_preceding
 from tools.study.proxies import code_entropy, error_cosine, flatness, lookahead_regret, pair_errors, quantization_error
 
-GRID = (*PAPER_CLIPS, *(Clip(fraction=f) for f in (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)))  # of each layer's activation range
+GRID = (*PAPER_CLIPS, *(Clip(fraction=f) for f in (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)))  # activation ranges of each layer
 PAPER = len(PAPER_CLIPS)
 SCHEMES = ("W4A4", "W6A6")
 RESAMPLES = 1000
@@ -47,92 +47,106 @@ PROXIES = (
     "look-ahead regret", "look-ahead regret, paper's ranges", "error cosine", "flatness",
 )  # fmt: skip
 TARGETS = ("DED", "DED, paper's ranges", "absolute DED")
-SHOWN_PREFIX = "float"  # of figures and tables alike: the two stand beside each other in docs/entropy.md
+SHOWN_PREFIX = "float"  # preceding layers in figure and table, which stand beside each other in docs/entropy.md
 SHOWN = ("entropy", "quantization error", "look-ahead regret", "error cosine", "flatness")
 
 
-def errors_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.ndarray:
-    """Error of the output of layer first + depth - 1 for every combination of ranges: float64 [K] * depth."""
+def error_table(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> np.ndarray:
+    """Error of the output of layer first + depth - 1 for every combination of K ranges: float64 of shape [K] * depth."""
     errors: list[float] = []
 
     def error(output: Any) -> float:
-        errors.append(relative_error(output, chain.wanted[first + depth - 1]))
+        errors.append(relative_error(output, chain.float_outputs[first + depth - 1]))
         return errors[-1]
 
-    search_tree(layers_of(chain, first, depth, grid), error)
+    search_tree(search_layers(chain, first, depth, grid), error)
     return np.array(errors).reshape([len(grid)] * depth)
 
 
-def layers_of(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> list[SearchLayer]:
-    """Layers of the chain as the search sees them; nothing is before them."""
+def search_layers(chain: Chain, first: int, depth: int, grid: Sequence[Clip]) -> list[SearchLayer]:
+    """Layers first to first + depth - 1 of the chain as layers of a search that begins with them."""
     return [
         SearchLayer(
-            lambda window: chain.given(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid]
+            lambda window: chain.input_after(first, window), chain.layers[first + k].output, [Clips(clip) for clip in grid]
         )
         for k in range(depth)
     ]
 
 
-def one_by_one(tables: Sequence[np.ndarray]) -> tuple[int, ...]:
-    """Each layer's best candidate given those before it. tables: errors of the first layer, of the first two, and so on."""
+def choose_one_by_one(tables: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Index of each layer's best candidate, given the choices of the preceding layers.
+
+    tables: errors of the first layer, of the first two layers, and so on.
+    """
     choice: tuple[int, ...] = ()
     for table in tables:
         choice = (*choice, int(np.argmin(table[choice])))
     return choice
 
 
-def together(table: np.ndarray) -> tuple[int, ...]:
+def choose_jointly(table: np.ndarray) -> tuple[int, ...]:
+    """Index of each layer's candidate in the best combination."""
     return tuple(int(k) for k in np.unravel_index(np.argmin(table), table.shape))
 
 
-def difference(tables: Sequence[np.ndarray]) -> float:
-    """The DED: E(one by one) / E(jointly) - 1."""
-    return float(tables[-1][one_by_one(tables)] / tables[-1].min() - 1)
+def discretization_error_difference(tables: Sequence[np.ndarray]) -> float:
+    """The DED of the last table's layers: E(one by one) / E(jointly) - 1."""
+    return float(tables[-1][choose_one_by_one(tables)] / tables[-1].min() - 1)
 
 
-def outputs_with(chain: Chain, first: int, choice: Sequence[int]) -> Outputs:
+def outputs_of_choice(chain: Chain, first: int, choice: Sequence[int]) -> Outputs:
+    """Outputs of the layers from `first` on with the chosen ranges of GRID."""
     outputs: Outputs = ()
     for k, index in enumerate(choice):
-        outputs = (*outputs, chain.layers[first + k].output(chain.given(first, outputs), Clips(GRID[index])))
+        outputs = (*outputs, chain.layers[first + k].output(chain.input_after(first, outputs), Clips(GRID[index])))
     return outputs
 
 
-def joined(outputs: Any) -> torch.Tensor:
+def concatenate_outputs(outputs: Any) -> torch.Tensor:
+    """Outputs of a layer's linears, [tokens, sum of out_features]."""
     return torch.cat(list(outputs.values()), dim=1)
 
 
-def proxies_of(chain: Chain, first: int, tables: Sequence[np.ndarray], num_bits: int) -> dict[str, float]:
-    """PROXIES of a pair, known without a joint search; and what a search that looks one layer ahead leaves of the DED."""
-    second, wanted, x = chain.layers[first + 1], chain.wanted[first + 1], chain.inputs[first + 1]
+def compute_proxies(chain: Chain, first: int, tables: Sequence[np.ndarray], num_bits: int) -> dict[str, float]:
+    """PROXIES of the pair first, first + 1, which need no joint search.
+
+    "left by look-ahead": the part of the DED that is left if the first layer's range is chosen by the second layer's error.
+    """
+    second, float_outputs, x = chain.layers[first + 1], chain.float_outputs[first + 1], chain.inputs[first + 1]
     alone = [second.output(x, Clips(clip)) for clip in GRID]
-    kept = int(np.argmin([relative_error(output, wanted) for output in alone]))
-    errors = [partial(relative_error, wanted=chain.wanted[k]) for k in (first, first + 1)]
-    own, ahead = pair_errors(layers_of(chain, first, 2, GRID), kept, errors)
-    given = chain.given(first, outputs_with(chain, first, one_by_one(tables[:1])))
-    from_first = {name: linear(given) for name, linear in second.linears.items()}
-    whole, best = (activation_scale(second.ranges[GRID[k]], num_bits) for k in (0, kept))
-    found = (
-        code_entropy(x, whole, num_bits),
+    best_of_second = int(np.argmin([relative_error(output, float_outputs) for output in alone]))
+    errors = [partial(relative_error, float_outputs=chain.float_outputs[k]) for k in (first, first + 1)]
+    own, ahead = pair_errors(search_layers(chain, first, 2, GRID), best_of_second, errors)
+    second_input = chain.input_after(first, outputs_of_choice(chain, first, choose_one_by_one(tables[:1])))
+    from_first = {name: linear(second_input) for name, linear in second.linears.items()}
+    unclipped, best = (activation_scale(second.ranges[GRID[k]], num_bits) for k in (0, best_of_second))
+    float_output = concatenate_outputs(float_outputs)
+    values = (
+        code_entropy(x, unclipped, num_bits),
         code_entropy(x, best, num_bits),
-        quantization_error(x, whole, num_bits),
+        quantization_error(x, unclipped, num_bits),
         quantization_error(x, best, num_bits),
         lookahead_regret(own, ahead),
         lookahead_regret(own[:PAPER], ahead[:PAPER]),
-        abs(error_cosine(joined(from_first) - joined(wanted), joined(alone[kept]) - joined(wanted))),
+        abs(
+            error_cosine(
+                concatenate_outputs(from_first) - float_output, concatenate_outputs(alone[best_of_second]) - float_output
+            )
+        ),
         flatness(own),
     )
     left = float(tables[1][int(np.argmin(ahead))].min() / tables[1].min() - 1)
-    return dict(zip(PROXIES, found, strict=True)) | {"left by look-ahead": left}
+    return dict(zip(PROXIES, values, strict=True)) | {"left by look-ahead": left}
 
 
 def study(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str) -> list[dict[str, Any]]:
-    """All pairs, with a float and with a quantized prefix; every second sample is held back."""
+    """Records of all pairs, after float and after quantized preceding layers; every second sample is held out."""
     records = []
     with (
         open_chain(checkpoint, samples[::2], scheme, GRID) as chain,
-        open_chain(checkpoint, samples[1::2], scheme, GRID) as unseen,
+        open_chain(checkpoint, samples[1::2], scheme, GRID) as held_out,
     ):
-        exact, quantized = chain.final(0, ()), with_quantized_prefix(chain, GRID)
+        float_logits, quantized = chain.answer_logits(0, ()), quantize_preceding(chain, GRID)
         for first in range(len(chain.layers) - 1):
             record: dict[str, Any] = {
                 "scheme": scheme,
@@ -140,74 +154,90 @@ def study(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str) -> lis
                 "layers": list(chain.names[first : first + 2]),
             }
             record["inside_a_block"] = chain.places[first][0] == chain.places[first + 1][0]
-            for prefix, where in (("float", chain), ("quantized", quantized)):
-                tables = [errors_of(where, first, depth, GRID) for depth in (1, 2)]
-                few = [table[(slice(PAPER),) * table.ndim] for table in tables]
-                found = {"DED": difference(tables), "DED, paper's ranges": difference(few)}
-                found["absolute DED"] = float(tables[1][one_by_one(tables)] - tables[1].min())
-                record[prefix] = found | proxies_of(where, first, tables, parse_scheme_bits(scheme)[0])
-                if prefix == "float":
-                    record["final"], record["unseen"] = carried(chain, unseen, first, tables, exact)
+            for preceding, model in (("float", chain), ("quantized", quantized)):
+                tables = [error_table(model, first, depth, GRID) for depth in (1, 2)]
+                paper_tables = [table[(slice(PAPER),) * table.ndim] for table in tables]
+                targets = {
+                    "DED": discretization_error_difference(tables),
+                    "DED, paper's ranges": discretization_error_difference(paper_tables),
+                }
+                targets["absolute DED"] = float(tables[1][choose_one_by_one(tables)] - tables[1].min())
+                record[preceding] = targets | compute_proxies(model, first, tables, parse_scheme_bits(scheme)[0])
+                if preceding == "float":
+                    record["final"], record["unseen"] = compare_beyond_pair(chain, held_out, first, tables, float_logits)
             if first + 2 < len(chain.layers):
-                record["DED of three, paper's ranges"] = difference([*few, errors_of(quantized, first, 3, PAPER_CLIPS)])
+                record["DED of three, paper's ranges"] = discretization_error_difference(
+                    [*paper_tables, error_table(quantized, first, 3, PAPER_CLIPS)]
+                )
             records.append(record)
     return records
 
 
-def carried(
-    chain: Chain, unseen: Chain, first: int, tables: Sequence[np.ndarray], exact: torch.Tensor
+def compare_beyond_pair(
+    chain: Chain, held_out: Chain, first: int, tables: Sequence[np.ndarray], float_logits: torch.Tensor
 ) -> tuple[list[float], list[float]]:
-    """Errors one by one and jointly: of the answers' logits, and of the pair's output on samples that were held back."""
-    final, held_back = [], []
-    for choice in (one_by_one(tables), together(tables[1])):
-        error = (chain.final(first, outputs_with(chain, first, choice)) - exact).square().sum() / exact.square().sum()
-        final.append(float(error))
-        held_back.append(relative_error(outputs_with(unseen, first, choice)[1], unseen.wanted[first + 1]))
-    return final, held_back
+    """Relative squared errors of the ranges chosen one by one, and of those chosen jointly.
+
+    Returns both errors of the logits of the answer tokens, and both of the pair's output on the samples held out.
+    """
+    logit_errors, output_errors = [], []
+    for choice in (choose_one_by_one(tables), choose_jointly(tables[1])):
+        logits = chain.answer_logits(first, outputs_of_choice(chain, first, choice))
+        logit_errors.append(float((logits - float_logits).square().sum() / float_logits.square().sum()))
+        output = outputs_of_choice(held_out, first, choice)[1]
+        output_errors.append(relative_error(output, held_out.float_outputs[first + 1]))
+    return logit_errors, output_errors
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Ranks from 0; equal values get the mean of their ranks."""
     order = np.searchsorted(np.sort(values), values, side="left") + np.searchsorted(np.sort(values), values, side="right")
     return (order - 1) / 2
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, list[float]]:
-    """Pearson's and Spearman's, each with a 95 % interval from RESAMPLES bootstrap samples of the pairs."""
-    one, two = np.array(x), np.array(y)
+    """Pearson's and Spearman's correlation: [coefficient, lower, upper].
+
+    The bounds are those of a 95 % interval from RESAMPLES bootstrap samples.
+    """
+    first, second = np.array(x), np.array(y)
     rng = np.random.default_rng(0)
-    drawn = [rng.integers(0, len(one), len(one)) for _ in range(RESAMPLES)]
-    found = {}
-    for name, form in (("pearson", lambda v: v), ("spearman", ranks)):
-        with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
-            spread = [np.corrcoef(form(one[k]), form(two[k]))[0, 1] for k in drawn]
-            found[name] = [float(np.corrcoef(form(one), form(two))[0, 1]), *np.nanpercentile(spread, [2.5, 97.5]).tolist()]
-    return found
+    resamples = [rng.integers(0, len(first), len(first)) for _ in range(RESAMPLES)]
+    coefficients = {}
+    for name, transform in (("pearson", lambda v: v), ("spearman", ranks)):
+        with np.errstate(invalid="ignore"):  # a resample whose values are all equal has no correlation
+            spread = [np.corrcoef(transform(first[k]), transform(second[k]))[0, 1] for k in resamples]
+            interval = np.nanpercentile(spread, [2.5, 97.5]).tolist()
+            coefficients[name] = [float(np.corrcoef(transform(first), transform(second))[0, 1]), *interval]
+    return coefficients
 
 
 def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """scheme -> prefix -> target -> proxy -> coefficients; and of triples, with the sums of their two pairs' proxies."""
+    """scheme -> preceding layers (float or quantized) -> target -> proxy -> coefficients.
+
+    The DED of a triple is correlated with the sum of the proxies of its two pairs.
+    """
     table: dict[str, Any] = {}
     for scheme in SCHEMES:
-        mine = [r for r in records if r["scheme"] == scheme]
-        for prefix in ("float", "quantized"):
-            found = [r[prefix] for r in mine]
-            table.setdefault(scheme, {})[prefix] = {
-                target: {name: correlation([f[name] for f in found], [f[target] for f in found]) for name in PROXIES}
+        of_scheme = [r for r in records if r["scheme"] == scheme]
+        for preceding in ("float", "quantized"):
+            pairs = [r[preceding] for r in of_scheme]
+            table.setdefault(scheme, {})[preceding] = {
+                target: {name: correlation([p[name] for p in pairs], [p[target] for p in pairs]) for name in PROXIES}
                 for target in TARGETS
             }
-        three = [r["DED of three, paper's ranges"] for r in mine[:-1]]
-        sums = {n: [a["quantized"][n] + b["quantized"][n] for a, b in itertools.pairwise(mine)] for n in PROXIES}
-        table[scheme]["quantized"]["DED of three, paper's ranges"] = {n: correlation(v, three) for n, v in sums.items()}
+        triples = [r["DED of three, paper's ranges"] for r in of_scheme[:-1]]
+        sums = {n: [a["quantized"][n] + b["quantized"][n] for a, b in itertools.pairwise(of_scheme)] for n in PROXIES}
+        table[scheme]["quantized"]["DED of three, paper's ranges"] = {n: correlation(v, triples) for n, v in sums.items()}
     return table
 
 
 def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -> None:
-    """The DED of all pairs, with SHOWN_PREFIX, over the paper's two proxies and over the look-ahead regret."""
-    shown = {"entropy": "entropy of layer k+1's input, nats", "quantization error": "its quantization error, relative",
+    """Draws the DED of all pairs, after SHOWN_PREFIX layers, over entropy, quantization error and look-ahead regret."""
+    labels = {"entropy": "entropy of layer k+1's input, nats", "quantization error": "its quantization error, relative",
              "look-ahead regret": "look-ahead regret of layer k"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    for axis, (name, label) in zip(axes, shown.items(), strict=True):
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for scheme, marker in zip(SCHEMES, "os", strict=True):
             points = [(r[SHOWN_PREFIX][name], r[SHOWN_PREFIX]["DED"]) for r in records if r["scheme"] == scheme]
             r = table[scheme][SHOWN_PREFIX]["DED"][name]["pearson"][0]
@@ -221,26 +251,26 @@ def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -
 
 
 def table_lines(table: dict[str, Any]) -> list[str]:
-    """The Markdown table of SHOWN against the DED with SHOWN_PREFIX: Pearson's r [interval] / Spearman's."""
+    """Markdown table of the proxies in SHOWN: their Pearson's r with the DED [interval] / Spearman's, as in `plot`."""
     lines = [f"| proxy | {' | '.join(SCHEMES)} |", "|---" * (len(SCHEMES) + 1) + "|"]
     for name in SHOWN:
-        found = [table[scheme][SHOWN_PREFIX]["DED"][name] for scheme in SCHEMES]
-        cells = ["{:.2f} [{:.2f}, {:.2f}] / {:.2f}".format(*f["pearson"], f["spearman"][0]) for f in found]
+        coefficients = [table[scheme][SHOWN_PREFIX]["DED"][name] for scheme in SCHEMES]
+        cells = ["{:.2f} [{:.2f}, {:.2f}] / {:.2f}".format(*c["pearson"], c["spearman"][0]) for c in coefficients]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def rounded(value: Any) -> Any:
-    """Floats to four digits, at any depth."""
+def round_floats(value: Any) -> Any:
+    """The JSON value with floats rounded to four significant digits, at any depth."""
     if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
+        return {key: round_floats(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [rounded(v) for v in value]
+        return [round_floats(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def measured(model: Path, count: int) -> dict[str, Any]:
-    """What <out>.json holds."""
+def measure(model: Path, count: int) -> dict[str, Any]:
+    """Runs the study on `count` samples of the built-in calibration set; returns the content of <out>.json."""
     checkpoint = open_checkpoint(str(model))
     entries = read_entries(default_calibration(), None, count)
     samples = encode_entries(
@@ -253,15 +283,18 @@ def measured(model: Path, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
-    parser.add_argument("--samples", type=int, default=64, help="of the built-in set; every second one is held back")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="of the built-in calibration set; every second one is held out"
+    )
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
-    parser.add_argument("--redraw", action="store_true", help="measure nothing: figure and table from <out>.json")
+    parser.add_argument("--redraw", action="store_true", help="do not measure; make figure and table from <out>.json")
     args = parser.parse_args()
     started = time.monotonic()
-    stored = args.out.with_suffix(".json")
+    json_file = args.out.with_suffix(".json")
     if not args.redraw:
-        stored.write_text(json.dumps(rounded(measured(args.model, args.samples)), indent=1) + "\n", encoding="utf-8")
-    content = json.loads(stored.read_text(encoding="utf-8"))  # also after measuring: the same digits as a redraw
+        json_file.write_text(json.dumps(round_floats(measure(args.model, args.samples)), indent=1) + "\n", encoding="utf-8")
+    # The file is read back after measuring, too, so that a redraw gives the same digits.
+    content = json.loads(json_file.read_text(encoding="utf-8"))
     plot(content["pairs"], content["correlations"], args.out.with_suffix(".png"))
     print("\n".join(table_lines(content["correlations"])))
     print(f"{time.monotonic() - started:.0f} s")

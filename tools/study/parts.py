@@ -1,9 +1,9 @@
-"""Where the error comes from: the tiny LLaVA with only some of its linears quantized, and who pays for it.
+"""Study of the error by part of the model: the tiny LLaVA with only some of its linears quantized.
 
     python -m tools.study.parts --out docs/parts.md
 
-Calibrates with `--effort fast` on the benchmark's first 64 samples and judges as the benchmark does. Beside KL and SQNR
-stands the share of the KL divergence that its ten worst answer tokens have.
+It calibrates with `--effort fast` on the benchmark's first 64 samples and evaluates as the benchmark does. Beside KL and
+SQNR it reports the share of the KL divergence that is due to the ten answer tokens with the largest divergence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.efforts import run_effort
 from qvlm_export.engines.check.metrics import kl_divergence, sqnr_db
 from tools.bench.data import calibration_file, evaluation_file, load_samples, make_data
-from tools.bench.ours import judged, opened, plan_of, reference_logits
+from tools.bench.ours import calibrate_and_run, load_model, reference_logits, schemes_of
 from tools.bench.tables import number
 
 COLUMNS = ("W8A8", "W4A16")
@@ -37,9 +37,9 @@ PARTS: Mapping[str, str] = {
 WORST = 10
 HEAD = """# Where the error comes from
 
-`python -m tools.study.parts --out docs/parts.md`: the tiny model with only a part of its linears quantized (`--effort fast`,
-the benchmark's first 64 samples and 1,000 unseen questions, as in [methods.md](methods.md)). KL in nats a token / SQNR of
-the logits in dB / the share of all KL that the {worst} worst of {tokens} answer tokens have.
+`python -m tools.study.parts --out docs/parts.md` quantizes only a part of the tiny model's linears (`--effort fast`, the
+benchmark's first 64 samples and 1,000 unseen questions, as in [methods.md](methods.md)). Entries: KL divergence in nats a
+token / SQNR of the logits in dB / share of the whole KL that is at the {worst} worst of {tokens} answer tokens.
 """
 
 
@@ -52,16 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     make_data(args.model, args.data)
     samples, evaluation = load_samples(calibration_file(args.data, args.seed)), load_samples(evaluation_file(args.data))
-    checkpoint, blocks = opened(args.model)
+    checkpoint, blocks = load_model(args.model)
     reference = reference_logits(args.model, evaluation)
     lines = [f"| quantized | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for part, pattern in PARTS.items():
         entries = []
         for column in COLUMNS:
-            plan = {n: s for n, s in plan_of(checkpoint, blocks, column).items() if re.search(pattern, n)}
+            schemes = {n: s for n, s in schemes_of(checkpoint, blocks, column).items() if re.search(pattern, n)}
             torch.manual_seed(args.seed)
-            job = CalibrationJob(blocks, checkpoint.source, plan, samples)
-            logits, _, _ = judged(job, checkpoint, functools.partial(run_effort, "fast"), evaluation)
+            job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
+            logits, _, _ = calibrate_and_run(job, checkpoint, functools.partial(run_effort, "fast"), evaluation)
             divergence = np.sort(kl_divergence(reference, logits))
             share = divergence[-WORST:].sum() / divergence.sum()
             entries.append(f"{number(float(divergence.mean()))} / {sqnr_db(reference, logits):.1f} / {100 * share:.0f} %")

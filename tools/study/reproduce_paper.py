@@ -1,13 +1,14 @@
-"""The paper's table on a given checkpoint and ScienceQA directory: float, W8A8, W6A6 and W4A4, method by method.
+"""Reproduces the ScienceQA table of Q-VLM (arXiv 2410.08119): float, W8A8, W6A6 and W4A4, method by method.
 
     python -m tools.tiny.make_eval_sets --out build/tiny-eval
     python -m tools.study.reproduce_paper --model tiny --data build/tiny-eval/scienceqa --max-new-tokens 32
-    python -m tools.study.reproduce_paper --model llava-v1.3-7b --data ScienceQA --work paper --conversation llava_v1
-    --device cuda
+    python -m tools.study.reproduce_paper --model llava-v1.3-7b --data ScienceQA --work paper --conversation llava_v1 \\
+        --device cuda
 
-Every cell calibrates on pictures and answers of the train split, writes a calibrated checkpoint and asks it in torch all
-questions of the test split (`qvlm-eval --rung simulated`). A killed run goes on: finished checkpoints and answers are kept
-in --work, in folders named after everything they depend on. docs/reproduction.md says what to download.
+Each cell calibrates on images and answers of the train split, writes a calibrated checkpoint and runs it with fake
+quantization in torch on all questions of the test split (`qvlm-eval --model-form fake-quant`). A run that was killed
+continues where it stopped: finished checkpoints and answers stay in --work, under names that hash everything they depend on.
+docs/reproduction.md says what to download.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN, prompt_text
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.evaluation.ask import pad_to_square
+from qvlm_export.evaluation.eval_model import checkpoint_identity
 from qvlm_export.evaluation.evaluate import EvalOptions, evaluate
-from qvlm_export.evaluation.subjects import checkpoint_identity
 from qvlm_export.evaluation.tasks.scienceqa import LETTERS, SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Request
 from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.samples import encode_answered, load_processor
 from qvlm_export.pipeline.progress import Reporter
-from tools.bench.ours import ROWS, plan_of
+from tools.bench.ours import ROWS, schemes_of
 
 COLUMNS = ("W8A8", "W6A6", "W4A4")
-METHODS = ("rtn", "awq", "printed", "fast", "full")
+METHODS = ("rtn", "awq", "qvlm", "fast", "full")
 LINES = {row.name: row.line for row in ROWS}
 
 # ScienceQA averages of arXiv 2410.08119, by model, method and column.
@@ -67,7 +68,10 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a table share. form: of the prompts. float_vision: tower and projector stay float."""
+    """Settings that all cells of a table share.
+
+    form: of the prompts, as in qvlm-eval. device: of the evaluation. float_vision: tower and projector stay float.
+    """
 
     model: str
     data: Path
@@ -83,37 +87,40 @@ class Setting:
 
 
 def calibration_samples(setting: Setting, checkpoint: Checkpoint) -> list[Sample]:
-    """The first pictures of the train split, with prompt and right answer."""
-    given = SCIENCEQA.read(Request(setting.data, "train", setting.form))
-    asked = [question for question in given.questions if question.image is not None][: setting.samples]
-    if len(asked) < setting.samples:
-        raise UserError(f"--samples {setting.samples}: the train split has {len(asked)} problems with a picture")
+    """The first questions of the train split that have an image, encoded with the right answer.
+
+    Raises UserError if there are fewer than `setting.samples`.
+    """
+    train = SCIENCEQA.read(Request(setting.data, "train", setting.form))
+    questions = [question for question in train.questions if question.image is not None][: setting.samples]
+    if len(questions) < setting.samples:
+        raise UserError(f"--samples {setting.samples}: the train split has {len(questions)} problems with a picture")
     processor = load_processor(checkpoint.folder)
     samples = []
-    for question in asked:
-        letter = LETTERS[given.truth[question.id].answer]
+    for question in questions:
+        letter = LETTERS[train.truth[question.id].answer]
         answer = f"The answer is {letter}." if setting.form == "v1.3" else letter
         where = f"train {question.id}"
-        picture = open_image(question.image, where)
-        pictures = [pad_to_square(picture, processor) if setting.pad_square else picture]
+        image = open_image(question.image, where)
+        images = [pad_to_square(image, processor) if setting.pad_square else image]
         text = prompt_text(processor, question.prompt, 1, setting.conversation)
-        samples.append(encode_answered(processor, checkpoint.config, text, answer, pictures, where=where))
+        samples.append(encode_answered(processor, checkpoint.config, text, answer, images, where=where))
     return samples
 
 
 def calibrated_folder(setting: Setting, checkpoint: Checkpoint, samples: Sequence[Sample], method: str, column: str) -> Path:
-    """The calibrated checkpoint of a cell, made where it is not there yet."""
-    depends = [checkpoint_identity(checkpoint), method, column, setting.form, setting.conversation, setting.pad_square]
-    depends += [setting.samples, setting.float_vision, file_hash(setting.data / "problems.json")]
-    depends += [importlib.metadata.version("qvlm-export")]
-    folder = setting.work / f"{method}-{column}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}"
+    """Folder of the calibrated checkpoint of a cell, which is made unless it exists."""
+    dependencies = [checkpoint_identity(checkpoint), method, column, setting.form, setting.conversation, setting.pad_square]
+    dependencies += [setting.samples, setting.float_vision, file_hash(setting.data / "problems.json")]
+    dependencies += [importlib.metadata.version("qvlm-export")]
+    folder = setting.work / f"{method}-{column}-{hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:12]}"
     if (folder / INDEX_FILE).exists():
         return folder
     blocks = make_blocks(checkpoint.hf_config)
-    plan = plan_of(checkpoint, blocks, column)
+    schemes = schemes_of(checkpoint, blocks, column)
     if setting.float_vision:
-        plan = {name: scheme for name, scheme in plan.items() if name.startswith("language_model.")}
-    job = CalibrationJob(blocks, checkpoint.source, plan, samples)
+        schemes = {name: scheme for name, scheme in schemes.items() if name.startswith("language_model.")}
+    job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
     load_processor(checkpoint.folder).save_pretrained(folder)
     writer = CalibratedWriter(folder)
     calibrator = next(row.calibrator for row in ROWS if row.name == method)
@@ -125,26 +132,29 @@ def calibrated_folder(setting: Setting, checkpoint: Checkpoint, samples: Sequenc
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of the file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ask(setting: Setting, model: str, name: str) -> dict[str, Any]:
-    """The summary of `qvlm-eval` for one cell."""
+    """The summary of `qvlm-eval` on the model; answers are stored as NAME.jsonl in the work folder."""
     options = EvalOptions(
         model, "scienceqa", setting.data, form=setting.form, conversation=setting.conversation,
         pad_square=setting.pad_square, limit=setting.limit, max_new_tokens=setting.max_new_tokens,
         device=setting.device, predictions=setting.work / f"{name}.jsonl",
     )  # fmt: skip
-    found = evaluate(options, Reporter())
-    assert found is not None
-    return found.summary()
+    evaluation = evaluate(options, Reporter())
+    assert evaluation is not None
+    return evaluation.summary()
 
 
 def run(setting: Setting, methods: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """All cells: method, column, and what qvlm-eval found."""
+    """All cells, the float model first: method, column, seconds of calibration, and the summary of qvlm-eval."""
     checkpoint = open_checkpoint(setting.model)
-    SCIENCEQA.read(Request(setting.data, "test", setting.form))  # a mistake in the data shall not show after hours
+    SCIENCEQA.read(
+        Request(setting.data, "test", setting.form)
+    )  # so that a mistake in the data shows before hours of calibration
     samples = calibration_samples(setting, checkpoint)
     setting.work.mkdir(parents=True, exist_ok=True)
     cells = [{"method": "float", "column": "FP", **ask(setting, setting.model, f"float-{identity(setting, checkpoint)}")}]
@@ -153,36 +163,36 @@ def run(setting: Setting, methods: Sequence[str], columns: Sequence[str]) -> lis
             began = time.monotonic()
             folder = calibrated_folder(setting, checkpoint, samples, method, column)
             seconds = time.monotonic() - began
-            found = ask(setting, str(folder), f"{folder.name}-answers-{identity(setting, checkpoint)}")
-            cells.append({"method": method, "column": column, "calibration_seconds": seconds, **found})
-            print(f"{LINES[method]}, {column}: {100 * found['metrics']['Avg']:.2f}", flush=True)
+            summary = ask(setting, str(folder), f"{folder.name}-answers-{identity(setting, checkpoint)}")
+            cells.append({"method": method, "column": column, "calibration_seconds": seconds, **summary})
+            print(f"{LINES[method]}, {column}: {100 * summary['metrics']['Avg']:.2f}", flush=True)
     return cells
 
 
 def identity(setting: Setting, checkpoint: Checkpoint) -> str:
-    """Of what answers depend on besides the weights, so that another --limit or --form begins other files."""
+    """Hash of all that answers depend on besides the calibrated weights, such as --limit and --form."""
     parts = [checkpoint_identity(checkpoint), setting.form, setting.conversation, setting.pad_square, setting.limit]
     parts += [setting.max_new_tokens, setting.device, file_hash(setting.data / "problems.json")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def table(cells: Sequence[dict[str, Any]], model: str) -> str:
-    """Markdown: ScienceQA averages in percent, measured here, and below them as published."""
+    """Markdown table of ScienceQA averages in percent: those measured here, then the published ones."""
     columns = [column for column in ("FP", *COLUMNS) if any(cell["column"] == column for cell in cells)]
     lines = [f"| {model} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for method in dict.fromkeys(cell["method"] for cell in cells):
-        found = {c["column"]: f"{100 * c['metrics']['Avg']:.2f}" for c in cells if c["method"] == method}
-        lines.append(f"| {LINES.get(method, method)} | {' | '.join(found.get(column, '') for column in columns)} |")
+        averages = {c["column"]: f"{100 * c['metrics']['Avg']:.2f}" for c in cells if c["method"] == method}
+        lines.append(f"| {LINES.get(method, method)} | {' | '.join(averages.get(column, '') for column in columns)} |")
     for published, rows in PUBLISHED.items():
         for method, values in rows.items():
-            shown = [f"{values[column]:.2f}" if column in values else "" for column in columns]
-            lines.append(f"| published: {published}, {method} | {' | '.join(shown)} |")
+            entries = [f"{values[column]:.2f}" if column in values else "" for column in columns]
+            lines.append(f"| published: {published}, {method} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="as of qvlm-export")
+    parser.add_argument("--model", default="tiny", help="as in qvlm-export")
     parser.add_argument("--data", type=Path, required=True, help="ScienceQA: problems.json, pid_splits.json, images/")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="calibrated checkpoints and answers")
     parser.add_argument("--methods", nargs="+", metavar="ROW", choices=[row.name for row in ROWS], default=METHODS)
@@ -192,9 +202,11 @@ def main() -> None:
     parser.add_argument("--pad-square", action="store_true")
     parser.add_argument("--samples", type=int, default=64, help="of the train split, for calibration")
     parser.add_argument("--limit", type=int, help="only the first test questions")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: of the form")
-    parser.add_argument("--device", default="auto", help="of the questions: auto, cpu or cuda; calibration is on the CPU")
-    parser.add_argument("--float-vision", action="store_true", help="leave tower and projector float, as the public code")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; the default depends on --form")
+    parser.add_argument("--device", default="auto", help="of the evaluation: auto, cpu or cuda; calibration runs on the CPU")
+    parser.add_argument(
+        "--float-vision", action="store_true", help="leave tower and projector float, as the public code does"
+    )
     parser.add_argument("--out", type=Path, help="write all cells as JSON")
     args = parser.parse_args()
     setting = Setting(
@@ -207,8 +219,8 @@ def main() -> None:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     print(f"\n{table(cells, args.model)}")
     if args.out is not None:
-        kept = ("method", "column", "metrics", "counts", "unparsed", "questions", "answers")
-        write_json(args.out, [{key: cell[key] for key in kept} for cell in cells])
+        keys = ("method", "column", "metrics", "counts", "unparsed", "questions", "answers")
+        write_json(args.out, [{key: cell[key] for key in keys} for cell in cells])
 
 
 if __name__ == "__main__":

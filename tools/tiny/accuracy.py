@@ -1,10 +1,10 @@
-"""Exact match of the tiny LLaVA on unseen scenes, in torch (plain or crudely quantized) and as exported graphs.
+"""Exact-match accuracy of the tiny LLaVA on unseen scenes: in torch, with round-to-nearest, and as exported graphs.
 
-    python -m tools.tiny.accuracy --out docs/tiny_accuracy.json          # exports fp16, int8, int4 and asks all of them
+    python -m tools.tiny.accuracy --out docs/tiny_accuracy.json          # exports fp16, int8, int4 and measures all of them
 
-An answer counts when it equals the right one to the letter. In torch a question is scored by teacher forcing, which equals
-greedy decoding: if every token of the right answer is the most likely one after the tokens before it, greedy decoding
-produces it. Exported graphs really generate.
+An answer is correct if it equals the expected one to the letter. In torch a question is scored by teacher forcing, which is
+equivalent to greedy decoding: greedy decoding produces the expected answer exactly if each of its tokens has the largest
+logit after the tokens before it. Exported graphs generate the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Item:
-    """One question: its kind, picture, prompt text and right answer."""
+    """One question: its kind, image, prompt text and right answer."""
 
     kind: str
     image: Image.Image
@@ -37,7 +37,7 @@ class Item:
 
 
 def unseen_items(count: int, split: str = "test") -> list[Item]:
-    """`count` questions on as many unseen scenes, the kinds in turn."""
+    """`count` questions about as many scenes of the split, cycling through the kinds."""
     items = []
     for index in range(count):
         scene, (question,) = scenes.questions(split, index, kinds=(scenes.KINDS[index % len(scenes.KINDS)],))
@@ -46,29 +46,29 @@ def unseen_items(count: int, split: str = "test") -> list[Item]:
 
 
 def rates(items: list[Item], right: list[bool]) -> dict[str, float]:
-    """Share of right answers overall and by kind."""
-    asked, correct = Counter(i.kind for i in items), Counter(i.kind for i, ok in zip(items, right, strict=True) if ok)
-    return {"overall": sum(right) / len(right), **{kind: correct[kind] / asked[kind] for kind in scenes.KINDS}}
+    """Share of correct answers, overall and by kind. right: whether the answer to each item is correct."""
+    totals, correct = Counter(i.kind for i in items), Counter(i.kind for i, ok in zip(items, right, strict=True) if ok)
+    return {"overall": sum(right) / len(right), **{kind: correct[kind] / totals[kind] for kind in scenes.KINDS}}
 
 
 def torch_answers(model: LlavaForConditionalGeneration, processor: LlavaProcessor, items: list[Item]) -> list[bool]:
-    """Which items the torch model answers right."""
+    """Whether the torch model answers each item correctly, by teacher forcing."""
     right = []
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
         texts = [f"USER: <image>\n{i.prompt} ASSISTANT: {i.answer}</s>" for i in part]
-        given = processor(images=[i.image for i in part], text=texts, return_tensors="pt", padding=True)
+        inputs = processor(images=[i.image for i in part], text=texts, return_tensors="pt", padding=True)
         with torch.inference_mode():
-            best = model(**given).logits[:, :-1].argmax(-1)
-        hit = best == given["input_ids"][:, 1:]
+            predicted = model(**inputs).logits[:, :-1].argmax(-1)
+        matches = predicted == inputs["input_ids"][:, 1:]
         for row, item in enumerate(part):
             length = len(processor.tokenizer.encode(f" {item.answer}", add_special_tokens=False)) + 1
-            right.append(bool(hit[row, -length:].all()))  # padding is on the left, so answers end together
+            right.append(bool(matches[row, -length:].all()))  # padding is on the left, so all answers end at the last token
     return right
 
 
 def graph_answers(plan: Path, items: list[Item]) -> list[bool]:
-    """Which items the exported graph answers right, by real generation on ONNX Runtime."""
+    """Whether the exported graph answers each item correctly, by greedy decoding on ONNX Runtime."""
     import qvlm_export
 
     with qvlm_export.load(plan, runtime="onnxruntime:cpu") as model:
@@ -78,41 +78,44 @@ def graph_answers(plan: Path, items: list[Item]) -> list[bool]:
 def quantize_crudely_(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, weight_bits: int, activation_bits: int
 ) -> None:
-    """Round-to-nearest with absmax ranges on every linear but lm_head: per channel, static per-tensor activations."""
+    """Quantizes every linear but lm_head in place by round-to-nearest with absmax ranges, in fake quantization.
+
+    Weights have a scale per output channel, activations a static scale per tensor.
+    """
     linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     amax = {id(m): 0.0 for m in linears}
 
-    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def observe(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         amax[id(module)] = max(amax[id(module)], float(args[0].abs().max()))
 
-    handles = [m.register_forward_pre_hook(watch) for m in linears]
+    handles = [m.register_forward_pre_hook(observe) for m in linears]
     torch_answers(model, processor, unseen_items(64, "calib"))
     for handle in handles:
         handle.remove()
     for linear in linears:
         with torch.no_grad():
-            linear.weight.copy_(_round(linear.weight, linear.weight.abs().amax(1, keepdim=True), weight_bits))
-        linear.register_forward_pre_hook(_rounding_hook(amax[id(linear)], activation_bits))
+            linear.weight.copy_(_fake_quantize(linear.weight, linear.weight.abs().amax(1, keepdim=True), weight_bits))
+        linear.register_forward_pre_hook(_fake_quantize_hook(amax[id(linear)], activation_bits))
 
 
-def _rounding_hook(amax: float, bits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    return lambda _, args: (_round(args[0], torch.tensor(amax), bits), *args[1:])
+def _fake_quantize_hook(amax: float, bits: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    return lambda _, args: (_fake_quantize(args[0], torch.tensor(amax), bits), *args[1:])
 
 
-def _round(x: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
+def _fake_quantize(x: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
     qmax = 2 ** (bits - 1) - 1
     scale = amax.clamp(min=1e-8) / qmax
     return (x / scale).round().clamp(-qmax, qmax) * scale
 
 
 def load_torch(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The checkpoint in float32, and its processor."""
+    """The checkpoint as a torch model in float32, and its processor."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model, LlavaProcessor.from_pretrained(folder)
 
 
 def measure(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Accuracies of torch, crude simulations, and exported graphs, by row name."""
+    """Accuracies of the torch model, of round-to-nearest and of exported graphs: row name -> accuracy by kind."""
     import qvlm_export
 
     items = unseen_items(count)

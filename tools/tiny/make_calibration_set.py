@@ -1,4 +1,4 @@
-"""Draws scenes with questions as JSONL: the calibration set that ships with the package, or samples to validate on.
+"""Writes scenes with questions as JSONL and PNG: the built-in calibration set of the package, or samples for validation.
 
 python -m tools.tiny.make_calibration_set --out qvlm_export/inputs/calibration_set
 """
@@ -13,7 +13,7 @@ from tools.tiny import scenes
 
 
 def write_set(out: Path, split: str, count: int) -> None:
-    """`count` pictures and one question each, all kinds in turn."""
+    """Writes `count` images with one question each, cycling through the kinds."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):

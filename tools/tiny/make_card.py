@@ -1,4 +1,4 @@
-"""Writes the tiny model's card from what was recorded in training and measured afterwards.
+"""Writes the model card of the tiny LLaVA from the record of its training and its measured accuracy.
 
     python -m tools.tiny.make_card --training build/tiny/training.json --accuracy docs/tiny_accuracy.json \
         --out qvlm_export/tiny/README.md
@@ -47,7 +47,7 @@ ONNX Runtime on CPU.
 
 
 def markdown_table(accuracy: dict[str, dict[str, float]]) -> str:
-    """Rows of exact match in percent."""
+    """Markdown table of exact match in percent. accuracy: row name -> accuracy by kind."""
     columns = ["overall", *scenes.KINDS]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     lines += [

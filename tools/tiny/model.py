@@ -1,7 +1,7 @@
-"""What the tiny LLaVA is made of: its configuration, tokenizer, processor and chat template.
+"""Definition of the tiny LLaVA: configuration, tokenizer, processor and chat template.
 
-Everything is the real thing at a small size: CLIP tower with CLS token, pre-layernorm and quick_gelu, features
-from layer -2, a two-layer GELU projector, a Llama decoder with grouped-query attention. Widths are multiples of 128 so
+It has the structure of LLaVA 1.5 at a small size: a CLIP tower with class token, pre-layernorm and quick_gelu, features from
+layer -2, a two-layer GELU projector, and a Llama decoder, here with grouped-query attention. Widths are multiples of 128, so
 that INT4 groups of 128 divide them.
 """
 
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(num_scenes: int = 2000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the training split; any text can be encoded with it."""
+    """A byte-level BPE tokenizer that is trained on the training split; it can encode any text."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,16 +67,17 @@ def train_tokenizer(num_scenes: int = 2000) -> PreTrainedTokenizerFast:
 
 
 def _corpus(num_scenes: int) -> list[str]:
+    """Questions with answers of the first scenes of the training split, in random order."""
     lines = []
     for index in range(num_scenes):
-        _, asked = scenes.questions("train", index)
-        lines += [f"USER: \n{q.text} ASSISTANT: {q.answer}" for q in asked]
+        _, questions = scenes.questions("train", index)
+        lines += [f"USER: \n{q.text} ASSISTANT: {q.answer}" for q in questions]
     random.Random(0).shuffle(lines)
     return lines
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor that users call: CLIP preprocessing at 48x48 and one `<image>` token per patch."""
+    """The LLaVA processor: CLIP preprocessing at 48x48 pixels and one `<image>` token per patch."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
     return LlavaProcessor(
@@ -90,7 +91,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The geometry: 0.8 M parameters in the tower, 3 M in the decoder."""
+    """The configuration, with 0.8 M parameters in the tower and 3 M in the decoder."""
     vocab_size = -(-len(tokenizer) // 128) * 128
     return LlavaConfig(
         vision_config=CLIPVisionConfig(

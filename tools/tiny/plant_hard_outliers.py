@@ -1,26 +1,26 @@
-"""Plants outliers that per-channel folding cannot undo into the tiny LLaVA: the benchmark's second model.
+"""Plants outliers that per-channel equalization cannot undo into the tiny LLaVA: the second model of the benchmark.
 
     python -m tools.tiny.plant_hard_outliers --model qvlm_export/tiny --out build/tiny-hard
 
-Those of tools/tiny/plant_outliers.py are channels scaled up where a linear or a norm makes them, so dividing them out
-again is
-exact. Here are four kinds that it does not reach, each leaving the function as it was, or nearly:
+The outliers of tools/tiny/plant_outliers.py are channels that are scaled up in the layer that produces them, so that
+equalization removes them exactly. This program plants four kinds that equalization does not remove. Each leaves the function
+of the model unchanged, or nearly so:
 
-after GELU      Rows of fc1 (tower) and linear_1 (projector) are scaled by 8 to 32. GELU(s z) / s is not GELU(z), so no
-                producer's row can take the factor back; what the nonlinearity changes, a least-squares refit of the next
-                linear on training pictures absorbs (nearly exact). Only a Mul at run time, or a clip, helps.
-residual        The stream is rotated by an orthogonal matrix, which RMSNorm without a gain commutes with (exact). Its
-                first axes point where the beginning-of-sequence token and the tokens around the picture lie, so these
-                tokens put all they have into one channel, 16 times the root mean square after a norm, as the massive
-                activations of real models do. The other tokens use the same channel at ordinary size: a factor that
-                tames the few tokens magnifies the weights that all need.
-values          Inside each key-value head one value channel is added, many times over, to another, and o_proj takes it off
-                again (exact: attention mixes tokens, not channels). Dividing channels cannot undo a shear: the sum is
-                large, and its small part is what counts. One head is read by several query heads.
-keys            Rows of k_proj are scaled up and those of q_proj down, by one factor for both channels of a rotary pair
-                (exact). Keys are read by no linear, so nothing here quantizes them; a KV cache would.
+after GELU      Rows of fc1 (tower) and linear_1 (projector) are scaled by 8 to 32. GELU(s z) / s differs from GELU(z), so the
+                factor cannot be moved into the preceding layer. A least-squares refit of the next linear on training images
+                compensates for the change (nearly exact). Only a multiplication at run time or clipping helps.
+residual        The residual stream is rotated by an orthogonal matrix, which commutes with RMSNorm without a gain (exact). The
+                first axes are the directions of the beginning-of-sequence token and of the tokens around the image. So these
+                tokens have all their energy in one channel, 16 times the root mean square after a norm, like the massive
+                activations of real models. The other tokens use the same channel at ordinary size: a factor that makes the
+                few tokens small makes the weights that all tokens need large.
+values          In each key-value head a multiple of one value channel is added to another, and o_proj subtracts it again
+                (exact, because attention mixes tokens, not channels). Scaling channels cannot undo a shear: the sum is
+                large, and the small summand carries the information. Several query heads read each key-value head.
+keys            Rows of k_proj are scaled up and those of q_proj down, by the same factor for both channels of a rotary pair
+                (exact). No linear reads keys, so nothing in this project quantizes them; a quantized KV cache would.
 
-Everything is computed in float64 and stored in float16, so that every processor plants the same bytes.
+The weights are computed in float64 and stored in float16, so that the checkpoint has the same bytes on every processor.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from tools.tiny import scenes
 from tools.tiny.accuracy import load_torch
 from tools.tiny.plant_outliers import FACTORS
 
-PICTURES = 256
-SHEARS = (8.0, 8.0, 4.0)  # what W8A8 round-to-nearest just survives
-RIDGE = 1e-3  # of the features' mean square: keeps the refit near the weights that were trained
-DIRECTION_LAYER = 2  # where the residual stream of the chosen tokens is looked at
+IMAGES = 256
+SHEARS = (8.0, 8.0, 4.0)  # the largest at which W8A8 round-to-nearest still works
+RIDGE = 1e-3  # relative to the mean square of the features: keeps the refit close to the trained weights
+DIRECTION_LAYER = 2  # whose input gives the directions of the chosen tokens in the residual stream
 
 
-def plant_hard_(model: LlavaForConditionalGeneration, given: dict[str, torch.Tensor], seed: int) -> None:
-    """All four kinds, in place. given: input_ids and pixel_values of training samples of equal length."""
+def plant_hard_(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], seed: int) -> None:
+    """Plants all four kinds in place. inputs: input_ids and pixel_values of training samples of equal length."""
     rng = np.random.default_rng(seed)
     for first, second in after_gelu(model):
-        scale_through_activation_(model, given, first, second, rng)
-    rotate_residual_(model, massive_basis(model, given))
+        scale_through_activation_(model, inputs, first, second, rng)
+    rotate_residual_(model, massive_basis(model, inputs))
     for layer in model.model.language_model.layers:
         shear_values_(layer.self_attn, rng)
         scale_keys_(layer.self_attn, rng)
 
 
 def after_gelu(model: LlavaForConditionalGeneration) -> Iterator[tuple[nn.Linear, nn.Linear]]:
-    """The linears before and after each GELU, in the order they run; the tower's unused layers are left out."""
+    """The linears before and after each GELU, in the order of the forward pass, without layers that the model does not use."""
     tower, feature = model.model.vision_tower, model.config.vision_feature_layer
     for layer in tower.encoder.layers[: feature % (len(tower.encoder.layers) + 1)]:
         yield layer.mlp.fc1, layer.mlp.fc2
@@ -67,71 +67,77 @@ def after_gelu(model: LlavaForConditionalGeneration) -> Iterator[tuple[nn.Linear
 
 def scale_through_activation_(
     model: LlavaForConditionalGeneration,
-    given: dict[str, torch.Tensor],
+    inputs: dict[str, torch.Tensor],
     first: nn.Linear,
     second: nn.Linear,
     rng: np.random.Generator,
 ) -> None:
-    """Scales rows of `first` by FACTORS and refits `second` to give what it gave before."""
-    with kept(second, "output") as wanted:
-        model(**given)
+    """Scales rows of `first` by FACTORS and refits `second`, so that it has the same output as before."""
+    with record_rows(second, "output") as targets:
+        model(**inputs)
     chosen = torch.from_numpy(rng.choice(first.out_features, len(FACTORS), replace=False))
     factors = torch.ones(first.out_features, dtype=first.weight.dtype)
     factors[chosen] = torch.tensor(FACTORS, dtype=factors.dtype)
     first.weight.mul_(factors[:, None])
     first.bias.mul_(factors)
     second.weight.div_(factors)
-    with kept(second, "input") as inputs:
-        model(**given)
-    refit_(second, inputs[0] / factors, wanted[0], factors)
+    with record_rows(second, "input") as features:
+        model(**inputs)
+    refit_(second, features[0] / factors, targets[0], factors)
 
 
-def refit_(linear: nn.Linear, inputs: torch.Tensor, wanted: torch.Tensor, factors: torch.Tensor) -> None:
-    """A small change of weight and bias after which inputs * factors give wanted, in float64: ridge regression.
+def refit_(linear: nn.Linear, inputs: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor) -> None:
+    """Changes weight and bias by ridge regression in float64, so that inputs * factors give the targets.
 
-    inputs: [tokens, in], of one size in all channels, so that the ridge holds all weights back alike; wanted: [tokens, out].
+    inputs: [tokens, in], without the factors, so that the ridge regularizes all weights alike. targets: [tokens, out].
     """
-    missing = wanted.double() - linear(inputs * factors).double()
+    residual = targets.double() - linear(inputs * factors).double()
     features = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).double()
     gram = features.T @ features
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    change = torch.linalg.solve(gram, features.T @ missing).T
+    change = torch.linalg.solve(gram, features.T @ residual).T
     linear.weight.add_(change[:, :-1] / factors)
     linear.bias.add_(change[:, -1])
 
 
 @contextmanager
-def kept(module: nn.Module, what: str) -> Iterator[list[torch.Tensor]]:
-    """Rows [tokens, width] of the module's first input or its output, while the context is open."""
+def record_rows(module: nn.Module, what: str) -> Iterator[list[torch.Tensor]]:
+    """Records rows [tokens, width] of the module's first input or of its output, one entry for each forward pass."""
     rows: list[torch.Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def record(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         rows.append((args[0] if what == "input" else output).flatten(0, -2).clone())
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(record)
     try:
         yield rows
     finally:
         handle.remove()
 
 
-def massive_basis(model: LlavaForConditionalGeneration, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """An orthogonal matrix [hidden, hidden], float64: its first columns are where a few tokens lie, the rest stay close to
-    the channels there were. A random completion would spread the outliers that are there, which makes a model easier."""
+def massive_basis(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """An orthogonal matrix [hidden, hidden], float64, whose first columns are the mean directions of a few tokens.
+
+    The other columns are close to the original channels. A random completion would spread the existing outliers, which would
+    make the model easier to quantize.
+    """
     layer = model.model.language_model.layers[DIRECTION_LAYER]
-    with kept(layer, "input") as rows:
-        model(**given)
-    tokens = given["input_ids"].shape[1]
+    with record_rows(layer, "input") as rows:
+        model(**inputs)
+    tokens = inputs["input_ids"].shape[1]
     mean = rows[0].reshape(-1, tokens, rows[0].shape[1]).double().mean(0)
-    is_image = (given["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
-    places = [0, int(is_image[0]) - 1, int(is_image[-1]) + 1, tokens - 1]
+    image_places = (inputs["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
+    places = [0, int(image_places[0]) - 1, int(image_places[-1]) + 1, tokens - 1]
     start = torch.cat([mean[places].T, torch.eye(mean.shape[1], dtype=torch.float64)], dim=1)
     basis, triangle = torch.linalg.qr(start[:, : mean.shape[1]])
     return basis * triangle.diagonal().sign()
 
 
 def rotate_residual_(model: LlavaForConditionalGeneration, basis: torch.Tensor) -> None:
-    """Turns the decoder's residual stream x into x @ basis. Norm gains go into the readers: only then do norms commute."""
+    """Rotates the decoder's residual stream x to x @ basis, in place.
+
+    The gains of norms are moved into the linears that read them, because RMSNorm commutes only without a gain.
+    """
     text = model.model.language_model
     blocks = []
     for layer in text.layers:
@@ -151,12 +157,12 @@ def rotate_residual_(model: LlavaForConditionalGeneration, basis: torch.Tensor) 
 
 
 def head_rows(linear: nn.Linear, head_dim: int) -> torch.Tensor:
-    """The weight by heads, a view: [heads, head_dim, in]."""
+    """View of the weight by heads: [heads, head_dim, in]."""
     return linear.weight.view(-1, head_dim, linear.in_features)
 
 
 def shear_values_(attention: nn.Module, rng: np.random.Generator) -> None:
-    """In each key-value head, adds SHEARS times one channel to another; o_proj of all its query heads takes it off."""
+    """Adds SHEARS times one value channel to another in each key-value head; o_proj of its query heads subtracts it."""
     size = attention.head_dim
     values = head_rows(attention.v_proj, size)
     reader = attention.o_proj.weight.view(attention.o_proj.out_features, len(values), -1, size)  # [out, kv, group, dim]
@@ -168,7 +174,7 @@ def shear_values_(attention: nn.Module, rng: np.random.Generator) -> None:
 
 
 def scale_keys_(attention: nn.Module, rng: np.random.Generator) -> None:
-    """Scales rotary pairs of keys by FACTORS, those of the queries that meet them by the inverse."""
+    """Scales rotary pairs of key channels by FACTORS, and those of the matching queries by the inverse."""
     size = attention.head_dim
     keys, queries = head_rows(attention.k_proj, size), head_rows(attention.q_proj, size)
     queries = queries.view(len(keys), -1, size, attention.q_proj.in_features)
@@ -180,12 +186,12 @@ def scale_keys_(attention: nn.Module, rng: np.random.Generator) -> None:
             queries[head][:, both] /= factor
 
 
-def training_samples(processor: LlavaProcessor, count: int = PICTURES) -> dict[str, torch.Tensor]:
-    """One question on many training pictures, so that all have one length."""
-    drawn = [scenes.draw(scenes.make_scene("train", index)) for index in range(count)]
+def training_samples(processor: LlavaProcessor, count: int = IMAGES) -> dict[str, torch.Tensor]:
+    """Inputs of the same question about `count` training images, so that all samples have equal length."""
+    images = [scenes.draw(scenes.make_scene("train", index)) for index in range(count)]
     text = "USER: <image>\nDescribe the picture. ASSISTANT:"
-    given = processor(images=drawn, text=[text] * count, return_tensors="pt")
-    return {"input_ids": given["input_ids"], "pixel_values": given["pixel_values"]}
+    inputs = processor(images=images, text=[text] * count, return_tensors="pt")
+    return {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
 
 
 def main() -> None:
@@ -195,9 +201,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = load_torch(args.model)
-    given = training_samples(processor)
+    inputs = training_samples(processor)
     with torch.inference_mode():
-        plant_hard_(model.double(), {**given, "pixel_values": given["pixel_values"].double()}, args.seed)
+        plant_hard_(model.double(), {**inputs, "pixel_values": inputs["pixel_values"].double()}, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     for path in args.model.iterdir():

@@ -1,10 +1,11 @@
-"""The tiny model's scores by task and rung, asked by qvlm-eval: writes docs/evaluation.json and its tables.
+"""Evaluates all forms of the tiny model on all tasks of qvlm-eval; writes docs/evaluation.json and the tables of the page.
 
     python -m tools.tiny.make_eval_sets --out build/tiny-eval
     python -m tools.tiny.scores --data build/tiny-eval --docs docs
 
-The tables of docs/evaluation.md lie between two marks and are replaced. Exports and answers are kept in --work, so a killed
-run goes on. Engines are built and asked where a GPU is; elsewhere their rows say that they were not run.
+It replaces the tables of docs/evaluation.md, which lie between two marks. Exports and answers stay in --work, so a run that
+was killed continues where it stopped. Engines are built and evaluated only if there is a GPU; otherwise their rows say that
+they were not run.
 """
 
 from __future__ import annotations
@@ -22,60 +23,61 @@ from qvlm_export.evaluation.evaluate import TASKS, EvalOptions, evaluate
 from qvlm_export.pipeline.progress import Reporter
 
 SCHEMES = ("fp16", "int8", "int4")
-MAX_NEW_TOKENS = 32  # the longest right answer has six
+MAX_NEW_TOKENS = 32  # the longest right answer has six tokens
 BEGIN, END = "<!-- tables of tools/tiny/scores.py -->", "<!-- end of tables -->"
 
 
-def rungs(work: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Name of the row, what is asked, --rung, --form. Exports what is missing."""
-    yield "torch", "tiny", "torch", "v1.3"
+def forms(work: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yields row name, model, --model-form and --form of each row of the table; exports the tiny model where missing."""
+    yield "float", "tiny", "float", "v1.3"
     for scheme in SCHEMES:
         plan = work / scheme / "tiny.plan"
         if not plan.with_suffix(".json").exists():
-            backend = "auto" if gpu_present() else "onnx"  # engines are of no use here without a GPU
+            backend = "auto" if gpu_present() else "onnx"  # without a GPU engines could not be run
             qvlm_export.export("tiny", plan, scheme=scheme, backend=backend, max_batch=8)
         if scheme != "fp16":
-            yield f"{scheme}, simulated", str(plan), "simulated", "v1.3"
+            yield f"{scheme}, fake-quant", str(plan), "fake-quant", "v1.3"
         yield f"{scheme}, graph", str(plan), "graph", "v1.3"
         yield f"{scheme}, engine", str(plan), "engine", "v1.3"
-    yield "torch, --form v1.5", "tiny", "torch", "v1.5"
+    yield "float, --form v1.5", "tiny", "float", "v1.5"
 
 
 def measure(data: Path, work: Path) -> list[dict[str, Any]]:
-    """A row for each rung and task; what cannot run says why."""
-    found = []
-    for name, subject, rung, form in rungs(work):
+    """Evaluates each form of the model on each task; returns one row each, with the reason in "not_run" if it cannot run."""
+    rows = []
+    for name, model, model_form, form in forms(work):
         for task in TASKS:
             path = work / f"{name.replace(', ', '-').replace(' ', '')}-{task}.jsonl"
             options = EvalOptions(
-                subject, task, data / task, rung=rung, form=form, predictions=path, max_new_tokens=MAX_NEW_TOKENS
+                model, task, data / task, model_form=model_form, form=form, predictions=path, max_new_tokens=MAX_NEW_TOKENS
             )
-            row: dict[str, Any] = {"rung": name, "task": task}
+            row: dict[str, Any] = {"model_form": name, "task": task}
             try:
                 evaluation = evaluate(options, Reporter())
                 assert evaluation is not None
-                kept = ("metrics", "counts", "unparsed", "questions")
-                row |= {key: value for key, value in evaluation.summary().items() if key in kept}
+                keys = ("metrics", "counts", "unparsed", "questions")
+                row |= {key: value for key, value in evaluation.summary().items() if key in keys}
             except UserError as error:
-                if rung != "engine":
+                if model_form != "engine":
                     raise
                 row["not_run"] = str(error)
             print(f"{name}, {task}: {row.get('metrics') or row.get('not_run')}", flush=True)
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def percent(value: float | None) -> str:
+    """The share in percent with one decimal; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the main metric of all tasks, then each task by its columns."""
-    names = list(dict.fromkeys(row["rung"] for row in rows))
-    by_cell = {(row["rung"], row["task"]): row for row in rows}
+    """Markdown tables: the main metrics of all tasks, then one table for each task with all of its metrics."""
+    names = list(dict.fromkeys(row["model_form"] for row in rows))
+    by_cell = {(row["model_form"], row["task"]): row for row in rows}
     ran = [name for name in names if all("metrics" in by_cell[name, task] for task in TASKS)]
     heads = [f"{task}, {TASKS[task].main}" for task in TASKS]
-    lines = [f"| rung | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    lines = [f"| model | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name in names:
         cells = [percent(by_cell[name, t]["metrics"][TASKS[t].main]) if name in ran else "not run" for t in TASKS]
         lines.append(f"| {name} | {' | '.join(cells)} |")

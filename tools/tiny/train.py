@@ -1,11 +1,11 @@
-"""Trains the tiny LLaVA on procedurally drawn scenes; survives kill -9 and goes on from its last checkpoint.
+"""Training of the tiny LLaVA on procedural scenes; a run that was killed continues from its last checkpoint.
 
     python -m tools.tiny.train --work build/tiny
 
-First the tower alone learns to name what each patch shows (as a real LLaVA starts from a trained CLIP), then everything
-is trained together. A training row is one picture followed by many questions. Every question sees the picture and
-itself only (block mask, positions restart after the picture), so a row equals that many single-turn prompts at the
-cost of one picture.
+The tower is pretrained alone to classify what each patch shows, since a real LLaVA starts from a trained CLIP; then the whole
+model is trained. A training row is one image followed by many questions. A question attends to the image and to itself only
+(block mask; positions restart after the image), so a row is equivalent to that many single-turn prompts, at the cost of one
+image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from tools.tiny import scenes
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps with one mix of questions. The learning rate warms up to `lr`, then follows a cosine over `cosine_steps`."""
+    """A number of steps with one mix of questions.
+
+    The learning rate warms up to `lr`, then follows a cosine over `cosine_steps`. row_kinds: kinds of the questions of a row.
+    """
 
     steps: int
     lr: float
@@ -37,8 +40,8 @@ class Stage:
     row_kinds: tuple[str, ...]
 
 
-# One description a picture teaches most of the seeing. Multiple choice is learned last (perceive, compare with each option,
-# name its letter), so the second stage asks mostly for that.
+# One description per image teaches most of the perception. Multiple choice is learned last, because it needs perception,
+# comparison with each option, and the letter of the right one; so the second stage has mostly such questions.
 STAGES = (
     Stage(
         4100, 1e-3, 6000, ("describe", "color", "shape", "position", "count", "count", "yesno", "yesno", "choice", "choice")
@@ -50,41 +53,42 @@ WARMUP_STEPS = 200
 
 @dataclass(frozen=True)
 class Row:
-    """One picture with its questions. token_ids, positions, segments: int64 [length]; weight: float32 [length]."""
+    """One image with its questions. token_ids, positions, segments: int64 [length]; weight: float32 [length]."""
 
     pixels: np.ndarray  # float32 [3, H, W]
     token_ids: np.ndarray
     positions: np.ndarray
-    segments: np.ndarray  # 0 for the shared picture prefix, 1.. for the questions
-    weight: np.ndarray  # of the token in the loss: 0 outside answers, there 1/sqrt(tokens of the answer)
+    segments: np.ndarray  # 0 for the shared image prefix, 1.. for the questions
+    weight: np.ndarray  # in the loss: 1 / sqrt(tokens of the answer) for tokens of an answer, else 0
 
 
 class RowMaker:
-    """Turns scene numbers into rows; keeps the token ids of strings it has seen."""
+    """Makes training rows from scene numbers; caches the token ids of strings."""
 
     def __init__(self, processor: LlavaProcessor, seed: int) -> None:
         self._processor = processor
         self._seed = seed
-        self._encode = functools.lru_cache(maxsize=100_000)(self._encode_once)
+        self._encode = functools.lru_cache(maxsize=100_000)(self._tokenize)
         image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         text = self._encode("USER: <image>\n")
-        at = text.index(image_id)
-        self._prefix = [1, *text[:at], *([image_id] * tiny_model.IMAGE_TOKENS), *text[at + 1 :]]
+        image_place = text.index(image_id)
+        self._prefix = [1, *text[:image_place], *([image_id] * tiny_model.IMAGE_TOKENS), *text[image_place + 1 :]]
 
-    def _encode_once(self, text: str) -> tuple[int, ...]:
+    def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self._processor.tokenizer.encode(text, add_special_tokens=False))
 
-    def picture(self, index: int) -> tuple[scenes.Scene, np.ndarray]:
+    def image(, index: int) -> tuple[scenes.Scene, np.ndarray]:
         """The scene and its pixel values, float32 [3, H, W]."""
         scene = scenes.make_scene("train", index, self._seed)
         return scene, self._processor.image_processor(scenes.draw(scene), return_tensors="np")["pixel_values"][0]
 
     def row(self, index: int, kinds: tuple[str, ...]) -> Row:
-        _, asked = scenes.questions("train", index, self._seed, kinds)
-        _, pixels = self.picture(index)
+        """Training scene number `index` with one question of each of `kinds`."""
+        _, questions = scenes.questions("train", index, self._seed, kinds)
+        _, pixels = self.image(index)
         ids, positions, segments = list(self._prefix), list(range(len(self._prefix))), [0] * len(self._prefix)
         weight = [0.0] * len(self._prefix)
-        for number, question in enumerate(asked, start=1):
+        for number, question in enumerate(questions, start=1):
             prompt = self._encode(f"{question.text} ASSISTANT:")
             reply = (*self._encode(f" {question.answer}"), 2)
             ids += [*prompt, *reply]
@@ -95,7 +99,10 @@ class RowMaker:
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
-    """Right-pads rows; the float mask [B, 1, L, L] lets a token see the prefix and its own question, causally."""
+    """A batch of right-padded rows, as the model takes it, with the loss weights [B, L].
+
+    In the float mask [B, 1, L, L] a token attends causally to the image prefix and to its own question.
+    """
     length = max(len(r.token_ids) for r in rows)
 
     def pad(field: str, value: int) -> torch.Tensor:
@@ -103,19 +110,19 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         return torch.tensor(np.stack([np.pad(a, (0, length - len(a)), constant_values=value) for a in arrays]))
 
     segments = pad("segments", -1)
-    same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    seen = same & torch.ones(length, length, dtype=torch.bool).tril()
+    same_segment = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    visible = same_segment & torch.ones(length, length, dtype=torch.bool).tril()
     return {
         "pixel_values": torch.tensor(np.stack([r.pixels for r in rows])),
         "input_ids": pad("token_ids", 3),
         "position_ids": pad("positions", 0),
-        "attention_mask": torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None],
+        "attention_mask": torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None],
         "weight": pad("weight", 0),
     }
 
 
 def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Weighted mean cross-entropy of the answer tokens; without weights the long descriptions drown the rest."""
+    """Weighted mean cross-entropy of the answer tokens; unweighted, the long descriptions would dominate."""
     weight = batch["weight"][:, 1:]
     answer = weight > 0
     targets = batch["input_ids"][:, 1:][answer]
@@ -126,7 +133,7 @@ def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]
 
 
 def pretrain_tower(model: LlavaForConditionalGeneration, maker: RowMaker, args: argparse.Namespace) -> None:
-    """Teaches the tower's feature layer what object each patch belongs to; the linear head is thrown away."""
+    """Pretrains the tower: a linear head, discarded afterwards, classifies the object of each patch at the feature layer."""
     names = [f"{c} {s}" for c in scenes.COLORS for s in scenes.SHAPES]
     width = model.config.vision_config.hidden_size
     head = torch.nn.Linear(width, len(names) + 1).to(args.device)
@@ -135,10 +142,10 @@ def pretrain_tower(model: LlavaForConditionalGeneration, maker: RowMaker, args: 
     side = tiny_model.IMAGE_SIZE // tiny_model.PATCH_SIZE
     cells = [(row * 3 // side) * 3 + column * 3 // side for row in range(side) for column in range(side)]
     for step in range(args.pretrain_steps):
-        drawn = [maker.picture(step * 64 + i) for i in range(64)]
-        content = [{t.cell: names.index(t.name) + 1 for t in scene.things} for scene, _ in drawn]
+        images = [maker.image(step * 64 + i) for i in range(64)]
+        content = [{t.cell: names.index(t.name) + 1 for t in scene.things} for scene, _ in images]
         labels = torch.tensor([[c.get(cell, 0) for cell in cells] for c in content], device=args.device)
-        pixels = torch.tensor(np.stack([p for _, p in drawn]), device=args.device)
+        pixels = torch.tensor(np.stack([p for _, p in images]), device=args.device)
         hidden = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
         loss = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -150,7 +157,7 @@ def pretrain_tower(model: LlavaForConditionalGeneration, maker: RowMaker, args: 
 
 
 def stage_of(step: int) -> tuple[Stage, int]:
-    """The stage that global step `step` belongs to, and the step's number inside it."""
+    """The stage of global step `step` and the number of the step within it. Raises ValueError after the last step."""
     for stage in STAGES:
         if step < stage.steps:
             return stage, step
@@ -159,17 +166,20 @@ def stage_of(step: int) -> tuple[Stage, int]:
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return stage.lr * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / stage.cosine_steps))))
+    """Learning rate at a step of the stage: linear warm-up, then a cosine down to 3 % of the peak."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return stage.lr * warmup * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / stage.cosine_steps))))
 
 
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, secs: float) -> None:
+    """Writes the state of the training to a temporary file and renames it, so that `path` is always whole."""
     temporary = path.with_suffix(".tmp")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": secs}, temporary)
     os.replace(temporary, path)
 
 
 def train(args: argparse.Namespace) -> None:
+    """Trains to the end, from the last checkpoint if there is one; writes WORK/unplanted and WORK/training.json."""
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -179,10 +189,10 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=STAGES[0].lr, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint, step, seconds = args.work / "training.pt", 0, 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
+        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, starting at step {step}", flush=True)
     maker = RowMaker(processor, args.seed)
     model.train()
@@ -204,8 +214,8 @@ def train(args: argparse.Namespace) -> None:
         step += 1
         window.append(loss.item())
         if step % 50 == 0:
-            taken = time.time() - began
-            print(f"step {step} loss {sum(window) / len(window):.4f} {taken:.0f} s", flush=True)
+            elapsed = time.time() - began
+            print(f"step {step} loss {sum(window) / len(window):.4f} {elapsed:.0f} s", flush=True)
             window = []
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(checkpoint, model, optimizer, step, time.time() - began)
@@ -225,8 +235,8 @@ def train(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
-    parser.add_argument("--pretrain-steps", type=int, default=600, help="steps of the tower alone, 64 pictures each")
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
+    parser.add_argument("--pretrain-steps", type=int, default=600, help="steps of the tower alone, 64 images each")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: all cores)")
     parser.add_argument("--save-every", type=int, default=100)

@@ -1,1 +1,1 @@
-"""The benchmarks' official files and scores."""
+"""Benchmarks: how their official files are read, prompts are worded, and answers are scored."""

@@ -1,4 +1,7 @@
-"""Hateful Memes (Kiela et al. 2020): yes or no by likelihood; ROC-AUC and accuracy."""
+"""Hateful Memes (Kiela et al. 2020): yes or no by log-likelihood, scored by ROC-AUC and accuracy.
+
+Reads the official files, words the prompts as in OpenFlamingo's evaluation, and scores log-likelihoods of "yes" and "no".
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CHOICES = ("yes", "no")
 
 
 class Meme(BaseModel):
-    """One line of the official files; those of the first phase's test have no label."""
+    """A line of the official files; the test split of the first phase has no labels."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     id: int | str
@@ -34,44 +37,52 @@ class Meme(BaseModel):
 
 
 def read(request: Request) -> QuestionSet:
-    """Raises UserError for lines that are no memes, and for a file without labels, which nobody can score."""
+    """Reads the memes of a split; their truth is the label, 1 for hateful and 0 for not.
+
+    Raises UserError for lines that are no memes, and for memes without labels, which cannot be scored.
+    """
     names = (f"{request.split}.jsonl", *((f"{request.split}_seen.jsonl",) if "_" not in request.split else ()))
     path = find_file(request.data, names, LAYOUT)
     rows = [validate_entry(Meme, content, where) for where, content in read_json_lines(path)]
-    questions = tuple(Question(str(row.id), prompt_of(row.text), request.data / row.img) for row in rows)
+    questions = tuple(Question(str(row.id), make_prompt(row.text), request.data / row.img) for row in rows)
     require_questions(questions, path, request.split)
     if (unlabelled := next((row.id for row in rows if row.label is None), None)) is not None:
         raise UserError(f"{path}: meme {unlabelled} has no label, so nothing can be scored; give --split dev or another")
     return QuestionSet(questions, {str(row.id): row.label for row in rows}, (path,))
 
 
-def prompt_of(text: str) -> str:
-    """The prompt of OpenFlamingo's evaluation, behind the picture."""
+def make_prompt(text: str) -> str:
+    """Returns the prompt of OpenFlamingo's evaluation, which stands behind the image. text: the text on the image."""
     return f"is an image with: '{text}' written on it. Is it hateful? Answer:"
 
 
-def score(given: QuestionSet, answers: Answers) -> Score:
-    """ROC-AUC of P(yes) over memes that were read, and accuracy over all: a meme that could not be read is wrong."""
-    read_ones = {one: answer for one, answer in answers.items() if not answer.failed}
-    labels = np.array([given.truth[one] for one in read_ones], bool)
-    margins = np.array([answer.choices[0] - answer.choices[1] for answer in read_ones.values()], np.float64)
-    right = float(((margins > 0) == labels).sum())
-    metrics = {"ROC-AUC": roc_auc(labels, margins), "accuracy": right / len(answers) if answers else None}
-    return Score(metrics, {"ROC-AUC": len(read_ones), "accuracy": len(answers)}, 0)
+def score(question_set: QuestionSet, answers: Answers) -> Score:
+    """Scores answers by ROC-AUC and accuracy.
+
+    Memes are ranked by log P(yes) - log P(no). ROC-AUC is over the memes that could be read; accuracy is over all of them,
+    and a meme that could not be read counts as wrong.
+    """
+    readable = {question_id: answer for question_id, answer in answers.items() if not answer.failed}
+    labels = np.array([question_set.truth[question_id] for question_id in readable], bool)
+    margins = np.array([answer.choices[0] - answer.choices[1] for answer in readable.values()], np.float64)
+    correct = float(((margins > 0) == labels).sum())
+    metrics = {"ROC-AUC": roc_auc(labels, margins), "accuracy": correct / len(answers) if answers else None}
+    return Score(metrics, {"ROC-AUC": len(readable), "accuracy": len(answers)}, 0)
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Probability that a positive is scored above a negative, ties counting half. labels: bool [n], scores: float [n].
+    """Returns the probability that a positive has a higher score than a negative, where ties count half.
 
-    None when one of the two kinds is missing. By ranks (Mann and Whitney 1947); equal scores share their mean rank.
+    labels: bool [n]. scores: float [n]. None when there are no positives or no negatives. Computed from ranks (Mann and
+    Whitney 1947); equal scores share their mean rank.
     """
     positives = int(labels.sum())
     negatives = len(labels) - positives
     if not positives or not negatives:
         return None
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks = (last - (counts - 1) / 2)[place]
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last_ranks = np.cumsum(counts)
+    ranks = (last_ranks - (counts - 1) / 2)[inverse]
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 

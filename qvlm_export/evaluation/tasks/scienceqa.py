@@ -1,4 +1,8 @@
-"""ScienceQA (Lu et al., NeurIPS 2022): multiple choice with lettered options; its files, prompts, parsing and columns."""
+"""ScienceQA (Lu et al., NeurIPS 2022): multiple choice with lettered options, scored by accuracy.
+
+Reads the official files, words the prompts as LLaVA's question files do, finds the letter in a generated answer, and
+averages by the columns of the paper's table.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from qvlm_export.evaluation.tasks.task import (
     Request,
     Score,
     Task,
-    by_group,
+    average_columns,
     find_file,
     find_folder,
     find_list,
@@ -31,7 +35,7 @@ ASK_FOR_LETTER = "\nAnswer with the option's letter from the given choices direc
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
 
-# In the order they are tried; each names the letter. The first two must be the whole answer or begin it.
+# Tried in this order; each captures the letter of an option. The first must match the whole answer, the second its start.
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -44,7 +48,7 @@ _PATTERNS = tuple(
 
 
 class Problem(BaseModel):
-    """One entry of problems.json; what scoring does not need is left out."""
+    """An entry of problems.json, without the fields that neither prompt nor score needs."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     question: str
@@ -58,32 +62,35 @@ class Problem(BaseModel):
 
 
 def read(request: Request) -> QuestionSet:
-    """The problems of a split in the order of pid_splits.json. Raises UserError for files that do not belong together."""
+    """Reads the problems of a split, in the order of pid_splits.json; their truth is the `Problem`.
+
+    Raises UserError for files that are missing or wrong, or that do not belong together.
+    """
     problems_file = find_file(request.data, ("problems.json",), LAYOUT)
     splits_file = find_file(request.data, ("pid_splits.json",), LAYOUT)
     problems, splits = read_json(problems_file), read_json(splits_file)
     if not isinstance(problems, dict) or not isinstance(splits, dict):
         raise UserError(f"{problems_file}: holds no object of problems by id; is it the official file?")
-    ids = [str(one) for one in find_list(splits.get(request.split, []), None, splits_file)]
-    if missing := [one for one in ids if one not in problems]:
+    ids = [str(problem_id) for problem_id in find_list(splits.get(request.split, []), None, splits_file)]
+    if missing := [problem_id for problem_id in ids if problem_id not in problems]:
         raise UserError(
             f"{splits_file}: names problem {missing[0]} ({len(missing)} in all), which {problems_file.name} has not; "
             "the two files do not belong together"
         )
-    truth = {one: _problem(problems[one], f"{problems_file}: problem {one}") for one in ids}
-    images = {one: _image(request, one, p) for one, p in truth.items()}
-    prompts = {one: prompt_of(problem, request.form) for one, problem in truth.items()}
+    truth = {i: _validate_problem(problems[i], f"{problems_file}: problem {i}") for i in ids}
+    images = {problem_id: _image_path(request, problem_id, problem) for problem_id, problem in truth.items()}
+    prompts = {problem_id: make_prompt(problem, request.form) for problem_id, problem in truth.items()}
     files: tuple[Path, ...] = (problems_file, splits_file)
     if request.questions is not None:
-        files, prompts = (*files, request.questions), _own_prompts(request.questions, truth, request.form)
-    questions = tuple(Question(one, prompts[one], images[one]) for one in ids)
+        files, prompts = (*files, request.questions), _read_prompts(request.questions, truth, request.form)
+    questions = tuple(Question(i, prompts[i], images[i]) for i in ids)
     require_questions(questions, splits_file, request.split)
     if any(images.values()):
         find_folder(request.data, ("images",), LAYOUT)
     return QuestionSet(questions, truth, files)
 
 
-def _problem(content: Any, where: str) -> Problem:
+def _validate_problem(content: Any, where: str) -> Problem:
     problem = validate_entry(Problem, content, where)
     if problem.answer >= len(problem.choices):
         raise UserError(f"{where}: answer {problem.answer} is none of its {len(problem.choices)} choices")
@@ -92,15 +99,18 @@ def _problem(content: Any, where: str) -> Problem:
     return problem
 
 
-def _image(request: Request, one: str, problem: Problem) -> Path | None:
-    """The splits minival and minitest have their pictures in val and test."""
+def _image_path(request: Request, problem_id: str, problem: Problem) -> Path | None:
+    """Returns the path of a problem's image, or None; the images of the splits minival and minitest are in val and test."""
     if not problem.image:
         return None
-    return request.data / "images" / (problem.split or request.split) / one / problem.image
+    return request.data / "images" / (problem.split or request.split) / problem_id / problem.image
 
 
-def prompt_of(problem: Problem, form: str) -> str:
-    """As in LLaVA's question files: v1.3 is QCM (question, context, options), v1.5 is CQM, and asks for the letter alone."""
+def make_prompt(problem: Problem, form: str) -> str:
+    """Returns the prompt as in LLaVA's question files.
+
+    form: v1.3 is QCM (question, context, options); v1.5 is CQM (context, question, options), and asks for the letter alone.
+    """
     lettered, hint = list(zip(LETTERS, problem.choices, strict=False)), problem.hint.strip()
     if form == "v1.3":
         options = " ".join(f"({letter}) {choice}" for letter, choice in lettered)
@@ -111,50 +121,54 @@ def prompt_of(problem: Problem, form: str) -> str:
     return text.replace("  ", " ").strip() + (ASK_FOR_LETTER if form == "v1.5" else "")
 
 
-def _own_prompts(path: Path, truth: dict[str, Problem], form: str) -> dict[str, str]:
-    """The first turns of LLaVA's question file: a list of {id, image, conversations}."""
+def _read_prompts(path: Path, truth: dict[str, Problem], form: str) -> dict[str, str]:
+    """Reads prompts from LLaVA's question file, a list of {id, image, conversations}: the first turn of each conversation.
+
+    Raises UserError when the file does not hold exactly the problems of `truth`.
+    """
     prompts: dict[str, str] = {}
     for number, entry in enumerate(find_list(read_json(path), None, path)):
         try:
-            one, text = str(entry["id"]), str(entry["conversations"][0]["value"])
+            problem_id, text = str(entry["id"]), str(entry["conversations"][0]["value"])
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{path}: entry {number} has no id and conversations; is it LLaVA's question file?") from error
-        if one in prompts:
-            raise UserError(f"{path}: question {one} stands twice; make the file again")
-        prompts[one] = text.replace("<image>", "").strip() + (ASK_FOR_LETTER if form == "v1.5" else "")
+        if problem_id in prompts:
+            raise UserError(f"{path}: question {problem_id} stands twice; make the file again")
+        prompts[problem_id] = text.replace("<image>", "").strip() + (ASK_FOR_LETTER if form == "v1.5" else "")
     if differing := set(truth) ^ set(prompts):
         raise UserError(f"{path}: and the split differ in {len(differing)} questions, such as {min(differing)}")
     return prompts
 
 
 def parse(text: str, choices: int) -> int | None:
-    """The option that an answer names, None for one that names none or one that is not there.
+    """Returns the index of the option that an answer names; None when it names none, or one that does not exist.
 
-    Taken are `B`, `B. …`, `The answer is B.` and `ANSWER: B.`, with or without parentheses.
+    Accepted are `B`, `B. …`, `The answer is B.` and `ANSWER: B.`, with or without parentheses. choices: how many options
+    there are.
     """
     for pattern in _PATTERNS:
-        if found := pattern.search(text):
-            index = LETTERS.index(found[1])
+        if match := pattern.search(text):
+            index = LETTERS.index(match[1])
             return index if index < choices else None
     return None
 
 
-def score(given: QuestionSet, answers: Answers) -> Score:
-    """Accuracy by the columns of the paper's table; unparsed answers are wrong."""
-    right: dict[str, list[float]] = {column: [] for column in COLUMNS}
+def score(question_set: QuestionSet, answers: Answers) -> Score:
+    """Scores answers by accuracy, for each column of the paper's table; unparsed answers count as wrong."""
+    correct: dict[str, list[float]] = {column: [] for column in COLUMNS}
     unparsed = 0
-    for one, answer in answers.items():
-        problem: Problem = given.truth[one]
+    for question_id, answer in answers.items():
+        problem: Problem = question_set.truth[question_id]
         chosen = None if answer.failed else parse(answer.text, len(problem.choices))
         unparsed += chosen is None and not answer.failed
         for column in columns_of(problem):
-            right[column].append(float(chosen == problem.answer))
-    return by_group(right, unparsed)
+            correct[column].append(float(chosen == problem.answer))
+    return average_columns(correct, unparsed)
 
 
 def columns_of(problem: Problem) -> list[str]:
-    """Subject, contexts, grades, average: a problem with hint and picture counts in both."""
-    contexts = [name for name, there in (("TXT", problem.hint), ("IMG", problem.image)) if there] or ["NO"]
+    """Returns the columns in which a problem counts: its subject, its contexts (text, image or none), grades, average."""
+    contexts = [name for name, context in (("TXT", problem.hint), ("IMG", problem.image)) if context] or ["NO"]
     grade = "G1-6" if int(problem.grade.removeprefix("grade")) <= 6 else "G7-12"
     return [SUBJECTS[problem.subject], *contexts, grade, "Avg"]
 

@@ -1,6 +1,7 @@
-"""What an evaluation task is: how its official files are read, what is asked, how answers are judged and handed in.
+"""Data model of an evaluation task: questions read from official files, prompts, scoring, submission files.
 
-A task is a row of data (`Task`), one file a task family; this file holds the row's shape and the reading that all share.
+A task is a row of data (`Task`) at the end of the file of its task family. This file defines that row, and what all families
+share to read and validate their files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from qvlm_export.calibrate.errors import UserError
 
-# How questions are put: as LLaVA-1.5 was evaluated, asked for short answers, or as 1.3, the bare question.
+# The wording of prompts: v1.5 asks for a short answer, as in the evaluation of LLaVA-1.5; v1.3 is the bare question.
 FORMS = ("v1.5", "v1.3")
 
 Row = TypeVar("Row", bound=BaseModel)
@@ -23,7 +24,7 @@ Row = TypeVar("Row", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Question:
-    """id: as in the official files. prompt: the user's turn without its picture. image: None where there is none."""
+    """A question. id: as in the official files. prompt: the user's turn without its image. image: its path, or None."""
 
     id: str
     prompt: str
@@ -32,20 +33,25 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """A split as read. truth: what scoring needs, by id; empty where the split's answers are not public.
+    """The questions of a split.
 
-    files: what was read, whose bytes identify the set. others: ids that a submission names too, without being asked.
+    truth: what scoring needs, by question id; empty when the answers of the split are not public. files: the files that were
+    read; their content identifies the set. unasked_ids: further questions that a submission must name.
     """
 
     questions: tuple[Question, ...]
     truth: Mapping[str, Any]
     files: tuple[Path, ...]
-    others: tuple[str, ...] = ()
+    unasked_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says of the data. questions: a file of prompts that replaces the task's own, or None."""
+    """Which questions to read.
+
+    data: the directory of the official files. form: one of `FORMS`. questions: a file of prompts that replaces the task's
+    own, or None.
+    """
 
     data: Path
     split: str
@@ -55,19 +61,27 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one question: text, or the log-likelihoods of the task's choices, or why it said nothing."""
+    """A model's answer to a question.
+
+    text: the generated text. choices: the log-likelihoods of the task's choices in nats, instead of a text. failed: why the
+    question could not be asked, or None.
+    """
 
     text: str = ""
     choices: tuple[float, ...] = ()
     failed: str | None = None
 
 
-Answers = Mapping[str, Answer]
+Answers = Mapping[str, Answer]  # by question id
 
 
 @dataclass(frozen=True)
 class Score:
-    """metrics: name -> 0..1, None over no question. counts: questions behind each. unparsed: answers that say nothing."""
+    """The score of a set of answers.
+
+    metrics: values from 0 to 1 by name; None over no question. counts: the number of questions behind each metric. unparsed:
+    the number of answers that could not be interpreted.
+    """
 
     metrics: Mapping[str, float | None]
     counts: Mapping[str, int]
@@ -76,11 +90,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark.
+    """A benchmark.
 
-    splits: the first is the default. layout: what a data directory holds, for people. main: the metric of summaries.
-    choices: texts whose likelihoods are compared instead of generating an answer. max_new_tokens: by form.
-    submission: the official JSON of answers, None where there is none.
+    splits: the first is the default. layout: a description of the data directory for error messages. main: the metric that
+    summaries show. read: reads the questions. score: scores answers. max_new_tokens: by form. choices: texts whose
+    likelihoods are compared instead of generating an answer. submission: makes the content of the official JSON file of
+    answers; None when the benchmark has none. own_questions: whether a file of prompts (--questions) can replace the task's.
     """
 
     name: str
@@ -92,11 +107,11 @@ class Task:
     max_new_tokens: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 1))
     choices: tuple[str, ...] = ()
     submission: Callable[[QuestionSet, Answers], list[dict[str, Any]]] | None = None
-    own_questions: bool = False  # whether --questions makes sense
+    own_questions: bool = False
 
 
 def find_file(data: Path, names: Sequence[str], layout: str) -> Path:
-    """The first of `names` that is in the data directory. Raises UserError saying which file is missing."""
+    """Returns the first of the files `names` that is in the data directory. Raises UserError when none is."""
     if not data.is_dir():
         raise UserError(f"--data {data}: there is no such directory; give one with {layout}")
     for name in names:
@@ -106,7 +121,7 @@ def find_file(data: Path, names: Sequence[str], layout: str) -> Path:
 
 
 def find_folder(data: Path, names: Sequence[str], layout: str) -> Path:
-    """The first of the folders `names` that is in the data directory. Raises UserError saying which is missing."""
+    """Returns the first of the folders `names` that is in the data directory. Raises UserError when none is."""
     for name in names:
         if (data / name).is_dir():
             return data / name
@@ -114,21 +129,21 @@ def find_folder(data: Path, names: Sequence[str], layout: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError when it is not UTF-8, not JSON, or names a key of an object twice."""
+    """Returns the content of a JSON file. Raises UserError when it is not UTF-8 or JSON, or an object has a key twice."""
     text = _read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_make_unique_dict)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """(where, content) of every line that is not empty. Raises UserError naming file and line."""
+    """Returns ("path:line number", content) of every line that is not empty. Raises UserError that names file and line."""
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((f"{path}:{number}", json.loads(line, object_pairs_hook=_unique)))
+                rows.append((f"{path}:{number}", json.loads(line, object_pairs_hook=_make_unique_dict)))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON ({error}); download it again") from error
     return rows
@@ -143,8 +158,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); download it again or save it as UTF-8") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json keeps the last of equal keys without a word, and a question would be gone."""
+def _make_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for equal keys: json silently keeps the last one only, so that a question would be lost."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
@@ -153,46 +168,46 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def find_duplicate(ids: Iterable[str]) -> str | None:
-    """The first id that comes a second time."""
-    seen: set[str] = set()
-    for one in ids:
-        if one in seen:
-            return one
-        seen.add(one)
+    """Returns the first id that occurs a second time, or None."""
+    earlier: set[str] = set()
+    for current in ids:
+        if current in earlier:
+            return current
+        earlier.add(current)
     return None
 
 
 def validate_entry(row: type[Row], content: Any, where: str) -> Row:
-    """`content` as a row. Raises UserError, begun with `where`, naming the field that is missing or of another type."""
+    """Returns `content` as a validated `row`. Raises UserError that begins with `where` and names the first wrong field."""
     try:
         return row.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the entry"
-        raise UserError(f"{where}: {place}: {first['msg']}; download the file again") from error
+        field_name = ".".join(str(part) for part in first["loc"]) or "the entry"
+        raise UserError(f"{where}: {field_name}: {first['msg']}; download the file again") from error
 
 
 def find_list(content: Any, key: str | None, path: Path) -> list[Any]:
-    """The list in `content`, or under `key` in it. Raises UserError when there is none."""
-    found = content.get(key) if isinstance(content, dict) and key else content
-    if not isinstance(found, list):
+    """Returns the list that is `content`, or that `content` holds under `key`. Raises UserError when there is none."""
+    entries = content.get(key) if isinstance(content, dict) and key else content
+    if not isinstance(entries, list):
         raise UserError(f"{path}: holds no list{f' of {key}' if key else ''}; is it the official file?")
-    return found
+    return entries
 
 
 def require_questions(questions: Sequence[Question], path: Path, split: str) -> None:
-    """Raises UserError for an empty split and for an id that comes twice."""
+    """Raises UserError for a split without questions, and for an id that occurs twice."""
     if not questions:
         raise UserError(f"{path}: the split {split} holds no question; give another --split, or download the file again")
-    if (twice := find_duplicate(q.id for q in questions)) is not None:
-        raise UserError(f"{path}: question {twice} stands twice; download the file again")
+    if (duplicate := find_duplicate(q.id for q in questions)) is not None:
+        raise UserError(f"{path}: question {duplicate} stands twice; download the file again")
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None over nothing."""
+    """Returns the mean, or None over no value."""
     return sum(values) / len(values) if values else None
 
 
-def by_group(scores: Mapping[str, Sequence[float]], unparsed: int) -> Score:
-    """A Score of per-question values by metric."""
-    return Score({n: mean(v) for n, v in scores.items()}, {n: len(v) for n, v in scores.items()}, unparsed)
+def average_columns(values: Mapping[str, Sequence[float]], unparsed: int) -> Score:
+    """Returns the score whose metrics are the means of `values`, the values of single questions by metric."""
+    return Score({n: mean(v) for n, v in values.items()}, {n: len(v) for n, v in values.items()}, unparsed)

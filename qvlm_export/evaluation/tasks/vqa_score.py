@@ -1,7 +1,8 @@
-"""VQA soft accuracy with the official answer normalisation (Antol et al. 2015; Goyal et al. 2017).
+"""VQA soft accuracy with the official normalization of answers (Antol et al. 2015; Goyal et al. 2017).
 
-Facts of the VQA toolkit and of VizWiz's, which is made from it: what a model says is normalised wholly. What people said
-has its punctuation processed where the ten differ (VQAv2), or stays as it is (VizWiz); both sets come nearly normalised.
+Follows the VQA toolkit, and that of VizWiz, which is derived from it. The answers of a model are fully normalized. In the
+answers of people, punctuation is processed where the ten differ (VQAv2), or nothing is (VizWiz); both data sets hold nearly
+normalized answers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ NUMBERS = {
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
-_ANY = re.compile(f"[.{re.escape(PUNCTUATION)}]")
+_ANY_PUNCTUATION = re.compile(f"[.{re.escape(PUNCTUATION)}]")
 _PERIOD = re.compile(r"\.(?!\d)")
 
-# Each is restored where one of its apostrophes is missing.
-_WHOLE = """
+# Contractions; an answer that lacks one of their apostrophes is corrected.
+_CONTRACTION_WORDS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
 oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
@@ -30,34 +31,38 @@ where's where've who'd who'd've who'll who's who've why'll why're why's won't wo
 y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
-    whole[:at] + whole[at + 1 :]: whole for whole in _WHOLE.split() for at, letter in enumerate(whole) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the toolkit has this one the wrong way round
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTION_WORDS.split() for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # reversed, as in the toolkit
 
 
 def normalize_answer(answer: str) -> str:
-    """What a model said, as it is compared."""
+    """Returns the answer of a model, normalized for comparison: punctuation, case, numbers, articles and contractions."""
     words = strip_punctuation(re.sub(r"[\n\t]", " ", answer).strip()).lower().split()
     digits = [NUMBERS.get(word, word) for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in digits if word not in ARTICLES)
 
 
 def strip_punctuation(text: str) -> str:
-    """Marks go where they touch a space anywhere or a number has a comma, and become spaces otherwise; periods that no
-    digit follows go."""
-    if not _ANY.search(text):
-        return text
-    joins = _DIGITS_AROUND_COMMA.search(text) is not None
-    changed = text
-    for mark in PUNCTUATION:
-        loose = joins or f"{mark} " in text or f" {mark}" in text
-        changed = changed.replace(mark, "" if loose else " ")
-    return _PERIOD.sub("", changed)
+    """Removes punctuation as the VQA toolkit does.
 
-
-def soft_accuracy(said: str, humans: Sequence[str]) -> float:
-    """Mean over the leave-one-out sets of min(1, matches / 3), 0..1. said: normalised; humans: as they are compared.
-
-    With n matches of N humans, n of the sets hold n - 1 and the others n.
+    A mark is removed if it stands beside a space anywhere in the text, or if the text holds a number with a comma; otherwise
+    it is replaced by a space. Periods that are not followed by a digit are removed.
     """
-    matches, count = sum(human == said for human in humans), len(humans)
+    if not _ANY_PUNCTUATION.search(text):
+        return text
+    has_number_with_comma = _DIGITS_AROUND_COMMA.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        removed = has_number_with_comma or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if removed else " ")
+    return _PERIOD.sub("", result)
+
+
+def soft_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """Returns min(1, matches / 3), averaged over all sets that leave out one person's answer; 0 to 1.
+
+    answer: normalized. human_answers: processed for comparison. If n of N people gave the answer, n of the sets hold n - 1
+    matches, and the others n.
+    """
+    matches, count = sum(human == answer for human in human_answers), len(human_answers)
     return (matches * min(1.0, (matches - 1) / 3) + (count - matches) * min(1.0, matches / 3)) / count

@@ -1,4 +1,4 @@
-"""The model as blocks: which layers run, which linears can be planned, and that weights stay only while they are used."""
+"""The model as blocks: which layers run, which linears can be quantized, and that weights are loaded only while needed."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def test_the_feature_is_the_output_of_the_last_layer_that_runs(feature):
 
 
 @FEATURES
-def test_exactly_the_linears_that_reach_the_logits_can_be_planned(llava, feature):
+def test_exactly_the_linears_that_reach_the_logits_are_quantizable(llava, feature):
     checkpoint = open_small(llava(vision_feature_layer=feature))
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.float32)
     sample = make_sample(checkpoint, words=5, images=1, seed=0)
     pixels = torch.from_numpy(sample.pixel_values)
     model(input_ids=torch.from_numpy(sample.input_ids)[None], pixel_values=pixels).logits.sum().backward()
-    reached = {m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.grad is not None}
+    with_gradient = {m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.grad is not None}
     names = make_blocks(checkpoint.hf_config).quantizable()
     assert len(names) == len(set(names))
-    assert {module_of(model, name) for name in names} == reached - {model.lm_head}
+    assert {module_of(model, name) for name in names} == with_gradient - {model.lm_head}
 
 
 @FEATURES
 def test_vision_layers_after_the_feature_are_left_out(llava, feature):
     blocks = make_blocks(open_small(llava(vision_feature_layer=feature)).hf_config)
-    wanted = list(range(5))[feature]
+    num_layers = list(range(5))[feature]
     assert [b.prefix for b in blocks.vision_layers] == [
-        f"vision_tower.vision_model.encoder.layers.{i}" for i in range(wanted)
+        f"vision_tower.vision_model.encoder.layers.{i}" for i in range(num_layers)
     ]
-    assert blocks.num_blocks() == wanted + 1 + 2
+    assert blocks.num_blocks() == num_layers + 1 + 2
     assert not any("lm_head" in name for name in blocks.quantizable())
 
 
@@ -58,23 +58,23 @@ def test_linears_are_listed_block_by_block_in_the_order_they_run(llava):
     assert len(parents) == 3 * 6 + 2 + 2 * 7
 
 
-def test_blocks_are_made_without_memory(llava):
+def test_new_blocks_are_on_the_meta_device(llava):
     blocks = make_blocks(open_small(llava()).hf_config)
-    every = (*blocks.entries, *blocks.all())
-    assert {p.device.type for block in every for p in block.module.parameters()} == {"meta"}
+    all_blocks = (*blocks.entries, *blocks.all())
+    assert {p.device.type for block in all_blocks for p in block.module.parameters()} == {"meta"}
 
 
-def test_the_names_of_all_blocks_are_tensors_of_the_checkpoint(llava):
+def test_tensor_names_of_blocks_are_tensors_of_the_checkpoint(llava):
     checkpoint = open_small(llava())
     blocks = make_blocks(checkpoint.hf_config)
-    every = (*blocks.entries, *blocks.all())
-    for block in every:
+    all_blocks = (*blocks.entries, *blocks.all())
+    for block in all_blocks:
         for name in block.tensor_names():
             assert checkpoint.source.shape(name) == tuple(block.module.get_parameter(name[len(block.prefix) + 1 :]).shape)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_weights_are_there_while_a_block_is_resident_and_gone_after(llava, dtype):
+def test_weights_are_in_memory_only_while_a_block_is_loaded(llava, dtype):
     checkpoint = open_small(llava(dtype=dtype))
     block = make_blocks(checkpoint.hf_config).text_layers[1]
     with load_block(block, checkpoint.source) as module:
@@ -87,7 +87,7 @@ def test_weights_are_there_while_a_block_is_resident_and_gone_after(llava, dtype
         assert {p.device.type for p in module.parameters()} == {"cpu"}
 
 
-def test_the_embeddings_know_their_positions(llava):
+def test_loading_the_vision_embeddings_restores_their_position_ids(llava):
     checkpoint = open_small(llava())
     block = make_blocks(checkpoint.hf_config).entries[0]
     with load_block(block, checkpoint.source) as module:
@@ -95,7 +95,7 @@ def test_the_embeddings_know_their_positions(llava):
     assert {t.device.type for t in (*block.module.parameters(), *block.module.buffers())} == {"meta"}
 
 
-def test_an_error_inside_empties_the_block_too(llava):
+def test_weights_are_released_when_an_error_is_raised_inside(llava):
     checkpoint = open_small(llava())
     block = make_blocks(checkpoint.hf_config).projector
     with pytest.raises(UserError, match="on purpose"), load_block(block, checkpoint.source):

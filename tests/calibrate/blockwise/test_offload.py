@@ -1,4 +1,4 @@
-"""Calibration on a device that is not the CPU: nothing is computed across devices, blocks come one ahead, results agree."""
+"""Offloading to a pretended GPU: no operation mixes devices, blocks are prefetched one ahead, results match the CPU's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 3}}
 
 
 class SameThread:
-    """An executor that computes at once: the pretence is only where it was entered."""
+    """An executor that computes at once on this thread, as the pretended GPU is active only where it was entered."""
 
     def __init__(self, _: int) -> None: ...
 
@@ -49,80 +49,84 @@ class SameThread:
     def __exit__(self, *_: object) -> None: ...
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*arguments))
-        return done
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
 
 
-def searched_briefly(*arguments: Any) -> dict[str, Any]:
-    """Without the loop over columns, which takes long where it is only pretended."""
+def calibrate_search_with_rtn(*arguments: Any) -> dict[str, Any]:
+    """Rounds to nearest, as GPTQ's loop over columns takes long on the pretended GPU."""
     return calibrate_search(*arguments, SearchConfig("search", LinearConfig(rounding="nearest")))
 
 
-def on_both(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any) -> list[CalibratedCheckpoint]:
+def calibrate_on_both(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, calibrate: Any
+) -> list[CalibratedCheckpoint]:
     """The model calibrated on the CPU, and on the pretended GPU."""
-    with sdpa_kernel(SDPBackend.MATH):  # as where it is pretended
-        wanted = calibrated(model, folder / "cpu", torch.device("cpu"), calibrate)
+    with sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU uses, too
+        on_cpu = calibrate_model(model, folder / "cpu", torch.device("cpu"), calibrate)
     monkeypatch.setattr(offload, "ThreadPoolExecutor", SameThread)
     with PretendGpu() as gpu:
-        found = calibrated(model, folder / "gpu", GPU, calibrate)
+        on_gpu = calibrate_model(model, folder / "gpu", GPU, calibrate)
     assert gpu.on_gpu > 100
-    return [wanted, found]
+    return [on_cpu, on_gpu]
 
 
-def calibrated(model: Path, folder: Path, device: torch.device, calibrate: Any) -> CalibratedCheckpoint:
+def calibrate_model(model: Path, folder: Path, device: torch.device, calibrate: Any) -> CalibratedCheckpoint:
     checkpoint = open_small(model)
-    blocks, plan = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4")
-    job = CalibrationJob(blocks, checkpoint.source, plan, mixed_samples(checkpoint)[:2], device=device)
+    blocks, schemes = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4")
+    job = CalibrationJob(blocks, checkpoint.source, schemes, mixed_samples(checkpoint)[:2], device=device)
     writer = CalibratedWriter(folder)
     writer.finish(checkpoint.config_json, calibrate(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 
 
-def test_round_to_nearest_on_a_gpu_as_on_a_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, found = on_both(llava(**SMALL), tmp_path, monkeypatch, calibrate_rtn)
-    for name in wanted.schemes:
-        one, other = wanted.linear(name), found.linear(name)
-        assert np.array_equal(one.codes, other.codes)
-        assert np.array_equal(one.scale, other.scale)
-        assert one.input_scale == other.input_scale or one.input_scale == pytest.approx(other.input_scale, rel=2e-3)
+def test_rtn_on_a_gpu_gives_the_results_of_the_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, on_gpu = calibrate_on_both(llava(**SMALL), tmp_path, monkeypatch, calibrate_rtn)
+    for name in on_cpu.schemes:
+        expected, linear = on_cpu.linear(name), on_gpu.linear(name)
+        assert np.array_equal(expected.codes, linear.codes)
+        assert np.array_equal(expected.scale, linear.scale)
+        assert expected.input_scale == linear.input_scale or expected.input_scale == pytest.approx(
+            linear.input_scale, rel=2e-3
+        )
 
 
-def test_search_on_a_gpu_as_on_a_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, found = on_both(llava(**SMALL), tmp_path, monkeypatch, searched_briefly)
-    assert wanted.summary == found.summary
+def test_search_on_a_gpu_gives_the_results_of_the_cpu(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, on_gpu = calibrate_on_both(llava(**SMALL), tmp_path, monkeypatch, calibrate_search_with_rtn)
+    assert on_cpu.summary == on_gpu.summary
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false")
-def test_what_tokens_count_on_a_real_gpu(llava: Llava, tmp_path: Path) -> None:
-    """The pretended GPU cannot go backwards."""
-    model, weighted = llava(**SMALL), partial(calibrate_search, method=replace(FAST, token_weighting="logits"))
-    wanted, found = (calibrated(model, tmp_path / name, torch.device(name), weighted) for name in ("cpu", "cuda"))
-    for name in wanted.schemes:
-        assert (wanted.linear(name).codes == found.linear(name).codes).mean() > 0.98, name
+def test_token_weighted_search_on_a_real_gpu_agrees_with_the_cpu(llava: Llava, tmp_path: Path) -> None:
+    """The pretended GPU cannot compute gradients."""
+    model, calibrate = llava(**SMALL), partial(calibrate_search, method=replace(FAST, token_weighting="logits"))
+    on_cpu, on_gpu = (calibrate_model(model, tmp_path / name, torch.device(name), calibrate) for name in ("cpu", "cuda"))
+    for name in on_cpu.schemes:
+        assert (on_cpu.linear(name).codes == on_gpu.linear(name).codes).mean() > 0.98, name
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "two-sided"])
-def test_rounding_towards_the_output_on_a_gpu(rounding: Rounding) -> None:
-    """The rest of what a search computes. Metrics stay in the memory of the host."""
+def test_gptq_and_kronecker_rounding_on_a_gpu_give_the_results_of_the_cpu(rounding: Rounding) -> None:
+    """The rest of what a search computes. Output Hessians stay in host memory."""
     generator = torch.Generator().manual_seed(0)
     weight, rows = torch.randn(8, 128, generator=generator), torch.randn(64, 128, generator=generator)
-    metric = scale_output_hessian(add_gradients(empty_output_hessian(8), rows[:, :8], generator), torch.full((8,), 2.0))
-    plan = {"a": LinearScheme(weight_bits=4, activation_bits=8, group_size=64)}
-    given = plan, LinearConfig(rounding=rounding)
-    wanted = quantize_linears({"a": weight}, *given, LayerInputs(rows, rows * 1.01), {"a": metric})["a"]
+    hessian = scale_output_hessian(add_gradients(empty_output_hessian(8), rows[:, :8], generator), torch.full((8,), 2.0))
+    schemes = {"a": LinearScheme(weight_bits=4, activation_bits=8, group_size=64)}
+    options = schemes, LinearConfig(rounding=rounding)
+    on_cpu = quantize_linears({"a": weight}, *options, LayerInputs(rows, rows * 1.01), {"a": hessian})["a"]
     with PretendGpu():
-        there = LayerInputs(rows.to(GPU), rows.to(GPU) * 1.01)
-        found = quantize_linears({"a": weight.to(GPU)}, *given, there, {"a": metric})["a"]
-        error_directions(metric, GPU)
-    assert np.array_equal(found.codes, wanted.codes)
-    assert np.array_equal(found.scale, wanted.scale)
+        gpu_inputs = LayerInputs(rows.to(GPU), rows.to(GPU) * 1.01)
+        on_gpu = quantize_linears({"a": weight.to(GPU)}, *options, gpu_inputs, {"a": hessian})["a"]
+        error_directions(hessian, GPU)
+    assert np.array_equal(on_gpu.codes, on_cpu.codes)
+    assert np.array_equal(on_gpu.scale, on_cpu.scale)
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A source that notes which tensors were read."""
+class RecordingSource:
+    """A tensor source that records which tensors were read."""
 
     source: TensorSource
     loaded: list[str]
@@ -133,46 +137,48 @@ class Watched:
 
 
 @pytest.fixture
-def watched(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelBlocks, Watched]:
-    """Blocks and source of a small model; uploads are done when they are asked for."""
+def blocks_and_source(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelBlocks, RecordingSource]:
+    """Blocks and source of a small model; uploads are done at once when they are submitted."""
     monkeypatch.setattr(offload, "ThreadPoolExecutor", SameThread)
     checkpoint = open_small(llava(**SMALL))
-    return make_blocks(checkpoint.hf_config), Watched(checkpoint.source, [])
+    return make_blocks(checkpoint.hf_config), RecordingSource(checkpoint.source, [])
 
 
-def test_the_next_block_is_on_its_way_before_this_one_computes(watched: tuple[ModelBlocks, Watched]) -> None:
-    blocks, source = watched
+def test_the_next_block_is_prefetched_before_this_one_computes(
+    blocks_and_source: tuple[ModelBlocks, RecordingSource],
+) -> None:
+    blocks, source = blocks_and_source
     order = blocks.all()
-    with PretendGpu(), offload.open_block_loader(blocks, source, GPU) as resident:  # type: ignore[arg-type]
+    with PretendGpu(), offload.open_block_loader(blocks, source, GPU) as load:  # type: ignore[arg-type]
         for number, block in enumerate(order):
-            with resident(block) as module:
+            with load(block) as module:
                 assert all(p.device == GPU for p in module.parameters())
                 assert {n for b in order[: number + 2] for n in b.tensor_names()} == set(source.loaded)
             assert {p.device.type for p in module.parameters()} == {"meta"}
     assert len(source.loaded) == len(set(source.loaded))
 
 
-def test_backwards_the_block_before_is_on_its_way(watched: tuple[ModelBlocks, Watched]) -> None:
-    blocks, source = watched
-    last, before = blocks.text_layers[-1], blocks.projector
-    backwards = offload.open_block_loader(blocks, source, GPU, backwards=True)  # type: ignore[arg-type]
-    with PretendGpu(), backwards as resident, resident(last):
-        assert set(source.loaded) == {*last.tensor_names(), *before.tensor_names()}
+def test_backwards_the_preceding_block_is_prefetched(blocks_and_source: tuple[ModelBlocks, RecordingSource]) -> None:
+    blocks, source = blocks_and_source
+    last, preceding = blocks.text_layers[-1], blocks.projector
+    loader = offload.open_block_loader(blocks, source, GPU, backwards=True)  # type: ignore[arg-type]
+    with PretendGpu(), loader as load, load(last):
+        assert set(source.loaded) == {*last.tensor_names(), *preceding.tensor_names()}
 
 
-def test_bad_weight_ahead_is_named_when_its_turn_comes(llava: Llava) -> None:
+def test_a_damaged_prefetched_weight_is_named_when_its_block_is_loaded(llava: Llava) -> None:
     checkpoint = open_small(llava(**SMALL))
     blocks = make_blocks(checkpoint.hf_config)
     first, second = blocks.vision_layers[:2]
     bad = second.tensor_names()[0]
 
-    class Damaged:
+    class DamagedSource:
         def load(self, name: str) -> np.ndarray:
             array = checkpoint.source.load(name)
             return np.full_like(array, np.nan) if name == bad else array
 
-    with offload.open_block_loader(blocks, Damaged(), torch.device("meta")) as resident:  # type: ignore[arg-type]
-        with resident(first):
+    with offload.open_block_loader(blocks, DamagedSource(), torch.device("meta")) as load:  # type: ignore[arg-type]
+        with load(first):
             pass
-        with pytest.raises(UserError, match=f"{bad}: holds NaN"), resident(second):
+        with pytest.raises(UserError, match=f"{bad}: holds NaN"), load(second):
             pass

@@ -1,4 +1,4 @@
-"""A calibration that is interrupted behind any block and gone on with ends in the same files."""
+"""A calibration that is interrupted after any block and resumed writes the same files as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tools.families import check
 
 
 class InterruptedRunError(Exception):
-    """What stands for a kill."""
+    """Raised in place of a kill."""
 
 
-def calibrate_searched_briefly(*arguments: Any) -> dict[str, Any]:
+def calibrate_search_without_equalization(*arguments: Any) -> dict[str, Any]:
     return calibrate_search(*arguments, SearchConfig(equalization="none"))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
-    """made(kind) -> a checkpoint of a family, and samples with its pictures."""
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """A function that makes a checkpoint of a model family, with samples that have images."""
     return lambda kind: check.make(tmp_path_factory.mktemp(kind) / kind, kind)
 
 
 @pytest.mark.parametrize(
     ("kind", "calibrate"),
-    [("vipllava", calibrate_rtn), ("vipllava", calibrate_searched_briefly), ("next-qwen", calibrate_rtn)],
+    [("vipllava", calibrate_rtn), ("vipllava", calibrate_search_without_equalization), ("next-qwen", calibrate_rtn)],
 )
-def test_interrupted_behind_every_block(made, tmp_path: Path, kind: str, calibrate) -> None:
-    """Several features of the tower, and tiles that are placed, are what lies between the blocks."""
-    kept = made(kind)
-    plan = plan_of(kept.checkpoint, "int8")
-    samples = [question.sample for question in kept.questions[:2]]
+def test_interrupted_after_every_block_and_resumed(make_checkpoint, tmp_path: Path, kind: str, calibrate) -> None:
+    """The families have several tower features, and tiles that are placed, between their blocks."""
+    family = make_checkpoint(kind)
+    schemes = plan_of(family.checkpoint, "int8")
+    samples = [question.sample for question in family.questions[:2]]
 
     def run(folder: Path, last: int | None) -> dict[str, Any]:
-        blocks, work = make_blocks(kept.checkpoint.hf_config), CalibrationWork(folder / "state", memory_bytes=0)
-        job = CalibrationJob(blocks, kept.checkpoint.source, plan, samples, work)
+        blocks, work = make_blocks(family.checkpoint.hf_config), CalibrationWork(folder / "state", memory_bytes=0)
+        job = CalibrationJob(blocks, family.checkpoint.source, schemes, samples, work)
         writer = CalibratedWriter(folder / "calibrated")
 
         def progress(done: int, total: int, _: str) -> None:
@@ -53,16 +53,16 @@ def test_interrupted_behind_every_block(made, tmp_path: Path, kind: str, calibra
                 raise InterruptedRunError
 
         summary = calibrate(job, writer, progress)
-        writer.finish(kept.checkpoint.config_json, summary)
+        writer.finish(family.checkpoint.config_json, summary)
         return summary
 
-    whole = run(tmp_path / "whole", None)
-    count = make_blocks(kept.checkpoint.hf_config).num_blocks()
+    uninterrupted = run(tmp_path / "uninterrupted", None)
+    count = make_blocks(family.checkpoint.hf_config).num_blocks()
     for last in range(1, count + 1):
         with pytest.raises(InterruptedRunError):
-            run(tmp_path / "parted", last)
-        assert count_finished_blocks(tmp_path / "parted" / "state") == last
-        left = list((tmp_path / "parted" / "state" / "blocks").glob("*.activations"))
-        assert len(left) <= 1 + len(make_blocks(kept.checkpoint.hf_config).features)
-    assert run(tmp_path / "parted", None) == whole
-    assert read_files(tmp_path / "parted" / "calibrated") == read_files(tmp_path / "whole" / "calibrated")
+            run(tmp_path / "interrupted", last)
+        assert count_finished_blocks(tmp_path / "interrupted" / "state") == last
+        activations = list((tmp_path / "interrupted" / "state" / "blocks").glob("*.activations"))
+        assert len(activations) <= 1 + len(make_blocks(family.checkpoint.hf_config).features)
+    assert run(tmp_path / "interrupted", None) == uninterrupted
+    assert read_files(tmp_path / "interrupted" / "calibrated") == read_files(tmp_path / "uninterrupted" / "calibrated")

@@ -1,4 +1,4 @@
-"""What is counted beforehand, against what is counted and stored at run time."""
+"""The analytical cost model, against what is counted at run time and against sums worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,69 +27,73 @@ from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RT
         SearchConfig(equalization="none", linear=LinearConfig(rounding="nearest", ridge=None)),
         SearchConfig("none", KRONECKER_LINEAR, "kl+logits", leverage=False),
         SearchConfig("none", token_weighting="logits", random_word_prompts=3),
-        SearchConfig("none", KRONECKER_LINEAR, "kl+logits", questions=2, mixup_prompts=2),  # a random model is never decided
+        SearchConfig(
+            "none", KRONECKER_LINEAR, "kl+logits", questions=2, mixup_prompts=2
+        ),  # random models are always uncertain
     ],
 )
-def test_forwards_are_those_of_the_search(llava, tmp_path, method):
+def test_estimated_forwards_equal_those_of_the_search(llava, tmp_path, method):
     checkpoint = open_small(llava())
-    blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int8"), mixed_samples(checkpoint)
-    job = CalibrationJob(blocks, checkpoint.source, plan, samples)
-    found = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
-    assert estimate_calibration_cost(blocks, plan, samples, method).forwards == pytest.approx(found["block_forwards"], abs=1)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int8"), mixed_samples(checkpoint)
+    job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
+    summary = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
+    estimate = estimate_calibration_cost(blocks, schemes, samples, method)
+    assert estimate.forwards == pytest.approx(summary["block_forwards"], abs=1)
 
 
-def test_forwards_of_learning(llava, tmp_path):
-    """A step takes as many prompts as its tokens hold."""
+def test_estimated_forwards_of_learned_rounding_equal_those_of_the_search(llava, tmp_path):
+    """A step takes as many prompts as STEP_TOKENS hold."""
     checkpoint = open_small(llava())
-    blocks, plan, samples = (
+    blocks, schemes, samples = (
         make_blocks(checkpoint.hf_config),
         plan_of(checkpoint, "int8"),
         mixed_samples(checkpoint)[:1] * 64,
     )
-    job, method = CalibrationJob(blocks, checkpoint.source, plan, samples), SearchConfig("none", RTN_LINEAR, learn_steps=8)
-    found = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
-    counted = estimate_calibration_cost(blocks, plan, samples, method)
-    assert counted.forwards == pytest.approx(found["block_forwards"], rel=0.05)
-    without = estimate_calibration_cost(blocks, plan, samples, replace(method, learn_steps=0))
-    assert counted.flops > without.flops
-    assert counted.memory_bytes > without.memory_bytes
+    job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
+    method = SearchConfig("none", RTN_LINEAR, learn_steps=8)
+    summary = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
+    estimate = estimate_calibration_cost(blocks, schemes, samples, method)
+    assert estimate.forwards == pytest.approx(summary["block_forwards"], rel=0.05)
+    without = estimate_calibration_cost(blocks, schemes, samples, replace(method, learn_steps=0))
+    assert estimate.flops > without.flops
+    assert estimate.memory_bytes > without.memory_bytes
 
 
-def test_round_to_nearest_counts_products_by_hand(llava):
-    """int8: everything runs once. int4: the decoder does not run at all."""
+def test_cost_of_round_to_nearest_equals_the_sum_worked_out_by_hand(llava):
+    """int8: every block runs once. int4: the decoder does not run at all, as its activations stay float."""
     checkpoint = open_small(llava())
     blocks, samples, config = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint), checkpoint.config
-    whole = estimate_calibration_cost(blocks, plan_of(checkpoint, "int8"), samples, None)
+    int8 = estimate_calibration_cost(blocks, plan_of(checkpoint, "int8"), samples, None)
     text, vision = config.text, config.vision
     decoder = text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     decoder += text.hidden_size * text.num_heads * text.head_dim + 3 * text.hidden_size * text.intermediate_size
     tower = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     projector = vision.hidden_size * text.hidden_size + text.hidden_size**2
-    lengths, pictures = [len(s.input_ids) for s in samples], sum(len(s.pixel_values) for s in samples)
+    lengths, images = [len(s.input_ids) for s in samples], sum(len(s.pixel_values) for s in samples)
     patches = vision.num_patches + 1
-    flops = 2 * decoder * sum(lengths) * 2 + 4 * sum(n**2 for n in lengths) * text.hidden_size * 2
-    seen = 2 * tower * patches * pictures * 3 + 4 * pictures * patches**2 * vision.hidden_size * 3
-    seen += 2 * projector * patches * pictures
-    assert whole.flops == flops + seen
-    assert whole.rounded == 2 * decoder + 3 * tower + projector
-    part = estimate_calibration_cost(blocks, plan_of(checkpoint, "int4"), samples, None)
-    assert (part.flops, part.rounded) == (seen, whole.rounded)
-    assert part.forwards == 4 * pictures
+    decoder_flops = 2 * decoder * sum(lengths) * 2 + 4 * sum(n**2 for n in lengths) * text.hidden_size * 2
+    vision_flops = 2 * tower * patches * images * 3 + 4 * images * patches**2 * vision.hidden_size * 3
+    vision_flops += 2 * projector * patches * images
+    assert int8.flops == decoder_flops + vision_flops
+    assert int8.rounded == 2 * decoder + 3 * tower + projector
+    int4 = estimate_calibration_cost(blocks, plan_of(checkpoint, "int4"), samples, None)
+    assert (int4.flops, int4.rounded) == (vision_flops, int8.rounded)
+    assert int4.forwards == 4 * images
 
 
-def test_the_largest_block_decides_the_memory():
+def test_memory_of_a_sum_is_that_of_the_larger_part():
     assert Cost(1.0, memory_bytes=5) + Cost(2.0, memory_bytes=3) == Cost(3.0, memory_bytes=5)
 
 
 def test_large_factorizations_are_shared_by_threads_and_small_ones_are_not(llava, monkeypatch):
     checkpoint = open_small(llava())
-    blocks, plan, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4"), mixed_samples(checkpoint)
-    small = estimate_calibration_cost(blocks, plan, samples, FAST)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4"), mixed_samples(checkpoint)
+    small = estimate_calibration_cost(blocks, schemes, samples, FAST)
     monkeypatch.setattr(cost, "LARGE", 1)
-    large = estimate_calibration_cost(blocks, plan, samples, FAST)
+    large = estimate_calibration_cost(blocks, schemes, samples, FAST)
     assert small.single_flops > 0 == large.single_flops
     assert large.shared_flops == pytest.approx(small.shared_flops + small.single_flops)
-    assert small.shared_flops > 0  # solving
+    assert small.shared_flops > 0  # of solving by a factor
     assert large.flops == small.flops
 
 

@@ -1,4 +1,4 @@
-"""Samples that the search cannot use, or only in part: texts without pictures, and what is not finite."""
+"""Samples that the search can use only in part, or not at all: texts without images, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ METHODS = {
 }
 
 
-class Overflowing(TensorSource):
-    """A checkpoint one of whose norms multiplies by far too much."""
+class OverflowingSource(TensorSource):
+    """A checkpoint in which the gain of one norm, by name, is so large that its outputs overflow."""
 
     def __init__(self, source: TensorSource, name: str) -> None:
         self._source, self._name = source, name
@@ -66,9 +66,9 @@ def checkpoint(llava: Callable[..., Path]) -> Checkpoint:
 def job_of(
     checkpoint: Checkpoint, samples: Sequence[Sample], work: Path | None = None, vision: bool = True
 ) -> CalibrationJob:
-    plan = {n: s for n, s in plan_of(checkpoint, "int8").items() if vision or n.startswith("language_model.")}
-    kept = None if work is None else CalibrationWork(work)
-    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, samples, kept)
+    schemes = {n: s for n, s in plan_of(checkpoint, "int8").items() if vision or n.startswith("language_model.")}
+    calibration_work = None if work is None else CalibrationWork(work)
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, samples, calibration_work)
 
 
 def run(job: CalibrationJob, folder: Path, method: SearchConfig) -> CalibratedCheckpoint:
@@ -78,35 +78,35 @@ def run(job: CalibrationJob, folder: Path, method: SearchConfig) -> CalibratedCh
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("worked", [False, True])
-def test_texts_alone_calibrate_a_decoder(checkpoint, tmp_path, method, worked):
+@pytest.mark.parametrize("with_work_folder", [False, True])
+def test_texts_without_images_calibrate_the_decoder(checkpoint, tmp_path, method, with_work_folder):
     texts = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
-    job = job_of(checkpoint, texts, tmp_path / "work" if worked else None, vision=False)
-    found = run(job, tmp_path / "c", method)
-    assert set(found.schemes) == set(job.schemes)
-    assert all(block["error"] < 1e-3 for block in found.summary["blocks"] if block["layers"])
+    job = job_of(checkpoint, texts, tmp_path / "work" if with_work_folder else None, vision=False)
+    calibrated = run(job, tmp_path / "c", method)
+    assert set(calibrated.schemes) == set(job.schemes)
+    assert all(block["error"] < 1e-3 for block in calibrated.summary["blocks"] if block["layers"])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_texts_alone_do_not_calibrate_a_tower(checkpoint, tmp_path, method):
+def test_texts_without_images_are_refused_for_the_vision_tower(checkpoint, tmp_path, method):
     texts = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
     with pytest.raises(UserError, match=r"^vision_tower\.\S+: no calibration sample has a picture"):
         run(job_of(checkpoint, texts), tmp_path / "c", method)
 
 
 @pytest.mark.parametrize("method", [FAST, METHODS["full"]], ids=["fast", "full"])
-def test_a_part_of_texts_alone(checkpoint, tmp_path, monkeypatch, method):
-    """Influence is measured some samples at a time; in one of those times no picture may be shown."""
+def test_measuring_in_parts_allows_a_part_without_images(checkpoint, tmp_path, monkeypatch, method):
+    """Token sensitivity is measured on some samples at a time, and all of these may be texts without images."""
     whole = run(job_of(checkpoint, mixed_samples(checkpoint)), tmp_path / "whole", method)
     monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
-    for name, work in {"parts": None, "kept": tmp_path / "work"}.items():
-        found = run(job_of(checkpoint, mixed_samples(checkpoint), work), tmp_path / name, method)
-        errors, wanted = ([block["error"] for block in f.summary["blocks"]] for f in (found, whole))
-        assert sum(errors) < 1.5 * sum(wanted)
+    for name, work in {"parts": None, "with_work": tmp_path / "work"}.items():
+        in_parts = run(job_of(checkpoint, mixed_samples(checkpoint), work), tmp_path / name, method)
+        errors, whole_errors = ([block["error"] for block in c.summary["blocks"]] for c in (in_parts, whole))
+        assert sum(errors) < 1.5 * sum(whole_errors)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_picture_that_is_not_finite(checkpoint, tmp_path, method):
+def test_an_image_that_is_not_finite_is_refused_by_sample(checkpoint, tmp_path, method):
     samples = mixed_samples(checkpoint)
     samples[2].pixel_values[0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match=r"^vision_tower\.\S+: activations of sample 3 are not finite"):
@@ -114,17 +114,17 @@ def test_a_picture_that_is_not_finite(checkpoint, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_values_that_overflow_inside_a_block(checkpoint, tmp_path, method):
-    """Before anything is factored or learned: a matrix with NaN can never be."""
+def test_values_that_overflow_inside_a_block_are_refused_by_sample(checkpoint, tmp_path, method):
+    """They are refused before anything is factored or learned, as a matrix with NaN cannot be factored."""
     job = job_of(checkpoint, mixed_samples(checkpoint))
-    job = replace(job, source=Overflowing(job.source, "language_model.model.layers.1.post_attention_layernorm.weight"))
-    wrong = r"activations of sample 1 (are not finite|reach \de\+30, which is too large)"
-    with pytest.raises(UserError, match=rf"^language_model\.model\.layers\.1\S*: {wrong}"):
+    job = replace(job, source=OverflowingSource(job.source, "language_model.model.layers.1.post_attention_layernorm.weight"))
+    message = r"activations of sample 1 (are not finite|reach \de\+30, which is too large)"
+    with pytest.raises(UserError, match=rf"^language_model\.model\.layers\.1\S*: {message}"):
         run(job, tmp_path / "c", method)
 
 
-class Gated(nn.Module):
-    """A linear behind a norm."""
+class NormLinear(nn.Module):
+    """A norm followed by a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,21 +136,20 @@ class Gated(nn.Module):
         return self.mlp.fc1(self.layer_norm2(x))
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_linear_and_sample_are_named(wrong):
-    """wrong: whether it is the float model's input, or the quantized prefix's."""
+@pytest.mark.parametrize("stream", [0, 1])
+def test_an_input_that_is_not_finite_is_refused_by_linear_and_sample(stream):
+    """stream: 0 for the float model's inputs, 1 for those from the already quantized preceding blocks."""
     inputs = [[torch.randn(2, 5, 16), torch.randn(3, 7, 16)] for _ in range(2)]
-    inputs[wrong][1][1, 3, 2] = torch.inf  # the fourth input, about the pictures of sample 3
-    pictures = [torch.tensor([0, 0]), torch.tensor([1, 2, 2])]
-    search = BlockSearch(
-        Gated(), {"mlp.fc1": LinearScheme(8, 8, None)}, nn.Module.__call__, SearchConfig(), pictures=pictures, prefix="block"
-    )
+    inputs[stream][1][1, 3, 2] = torch.inf  # the fourth input, about the images of sample 3
+    numbers = [torch.tensor([0, 0]), torch.tensor([1, 2, 2])]
+    schemes = {"mlp.fc1": LinearScheme(8, 8, None)}
+    search = BlockSearch(NormLinear(), schemes, nn.Module.__call__, SearchConfig(), sample_numbers=numbers, prefix="block")
     with torch.no_grad(), pytest.raises(UserError, match=r"^block\.mlp\.fc1: activations of sample 3 are not finite"):
         search.search(*inputs)
 
 
-def test_a_matrix_that_no_damping_mends():
-    gram = torch.eye(4)
-    gram[2, 2] = torch.nan
+def test_a_hessian_with_nan_is_refused():
+    hessian = torch.eye(4)
+    hessian[2, 2] = torch.nan
     with pytest.raises(UserError, match="second moments of 4 channels are not finite"):
-        factor_hessian(gram)
+        factor_hessian(hessian)

@@ -1,4 +1,4 @@
-"""Factors and ranges, too, are chosen for what errors of each output do to the answers."""
+"""Equalization factors and activation ranges are chosen for the outputs whose errors matter, by the output Hessian."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.config import KRONECKER_LINEAR, LinearConfig, SearchConfig
 
 
-class Reader(nn.Module):
-    """A norm, and a linear of two outputs that read different channels most."""
+class NormLinear(nn.Module):
+    """A norm, and a linear whose two outputs have their largest weights at different channels."""
 
     @torch.no_grad()
     def __init__(self) -> None:
@@ -32,32 +32,32 @@ SCHEMES = [LinearScheme(3, None, 64), LinearScheme(4, 8, 64), LinearScheme(8, 8,
 
 
 @torch.no_grad()
-def searched(scheme: LinearScheme, counting: int, variant: LinearConfig) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """What a factor left of the norm's gain, float32 [64], each output's squared error [2], and the range of activations,
-    where only errors of the output `counting` reach the answers."""
-    module, inputs = Reader(), [torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(1))]
-    metric = torch.zeros(2, 2)
-    metric[counting, counting] = 1.0
-    method = SearchConfig("expected", variant)
-    search = BlockSearch(module, {"mlp.fc1": scheme}, nn.Module.__call__, method, output_hessians={"mlp.fc1": metric})
-    wanted, found = search.search(inputs, inputs)
-    errors = (found[0] - wanted[0]).square().mean((0, 1))
-    return search.floats()["layer_norm2.weight"], errors, search.found()["mlp.fc1"].input_scale
+def search_block(scheme: LinearScheme, output: int, linear: LinearConfig) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """Searches a block where only errors of one output, by number, reach the model's output.
+
+    Returns the equalized gain of the norm, float32 [64], each output's mean squared error [2], and the input scale.
+    """
+    module, inputs = NormLinear(), [torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(1))]
+    hessian = torch.zeros(2, 2)
+    hessian[output, output] = 1.0
+    method = SearchConfig("expected", linear)
+    search = BlockSearch(module, {"mlp.fc1": scheme}, nn.Module.__call__, method, output_hessians={"mlp.fc1": hessian})
+    float_outputs, outputs = search.search(inputs, inputs)
+    errors = (outputs[0] - float_outputs[0]).square().mean((0, 1))
+    return search.float_tensors()["layer_norm2.weight"], errors, search.quantized_linears()["mlp.fc1"].input_scale
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_factors_suit_the_output_whose_errors_count(scheme):
-    (_, first, _), (_, second, _) = (searched(scheme, counting, KRONECKER_LINEAR) for counting in range(2))
+def test_the_output_whose_errors_matter_gets_the_smaller_error(scheme):
+    (_, first, _), (_, second, _) = (search_block(scheme, output, KRONECKER_LINEAR) for output in range(2))
     assert first[0] * second[1] < 0.5 * second[0] * first[1]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_factors_and_ranges_of_the_output_as_it_is(scheme):
-    """The ablation: without it nothing depends on which output counts, where rounding takes them one at a time, too."""
-    variant = replace(KRONECKER_LINEAR, by_output=False)
-    (gains, first, scale), (other_gains, second, other_scale) = (
-        searched(scheme, counting, variant) for counting in range(2)
-    )
+def test_without_by_output_factors_and_ranges_do_not_depend_on_the_output_hessian(scheme):
+    """Neither do the rounded weights: with a diagonal output Hessian, every output is rounded on its own."""
+    linear = replace(KRONECKER_LINEAR, by_output=False)
+    (gains, first, scale), (other_gains, second, other_scale) = (search_block(scheme, output, linear) for output in range(2))
     assert torch.equal(gains, other_gains)
     assert scale == other_scale
     assert torch.equal(first, second)

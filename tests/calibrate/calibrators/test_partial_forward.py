@@ -1,4 +1,4 @@
-"""Going on with a block where it was: the same outputs as running it whole, each linear computing once."""
+"""Partial forward passes from cached outputs: the same outputs as one whole run, with every linear computing once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ DECODERS = {
 KINDS = (*TOWERS, *DECODERS)
 
 
-def block(kind: str) -> tuple[nn.Module, Run]:
+def make_block(kind: str) -> tuple[nn.Module, Run]:
+    """A block of random weights, and how to run it."""
     torch.manual_seed(0)
     if kind in TOWERS:
         layer, config = TOWERS[kind]
@@ -54,23 +55,24 @@ def block(kind: str) -> tuple[nn.Module, Run]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", [W8A8, INT4])
 @pytest.mark.parametrize("left_out", ["", "o_proj", "fc1", "up_proj"])
-def test_a_block_gone_on_with_gives_what_it_gives_whole(kind, scheme, left_out):
-    """Whatever is not planned, too; while the hooks that round inputs are there."""
-    module, run = block(kind)
+def test_a_block_run_from_cached_outputs_equals_the_whole_run(kind, scheme, left_out):
+    """Also where some linears stay float; run while the hooks that fake-quantize inputs are there."""
+    module, run = make_block(kind)
     inputs = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)]
-    plan = {n: scheme for n, m in module.named_modules() if isinstance(m, nn.Linear) and not (left_out and left_out in n)}
-    search = BlockSearch(module, plan, run, SearchConfig("expected"))
-    groups = [g for g in find_shared_inputs(module) if any(name in plan for name in g.linears)]
+    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    schemes = {name: scheme for name in linears if not (left_out and left_out in name)}
+    search = BlockSearch(module, schemes, run, SearchConfig("expected"))
+    shared_inputs = [s for s in find_shared_inputs(module) if any(name in schemes for name in s.linears)]
     with ExitStack() as hooks:
-        candidate = QuantizedBlock(module, module, hooks)
-        search._quantize(candidate, groups, inputs, inputs)  # hooks are gone when `search` returns
-        resumed = search._resumed(candidate, inputs)
-        whole = [run(candidate.rounded, x) for x in inputs]
-    assert weighted_relative_error(resumed, whole) < 1e-6  # a value between two codes may fall to either
+        block = QuantizedBlock(module, module, hooks)
+        search._quantize_module(block, shared_inputs, inputs, inputs)  # hooks are gone when `search` returns
+        from_cached = search._run_from_cached(block, inputs)
+        whole = [run(block.rounded, x) for x in inputs]
+    assert weighted_relative_error(from_cached, whole) < 1e-6  # a value between two codes may fall to either
 
 
-class Products(TorchFunctionMode):
-    """Inside, what linears are given is counted. values: by the number of their weight."""
+class CountLinearInputs(TorchFunctionMode):
+    """Counts the values that linears read while it is active. values: by the id of the linear's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,36 +86,38 @@ class Products(TorchFunctionMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_computes_once(kind):
-    module, run = block(kind)
-    inputs, attended = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], []
-    plan = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-    search = BlockSearch(module, plan, run, SearchConfig("none"))
-    module.self_attn.register_forward_hook(lambda *_: attended.append(1))
-    with Products() as products:
+    module, run = make_block(kind)
+    inputs, attention_calls = [torch.randn(2, 9, 64), torch.randn(3, 5, 64)], []
+    schemes = {n: INT4 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    search = BlockSearch(module, schemes, run, SearchConfig("none"))
+    module.self_attn.register_forward_hook(lambda *_: attention_calls.append(1))
+    with CountLinearInputs() as counter:
         search.search(inputs, inputs)
-    assert len(attended) == len(inputs)  # to its end, in the float model; when o's output is known, not at all
-    for name in plan:
+    # Attention completes in the float run only: afterwards it stops at o_proj, or its output is cached.
+    assert len(attention_calls) == len(inputs)
+    for name in schemes:
         linear = module.get_submodule(name)
-        assert products.values[id(linear.weight)] == 2 * (18 + 15) * linear.in_features  # in the float model, and here
+        assert counter.values[id(linear.weight)] == 2 * (18 + 15) * linear.in_features  # once in float, once quantized
     assert search.forwards == pytest.approx(2 * 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_is_rounded_once_for_all_linears_that_read_it(kind, monkeypatch):
-    """Once to search the codes by, once to compute with them."""
-    module, run = block(kind)
-    inputs, rounded = [torch.randn(2, 9, 64)], []
-    plan = {n: W8A8 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+def test_a_shared_input_is_fake_quantized_once_for_all_its_linears(kind, monkeypatch):
+    """Once to choose the codes, and once to compute the outputs with them."""
+    module, run = make_block(kind)
+    inputs, calls = [torch.randn(2, 9, 64)], []
+    schemes = {n: W8A8 for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     for place in ("rounding.quantize_linears", "calibrators.block_search"):
         monkeypatch.setattr(
-            f"qvlm_export.calibrate.{place}.fake_quantize", lambda x, *how: rounded.append(x) or fake_quantize(x, *how)
+            f"qvlm_export.calibrate.{place}.fake_quantize",
+            lambda x, *quantizer: calls.append(x) or fake_quantize(x, *quantizer),
         )
-    BlockSearch(module, plan, run, SearchConfig("none")).search(inputs, inputs)
-    assert len(rounded) == 2 * len(find_shared_inputs(module))
+    BlockSearch(module, schemes, run, SearchConfig("none")).search(inputs, inputs)
+    assert len(calls) == 2 * len(find_shared_inputs(module))
 
 
-def test_linears_are_back_in_their_places_after_an_error():
-    module, run = block("llama")
+def test_replaced_linears_are_restored_after_an_error():
+    module, run = make_block("llama")
     linear = module.self_attn.o_proj
     with suppress(StopIteration), replace_with_cached(module, {"self_attn.o_proj": [torch.zeros(1, 4, 64)]}):
         run(module, torch.zeros(1, 4, 64))

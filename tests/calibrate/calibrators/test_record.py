@@ -1,4 +1,4 @@
-"""The record: errors by modality, and what became of every linear, computed here a second time."""
+"""The calibration record against the same numbers computed here a second time."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 SIMPLE = SearchConfig(equalization="none", linear=LinearConfig())
 
 
-def answered(checkpoint: Checkpoint) -> list[Sample]:
-    """Samples with no, one and two pictures, the last three tokens being the answer."""
-    made = [make_sample(checkpoint, words=w, images=n, seed=s) for s, (w, n) in enumerate([(9, 1), (6, 0), (12, 2)])]
-    return [Sample(s.input_ids, s.pixel_values, len(s.input_ids) - 3) for s in made]
+def samples_with_answers(checkpoint: Checkpoint) -> list[Sample]:
+    """Samples with one, no and two images, the last three tokens being the answer."""
+    samples = [make_sample(checkpoint, words=w, images=n, seed=s) for s, (w, n) in enumerate([(9, 1), (6, 0), (12, 2)])]
+    return [Sample(s.input_ids, s.pixel_values, len(s.input_ids) - 3) for s in samples]
 
 
 def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> CalibrationJob:
@@ -50,7 +50,7 @@ def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> Calibr
 
 def calibrated(checkpoint: Checkpoint, preset: str, folder: Path, method: Any) -> CalibratedCheckpoint:
     writer = CalibratedWriter(folder)
-    job = job_of(checkpoint, preset, answered(checkpoint))
+    job = job_of(checkpoint, preset, samples_with_answers(checkpoint))
     writer.finish(checkpoint.config_json, method(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 
@@ -62,90 +62,92 @@ def checkpoint(llava: Any) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def int4(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> CalibratedCheckpoint:
-    """Nothing is folded, so that weights can be compared with the source."""
+    """A searched checkpoint without equalization, so that its weights can be compared with the source."""
     folder = tmp_path_factory.mktemp("record")
-    return calibrated(checkpoint, "int4", folder, lambda *given: calibrate_search(*given, method=SIMPLE))
+    return calibrated(checkpoint, "int4", folder, lambda *arguments: calibrate_search(*arguments, method=SIMPLE))
 
 
-def layers_of(found: CalibratedCheckpoint) -> list[dict[str, Any]]:
-    return [layer for block in found.summary["blocks"] for layer in block["layers"]]
+def layers_of(checkpoint: CalibratedCheckpoint) -> list[dict[str, Any]]:
+    return [layer for block in checkpoint.summary["blocks"] for layer in block["layers"]]
 
 
-def linears_of(found: CalibratedCheckpoint) -> dict[str, dict[str, Any]]:
-    return {name: linear for layer in layers_of(found) for name, linear in layer["linears"].items()}
+def linears_of(checkpoint: CalibratedCheckpoint) -> dict[str, dict[str, Any]]:
+    return {name: linear for layer in layers_of(checkpoint) for name, linear in layer["linears"].items()}
 
 
-def test_errors_by_label_against_a_loop() -> None:
+def test_errors_by_label_equal_those_of_a_loop() -> None:
     torch.manual_seed(0)
-    wanted = [torch.randn(1, 5, 3), torch.randn(2, 4, 3)]
-    outputs = [x + 0.1 * torch.randn_like(x) for x in wanted]
+    float_outputs = [torch.randn(1, 5, 3), torch.randn(2, 4, 3)]
+    outputs = [x + 0.1 * torch.randn_like(x) for x in float_outputs]
     labels = [torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1])]
     sums = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
-    for output, exact, label in zip(outputs, wanted, labels, strict=True):
+    for output, exact, label in zip(outputs, float_outputs, labels, strict=True):
         for row in range(len(exact)):
             for token in range(exact.shape[1]):
-                mine = sums[int(label[token if len(label) > 1 else 0])]
-                mine[0] += float((output[row, token] - exact[row, token]).square().sum())
-                mine[1] += float(exact[row, token].square().sum())
-    found = compute_errors_by_label(outputs, wanted, labels)
-    assert found == pytest.approx(
+                label_sums = sums[int(label[token if len(label) > 1 else 0])]
+                label_sums[0] += float((output[row, token] - exact[row, token]).square().sum())
+                label_sums[1] += float(exact[row, token].square().sum())
+    errors = compute_errors_by_label(outputs, float_outputs, labels)
+    assert errors == pytest.approx(
         {name: a / b for name, (a, b) in zip(("image", "prompt", "answer"), sums.values(), strict=True)}
     )
 
 
-def test_rounding_to_nearest_is_what_the_absmax_calibrator_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """On the first block, whose inputs are the same; with so few samples all of them are compared."""
-    samples = answered(checkpoint)
-    found = calibrated(checkpoint, "int8", tmp_path / "searched", lambda *given: calibrate_search(*given, method=FAST))
-    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_rtn)
-    blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(nearest)
+def test_the_rtn_baseline_is_what_calibrate_rtn_writes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Compared on the first block, whose inputs are the same; of so few samples all are compared."""
+    samples = samples_with_answers(checkpoint)
+    searched = calibrated(
+        checkpoint, "int8", tmp_path / "searched", lambda *arguments: calibrate_search(*arguments, method=FAST)
+    )
+    rtn = calibrated(checkpoint, "int8", tmp_path / "rtn", calibrate_rtn)
+    blocks, rtn_source = make_blocks(checkpoint.hf_config), DequantizedSource(rtn)
     first = blocks.vision_layers[0].prefix
     outputs: dict[str, list[torch.Tensor]] = {}
-    plain_step, nearest_step = float_step(checkpoint.source), fake_quantized_step(nearest, source)
-    for name, of, step in (("wanted", checkpoint.source, plain_step), ("given", source, nearest_step)):
-        kept = record_outputs(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
-        run_vision_blocks(blocks, of, samples, kept)
+    plain_step, rtn_step = float_step(checkpoint.source), fake_quantized_step(rtn, rtn_source)
+    for name, source, step in (("float", checkpoint.source, plain_step), ("rtn", rtn_source, rtn_step)):
+        recording = record_outputs(step, lambda prefix, x, name=name: outputs.setdefault(f"{name} {prefix}", list(x)))
+        run_vision_blocks(blocks, source, samples, recording)
     labels = [torch.zeros(1, dtype=torch.int64)] * 2
-    wanted = compute_errors_by_label(outputs[f"given {first}"], outputs[f"wanted {first}"], labels)
-    compared = found.summary["blocks"][0]["compared"]
+    expected = compute_errors_by_label(outputs[f"rtn {first}"], outputs[f"float {first}"], labels)
+    compared = searched.summary["blocks"][0]["compared"]
     assert compared["inputs"] == 2
-    assert compared["nearest"] == pytest.approx(wanted, rel=1e-4)
+    assert compared["nearest"] == pytest.approx(expected, rel=1e-4)
     assert compared["searched"]["image"] > 0
-    assert compared["searched"] == found.summary["blocks"][0]["errors"]
+    assert compared["searched"] == searched.summary["blocks"][0]["errors"]
 
 
-def test_few_inputs_are_compared_spread_evenly() -> None:
+def test_the_rtn_baseline_runs_few_inputs_spread_evenly() -> None:
     module = torch.nn.Linear(4, 4)
     pairs = [(torch.full((1, 2, 4), float(n)), torch.full((1, 2, 4), float(n))) for n in range(20)]
-    given: list[float] = []
+    run_inputs: list[float] = []
 
     def run(part: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        given.append(float(x[0, 0, 0]))
+        run_inputs.append(float(x[0, 0, 0]))
         return part.proj(x)
 
     assert run_rtn_baseline(module, {}, run, pairs) == RtnBaseline((), ())
     holder = torch.nn.Module()
     holder.proj = module
     with torch.no_grad():
-        found = run_rtn_baseline(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
-    assert found.numbers == (0, 3, 6, 9, 12, 15, 18)
-    assert given == [*found.numbers, *found.numbers]
+        baseline = run_rtn_baseline(holder, {"proj": LinearScheme(4, None, 4)}, run, pairs)
+    assert baseline.numbers == (0, 3, 6, 9, 12, 15, 18)
+    assert run_inputs == [*baseline.numbers, *baseline.numbers]
 
 
-def test_what_linears_give_against_their_float_outputs(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Of the first block, whose input is exact; all of so few rows are looked at."""
-    found = calibrated(checkpoint, "int8", tmp_path, lambda *given: calibrate_search(*given, method=SIMPLE))
-    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+def test_output_sqnr_compares_a_linear_with_its_float_output(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Compared on the first block, whose input is exact; of so few rows all are measured."""
+    searched = calibrated(checkpoint, "int8", tmp_path, lambda *arguments: calibrate_search(*arguments, method=SIMPLE))
+    blocks, inputs = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
     first = blocks.vision_layers[0]
     layer = first.module.get_submodule("self_attn.q_proj")
-    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2).clone()))
-    run_vision_blocks(blocks, checkpoint.source, answered(checkpoint), float_step(checkpoint.source))
-    rows, name = torch.cat(read), f"{first.prefix}.self_attn.q_proj"
-    linear, weight = found.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
-    wanted = rows @ weight.T
-    given = fake_quantize(rows, linear.input_scale, 8) @ torch.from_numpy(linear.dequantized()).T
-    db = 10 * math.log10(float(wanted.square().sum() / (given - wanted).square().sum()))
-    assert linears_of(found)[name]["sqnr_db"] == pytest.approx(db, abs=1e-3)
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2).clone()))
+    run_vision_blocks(blocks, checkpoint.source, samples_with_answers(checkpoint), float_step(checkpoint.source))
+    rows, name = torch.cat(inputs), f"{first.prefix}.self_attn.q_proj"
+    linear, weight = searched.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
+    float_output = rows @ weight.T
+    output = fake_quantize(rows, linear.input_scale, 8) @ torch.from_numpy(linear.dequantized()).T
+    db = 10 * math.log10(float(float_output.square().sum() / (output - float_output).square().sum()))
+    assert linears_of(searched)[name]["sqnr_db"] == pytest.approx(db, abs=1e-3)
 
 
 def test_a_label_without_tokens_is_left_out() -> None:
@@ -154,13 +156,13 @@ def test_a_label_without_tokens_is_left_out() -> None:
 
 
 def test_labels_are_in_the_order_of_the_inputs(checkpoint: Checkpoint) -> None:
-    blocks, samples = make_blocks(checkpoint.hf_config), answered(checkpoint)
+    blocks, samples = make_blocks(checkpoint.hf_config), samples_with_answers(checkpoint)
     prompts = [[sample] for sample in samples]
     decoder = label_block_inputs(blocks.text_layers[1], blocks, prompts)
     for sample, labels in zip(samples, decoder, strict=True):
-        wanted = np.where(sample.input_ids == checkpoint.config.image_token_id, 0, 1)
-        wanted[-3:] = 2
-        assert labels.tolist() == wanted.tolist()
+        expected = np.where(sample.input_ids == checkpoint.config.image_token_id, 0, 1)
+        expected[-3:] = 2
+        assert labels.tolist() == expected.tolist()
     for block in (blocks.vision_layers[0], blocks.projector):
         assert [x.tolist() for x in label_block_inputs(block, blocks, prompts)] == [[TokenLabel.IMAGE]] * 2
 
@@ -176,14 +178,14 @@ def test_every_block_has_errors_of_its_modalities(int4: CalibratedCheckpoint) ->
             assert block["errors"]["image"] == pytest.approx(block["error"], rel=1e-5)
 
 
-def test_every_planned_linear_once_in_order(int4: CalibratedCheckpoint) -> None:
+def test_the_record_holds_every_quantized_linear_once_in_order(int4: CalibratedCheckpoint) -> None:
     assert set(linears_of(int4)) == set(int4.schemes)
     assert len(linears_of(int4)) == sum(len(layer["linears"]) for layer in layers_of(int4))
     shared = next(layer for layer in layers_of(int4) if len(layer["linears"]) == 3)
     assert [name.rpartition(".")[2] for name in shared["linears"]] == ["q_proj", "k_proj", "v_proj"]
 
 
-def test_linears_against_what_is_stored(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
+def test_records_of_linears_agree_with_the_checkpoint(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
     for name, record in linears_of(int4).items():
         linear, weight = int4.linear(name), checkpoint.source.load(f"{name}.weight").astype(np.float64)
         error = linear.dequantized() - weight
@@ -196,57 +198,57 @@ def test_linears_against_what_is_stored(int4: CalibratedCheckpoint, checkpoint: 
     assert {record["scheme"] for record in linears_of(int4).values()} == {"W8A8", "W4A16 g128"}
 
 
-def test_range_and_entropy_of_inputs_that_are_known(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows kept on their way through the search give the same coverage and entropy as the histograms."""
-    kept: list[dict[str, torch.Tensor]] = []
-    choose = BlockSearch._quantize_group
+def test_coverage_and_entropy_are_those_of_the_inputs(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows recorded during the search give the same coverage and entropy as the histograms of the record."""
+    recorded: list[dict[str, torch.Tensor]] = []
+    quantize_shared_input = BlockSearch._quantize_shared_input
 
-    def watching(self: BlockSearch, candidate: Any, group: Any, *rest: Any) -> None:
-        kept.append({group.linears[0]: rest[1].clone()})  # the rows seen, after those wanted
-        choose(self, candidate, group, *rest)
+    def record_rows(self: BlockSearch, block: Any, shared: Any, *arguments: Any) -> None:
+        _, quantized_rows, _ = arguments
+        recorded.append({shared.linears[0]: quantized_rows.clone()})
+        quantize_shared_input(self, block, shared, *arguments)
 
-    monkeypatch.setattr(BlockSearch, "_quantize_group", watching)
-    job = job_of(checkpoint, "int8", answered(checkpoint))
+    monkeypatch.setattr(BlockSearch, "_quantize_shared_input", record_rows)
+    job = job_of(checkpoint, "int8", samples_with_answers(checkpoint))
 
-    class Nothing(CalibratedWriter):
+    class NullWriter(CalibratedWriter):
         def __init__(self) -> None: ...
         def write_shard(self, *_: object) -> None: ...
 
-    summary = calibrate_search(job, Nothing(), lambda *_: None, SIMPLE)
+    summary = calibrate_search(job, NullWriter(), lambda *_: None, SIMPLE)
     layers = [layer for block in summary["blocks"] for layer in block["layers"]]
-    for layer, rows in zip(layers, kept, strict=True):
-        ((first, seen),) = rows.items()
+    for layer, rows in zip(layers, recorded, strict=True):
+        ((first, x),) = rows.items()
         name, record = next(iter(layer["linears"].items()))
         assert name.endswith(first)
-        assert record["covered"] == pytest.approx(127 * record["input_scale"] / float(seen.abs().max()))
+        assert record["covered"] == pytest.approx(127 * record["input_scale"] / float(x.abs().max()))
         assert layer["bits"] == 8
-        assert layer["entropy"] == pytest.approx(
-            entropy_nats(soft_code_distribution(seen, record["input_scale"], 8)), abs=0.01
-        )
+        assert layer["entropy"] == pytest.approx(entropy_nats(soft_code_distribution(x, record["input_scale"], 8)), abs=0.01)
     assert any(linear["covered"] < 0.99 for layer in layers for linear in layer["linears"].values())
 
 
-def test_largest_inputs_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
-    """Of the first decoder layer's first linears, which only a norm stands before."""
-    blocks, read = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
-    samples = answered(checkpoint)
+def test_largest_inputs_are_recorded_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
+    """Compared on the first linears of the first decoder layer, which come right after a norm."""
+    blocks, inputs = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    samples = samples_with_answers(checkpoint)
     first = blocks.text_layers[0]
-    first.module.get_submodule("self_attn.q_proj").register_forward_pre_hook(lambda _, args: read.append(args[0][0].clone()))
+    layer = first.module.get_submodule("self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].clone()))
     source = DequantizedSource(int4)
     step = fake_quantized_step(int4, source)
     run_decoder_blocks(blocks, source, samples, run_vision_blocks(blocks, source, samples, step), step)
-    wanted = [0.0, 0.0, 0.0]
-    for rows, labels in zip(read, label_block_inputs(first, blocks, [[s] for s in samples]), strict=True):
+    amax = [0.0, 0.0, 0.0]
+    for rows, labels in zip(inputs, label_block_inputs(first, blocks, [[s] for s in samples]), strict=True):
         for row, label in zip(rows, labels, strict=True):
-            wanted[int(label)] = max(wanted[int(label)], float(row.abs().max()))
-    layer = next(x for x in layers_of(int4) if f"{first.prefix}.self_attn.q_proj" in x["linears"])
-    assert layer["largest"] == pytest.approx(dict(zip(("image", "prompt", "answer"), wanted, strict=True)), rel=1e-4)
+            amax[int(label)] = max(amax[int(label)], float(row.abs().max()))
+    record = next(x for x in layers_of(int4) if f"{first.prefix}.self_attn.q_proj" in x["linears"])
+    assert record["largest"] == pytest.approx(dict(zip(("image", "prompt", "answer"), amax, strict=True)), rel=1e-4)
     tower = layers_of(int4)[0]
     assert list(tower["largest"]) == ["image"]
 
 
-def test_boundaries_follow_the_papers_rule() -> None:
-    """Two more than the median belong to what is before them, across blocks in memory never."""
+def test_block_starts_follow_the_papers_rule() -> None:
+    """Layers of more entropy than the median are joined to those before, but never across blocks in memory."""
     entropies = {"a": [1.0, 3.0, 3.0], "b": [3.0, 1.0]}
     blocks = [
         {"name": name, "layers": [{"linears": {f"{name}.{k}": {}}, "bits": 8, "entropy": e} for k, e in enumerate(values)]}
@@ -258,19 +260,19 @@ def test_boundaries_follow_the_papers_rule() -> None:
     assert [[layer["starts_block"] for layer in block["layers"]] for block in marked] == [[True, False, False], [True, True]]
 
 
-def test_blocks_start_with_a_boundary(int4: CalibratedCheckpoint) -> None:
+def test_every_block_in_memory_starts_a_searched_block(int4: CalibratedCheckpoint) -> None:
     assert all(block["layers"][0]["starts_block"] for block in int4.summary["blocks"])
     assert set(int4.summary["entropy_thresholds"]) == {"4", "8"}
 
 
-def test_sqnr_of_nothing_and_of_the_exact_weight() -> None:
+def test_sqnr_of_a_zero_and_of_an_exact_weight_is_none() -> None:
     weight = torch.tensor([[1.0, -2.0]])
     assert sqnr_db(weight, weight) is None
     assert sqnr_db(torch.zeros(1, 2), weight) is None
     assert sqnr_db(weight, weight * 0.9) == pytest.approx(20.0, abs=1e-5)
 
 
-def test_inputs_that_are_all_zero() -> None:
+def test_coverage_of_an_input_that_is_all_zero_is_none() -> None:
     linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
     record = make_linear_record(linear, LinearSqnr(None, None), 0.0)
     assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
@@ -281,22 +283,24 @@ def test_the_record_is_json_without_infinities(int4: CalibratedCheckpoint) -> No
     json.dumps(int4.summary, allow_nan=False)
 
 
-def test_learning_moves_the_ranges_that_are_recorded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_record_holds_the_ranges_after_learning(checkpoint: Checkpoint, tmp_path: Path) -> None:
     method = SearchConfig(equalization="none", linear=RTN_LINEAR, learn_steps=32)
-    found = calibrated(checkpoint, "sim-w4a4", tmp_path / "c", lambda *given: calibrate_search(*given, method=method))
-    assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in found.summary["blocks"])
-    for name, record in linears_of(found).items():
-        assert record["input_scale"] == found.input_scale(name)
+    learned = calibrated(
+        checkpoint, "sim-w4a4", tmp_path / "c", lambda *arguments: calibrate_search(*arguments, method=method)
+    )
+    assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in learned.summary["blocks"])
+    for name, record in linears_of(learned).items():
+        assert record["input_scale"] == learned.input_scale(name)
 
 
-def test_the_printed_method_keeps_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_qvlm)
-    assert found.summary["samples"] == 3
-    assert "entropy_thresholds" in found.summary
+def test_qvlm_writes_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    qvlm = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_qvlm)
+    assert qvlm.summary["samples"] == 3
+    assert "entropy_thresholds" in qvlm.summary
 
 
-def test_a_picture_with_nan_is_named_before_the_search(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    samples = answered(checkpoint)
+def test_an_image_with_nan_is_refused_by_block_and_sample(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    samples = samples_with_answers(checkpoint)
     samples[2].pixel_values[1, 0, 0, 0] = np.nan
     job = job_of(checkpoint, "int4", samples)
     with pytest.raises(

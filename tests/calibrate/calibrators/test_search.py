@@ -1,4 +1,4 @@
-"""The searching calibrator: better than round-to-nearest, repeatable, and a checkpoint like any other."""
+"""The block-wise search: better than round-to-nearest, the same bytes every time, and a checkpoint like any other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from qvlm_export.checkpoints.checkpoint import open_checkpoint
 calibrate_fast = partial(calibrate_search, method=FAST)
 
 
-def run(checkpoint, samples, source, step) -> torch.Tensor:
+def compute_logits(checkpoint, samples, source, step) -> torch.Tensor:
+    """Logits of all tokens of all samples, float32 [tokens, vocabulary]."""
     blocks = make_blocks(checkpoint.hf_config)
     features = run_vision_blocks(blocks, source, samples, step)
     hidden = run_decoder_blocks(blocks, source, samples, features, step)
@@ -52,52 +53,53 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
     answers = torch.cat([torch.arange(len(s.input_ids)) >= s.answer_start - 1 for s in samples])
-    wanted = run(checkpoint, samples, checkpoint.source, float_step(checkpoint.source))
-    everywhere, there = [], []
+    float_logits = compute_logits(checkpoint, samples, checkpoint.source, float_step(checkpoint.source))
+    all_errors, answer_errors = [], []
     for number, method in enumerate((calibrate_rtn, calibrate_fast, partial(calibrate_search, method=FULL))):
-        found = calibrated(checkpoint, preset, tmp_path / str(number), method, samples)
-        source = DequantizedSource(found)
-        wrong = run(checkpoint, samples, source, fake_quantized_step(found, source)) - wanted
-        everywhere.append(float(wrong.norm()))
-        there.append(float(wrong[answers].norm()))
-    assert everywhere[1] < 0.8 * everywhere[0]
-    assert there[1] < 0.8 * there[0]
-    assert there[2] < 0.8 * there[0]
-    # Of four samples and a random model, `full` learns little about other prompts, and which outputs count.
-    assert there[2] < 2 * there[1]
+        quantized = calibrated(checkpoint, preset, tmp_path / str(number), method, samples)
+        source = DequantizedSource(quantized)
+        error = compute_logits(checkpoint, samples, source, fake_quantized_step(quantized, source)) - float_logits
+        all_errors.append(float(error.norm()))
+        answer_errors.append(float(error[answers].norm()))
+    assert all_errors[1] < 0.8 * all_errors[0]
+    assert answer_errors[1] < 0.8 * answer_errors[0]
+    assert answer_errors[2] < 0.8 * answer_errors[0]
+    # From four samples and a random model, `full` learns little about other prompts, and about which outputs matter.
+    assert answer_errors[2] < 2 * answer_errors[1]
 
 
-def test_the_tower_is_optimised_for_the_language_model_for_itself_or_not_at_all(llava, tmp_path):
+def test_the_vision_target_decides_what_the_tower_is_optimized_for(llava, tmp_path):
+    """For the language model, for its own output, or not at all, which is round-to-nearest."""
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
     codes = {}
     for vision in ("language", "own", "none"):
         method = SearchConfig(token_weighting="logits", vision=vision)
-        searched = partial(calibrate_search, method=method)
-        found = calibrated(checkpoint, "int8", tmp_path / vision, searched, samples)
-        codes[vision] = {name: found.linear(name).codes for name in found.schemes}
-    nearest = calibrated(checkpoint, "int8", tmp_path / "nearest", calibrate_rtn, samples)
-    for name in nearest.schemes:
-        tower = not name.startswith("language_model")
-        assert np.array_equal(codes["none"][name], nearest.linear(name).codes) == tower, name
-        if tower:
+        calibrator = partial(calibrate_search, method=method)
+        quantized = calibrated(checkpoint, "int8", tmp_path / vision, calibrator, samples)
+        codes[vision] = {name: quantized.linear(name).codes for name in quantized.schemes}
+    rtn = calibrated(checkpoint, "int8", tmp_path / "rtn", calibrate_rtn, samples)
+    for name in rtn.schemes:
+        is_vision = not name.startswith("language_model")
+        assert np.array_equal(codes["none"][name], rtn.linear(name).codes) == is_vision, name
+        if is_vision:
             assert not np.array_equal(codes["own"][name], codes["none"][name])
             assert not np.array_equal(codes["own"][name], codes["language"][name])
 
 
-@pytest.mark.parametrize("objective", ["plain", "logits"])
-def test_same_bytes_twice_and_forwards_counted(llava, tmp_path, objective):
+@pytest.mark.parametrize("token_weighting", ["plain", "logits"])
+def test_the_same_search_twice_writes_the_same_bytes_and_counts_its_passes(llava, tmp_path, token_weighting):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
-    method = partial(calibrate_search, method=replace(FAST, token_weighting=objective))
+    method = partial(calibrate_search, method=replace(FAST, token_weighting=token_weighting))
     one, two = (calibrated(checkpoint, "int4", tmp_path / name, method) for name in ("one", "two"))
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    # 1 float run, 1 quantized one; 4 prompts, 4 pictures. What tokens count: one there and one back.
-    runs, asked = 2 * 4 + 4 * 4, objective == "logits"
-    assert one.summary["block_forwards"] == (2 + asked) * runs
-    assert one.summary["block_backwards"] == asked * runs
+    # 1 float run and 1 quantized run of 4 prompts and 4 images; token sensitivity takes 1 forward and 1 backward.
+    runs, measured = 2 * 4 + 4 * 4, token_weighting == "logits"
+    assert one.summary["block_forwards"] == (2 + measured) * runs
+    assert one.summary["block_backwards"] == measured * runs
 
 
 def test_fast_takes_no_gradients():
@@ -105,8 +107,8 @@ def test_fast_takes_no_gradients():
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_no_hook_is_left_behind(llava, tmp_path, steps):
-    """A hook would keep the codes of its block in memory for as long as the model lives."""
+def test_the_search_removes_all_hooks(llava, tmp_path, steps):
+    """A hook would hold the codes of its block in memory for as long as the model lives."""
     checkpoint = open_checkpoint(str(llava()))
     blocks, samples = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint)
     job = CalibrationJob(blocks, checkpoint.source, plan_of(checkpoint, "int8"), samples)
@@ -116,12 +118,12 @@ def test_no_hook_is_left_behind(llava, tmp_path, steps):
 
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Every step of `full`, fewer of each."""
+    """Every stage of `full`, with fewer steps of learned rounding, and equalization by search."""
     return calibrate_search(job, writer, progress, replace(FULL, equalization="search", learn_steps=20))
 
 
-def assert_threads_do_not_show(checkpoint, preset, folder, method, more=2) -> None:
-    """The same bytes on one and on `more`."""
+def assert_same_bytes_on_any_threads(checkpoint, preset, folder, method, more=2) -> None:
+    """Asserts that calibrating on one thread and on `more` threads writes the same bytes."""
     folders, before = [], torch.get_num_threads()
     try:
         for count in (1, more):
@@ -136,46 +138,46 @@ def assert_threads_do_not_show(checkpoint, preset, folder, method, more=2) -> No
 @pytest.mark.parametrize("method", [calibrate_fast, briefly_full], ids=["fast", "full"])
 def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
-    assert_threads_do_not_show(checkpoint, "int8", tmp_path, method)
+    assert_same_bytes_on_any_threads(checkpoint, "int8", tmp_path, method)
 
 
 @pytest.mark.parametrize("calibrator", [calibrate_rtn, calibrate_fast], ids=["rtn", "fast"])
 @pytest.mark.parametrize(("preset", "count"), [("int4", 2), ("int8", 3)])
-def test_threads_do_not_show_where_blocks_are_large_enough_to_share(llava, tmp_path, preset, count, calibrator):
-    """Products by two threads, of five rows too, and a factorization by blocks of columns."""
+def test_same_bytes_on_any_threads_where_threads_share_large_blocks(llava, tmp_path, preset, count, calibrator):
+    """Threads share matrix products, those of five rows too, and a factorization by blocks of columns."""
     text = {"hidden_size": 768, "intermediate_size": LARGE + 128, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
     assert 3 * 768 * (LARGE + 128) > blocks.SMALL_BLOCK
-    assert_threads_do_not_show(checkpoint, preset, tmp_path, calibrator, count)
+    assert_same_bytes_on_any_threads(checkpoint, preset, tmp_path, calibrator, count)
 
 
-def test_threads_do_not_show_in_rounding_for_the_answers(llava, tmp_path, monkeypatch):
-    """Gradients, their sketches, and learning: of blocks a little smaller, as they take long."""
+def test_same_bytes_on_any_threads_with_kronecker_rounding(llava, tmp_path, monkeypatch):
+    """Covers gradients, their sketches, and learned rounding, on blocks a little smaller, as these take long."""
     monkeypatch.setattr(blocks, "SMALL_BLOCK", 2**20)
     text = {"hidden_size": 384, "intermediate_size": SKETCH_ROWS + 64, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
-    assert_threads_do_not_show(checkpoint, "int8", tmp_path, small_export.briefly_full, 3)
+    assert_same_bytes_on_any_threads(checkpoint, "int8", tmp_path, small_export.briefly_full, 3)
 
 
-def test_stored_types_and_ranges(llava, tmp_path):
+def test_stored_codes_scales_and_gains_have_the_types_and_ranges_of_their_schemes(llava, tmp_path):
     checkpoint = open_checkpoint(str(llava(dtype="bfloat16")))
-    found = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_fast)
-    for name, scheme in found.schemes.items():
-        linear = found.linear(name)
+    quantized = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_fast)
+    for name, scheme in quantized.schemes.items():
+        linear = quantized.linear(name)
         assert linear.codes.min() >= scheme.qmin
         assert linear.codes.max() <= scheme.qmax
         assert linear.scale.dtype == (np.float16 if scheme.weight_bits == 4 else np.float32)
         assert (linear.scale > 0).all()
-    # A folded gain was rounded to float16; bfloat16 would round it again, and the readers would not know.
-    assert found.floats.dtype("language_model.model.layers.0.input_layernorm.weight") == np.float16
-    assert str(found.floats.dtype("language_model.model.norm.weight")) == "bfloat16"
+    # An equalized gain was rounded to float16; bfloat16 would round it again, and the linears behind it would not match.
+    assert quantized.floats.dtype("language_model.model.layers.0.input_layernorm.weight") == np.float16
+    assert str(quantized.floats.dtype("language_model.model.norm.weight")) == "bfloat16"
 
 
 @pytest.mark.parametrize("method", [calibrate_fast, briefly_full], ids=["fast", "full"])
-def test_linears_that_read_one_input_quantize_it_once(llava, tmp_path, method):
-    found = calibrated(open_checkpoint(str(llava(dtype="float32"))), "int8", tmp_path, method)
-    inputs = {name: found.linear(name).input_scale for name in found.schemes}
-    for name, scale in inputs.items():
+def test_linears_that_share_an_input_share_its_scale(llava, tmp_path, method):
+    quantized = calibrated(open_checkpoint(str(llava(dtype="float32"))), "int8", tmp_path, method)
+    scales = {name: quantized.linear(name).input_scale for name in quantized.schemes}
+    for name, scale in scales.items():
         for first, others in {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}.items():
             if name.endswith(first):
-                assert all(inputs[name.replace(first, other)] == scale for other in others), name
+                assert all(scales[name.replace(first, other)] == scale for other in others), name

@@ -1,4 +1,4 @@
-"""The calibrated checkpoint: bit-exact round trips, what is refused, and that transformers loads it as it is."""
+"""The calibrated checkpoint: round trips are bit-exact, incomplete folders are refused, and transformers loads it."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def write_by_hand(folder, linears, floats=None):
     return folder
 
 
-def assert_equal(got, wanted):
-    assert got.scheme == wanted.scheme
-    assert got.input_scale == wanted.input_scale
-    for mine, theirs in ((got.codes, wanted.codes), (got.scale, wanted.scale)):
-        assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(mine, theirs)
+def assert_equal(actual, expected):
+    assert actual.scheme == expected.scheme
+    assert actual.input_scale == expected.input_scale
+    for array, expected_array in ((actual.codes, expected.codes), (actual.scale, expected.scale)):
+        assert array.dtype == expected_array.dtype
+        np.testing.assert_array_equal(array, expected_array)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def assert_equal(got, wanted):
     ],
     ids=["W4A16", "W8A8", "mixed", "three bits", "simulated"],
 )
-def test_linears_come_back_bit_equal(tmp_path, linears):
+def test_linears_and_float_tensors_are_read_back_bit_equal(tmp_path, linears):
     floats = {"a.norm.weight": np.arange(5, dtype=np.float16), "a.b.bias": np.arange(6, dtype=np.float32)}
     checkpoint = CalibratedCheckpoint(write_by_hand(tmp_path, linears, floats))
     assert set(checkpoint.schemes) == set(linears)
@@ -101,13 +101,13 @@ def test_a_folder_without_index_is_refused(tmp_path):
 
 @pytest.mark.parametrize("files_written", range(6))
 def test_a_kill_before_the_last_file_leaves_a_folder_that_is_refused(tmp_path, monkeypatch, files_written):
-    real, finished = os.replace, []
+    real_replace, finished = os.replace, []
 
     def replace(temporary, path):
         if len(finished) == files_written:
             raise KeyboardInterrupt
         finished.append(path.name)
-        real(temporary, path)
+        real_replace(temporary, path)
 
     linears = {"a.b": random_linear(W8A8), "a.c": random_linear(W4A16)}  # two shards, one of floats, three JSON files
     monkeypatch.setattr(os, "replace", replace)
@@ -121,7 +121,7 @@ def test_a_kill_before_the_last_file_leaves_a_folder_that_is_refused(tmp_path, m
     assert_equal(CalibratedCheckpoint(tmp_path).linear("a.b"), linears["a.b"])
 
 
-def test_a_writer_takes_the_index_of_an_earlier_run_away(tmp_path):
+def test_a_new_writer_deletes_the_index_of_an_earlier_run(tmp_path):
     folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
     CalibratedWriter(folder).write_shard("block.0", {"a.b": random_linear(W8A8, seed=1)}, {})
     with pytest.raises(UserError, match=re.escape(str(folder))):
@@ -162,7 +162,7 @@ def test_another_record_version_is_refused(tmp_path):
         b'{"version": 1, "summary": {}, "linears": {"a.b": {"weight_bits": 5, "activation_bits": 8, "group_size": null}}}',
     ],
 )
-def test_a_damaged_record_is_refused_by_name(tmp_path, content):
+def test_a_damaged_record_is_refused_with_its_path(tmp_path, content):
     folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
     (folder / "calibration.json").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(folder / "calibration.json"))) as caught:
@@ -170,7 +170,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, content):
     assert "calibrate again" in str(caught.value)
 
 
-def test_a_missing_record_is_refused_by_name(tmp_path):
+def test_a_missing_record_is_refused_with_its_path(tmp_path):
     folder = write_by_hand(tmp_path, {"a.b": random_linear(W8A8)})
     (folder / "calibration.json").unlink()
     with pytest.raises(UserError, match=re.escape(str(folder / "calibration.json"))):
@@ -203,7 +203,7 @@ def test_a_target_matches_its_linear_in_every_naming_and_no_other(name, spelling
         assert not pattern.match(spelling.format(1).replace(".q_proj", ".k_proj").replace(".fc1", ".fc2"))
 
 
-def test_the_projector_is_matched_with_and_without_model():
+def test_the_projector_is_matched_with_and_without_the_prefix_model():
     (target,) = quantization_config({"multi_modal_projector.linear_1": W8A8})["config_groups"]["group_0"]["targets"]
     pattern = re.compile(target.removeprefix("re:"))
     assert pattern.match("multi_modal_projector.linear_1")
@@ -211,9 +211,9 @@ def test_the_projector_is_matched_with_and_without_model():
     assert not pattern.match("model.multi_modal_projector.linear_10")
 
 
-def test_one_group_for_each_scheme():
-    wide = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
-    activations = [{"num_bits": 6}, {"num_bits": 8}, None]
+def test_there_is_one_config_group_for_each_scheme():
+    groups_of_128 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+    expected_inputs = [{"num_bits": 6}, {"num_bits": 8}, None]
     config = quantization_config({"a.x": W6A6, "a.y": W3A8, "a.z": W8A16})
     groups = sorted(config["config_groups"].values(), key=lambda g: g["targets"])
     assert [(g["format"], g["weights"]["num_bits"]) for g in groups] == [
@@ -221,10 +221,10 @@ def test_one_group_for_each_scheme():
         ("pack-quantized", 3),
         ("int-quantized", 8),
     ]
-    for group, wanted in zip(groups, activations, strict=True):
+    for group, inputs in zip(groups, expected_inputs, strict=True):
         common = {"type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
-        assert group["input_activations"] == (wanted and {**common, **wanted})
-    config = quantization_config({"a.x": W8A8, "a.y": W4A16, "a.z": wide, "a.w": W4A16})
+        assert group["input_activations"] == (inputs and {**common, **inputs})
+    config = quantization_config({"a.x": W8A8, "a.y": W4A16, "a.z": groups_of_128, "a.w": W4A16})
     groups = config["config_groups"].values()
     assert config["format"] == "mixed-precision"
     assert [(g["format"], g["weights"].get("group_size"), len(g["targets"])) for g in groups] == [
@@ -232,11 +232,11 @@ def test_one_group_for_each_scheme():
         ("pack-quantized", 128, 1),
         ("int-quantized", None, 1),
     ]
-    assert quantization_config({"a.y": W4A16, "a.z": wide})["format"] == "pack-quantized"
+    assert quantization_config({"a.y": W4A16, "a.z": groups_of_128})["format"] == "pack-quantized"
 
 
 def every_scheme(checkpoint):
-    """A plan in which the linears take turns with all bits there are, groups of 128 and 64 included."""
+    """Schemes of all linears, which cycle through all bits of weights and activations, with groups of 128 and of 64."""
     schemes = [
         LinearScheme(weight, activation, group)
         for weight in WEIGHT_BITS
@@ -252,12 +252,13 @@ def every_scheme(checkpoint):
     scope="module", params=["int4", "int8", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16", "every scheme", "int8 full"]
 )
 def loaded(request, llava, tmp_path_factory):
-    """A calibrated checkpoint and the model, with loading info, that transformers makes of it."""
+    """A calibrated checkpoint, the model that transformers loads from it, and the loading info."""
     checkpoint = open_small(llava())
     folder = tmp_path_factory.mktemp("calibrated")
     preset = request.param.removesuffix(" full")
-    plan = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
-    calibrated = calibrate(checkpoint, plan, folder, calibrator=calibrate_rtn if preset == request.param else briefly_full)
+    schemes = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
+    calibrator = calibrate_rtn if preset == request.param else briefly_full
+    calibrated = calibrate(checkpoint, schemes, folder, calibrator=calibrator)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return calibrated, model, info
 
@@ -272,12 +273,12 @@ def test_transformers_finds_every_tensor_and_no_other(loaded):
     assert list(info["error_msgs"]) == []
 
 
-def test_transformers_computes_with_the_same_weights(loaded):
+def test_transformers_decompresses_the_same_weights_and_input_scales(loaded):
     calibrated, model, _ = loaded
-    planned = {id(module_of(model, name)): name for name in calibrated.schemes}
+    quantized = {id(module_of(model, name)): name for name in calibrated.schemes}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            assert hasattr(module, "quantization_scheme") == (id(module) in planned)
+            assert hasattr(module, "quantization_scheme") == (id(module) in quantized)
     for name in calibrated.schemes:
         module = module_of(model, name)
         linear = calibrated.linear(name)

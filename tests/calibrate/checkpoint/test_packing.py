@@ -1,4 +1,4 @@
-"""Packing of calibrated checkpoints: its own inverse, and bit equal to the compressed-tensors library."""
+"""Packing of codes: unpacking inverts it, and it is bit-equal to the compressed-tensors library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_codes(rows, columns, bits):
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 10, 11, 16, 17, 32, 33])
-def test_unpacking_undoes_packing(rows, columns, bits):
+def test_unpacking_inverts_packing(rows, columns, bits):
     codes = random_codes(rows, columns, bits)
     packed = pack_codes(codes, bits)
     assert packed.dtype == np.int32
@@ -46,14 +46,14 @@ def test_the_first_code_is_in_the_lowest_bits():
     assert pack_codes(codes, 3).tolist() == [[0o76543210]]
 
 
-def test_a_code_of_three_bits_may_lie_in_two_words():
+def test_a_three_bit_code_may_span_two_words():
     codes = np.full((1, 11), -4, np.int8)
     codes[0, 10] = 3  # bits 30 to 32
     assert pack_codes(codes, 3).view(np.uint32).tolist() == [[0xC0000000, 1]]
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_tail_is_padded_with_zeros(bits):
+def test_unused_bits_of_the_last_word_are_zero(bits):
     codes = np.array([[2 ** (bits - 1) - 1]], np.int8)
     assert pack_codes(codes, bits).tolist() == [[2**bits - 1]]
 
@@ -66,10 +66,10 @@ def test_columns_of_a_transposed_array_are_packed_in_order(bits):
 
 @settings(deadline=None, max_examples=200)
 @given(codes_and_bits())
-def test_equal_to_compressed_tensors(case):
+def test_packing_equals_that_of_compressed_tensors(case):
     codes, bits = case
     packed = pack_codes(codes, bits)
     np.testing.assert_array_equal(packed, pack_to_int32(torch.from_numpy(codes), bits).numpy())
-    theirs = unpack_from_int32(torch.from_numpy(packed), bits, torch.Size(codes.shape))
-    np.testing.assert_array_equal(unpack_codes(packed, bits, codes.shape[1]), theirs.numpy())
+    reference = unpack_from_int32(torch.from_numpy(packed), bits, torch.Size(codes.shape))
+    np.testing.assert_array_equal(unpack_codes(packed, bits, codes.shape[1]), reference.numpy())
     np.testing.assert_array_equal(unpack_codes(packed, bits, codes.shape[1]), codes)

@@ -1,4 +1,4 @@
-"""Safetensors folders: what is read, and that a damaged or hostile folder is one line with its path."""
+"""Safetensors folders: tensors are read exactly, and damaged or hostile folders raise one-line errors with their path."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def write_sharded(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def refused(folder, *words):
-    """The message, after checking that it is one line with all of `words`."""
+def assert_refused(folder, *words):
+    """Opening the folder raises a one-line error that holds all of `words`."""
     with pytest.raises(UserError) as caught:
         SafetensorsSource(folder)
     message = str(caught.value)
@@ -48,7 +48,7 @@ def refused(folder, *words):
 
 
 @pytest.mark.parametrize("write", [write_single, write_sharded])
-def test_names_shapes_types_and_data(tmp_path, write):
+def test_names_shapes_dtypes_and_data_are_read(tmp_path, write):
     write(tmp_path)
     source = SafetensorsSource(tmp_path)
     assert sorted(source) == sorted(TENSORS)
@@ -61,7 +61,7 @@ def test_names_shapes_types_and_data(tmp_path, write):
         assert (loaded.dtype, loaded.tobytes()) == (array.dtype, array.tobytes())
 
 
-def test_a_sharded_checkpoint_of_transformers(llava):
+def test_a_sharded_checkpoint_holds_the_same_tensors_as_a_single_file(llava):
     whole, split = SafetensorsSource(llava()), SafetensorsSource(llava(max_shard_size="1MB"))
     assert len(list(llava(max_shard_size="1MB").glob("*.safetensors"))) > 2
     assert set(whole) == set(split)
@@ -69,14 +69,14 @@ def test_a_sharded_checkpoint_of_transformers(llava):
         assert whole.load(name).tobytes() == split.load(name).tobytes()
 
 
-def test_names_are_changed_and_dropped(tmp_path):
+def test_tensors_are_renamed_and_dropped(tmp_path):
     write_single(tmp_path)
     source = SafetensorsSource(tmp_path, {"a.weight": "x", "c.codes": "y"}.get)
     assert sorted(source) == ["x", "y"]
     np.testing.assert_array_equal(source.load("x"), TENSORS["a.weight"])
 
 
-def test_data_that_changed_after_opening_is_an_error_with_the_file(tmp_path):
+def test_a_file_that_changed_after_opening_is_refused_with_its_path(tmp_path):
     write_single(tmp_path)
     source = SafetensorsSource(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -84,8 +84,8 @@ def test_data_that_changed_after_opening_is_an_error_with_the_file(tmp_path):
         source.load("a.weight")
 
 
-def test_a_tensor_that_ends_too_early_names_file_and_tensor(tmp_path, monkeypatch):
-    """A file cut short between two looks at it: nothing is made up for what is missing."""
+def test_a_file_that_ends_inside_a_tensor_is_refused_with_file_and_tensor(tmp_path, monkeypatch):
+    """The file is truncated after the check for changes; missing data must not be filled in silently."""
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": np.ones(5, np.float16)}, path)
     source = SafetensorsSource(tmp_path)
@@ -95,8 +95,8 @@ def test_a_tensor_that_ends_too_early_names_file_and_tensor(tmp_path, monkeypatc
         source.load("a.weight")
 
 
-def test_an_empty_folder(tmp_path):
-    refused(tmp_path, tmp_path, "model.safetensors", INDEX)
+def test_an_empty_folder_is_refused(tmp_path):
+    assert_refused(tmp_path, tmp_path, "model.safetensors", INDEX)
 
 
 def header(text, length=None):
@@ -123,29 +123,29 @@ TENSOR = '{"a":{"dtype":"%s","shape":[2],"data_offsets":[0,%d]}}'
     ],
     ids=["empty", "one-byte", "text", "huge-header", "long-header", "no-json", "list", "cut", "short", "huge-offset"],
 )
-def test_a_damaged_file(tmp_path, content):
+def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    refused(tmp_path, tmp_path / "model.safetensors", "download it again")
+    assert_refused(tmp_path, tmp_path / "model.safetensors", "download it again")
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=80))
-def test_random_bytes(tmp_path_factory, content):
+def test_a_file_of_random_bytes_is_refused(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("random")
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder, folder / "model.safetensors")
+    assert_refused(folder, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.999])
-def test_a_truncated_download(tmp_path, llava, kept):
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, llava, share):
     whole = (llava() / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: int(len(whole) * kept)])
-    refused(tmp_path, tmp_path / "model.safetensors", "not a readable safetensors file")
+    (tmp_path / "model.safetensors").write_bytes(whole[: int(len(whole) * share)])
+    assert_refused(tmp_path, tmp_path / "model.safetensors", "not a readable safetensors file")
 
 
-def test_a_type_that_is_not_supported_names_the_tensor(tmp_path):
+def test_an_unsupported_dtype_is_refused_with_the_tensor(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(header(TENSOR % ("F8_E4M3", 2)) + b"\0" * 2)
-    refused(tmp_path, tmp_path / "model.safetensors", "tensor a", "F8_E4M3")
+    assert_refused(tmp_path, tmp_path / "model.safetensors", "tensor a", "F8_E4M3")
 
 
 @pytest.mark.parametrize(
@@ -164,28 +164,28 @@ def test_a_type_that_is_not_supported_names_the_tensor(tmp_path):
         b'{"weight_map": {"a": "model-1.safetensors", "b": 3}}',
     ],
 )
-def test_an_index_that_is_none(tmp_path, content):
+def test_a_damaged_index_is_refused(tmp_path, content):
     write_sharded(tmp_path)
     (tmp_path / INDEX).write_bytes(content)
-    refused(tmp_path, tmp_path / INDEX, "download it again")
+    assert_refused(tmp_path, tmp_path / INDEX, "download it again")
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "../evil", "/etc/passwd", "sub/a.safetensors", "."])
-def test_an_index_that_names_a_file_elsewhere(tmp_path, name):
+def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, name):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_file(TENSORS, tmp_path / "evil.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": name}}))
-    refused(folder, folder / INDEX, repr(name))
+    assert_refused(folder, folder / INDEX, repr(name))
 
 
 @pytest.mark.parametrize("name", ["", ".."])
-def test_an_index_that_names_a_folder(tmp_path, name):
+def test_an_index_that_names_a_folder_is_refused(tmp_path, name):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": name}}))
-    refused(tmp_path, tmp_path / name)
+    assert_refused(tmp_path, tmp_path / name)
 
 
-def test_an_index_that_names_a_missing_shard(tmp_path):
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
     write_sharded(tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
-    refused(tmp_path, tmp_path / "model-2.safetensors", INDEX, "missing")
+    assert_refused(tmp_path, tmp_path / "model-2.safetensors", INDEX, "missing")

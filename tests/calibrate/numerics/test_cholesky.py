@@ -1,4 +1,4 @@
-"""Cholesky factors by blocks: those of LAPACK, the same bits on any number of threads."""
+"""Blocked Cholesky factorization, compared with LAPACK, and with itself on other numbers of threads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qvlm_export.calibrate.numerics import cholesky
-from qvlm_export.calibrate.numerics.cholesky import BLOCK, LARGE, cholesky_
+from qvlm_export.calibrate.numerics.cholesky import BLOCK_COLUMNS, LARGE, cholesky_
 
-# Below and above LARGE; a last block and a last piece that are not whole; exactly whole blocks.
-SIZES = [5, LARGE - 1, LARGE, LARGE + BLOCK + 77]
+# Below and above LARGE; among them sizes that blocks and tiles do not divide.
+SIZES = [5, LARGE - 1, LARGE, LARGE + BLOCK_COLUMNS + 77]
 
 
 @pytest.fixture
@@ -21,38 +21,38 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def gram(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Symmetric, positive definite, of unequal sizes of its inputs; its columns lie one behind another."""
+def random_hessian(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A positive definite X^T X [size, size] of inputs X whose channels differ in magnitude; its columns are contiguous."""
     generator = torch.Generator().manual_seed(size)
     inputs = torch.randn(size + 20, size, generator=generator, dtype=dtype) * torch.linspace(0.1, 3, size, dtype=dtype)
-    found = inputs.T @ inputs
-    found.diagonal().add_(0.01 * found.diagonal().mean())
-    return found.mT
+    hessian = inputs.T @ inputs
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    return hessian.mT
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_it_is_lapacks_factor(size: int, dtype: torch.dtype, rtol: float) -> None:
-    matrix = gram(size, dtype)
-    wanted, found = torch.linalg.cholesky(matrix.double()), matrix.clone()
-    assert cholesky_(found)
-    torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=rtol * float(wanted.diagonal().mean()))
-    assert not found.triu(1).any()
+def test_the_factor_equals_lapacks(size: int, dtype: torch.dtype, rtol: float) -> None:
+    matrix = random_hessian(size, dtype)
+    expected, factor = torch.linalg.cholesky(matrix.double()), matrix.clone()
+    assert cholesky_(factor)
+    torch.testing.assert_close(factor.double(), expected, rtol=rtol, atol=rtol * float(expected.diagonal().mean()))
+    assert not factor.triu(1).any()
 
 
 @pytest.mark.usefixtures("_threads")
-def test_the_same_bits_on_one_thread_and_on_two() -> None:
-    matrix, found = gram(LARGE + 3 * BLOCK + 5), []
+def test_the_factor_has_the_same_bits_on_one_thread_and_on_two() -> None:
+    matrix, factors = random_hessian(LARGE + 3 * BLOCK_COLUMNS + 5), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(matrix.clone())
-        assert cholesky_(found[-1])
+        factors.append(matrix.clone())
+        assert cholesky_(factors[-1])
         assert torch.get_num_threads() == count
-    assert torch.equal(*found)
+    assert torch.equal(*factors)
 
 
-def test_what_lies_above_the_diagonal_is_not_read() -> None:
-    matrix = gram(LARGE)
+def test_entries_above_the_diagonal_are_not_read() -> None:
+    matrix = random_hessian(LARGE)
     spoiled = matrix.clone()
     spoiled.mT[torch.ones(LARGE, LARGE).tril(-1).bool()] = torch.nan
     assert cholesky_(matrix)
@@ -62,18 +62,18 @@ def test_what_lies_above_the_diagonal_is_not_read() -> None:
 
 @pytest.mark.parametrize("size", [64, LARGE + 100])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_matrix_that_is_not_positive_definite_is_told(size: int, place: int) -> None:
-    matrix = gram(size)
+def test_a_matrix_that_is_not_positive_definite_is_reported(size: int, place: int) -> None:
+    matrix = random_hessian(size)
     matrix[place, place] = -1.0
     assert not cholesky_(matrix)
 
 
-def test_pieces_do_not_show_in_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every piece is right, not only the ones that this machine's sizes make."""
+def test_the_factor_does_not_depend_on_the_sizes_of_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes reach every kind of tile with a small matrix."""
     monkeypatch.setattr(cholesky, "LARGE", 2)
-    monkeypatch.setattr(cholesky, "BLOCK", 7)
-    monkeypatch.setattr(cholesky, "PIECE", 3)
-    matrix = gram(50)
-    found = matrix.clone()
-    assert cholesky_(found)
-    torch.testing.assert_close(found, torch.linalg.cholesky(matrix), rtol=1e-9, atol=1e-9)
+    monkeypatch.setattr(cholesky, "BLOCK_COLUMNS", 7)
+    monkeypatch.setattr(cholesky, "PANEL_ROWS", 3)
+    matrix = random_hessian(50)
+    factor = matrix.clone()
+    assert cholesky_(factor)
+    torch.testing.assert_close(factor, torch.linalg.cholesky(matrix), rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""trim_heap returns freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from paths import ROOT
 
 from qvlm_export.calibrate.numerics.memory import trim_heap
 
-PIECES, BYTES = 4000, 100_000  # smaller than what malloc asks the system for by itself
-IN_ITS_OWN_PROCESS = f"""
+PIECES, BYTES = 4000, 100_000  # each smaller than what malloc maps, and returns to the system, separately
+PROGRAM = f"""
 import os
 from pathlib import Path
 import numpy as np
@@ -31,18 +31,18 @@ print(before - resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a heap to trim")
-def test_what_was_freed_is_not_resident_any_more():
-    ran = subprocess.run(
-        [sys.executable, "-c", IN_ITS_OWN_PROCESS],
+def test_freed_memory_is_no_longer_resident():
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert int(ran.stdout) > 0.9 * PIECES * BYTES
+    assert int(process.stdout) > 0.9 * PIECES * BYTES
 
 
-def test_elsewhere_there_is_nothing_to_do(monkeypatch):
+def test_it_does_nothing_on_other_systems(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("ctypes.CDLL", None)
     trim_heap()

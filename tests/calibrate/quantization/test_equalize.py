@@ -1,4 +1,4 @@
-"""Folding changes no output of the float model, and takes planted outliers out of activations."""
+"""Equalization does not change the float model's output, and moves planted outliers out of activations."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
 
 
 def block_and_inputs(folder, kind):
+    """A block, its input [B, tokens, width], a function that runs it, and the checkpoint's tensors."""
     opened = open_checkpoint(str(folder))
     blocks = make_blocks(opened.hf_config)
     generator = torch.Generator().manual_seed(0)
@@ -44,19 +45,19 @@ def test_any_factors_leave_the_float_block_unchanged(llava, kind):
     block, x, run, source = block_and_inputs(folder, kind.split(",")[0])
     with load_block(block, source) as module, torch.inference_mode():
         before = run(module, x).double()
-        groups = find_shared_inputs(module)
-        assert len(groups) == 4
-        for number, group in enumerate(groups):
-            sharing = find_channel_sharing(module, group)
-            width = get_linear(module, group.linears[0]).in_features // sharing.copies
+        shared_inputs = find_shared_inputs(module)
+        assert len(shared_inputs) == 4
+        for number, shared_input in enumerate(shared_inputs):
+            sharing = find_channel_sharing(module, shared_input)
+            width = get_linear(module, shared_input.linears[0]).in_features // sharing.copies
             generator = torch.Generator().manual_seed(number)
-            apply_equalization_(module, group, torch.exp(torch.randn(width, generator=generator)))
+            apply_equalization_(module, shared_input, torch.exp(torch.randn(width, generator=generator)))
         after = run(module, x).double()
     assert float((after - before).norm() / before.norm()) < 1e-6
 
 
-def test_a_gain_that_float16_cannot_hold_stays(llava):
-    """Divided, it would be infinite, or 0 and its channel lost."""
+def test_a_gain_that_would_not_fit_float16_is_not_divided(llava):
+    """Divided by its factor, it would become infinite, or 0, which loses its channel."""
     block, x, run, source = block_and_inputs(llava(dtype="float32"), "language")
     with load_block(block, source) as module, torch.inference_mode():
         norm = module.input_layernorm.weight
@@ -69,21 +70,21 @@ def test_a_gain_that_float16_cannot_hold_stays(llava):
         used = apply_equalization_(module, find_shared_inputs(module)[0], factors)
         after = run(module, x).double()
     assert used[[3, 7]].tolist() == [1.0, 2.0]
-    assert float(used[5]) == pytest.approx(1.0, rel=0.05)  # it is rounded, if not divided
+    assert float(used[5]) == pytest.approx(1.0, rel=0.05)  # the gain is not divided, only rounded
     assert norm.isfinite().all()
     assert float((after - before).norm() / before.norm()) < 1e-6
 
 
-def test_the_linears_of_fewest_bits_decide():
-    """Where others of the group stay float or keep more bits, they are multiplied along."""
-    group = SharedInput(("q", "k", "v"), "input_layernorm")
-    assert _deciding(group, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
-    assert _deciding(group, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (LinearScheme(3, None, 64), ["v"])
-    assert _deciding(group, {"v": INT4}) == (INT4, ["v"])
+def test_equalization_is_chosen_for_the_linears_with_the_fewest_bits():
+    """Linears that share the input but stay float or have more bits are only multiplied by the factors."""
+    shared_input = SharedInput(("q", "k", "v"), "input_layernorm")
+    assert _deciding(shared_input, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
+    assert _deciding(shared_input, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (LinearScheme(3, None, 64), ["v"])
+    assert _deciding(shared_input, {"v": INT4}) == (INT4, ["v"])
 
 
-def test_a_group_that_is_quantized_in_part_is_folded():
-    """q alone is planned: its outlier channel is folded, and k computes what it did."""
+def test_equalization_works_if_only_some_linears_of_a_shared_input_are_quantized():
+    """Only q is quantized: its outlier channel is equalized, and the outputs of k and v do not change."""
     module = nn.Module()
     module.input_layernorm, module.self_attn = nn.LayerNorm(64), nn.Module()
     torch.manual_seed(0)
@@ -94,23 +95,23 @@ def test_a_group_that_is_quantized_in_part_is_folded():
     with torch.no_grad():
         module.input_layernorm.weight[7] *= 64
         module.self_attn.q_proj.weight[:, 7] /= 64
-        for folding in ("none", "expected"):
-            own = copy.deepcopy(module)
-            method = SearchConfig(folding, LinearConfig(activation_ranges="absmax", ridge=None))
+        for equalization in ("none", "expected"):
+            candidate = copy.deepcopy(module)
+            config = SearchConfig(equalization, LinearConfig(activation_ranges="absmax", ridge=None))
 
             def run(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
-                read = part.input_layernorm(x)
-                return torch.cat([getattr(part.self_attn, name)(read) for name in ("q_proj", "k_proj", "v_proj")], -1)
+                hidden = part.input_layernorm(x)
+                return torch.cat([getattr(part.self_attn, name)(hidden) for name in ("q_proj", "k_proj", "v_proj")], -1)
 
-            search = BlockSearch(own, {"self_attn.q_proj": W8A8}, run, method)
-            wanted, found = search.search(inputs, inputs)
-            pairs = zip(wanted[0].split(32, -1), found[0].split(32, -1), strict=True)
+            search = BlockSearch(candidate, {"self_attn.q_proj": W8A8}, run, config)
+            float_outputs, outputs = search.search(inputs, inputs)
+            pairs = zip(float_outputs[0].split(32, -1), outputs[0].split(32, -1), strict=True)
             errors.append([float((a - b).norm() / a.norm()) for a, b in pairs])
     assert errors[1][0] < 0.3 * errors[0][0]
     assert max(errors[1][1:]) < 1e-6
 
 
-def test_grouped_query_heads_share_factors():
+def test_query_heads_that_share_a_value_head_share_factors():
     sharing = ChannelSharing(copies=2, head_dim=3)
     per_input = torch.tensor([1.0, 2, 3, 7, 1, 1, 4, 5, 6, 1, 9, 1])  # heads 0 and 1 read value head 0
     assert sharing.reduce(per_input).tolist() == [7, 2, 3, 4, 9, 6]
@@ -118,7 +119,7 @@ def test_grouped_query_heads_share_factors():
 
 
 @pytest.mark.parametrize("scheme", [INT4, W8A8], ids=["int4", "int8"])
-def test_planted_outlier_channels_are_taken_out(scheme):
+def test_planted_outlier_channels_are_equalized(scheme):
     generator = torch.Generator().manual_seed(1)
     inputs, weight = torch.randn(300, 128, generator=generator), torch.randn(64, 128, generator=generator) * 0.05
     inputs[:, 7] *= 64
@@ -128,9 +129,9 @@ def test_planted_outlier_channels_are_taken_out(scheme):
     assert float(factors[7] / others.median()) > 8
 
 
-def test_fold_needs_a_producer(llava):
+def test_only_the_inputs_of_fc2_have_no_preceding_layer(llava):
     folder = llava(dtype="float32")
     block, _, _, source = block_and_inputs(folder, "vision")
     with load_block(block, source) as module, torch.inference_mode():
-        names = [group.linears for group in find_shared_inputs(module) if group.preceding is None]
+        names = [shared.linears for shared in find_shared_inputs(module) if shared.preceding is None]
         assert names == [("mlp.fc2",)]

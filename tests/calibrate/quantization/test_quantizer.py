@@ -1,4 +1,4 @@
-"""Scales and codes: their bounds, an independent slow quantizer, and onnx's own dequantization."""
+"""Scales and codes: their bounds, and against an independent slow quantizer and ONNX's own dequantization."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ W3A8, W6A6 = LinearScheme(3, 8, 64), LinearScheme(6, 6, None)
 SCHEMES = pytest.mark.parametrize("scheme", [W4A16, W8A8, W3A8, W6A6], ids=lambda s: s.name)
 HIGHEST = {3: 3, 4: 7, 6: 31, 8: 127}  # code by bits
 AMAX = st.floats(0, 65504, width=32)
-# Rows of very different magnitudes, so that small groups stand beside large ones; values float16 can hold.
+# Very different magnitudes, so that small groups lie beside large ones; all are in the range of float16.
 MAGNITUDES = st.sampled_from([0.0, 1e-7, 1e-4, 0.02, 1.0, 300.0, 65000.0])
 
 
 @st.composite
 def weights(draw):
-    """float32 [out, 128], every group of 64 with a magnitude of its own."""
+    """A weight, float32 [out, 128], of which every group of 64 has a magnitude of its own."""
     rows = draw(st.integers(1, 4))
     unit = draw(arrays(np.float32, (rows, 2, 64), elements=st.floats(-1, 1, width=32), fill=st.just(0.25)))
     size = np.array(draw(st.lists(MAGNITUDES, min_size=2 * rows, max_size=2 * rows)), np.float32)
@@ -43,7 +43,7 @@ def weights(draw):
 
 
 def slow_quantize(weight, scheme):
-    """Codes and scales one value at a time."""
+    """Codes and scales, computed one value at a time."""
     rows, columns = weight.shape
     width = scheme.group_size or columns
     codes, scales = np.zeros((rows, columns), int), np.zeros((rows, columns // width))
@@ -62,7 +62,7 @@ def slow_quantize(weight, scheme):
     return codes, scales if scheme.group_size else scales[:, 0]
 
 
-def wide_scale(linear):
+def expand_scale(linear):
     """The scale of every single weight, float32 [out, in]."""
     scale = linear.scale.astype(np.float32)
     if linear.scheme.group_size is None:
@@ -73,7 +73,7 @@ def wide_scale(linear):
 @SCHEMES
 @settings(deadline=None, max_examples=60)
 @given(weight=weights())
-def test_equal_to_a_slow_quantizer(scheme, weight):
+def test_codes_and_scales_equal_those_of_the_slow_quantizer(scheme, weight):
     linear = quantize_linear(torch.from_numpy(weight), scheme, 1.0)
     codes, scales = slow_quantize(weight, scheme)
     assert linear.codes.dtype == np.int8
@@ -84,19 +84,19 @@ def test_equal_to_a_slow_quantizer(scheme, weight):
 @SCHEMES
 @settings(deadline=None, max_examples=100)
 @given(weight=weights())
-def test_codes_are_in_range_and_nothing_is_further_than_half_a_step(scheme, weight):
+def test_codes_are_in_range_and_errors_at_most_half_a_step(scheme, weight):
     linear = quantize_linear(torch.from_numpy(weight), scheme, 1.0)
     assert linear.codes.min() >= scheme.qmin
     assert linear.codes.max() <= scheme.qmax
     assert linear.scale.shape == scheme.scale_shape(weight.shape)
     error = np.abs(weight.astype(np.float64) - linear.dequantized())
-    assert (error <= wide_scale(linear) * (0.5 + 1e-5)).all()
+    assert (error <= expand_scale(linear) * (0.5 + 1e-5)).all()
 
 
 @SCHEMES
 @settings(deadline=None, max_examples=100)
 @given(weight=weights())
-def test_scales_are_in_the_type_they_are_stored_in_and_never_zero(scheme, weight):
+def test_scales_have_the_stored_type_and_are_never_zero(scheme, weight):
     linear = quantize_linear(torch.from_numpy(weight), scheme, 1.0)
     assert linear.scale.dtype == (np.float16 if scheme.group_size else np.float32)
     assert np.isfinite(linear.scale).all()
@@ -106,14 +106,14 @@ def test_scales_are_in_the_type_they_are_stored_in_and_never_zero(scheme, weight
 @SCHEMES
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(weight=weights())
-def test_a_covering_scale_clips_nothing_and_is_never_wider(scheme, weight):
+def test_a_covering_scale_clips_nothing_and_is_at_most_the_absmax_scale(scheme, weight):
     tensor = torch.from_numpy(weight)
     scale = covering_scale(tensor, scheme)
     assert scale.dtype == (torch.float32 if scheme.group_size is None else torch.float16)
     assert (scale <= weight_scale(group_amax(tensor, scheme), scheme)).all()
     steps = expand_scales(scale, weight.shape[1])
     codes = round_to_codes(tensor, scale, scheme).float()
-    assert ((tensor - codes * steps).abs() <= steps * (0.5 + 0.01)).all()  # float16 scales may be a little short
+    assert ((tensor - codes * steps).abs() <= steps * (0.5 + 0.01)).all()  # float16 scales may be rounded down a little
 
 
 @SCHEMES
@@ -127,7 +127,7 @@ def test_a_group_of_zeros_becomes_codes_of_zero(scheme):
 
 
 @SCHEMES
-def test_the_weight_itself_is_left_alone(scheme):
+def test_the_weight_itself_is_not_changed(scheme):
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     before = weight.clone()
     quantize_linear(weight, scheme, 1.0)
@@ -150,15 +150,15 @@ def test_an_activation_scale_is_the_smallest_float16_that_does_not_clip(amax, bi
     assert float(np.nextafter(np.float16(scale), np.float16(0))) < exact
 
 
-def test_an_input_that_is_always_zero_has_a_scale_that_divides():
+def test_an_input_that_is_always_zero_has_a_scale_above_zero():
     assert quantize_linear(torch.ones(2, 128), W8A8, 0.0).input_scale == 2.0**-14
 
 
 def test_only_quantized_activations_have_a_scale():
     assert quantize_linear(torch.ones(2, 128), W4A16, 5.0).input_scale is None
     for scheme in (W8A8, W3A8, W6A6):
-        got = quantize_linear(torch.ones(2, 128), scheme, 5.0).input_scale
-        assert got == activation_scale(5.0, scheme.activation_bits)
+        scale = quantize_linear(torch.ones(2, 128), scheme, 5.0).input_scale
+        assert scale == activation_scale(5.0, scheme.activation_bits)
 
 
 @settings(deadline=None, max_examples=100)
@@ -167,15 +167,15 @@ def test_only_quantized_activations_have_a_scale():
     st.floats(2.0**-14, 100, width=16),
     st.sampled_from([4, 6, 8]),
 )
-def test_fake_quantization_is_rounding_saturating_and_multiplying(values, scale, bits):
-    got = fake_quantize(torch.from_numpy(values), scale, bits)
-    for value, found in zip(values, got.tolist(), strict=True):
+def test_fake_quantization_rounds_saturates_and_multiplies(values, scale, bits):
+    quantized = fake_quantize(torch.from_numpy(values), scale, bits)
+    for value, actual in zip(values, quantized.tolist(), strict=True):
         code = round(float(np.float32(value) / np.float32(scale)))  # Python rounds ties to even
-        assert found == np.float32(min(max(code, -HIGHEST[bits] - 1), HIGHEST[bits])) * np.float32(scale)
+        assert actual == np.float32(min(max(code, -HIGHEST[bits] - 1), HIGHEST[bits])) * np.float32(scale)
 
 
-def onnx_dequantized(linear):
-    """The weights [out, in] as onnx's reference evaluator computes them from the transposed codes of the graph."""
+def dequantize_by_onnx(linear):
+    """The weights [out, in] as ONNX's reference evaluator computes them from the transposed codes of the graph."""
     codes, scale = np.ascontiguousarray(linear.codes.T), linear.scale.T.astype(np.float32)
     if linear.scheme.group_size:
         stored = helper.make_tensor("codes", TensorProto.INT4, codes.shape, codes.reshape(-1).tolist())
@@ -196,4 +196,4 @@ def onnx_dequantized(linear):
 @given(weight=weights())
 def test_onnx_dequantizes_to_the_same_weights(scheme, weight):
     linear = quantize_linear(torch.from_numpy(weight), scheme, 1.0)
-    np.testing.assert_array_equal(onnx_dequantized(linear), linear.dequantized())
+    np.testing.assert_array_equal(dequantize_by_onnx(linear), linear.dequantized())

@@ -21,16 +21,17 @@ INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
 
 
 def tensors(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [4, 128] with an outlier, and inputs [300, 128]."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(4, 128, generator=generator) * 0.05
     weight[0, 3] = 1.0  # an outlier that is worth clipping
     return weight, torch.randn(300, 128, generator=generator)
 
 
-def test_int4_scales_minimise_the_group_error_of_the_gram_matrix():
+def test_int4_scales_minimize_the_output_error_of_each_group():
     weight, inputs = tensors(0)
-    gram = inputs.T @ inputs
-    got = search_weight_scale(weight, gram, INT4)
+    hessian = inputs.T @ inputs
+    result = search_weight_scale(weight, hessian, INT4)
     amax = group_amax(weight, INT4)
     for row in range(4):
         for group in range(2):
@@ -40,33 +41,33 @@ def test_int4_scales_minimise_the_group_error_of_the_gram_matrix():
                 scale = weight_scale(amax * fraction, INT4)[row, group]
                 codes = np.clip(np.round((weight[row, columns] / scale.float()).numpy()), -8, 7)
                 error = weight[row, columns].numpy() - codes * float(scale)
-                costs.append((float(error @ gram[columns, columns].numpy() @ error), float(scale)))
-            assert float(got[row, group]) == min(costs)[1]
-    assert float(got[0, 0]) < float(weight_scale(amax, INT4)[0, 0])
+                costs.append((float(error @ hessian[columns, columns].numpy() @ error), float(scale)))
+            assert float(result[row, group]) == min(costs)[1]
+    assert float(result[0, 0]) < float(weight_scale(amax, INT4)[0, 0])
 
 
-def test_int8_scales_are_never_worse_than_absmax():
+def test_int8_scales_have_at_most_the_error_of_absmax_scales():
     weight, inputs = tensors(1)
-    gram = inputs.T @ inputs
+    hessian = inputs.T @ inputs
 
     def cost(scale: torch.Tensor) -> torch.Tensor:
         error = weight - round_to_codes(weight, scale, W8A8).float() * scale[:, None]
-        return (error.square() * gram.diagonal()).sum(1)
+        return (error.square() * hessian.diagonal()).sum(1)
 
-    assert (cost(search_weight_scale(weight, gram, W8A8)) <= cost(weight_scale(group_amax(weight, W8A8), W8A8))).all()
+    assert (cost(search_weight_scale(weight, hessian, W8A8)) <= cost(weight_scale(group_amax(weight, W8A8), W8A8))).all()
 
 
-def test_activation_scale_is_the_best_candidate():
+def test_the_activation_scale_is_the_candidate_with_the_least_output_error():
     weight, inputs = tensors(2)
     inputs[0, 0] = 40.0
-    wanted = inputs + 0.01
+    float_inputs = inputs + 0.01
     amax = float(inputs.abs().max())
     costs = []
     for fraction in ACTIVATION_FRACTIONS:
         scale = activation_scale(amax * fraction, 8)
-        moved = fake_quantize(inputs, scale, 8) - wanted
-        costs.append((float((moved @ weight.T).square().sum()), scale))
-    assert search_activation_scale(inputs, wanted, weight, 8) == min(costs)[1]
+        error = fake_quantize(inputs, scale, 8) - float_inputs
+        costs.append((float((error @ weight.T).square().sum()), scale))
+    assert search_activation_scale(inputs, float_inputs, weight, 8) == min(costs)[1]
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,5 +75,5 @@ def test_activation_scale_is_the_best_candidate():
 def test_fake_quantization_is_quantize_then_dequantize(values, scale):
     x = np.array(values, np.float32)
     codes = np.clip(np.rint((torch.tensor(x) / scale).numpy()), -128, 127)
-    got = fake_quantize(torch.tensor(x), scale, 8)
-    np.testing.assert_allclose(got.numpy(), codes * np.float32(scale), rtol=1e-6)
+    result = fake_quantize(torch.tensor(x), scale, 8)
+    np.testing.assert_allclose(result.numpy(), codes * np.float32(scale), rtol=1e-6)

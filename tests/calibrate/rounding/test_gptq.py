@@ -1,4 +1,4 @@
-"""GPTQ and the ridge towards the float output, against slow formulations."""
+"""GPTQ rounding and output matching (ridge regression), against slow reference implementations."""
 
 from __future__ import annotations
 
@@ -31,161 +31,163 @@ def problem(seed: int, rows: int = 6, columns: int = 128) -> tuple[torch.Tensor,
     return torch.randn(rows, columns, generator=generator) * 0.05, inputs
 
 
-def slow_gptq(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, scheme: LinearScheme) -> np.ndarray:
-    """One column at a time, the inverse of the columns still free computed anew each time."""
-    damped = gram + DAMPING * np.mean(np.diag(gram)) * np.eye(len(gram))
-    left, codes = weight.copy(), np.zeros_like(weight)
-    free = list(np.argsort(-np.diag(gram), kind="stable"))
-    while free:
-        inverse = np.linalg.inv(damped[np.ix_(free, free)])
-        column, others = free[0], free[1:]
-        codes[:, column] = np.clip(np.round(left[:, column] / scale[:, column]), scheme.qmin, scheme.qmax)
-        error = (left[:, column] - codes[:, column] * scale[:, column]) / inverse[0, 0]
-        left[:, others] -= error[:, None] * inverse[0, 1:]
-        free = others
+def slow_gptq(weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, scheme: LinearScheme) -> np.ndarray:
+    """GPTQ one column at a time, inverting the Hessian of the columns not rounded yet anew each time."""
+    damped = hessian + DAMPING * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    target, codes = weight.copy(), np.zeros_like(weight)
+    remaining = list(np.argsort(-np.diag(hessian), kind="stable"))
+    while remaining:
+        inverse = np.linalg.inv(damped[np.ix_(remaining, remaining)])
+        column, others = remaining[0], remaining[1:]
+        codes[:, column] = np.clip(np.round(target[:, column] / scale[:, column]), scheme.qmin, scheme.qmax)
+        error = (target[:, column] - codes[:, column] * scale[:, column]) / inverse[0, 0]
+        target[:, others] -= error[:, None] * inverse[0, 1:]
+        remaining = others
     return codes.astype(np.int8)
 
 
 @pytest.mark.parametrize("scheme", [INT4, W8A8], ids=["int4", "int8"])
-def test_codes_equal_the_slow_reference(scheme):
+def test_gptq_codes_equal_the_slow_reference(scheme):
     weight, inputs = problem(0)
-    gram = inputs.T @ inputs
+    hessian = inputs.T @ inputs
     scale = weight_scale(group_amax(weight, scheme) * 0.9, scheme)
-    got = gptq_round(weight, factor_hessian(gram), scale, scheme)
-    spread = expand_scales(scale, weight.shape[1]).double().numpy()
-    wanted = slow_gptq(weight.double().numpy(), gram.double().numpy(), spread, scheme)
+    codes = gptq_round(weight, factor_hessian(hessian), scale, scheme)
+    scales = expand_scales(scale, weight.shape[1]).double().numpy()
+    expected = slow_gptq(weight.double().numpy(), hessian.double().numpy(), scales, scheme)
     # float32 against float64: a value that lies on a rounding edge may fall the other way
-    assert (got.numpy() != wanted).mean() < 0.01
-    assert np.abs(got.numpy().astype(int) - wanted).max() <= 1
+    assert (codes.numpy() != expected).mean() < 0.01
+    assert np.abs(codes.numpy().astype(int) - expected).max() <= 1
 
 
-def test_blocks_of_columns_do_not_show_in_the_codes(monkeypatch):
+def test_block_sizes_do_not_change_the_codes(monkeypatch):
     weight, inputs = problem(11, rows=40)
-    rounder, scale = factor_hessian(inputs.T @ inputs), weight_scale(group_amax(weight, INT4), INT4)
-    whole = gptq_round(weight, rounder, scale, INT4)
+    factor, scale = factor_hessian(inputs.T @ inputs), weight_scale(group_amax(weight, INT4), INT4)
+    codes = gptq_round(weight, factor, scale, INT4)
     for block, far in ((128, 128), (16, 48), (5, 35), (1, 1)):
         monkeypatch.setattr(gptq, "BLOCK_COLUMNS", block)
         monkeypatch.setattr(gptq, "FAR_COLUMNS", far)
-        assert (gptq_round(weight, rounder, scale, INT4) != whole).float().mean() < 0.005  # on the edge between two codes
+        # Only values on the edge between two codes may differ.
+        assert (gptq_round(weight, factor, scale, INT4) != codes).float().mean() < 0.005
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_output_error_is_below_round_to_nearest(seed):
+def test_gptq_output_error_is_below_that_of_round_to_nearest(seed):
     weight, inputs = problem(seed, rows=32)
-    gram = inputs.T @ inputs
+    hessian = inputs.T @ inputs
     scale = weight_scale(group_amax(weight, INT4), INT4)
-    spread = expand_scales(scale, weight.shape[1])
+    scales = expand_scales(scale, weight.shape[1])
 
     def error(codes: torch.Tensor) -> float:
-        return float(((codes.float() * spread - weight) @ inputs.T).square().sum())
+        return float(((codes.float() * scales - weight) @ inputs.T).square().sum())
 
-    assert error(gptq_round(weight, factor_hessian(gram), scale, INT4)) < 0.7 * error(round_to_codes(weight, scale, INT4))
+    assert error(gptq_round(weight, factor_hessian(hessian), scale, INT4)) < 0.7 * error(round_to_codes(weight, scale, INT4))
 
 
-def test_inputs_that_never_vary_do_not_break_it():
+def test_gptq_rounds_columns_of_zero_inputs_to_nearest():
     weight, _ = problem(1)
-    gram = torch.zeros(128, 128)
-    gram[0, 0] = 1.0
+    hessian = torch.zeros(128, 128)
+    hessian[0, 0] = 1.0
     scale = weight_scale(group_amax(weight, INT4), INT4)
-    codes = gptq_round(weight, factor_hessian(gram), scale, INT4)
+    codes = gptq_round(weight, factor_hessian(hessian), scale, INT4)
     assert (codes == round_to_codes(weight, scale, INT4)).float().mean() > 0.95
 
 
-def test_aimed_weight_minimises_its_objective():
+def test_output_matching_minimizes_its_objective():
     weight, inputs = problem(2)
-    seen = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
-    gram, cross, ridge = seen.T @ seen, inputs.T @ seen, 0.05
-    held = ridge * float(gram.diagonal().mean())
-    free = weight.clone().requires_grad_()
-    aimed = match_outputs(weight, gram, weight @ cross, ridge)
-    free.data.copy_(aimed)
-    objective = (weight @ inputs.T - free @ seen.T).square().sum() + held * (free - weight).square().sum()
+    quantized_inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
+    hessian, cross_product, ridge = quantized_inputs.T @ quantized_inputs, inputs.T @ quantized_inputs, 0.05
+    regularization = ridge * float(hessian.diagonal().mean())
+    variable = weight.clone().requires_grad_()
+    matched = match_outputs(weight, hessian, weight @ cross_product, ridge)
+    variable.data.copy_(matched)
+    output_error = (weight @ inputs.T - variable @ quantized_inputs.T).square().sum()
+    objective = output_error + regularization * (variable - weight).square().sum()
     objective.backward()
-    assert float(free.grad.abs().max()) < 1e-3 * objective.item()
-    assert objective.item() < float((weight @ inputs.T - weight @ seen.T).square().sum())
+    assert float(variable.grad.abs().max()) < 1e-3 * objective.item()
+    assert objective.item() < float((weight @ inputs.T - weight @ quantized_inputs.T).square().sum())
 
 
-@pytest.mark.parametrize("outputs", [6, 200])  # fewer than inputs, and more
+@pytest.mark.parametrize("outputs", [6, 200])  # fewer than inputs, and more than inputs
 @pytest.mark.parametrize("tokens", [40, 300])
-def test_aiming_by_tokens_is_aiming_by_inputs(outputs, tokens):
+def test_output_matching_by_tokens_equals_that_by_inputs(outputs, tokens):
     weight, inputs = problem(10, rows=outputs)
-    seen = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
-    counts = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) + 0.1
-    wanted, seen = (rows[:tokens].double() * counts.sqrt()[:, None] for rows in (inputs, seen))
-    weight, gram = weight.double(), seen.T @ seen
-    found = match_outputs_by_tokens(weight, wanted, seen, gram, 0.05)
-    torch.testing.assert_close(found, match_outputs(weight, gram, weight @ (wanted.T @ seen), 0.05), rtol=1e-7, atol=1e-9)
-    assert float((found - weight).norm()) > 1e-3 * float(weight.norm())
+    quantized_inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
+    token_weights = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) + 0.1
+    x, x_q = (rows[:tokens].double() * token_weights.sqrt()[:, None] for rows in (inputs, quantized_inputs))
+    weight, hessian = weight.double(), x_q.T @ x_q
+    matched = match_outputs_by_tokens(weight, x, x_q, hessian, 0.05)
+    torch.testing.assert_close(matched, match_outputs(weight, hessian, weight @ (x.T @ x_q), 0.05), rtol=1e-7, atol=1e-9)
+    assert float((matched - weight).norm()) > 1e-3 * float(weight.norm())
 
 
-def test_a_strong_ridge_keeps_the_weight():
+def test_a_strong_ridge_leaves_the_weight_unchanged():
     weight, inputs = problem(4)
-    gram = inputs.T @ inputs
-    torch.testing.assert_close(match_outputs(weight, gram, 0.5 * weight @ gram, 1e6), weight, rtol=1e-3, atol=1e-5)
+    hessian = inputs.T @ inputs
+    torch.testing.assert_close(match_outputs(weight, hessian, 0.5 * weight @ hessian, 1e6), weight, rtol=1e-3, atol=1e-5)
 
 
-def test_inputs_that_are_always_zero_leave_the_weight():
+def test_output_matching_leaves_the_weight_unchanged_if_inputs_are_zero():
     weight, _ = problem(5)
     zeros = torch.zeros(128, 128)
     torch.testing.assert_close(match_outputs(weight, zeros, weight @ zeros, 1.0), weight)
 
 
-def test_the_remaining_energy_is_what_the_papers_factor_says():
-    """And of the column rounded last, for which nothing can make up, its own."""
+def test_residual_energy_equals_that_of_the_papers_factor():
+    """For the column rounded last, which nothing can compensate, it is the column's own energy."""
     _, inputs = problem(6)
-    gram = inputs.T @ inputs
-    energy = gptq_residual_energy(gram)
-    damped = gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)  # the paper's
-    wanted = upper.diagonal().square().reciprocal().float()
-    torch.testing.assert_close(energy[order], wanted, rtol=1e-4, atol=0.0)
+    hessian = inputs.T @ inputs
+    energy = gptq_residual_energy(hessian)
+    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)  # U of the paper
+    expected = upper.diagonal().square().reciprocal().float()
+    torch.testing.assert_close(energy[order], expected, rtol=1e-4, atol=0.0)
     last = int(order[-1])
     assert float(energy[last]) == pytest.approx(float(damped[last, last]), rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_ranges_are_chosen_for_each_output_by_what_rounding_leaves(bits):
+def test_the_range_of_each_output_is_the_one_with_the_least_error_after_gptq(bits):
     weight, inputs = problem(7, rows=40)
     scheme = LinearScheme(bits, None, 64)
-    gram = inputs.T @ inputs
-    rounder, whole = factor_hessian(gram), covering_scale(weight, scheme)
-    scale = search_gptq_scale(weight, gram, rounder, whole, scheme)
-    codes = gptq_round(weight, rounder, scale, scheme)
+    hessian = inputs.T @ inputs
+    factor, full_scale = factor_hessian(hessian), covering_scale(weight, scheme)
+    scale = search_gptq_scale(weight, hessian, factor, full_scale, scheme)
+    codes = gptq_round(weight, factor, scale, scheme)
 
     def errors(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (((codes.float() * expand_scales(scale, 128)) - weight) @ inputs.T).square().sum(1)
 
-    tried = [stored_weight_scale(whole.float() * fraction, scheme) for fraction in (1.0, *FRACTIONS)]
-    each = torch.stack([errors(gptq_round(weight, rounder, s, scheme), s) for s in tried])
+    candidates = [stored_weight_scale(full_scale.float() * fraction, scheme) for fraction in (1.0, *FRACTIONS)]
+    each = torch.stack([errors(gptq_round(weight, factor, s, scheme), s) for s in candidates])
     torch.testing.assert_close(errors(codes, scale), each.amin(0), rtol=1e-3, atol=1e-6)
     chosen = {int(n) for n in each.argmin(0)}
-    assert len(chosen) > 1  # not the same range for all
+    assert len(chosen) > 1  # not the same range for all outputs
     for row in range(40):
-        assert torch.equal(scale[row], tried[int(each[:, row].argmin())][row])
+        assert torch.equal(scale[row], candidates[int(each[:, row].argmin())][row])
 
 
-def test_scales_of_whole_rows_stay():
+def test_scales_of_whole_rows_are_not_searched():
     weight, inputs = problem(8)
-    gram = inputs.T @ inputs
+    hessian = inputs.T @ inputs
     scale = covering_scale(weight, W8A8)
-    assert torch.equal(search_gptq_scale(weight, gram, factor_hessian(gram), scale, W8A8), scale)
+    assert torch.equal(search_gptq_scale(weight, hessian, factor_hessian(hessian), scale, W8A8), scale)
 
 
-def test_many_outputs_are_aimed_by_several_threads_to_the_same_bits():
+def test_output_matching_gives_the_same_bits_on_any_number_of_threads():
     torch.manual_seed(9)
     inputs, weight = torch.randn(300, 48), torch.randn(2 * SOLVED_ROWS + 5, 48)
-    gram, pulled = inputs.T @ inputs, weight @ (inputs.T @ inputs) + torch.randn(2 * SOLVED_ROWS + 5, 48)
+    hessian, cross_term = inputs.T @ inputs, weight @ (inputs.T @ inputs) + torch.randn(2 * SOLVED_ROWS + 5, 48)
     threads = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(match_outputs(weight, gram, pulled, 0.5))
+            results.append(match_outputs(weight, hessian, cross_term, 0.5))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
-    held = 0.5 * gram.diagonal().mean() * torch.eye(48)
-    wanted = torch.linalg.solve((gram + held).double(), (pulled + weight @ held).double().T).T
-    torch.testing.assert_close(found[0], wanted.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(*results)
+    regularization = 0.5 * hessian.diagonal().mean() * torch.eye(48)
+    expected = torch.linalg.solve((hessian + regularization).double(), (cross_term + weight @ regularization).double().T).T
+    torch.testing.assert_close(results[0], expected.float(), rtol=1e-4, atol=1e-4)

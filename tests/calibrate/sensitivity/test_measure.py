@@ -1,4 +1,4 @@
-"""What tokens count, against gradients through the whole model at once."""
+"""Token weights and output Hessians against gradients through the whole model at once; parts, resuming and memory."""
 
 from __future__ import annotations
 
@@ -43,39 +43,39 @@ def job(llava) -> CalibrationJob:
 
 
 @pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a large model: what a block computed on the way there is computed again on the way back."""
+def recompute_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a large model: the backward pass computes every block again."""
     monkeypatch.setattr(tape, "MAX_GRAPH_BYTES", 0)
 
 
-def alone(job: CalibrationJob) -> list[list[Sample]]:
-    """Every sample with its own question only."""
+def own_prompts(job: CalibrationJob) -> list[list[Sample]]:
+    """Prompts in which every sample has its own question only."""
     return [[sample] for sample in job.samples]
 
 
-def measured(job: CalibrationJob, objective: TokenWeighting, seed: int = 0) -> TokenWeights:
-    return measure_sensitivity(job, alone(job), SearchConfig(token_weighting=objective, seed=seed)).tokens
+def measure_tokens(job: CalibrationJob, weighting: TokenWeighting, seed: int = 0) -> TokenWeights:
+    return measure_sensitivity(job, own_prompts(job), SearchConfig(token_weighting=weighting, seed=seed)).tokens
 
 
-def all_at_once(job: CalibrationJob) -> dict[str, list[torch.Tensor]]:
-    """Squared gradients summed over every logit of the answers on its own, all blocks in memory."""
-    found: dict[str, list[torch.Tensor]] = {}
+def sum_squared_gradients(job: CalibrationJob) -> dict[str, list[torch.Tensor]]:
+    """The slow reference: one backward pass for every answer logit, squared and summed, with all blocks in memory."""
+    totals: dict[str, list[torch.Tensor]] = {}
     blocks = job.blocks.all()
-    with ExitStack() as held:
-        modules = {b.prefix: held.enter_context(load_block(b, job.source)) for b in blocks}
-        kept: dict[tuple[str, str], list[torch.Tensor]] = {}
+    with ExitStack() as stack:
+        modules = {b.prefix: stack.enter_context(load_block(b, job.source)) for b in blocks}
+        outputs: dict[tuple[str, str], list[torch.Tensor]] = {}
         for prefix, module in modules.items():
-            for group in find_shared_inputs(module):
-                for name in group.linears:
+            for shared in find_shared_inputs(module):
+                for name in shared.linears:
 
-                    def keep(_m, _i, out, key=(f"{prefix}.{group.linears[0]}", name)):
+                    def record_output(_m, _i, out, key=(f"{prefix}.{shared.linears[0]}", name)):
                         out = out if out.requires_grad else out.requires_grad_()
-                        kept.setdefault(key, []).append(out)
+                        outputs.setdefault(key, []).append(out)
                         return out
 
-                    held.callback(get_linear(module, name).register_forward_hook(keep).remove)
+                    stack.callback(get_linear(module, name).register_forward_hook(record_output).remove)
         for sample in job.samples:
-            kept.clear()
+            outputs.clear()
 
             def step(block, inputs, run):
                 return [run(modules[block.prefix], x.clone()) for x in inputs]
@@ -88,7 +88,7 @@ def all_at_once(job: CalibrationJob) -> dict[str, list[torch.Tensor]]:
                 # As many directions as the hidden states have, whose squares sum up to those of all logits.
                 directions = torch.linalg.cholesky((head.T @ head).double()).float()
                 answer = (normed @ directions)[sample.answer_start - 1 : len(sample.input_ids) - 1]
-                outs = [(key, out) for key, parts in kept.items() for out in parts]
+                outs = [(key, out) for key, parts in outputs.items() for out in parts]
                 sums: dict[str, torch.Tensor] = {}
                 for logit in answer.flatten():
                     grads = torch.autograd.grad(logit, [o for _, o in outs], retain_graph=True, materialize_grads=True)
@@ -96,17 +96,17 @@ def all_at_once(job: CalibrationJob) -> dict[str, list[torch.Tensor]]:
                         square = gradient.square().sum(-1)
                         sums[name] = sums.get(name, torch.zeros_like(square)) + square
             for name, square in sums.items():
-                found.setdefault(name, []).append(square)
-    return found
+                totals.setdefault(name, []).append(square)
+    return totals
 
 
-def test_probes_estimate_the_gradients_of_all_logits(job: CalibrationJob) -> None:
-    """The mean over many probes is the sum over logits, of which the reference takes one at a time."""
+def test_probes_estimate_the_squared_gradients_of_all_logits(job: CalibrationJob) -> None:
+    """The mean over many probes agrees with the reference, which takes one logit at a time."""
     sample = job.samples[0]
     job = replace(job, samples=[replace(sample, input_ids=sample.input_ids[: sample.answer_start + 1])])
-    wanted = all_at_once(job)
-    probes = [measured(job, "logits", seed) for seed in range(32)]
-    for name, exact in wanted.items():
+    expected = sum_squared_gradients(job)
+    probes = [measure_tokens(job, "logits", seed) for seed in range(32)]
+    for name, exact in expected.items():
         mean = (
             torch.stack([torch.cat([w.flatten() for w in probe[name]]) for probe in probes]).mean(0) * (1 + MIN_TOKEN_WEIGHT)
             - MIN_TOKEN_WEIGHT
@@ -115,65 +115,67 @@ def test_probes_estimate_the_gradients_of_all_logits(job: CalibrationJob) -> Non
         assert torch.corrcoef(torch.stack([mean, flat / flat.mean()]))[0, 1] > 0.9, name
 
 
-def test_the_last_block_only_counts_at_answers(job: CalibrationJob) -> None:
-    found = measured(job, "logits")
+def test_in_the_last_block_only_answer_tokens_have_weight_behind_attention(job: CalibrationJob) -> None:
+    token_weights = measure_tokens(job, "logits")
     last = job.blocks.text_layers[-1].prefix
     least = MIN_TOKEN_WEIGHT / (1 + MIN_TOKEN_WEIGHT)
-    for weights, sample in zip(found[f"{last}.mlp.down_proj"], job.samples, strict=True):
+    for weights, sample in zip(token_weights[f"{last}.mlp.down_proj"], job.samples, strict=True):
         assert weights[0, : sample.answer_start - 1].numpy() == pytest.approx(least, rel=1e-5)
         assert (weights[0, sample.answer_start - 1 : len(sample.input_ids) - 1] > 1.5 * least).all()
     keys = torch.cat(
-        [w[0, : s.answer_start - 1] for w, s in zip(found[f"{last}.self_attn.q_proj"], job.samples, strict=True)]
+        [w[0, : s.answer_start - 1] for w, s in zip(token_weights[f"{last}.self_attn.q_proj"], job.samples, strict=True)]
     )
-    assert float(keys.max()) > 2 * least  # keys and values of the question are looked at
+    assert float(keys.max()) > 2 * least  # answer tokens attend to the question's keys and values
 
 
-@pytest.mark.parametrize("objective", ["logits", "kl", "kl+logits", "modality"])
-def test_weights_have_mean_1_and_a_floor(job: CalibrationJob, objective) -> None:
-    for name, weights in measured(job, objective).items():
+@pytest.mark.parametrize("weighting", ["logits", "kl", "kl+logits", "modality"])
+def test_token_weights_have_mean_1_and_a_minimum(job: CalibrationJob, weighting) -> None:
+    for name, weights in measure_tokens(job, weighting).items():
         flat = torch.cat([w.flatten() for w in weights])
         assert float(flat.mean()) == pytest.approx(1.0, rel=1e-4), name
         assert float(flat.min()) >= MIN_TOKEN_WEIGHT / (1 + MIN_TOKEN_WEIGHT) * 0.999
 
 
-def test_modality_gives_tokens_of_a_kind_one_weight(job: CalibrationJob) -> None:
-    found, plain = (measured(job, objective) for objective in ("modality", "logits"))
+def test_modality_weighting_gives_tokens_of_a_kind_their_mean_weight(job: CalibrationJob) -> None:
+    by_kind, by_token = (measure_tokens(job, weighting) for weighting in ("modality", "logits"))
     block = job.blocks.text_layers[0]
-    name, labels = f"{block.prefix}.mlp.down_proj", label_block_inputs(block, job.blocks, alone(job))
+    name, labels = f"{block.prefix}.mlp.down_proj", label_block_inputs(block, job.blocks, own_prompts(job))
     kinds = torch.cat([label_tokens(s, job.blocks.image_token_id) for s in job.samples])
     assert torch.equal(kinds, torch.cat(labels))
-    given, single = (torch.cat([w.flatten() for w in part[name]]) for part in (found, plain))
+    mean, single = (torch.cat([w.flatten() for w in weights[name]]) for weights in (by_kind, by_token))
     for kind in kinds.unique():
-        assert given[kinds == kind].std() < 1e-5
-        assert float(given[kinds == kind].mean()) == pytest.approx(float(single[kinds == kind].mean()), rel=1e-4)
+        assert mean[kinds == kind].std() < 1e-5
+        assert float(mean[kinds == kind].mean()) == pytest.approx(float(single[kinds == kind].mean()), rel=1e-4)
 
 
-def test_samples_in_parts_give_weights_of_the_same_kind(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the signs that are drawn differ: without them nothing does."""
+def test_samples_in_parts_give_the_same_weights_but_for_random_signs(
+    job: CalibrationJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all signs set to 1, weights are the same in one part as in many."""
     ones = torch.ones
 
     def no_signs(_low, _high, shape, generator):  # noqa: ARG001
         return ones(shape)
 
     monkeypatch.setattr(measure.torch, "randint", no_signs)
-    whole = measured(job, "logits")
+    whole = measure_tokens(job, "logits")
     monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
-    parts = measured(job, "logits")
+    parts = measure_tokens(job, "logits")
     assert whole.keys() == parts.keys()
     for name, weights in whole.items():
         for one, other in zip(weights, parts[name], strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_a_picture_counts_for_all_questions_about_it(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the decoder as if every prompt were a sample; in the tower the gradients of a picture's prompts add up."""
+def test_an_image_gets_the_gradients_of_all_questions_about_it(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the decoder as if every prompt were a sample; in the tower the gradients of an image's prompts add up."""
     monkeypatch.setattr(measure.torch, "randint", lambda _low, _high, shape, generator: torch.ones(shape))  # noqa: ARG005
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values) == 1])
     prompts = cross_pair_prompts(job.samples, 2, job.blocks.image_token_id)
     texts = flatten_prompts(prompts)[0]
     assert len(texts) == 2 * len(job.samples)
     together = measure_sensitivity(job, prompts, SearchConfig(token_weighting="logits")).tokens
-    apart = measured(replace(job, samples=texts), "logits")
+    apart = measure_tokens(replace(job, samples=texts), "logits")
     for name, weights in together.items():
         assert len(weights) == (len(texts) if name.startswith("language_model") else len(job.samples)), name
         if name.startswith("language_model"):
@@ -181,23 +183,25 @@ def test_a_picture_counts_for_all_questions_about_it(job: CalibrationJob, monkey
                 np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_rows_that_count_nothing_change_nothing() -> None:
+def test_rows_of_weight_0_have_no_effect() -> None:
     generator = torch.Generator().manual_seed(0)
-    seen, wanted = torch.randn(2, 40, 8, generator=generator)
+    x_q, x = torch.randn(2, 40, 8, generator=generator)
     weights = torch.ones(40)
     weights[25:] = 0
-    some, few = LayerInputs(wanted, seen, weights), LayerInputs(wanted[:25], seen[:25])
-    torch.testing.assert_close(some.scale_by_weights(seen).T @ seen, few.scale_by_weights(seen[:25]).T @ seen[:25])
-    for out in (3, 20):  # fewer and more than inputs: the products are made in another order
+    weighted, few = LayerInputs(x, x_q, weights), LayerInputs(x[:25], x_q[:25])
+    torch.testing.assert_close(weighted.scale_by_weights(x_q).T @ x_q, few.scale_by_weights(x_q[:25]).T @ x_q[:25])
+    for out in (3, 20):  # fewer and more outputs than inputs, for which the products are taken in different orders
         weight = torch.randn(out, 8, generator=generator)
-        torch.testing.assert_close(some.cross_term(some.scale_by_weights(seen), weight), few.cross_term(seen[:25], weight))
-        torch.testing.assert_close(few.cross_term(seen[:25], weight), weight @ wanted[:25].T @ seen[:25])
-    error = weighted_relative_error([seen[None]], [wanted[None]], [weights[None]])
-    assert error == pytest.approx(weighted_relative_error([seen[None, :25]], [wanted[None, :25]]), rel=1e-6)
+        torch.testing.assert_close(
+            weighted.cross_term(weighted.scale_by_weights(x_q), weight), few.cross_term(x_q[:25], weight)
+        )
+        torch.testing.assert_close(few.cross_term(x_q[:25], weight), weight @ x[:25].T @ x_q[:25])
+    error = weighted_relative_error([x_q[None]], [x[None]], [weights[None]])
+    assert error == pytest.approx(weighted_relative_error([x_q[None, :25]], [x[None, :25]]), rel=1e-6)
 
 
-class Counted:
-    """A source that counts how often each tensor is read."""
+class CountingSource:
+    """A tensor source that counts how often each tensor is read."""
 
     def __init__(self, job: CalibrationJob) -> None:
         self._source, self.loads = job.source, Counter[str]()
@@ -209,166 +213,175 @@ class Counted:
         self.loads[name] += 1
         return self._source.load(name)
 
-    def blocks(self, job: CalibrationJob) -> int:
-        """How often a block was read, of all blocks together."""
+    def count_block_loads(self, job: CalibrationJob) -> int:
+        """How many times blocks were read, all blocks together."""
         blocks = job.blocks.all()
         return sum(self.loads[block.tensor_names()[0]] for block in blocks)
 
 
-def kept_in(folder: Path) -> list[str]:
+def tensor_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.safetensors"))
 
 
-def assert_same(found: Sensitivity, whole: Sensitivity) -> None:
-    assert found.tokens.keys() == whole.tokens.keys()
-    for name, weights in whole.tokens.items():
-        assert all(torch.equal(*pair) for pair in zip(found.tokens[name], weights, strict=True)), name
-    assert found.outputs.keys() == whole.outputs.keys()
-    assert all(torch.equal(found.outputs[name], metric) for name, metric in whole.outputs.items())
+def assert_equal(actual: Sensitivity, expected: Sensitivity) -> None:
+    assert actual.tokens.keys() == expected.tokens.keys()
+    for name, weights in expected.tokens.items():
+        assert all(torch.equal(*pair) for pair in zip(actual.tokens[name], weights, strict=True)), name
+    assert actual.outputs.keys() == expected.outputs.keys()
+    assert all(torch.equal(actual.outputs[name], hessian) for name, hessian in expected.outputs.items())
 
 
-@pytest.mark.usefixtures("again")
+@pytest.mark.usefixtures("recompute_blocks")
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_killed_measurement_goes_on_behind_its_last_block(
+def test_an_interrupted_measurement_resumes_after_its_last_block(
     job: CalibrationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
-    """Killed behind every block, there and back: nothing is computed again, and the same bits are found."""
-    monkeypatch.setattr(output_hessian, "SKETCH_ROWS", 16)  # signs are drawn on the way back, too
+    """Interrupted after every block, forwards and backwards: nothing is computed again, and the result has the same bits."""
+    monkeypatch.setattr(output_hessian, "SKETCH_ROWS", 16)  # so that the backward pass draws random signs, too
     if parts > 1:
         monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:parts])
     method = SearchConfig(linear=KRONECKER_LINEAR, token_weighting="modality", learn_steps=1)
     shares: list[float] = []
-    whole = measure_sensitivity(job, alone(job), method, shares.append)
+    whole = measure_sensitivity(job, own_prompts(job), method, shares.append)
     assert shares == sorted(shares)
     visits = 2 * parts * job.blocks.num_blocks()
     assert len(shares) == visits + parts
     for stop in range(0, len(shares), 1 if parts == 1 else 3):
         folder = tmp_path / str(stop)
-        told: list[float] = []
+        reported: list[float] = []
 
-        def killed(share: float, told: list[float] = told, stop: int = stop) -> None:
-            told.append(share)
-            if len(told) > stop:
+        def interrupt(share: float, reported: list[float] = reported, stop: int = stop) -> None:
+            reported.append(share)
+            if len(reported) > stop:
                 raise KeyboardInterrupt
 
-        first, second = Counted(job), Counted(job)
+        first, second = CountingSource(job), CountingSource(job)
         with pytest.raises(KeyboardInterrupt):
-            measure_sensitivity(replace(job, source=first, work=CalibrationWork(folder)), alone(job), method, killed)  # type: ignore[arg-type]
+            measure_sensitivity(
+                replace(job, source=first, work=CalibrationWork(folder)), own_prompts(job), method, interrupt
+            )  # type: ignore[arg-type]
         assert holds_work(folder)
-        found = measure_sensitivity(replace(job, source=second, work=CalibrationWork(folder)), alone(job), method)  # type: ignore[arg-type]
-        assert first.blocks(job) + second.blocks(job) == visits
-        assert_same(found, whole)
-        assert kept_in(folder) == [f"influence-{parts - 1:04}.safetensors"]  # the sums of all parts, and no trail
+        resumed = measure_sensitivity(replace(job, source=second, work=CalibrationWork(folder)), own_prompts(job), method)  # type: ignore[arg-type]
+        assert first.count_block_loads(job) + second.count_block_loads(job) == visits
+        assert_equal(resumed, whole)
+        assert tensor_files(folder) == [f"influence-{parts - 1:04}.safetensors"]  # the sums of all parts, and no tape
 
 
-@pytest.mark.usefixtures("again")
-def test_with_a_work_folder_only_what_is_read_next_is_in_memory(
+@pytest.mark.usefixtures("recompute_blocks")
+def test_with_a_work_folder_only_the_outputs_read_next_are_in_memory(
     job: CalibrationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[int] = []
-    lying: list[int] = []
+    in_memory: list[int] = []
+    on_disk_bytes: list[int] = []
     backward = measure.backward_block
 
-    def watched(visit: TapeEntry, *rest: Any) -> Sensitivity:
-        lying.append(sum(path.stat().st_size for path in tmp_path.rglob("*-there-*")))
-        held.append(sum(leaf.untyped_storage().nbytes() > 0 for other in passed for leaf in other.leaves))
-        return backward(visit, *rest)
+    def measuring_backward(entry: TapeEntry, *rest: Any) -> Sensitivity:
+        on_disk_bytes.append(sum(path.stat().st_size for path in tmp_path.rglob("*-there-*")))
+        in_memory.append(sum(leaf.untyped_storage().nbytes() > 0 for other in entries for leaf in other.leaves))
+        return backward(entry, *rest)
 
-    passed: list[TapeEntry] = []
+    entries: list[TapeEntry] = []
     add = Tape.add
-    monkeypatch.setattr(Tape, "add", lambda self, visit, known: (passed.append(visit), add(self, visit, known=known)))
-    monkeypatch.setattr(measure, "backward_block", watched)
+    monkeypatch.setattr(
+        Tape, "add", lambda self, entry, restored: (entries.append(entry), add(self, entry, restored=restored))
+    )
+    monkeypatch.setattr(measure, "backward_block", measuring_backward)
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:1])
     method = SearchConfig(token_weighting="logits")
-    measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), alone(job), method)
-    assert 0 < max(lying) <= sensitivity_bytes(job.blocks, job.samples, method)  # which the preflight asks the disk for
-    # Of the last block, which the head read; of the last layer of the tower, which is cut; of the projector; and the inputs.
-    assert held[0] == 4
-    assert len(held) == job.blocks.num_blocks()
+    measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), own_prompts(job), method)
+    # The preflight requires this much disk space.
+    assert 0 < max(on_disk_bytes) <= sensitivity_bytes(job.blocks, job.samples, method)
+    # Outputs of the last block, which the head reads; its inputs; outputs of the tower's last layer and of the projector.
+    assert in_memory[0] == 4
+    assert len(in_memory) == job.blocks.num_blocks()
 
 
-def test_metrics_weigh_gradients_by_the_leverage_of_inputs(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_hessians_weight_gradients_by_the_leverage_of_inputs(
+    job: CalibrationJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """G = sum of x^T H^-1 x g g^T, with H over all tokens, weighted as in the search; against float64, a token at a time."""
     method = SearchConfig(linear=KRONECKER_LINEAR, token_weighting="logits")
-    found = measure_sensitivity(job, alone(job), method)
+    sensitivity = measure_sensitivity(job, own_prompts(job), method)
     rows: list[torch.Tensor] = []
     gradients: dict[str, list[torch.Tensor]] = {}
     monkeypatch.setattr(block_backward, "leverage_scores", lambda x, _: rows.append(x) or torch.ones(len(x)))
-    monkeypatch.setattr(block_backward, "_add", lambda _m, name, g, _: gradients.setdefault(name, []).append(g))
-    measure_sensitivity(job, alone(job), method)
-    block = job.blocks.text_layers[-1]  # the first that is taken back
-    groups = find_shared_inputs(block.module)
-    for number, group in enumerate(groups):
-        x = torch.cat(rows[number :: len(groups)][: len(gradients[f"{block.prefix}.{group.linears[0]}"])]).double()
-        made = {name: torch.cat(gradients[f"{block.prefix}.{name}"]).double() for name in group.linears}
-        size = sum(g.square().sum(1) for g in made.values())
-        gram = (x * (size / size.mean() + MIN_TOKEN_WEIGHT)[:, None]).T @ x
-        gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-        inverse = torch.linalg.inv(gram)
+    monkeypatch.setattr(block_backward, "_accumulate", lambda _m, name, g, _: gradients.setdefault(name, []).append(g))
+    measure_sensitivity(job, own_prompts(job), method)
+    block = job.blocks.text_layers[-1]  # the first of the backward pass
+    shared_inputs = find_shared_inputs(block.module)
+    for number, shared in enumerate(shared_inputs):
+        x = torch.cat(rows[number :: len(shared_inputs)][: len(gradients[f"{block.prefix}.{shared.linears[0]}"])]).double()
+        by_linear = {name: torch.cat(gradients[f"{block.prefix}.{name}"]).double() for name in shared.linears}
+        token_weight = sum(g.square().sum(1) for g in by_linear.values())
+        input_hessian = (x * (token_weight / token_weight.mean() + MIN_TOKEN_WEIGHT)[:, None]).T @ x
+        input_hessian += 0.01 * input_hessian.diagonal().mean() * torch.eye(len(input_hessian))
+        inverse = torch.linalg.inv(input_hessian)
         leverage = torch.stack([row @ inverse @ row for row in x])
-        for name, g in made.items():
-            metric = found.outputs[f"{block.prefix}.{name}"].double()
+        for name, g in by_linear.items():
+            measured = sensitivity.outputs[f"{block.prefix}.{name}"].double()
             torch.testing.assert_close(
-                metric, (g * leverage[:, None]).T @ g, rtol=1e-3, atol=1e-4 * float(metric.abs().max())
+                measured, (g * leverage[:, None]).T @ g, rtol=1e-3, atol=1e-4 * float(measured.abs().max())
             )
 
 
-def test_a_small_model_runs_forwards_once(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same bits as by computing again, weights read once; a killed run computes again what lay in memory."""
+def test_a_small_model_runs_the_forward_pass_once(
+    job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the same bits as by computing blocks again; a run that was interrupted computes again what was in memory."""
     method = SearchConfig(linear=KRONECKER_LINEAR, token_weighting="logits")
-    source = Counted(job)
-    found = measure_sensitivity(replace(job, source=source), alone(job), method)  # type: ignore[arg-type]
+    source = CountingSource(job)
+    expected = measure_sensitivity(replace(job, source=source), own_prompts(job), method)  # type: ignore[arg-type]
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {1}
-    forwards, backwards = measure.count_passes(job, alone(job), method)
+    forwards, backwards = measure.count_passes(job, own_prompts(job), method)
     assert backwards == 2 * forwards
 
-    def killed(share: float) -> None:
+    def interrupt(share: float) -> None:
         if share > 0.4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), alone(job), method, killed)
-    assert_same(measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), alone(job), method), found)
+        measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), own_prompts(job), method, interrupt)
+    assert_equal(measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), own_prompts(job), method), expected)
     monkeypatch.setattr(tape, "MAX_GRAPH_BYTES", 0)
-    assert_same(measure_sensitivity(job, alone(job), method), found)
-    assert measure.count_passes(job, alone(job), method) == (3 * forwards, backwards)
-    assert measure.count_passes(job, alone(job), SearchConfig(token_weighting="logits")) == (2 * forwards, forwards)
+    assert_equal(measure_sensitivity(job, own_prompts(job), method), expected)
+    assert measure.count_passes(job, own_prompts(job), method) == (3 * forwards, backwards)
+    assert measure.count_passes(job, own_prompts(job), SearchConfig(token_weighting="logits")) == (2 * forwards, forwards)
 
 
-def test_damaged_and_shortened_files_are_told(job: CalibrationJob, tmp_path: Path) -> None:
-    method, kept = SearchConfig(token_weighting="logits"), replace(job, work=CalibrationWork(tmp_path))
-    measure_sensitivity(kept, alone(job), method)
+def test_a_truncated_file_raises_an_error(job: CalibrationJob, tmp_path: Path) -> None:
+    method, resumable_job = SearchConfig(token_weighting="logits"), replace(job, work=CalibrationWork(tmp_path))
+    measure_sensitivity(resumable_job, own_prompts(job), method)
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
-        measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), alone(job), method)
+        measure_sensitivity(replace(job, work=CalibrationWork(tmp_path)), own_prompts(job), method)
 
 
-@pytest.mark.usefixtures("again")
+@pytest.mark.usefixtures("recompute_blocks")
 @pytest.mark.parametrize("parts", [1, 3])
 def test_weights_are_read_twice_for_every_part(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """There and back; the pictures of others are not computed where nothing is mixed."""
-    source = Counted(job)
+    """Forwards and backwards; image features of mixup partners are not computed where there are none."""
+    source = CountingSource(job)
     if parts > 1:
         monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
     samples = job.samples[:parts]
-    measured(replace(job, source=source, samples=samples), "logits")  # type: ignore[arg-type]
+    measure_tokens(replace(job, source=source, samples=samples), "logits")  # type: ignore[arg-type]
     assert {source.loads[name] for name in job.blocks.vision_layers[0].tensor_names()} == {2 * parts}
 
 
-@pytest.mark.usefixtures("again")
-def test_what_flows_between_blocks_lies_in_memory_once(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block's inputs are the outputs of the one before it, not copies: they are most of what a large model takes here."""
-    visits, backward = [], measure.backward_block
-    monkeypatch.setattr(measure, "backward_block", lambda visit, *rest: visits.append(visit) or backward(visit, *rest))
-    measure_sensitivity(job, alone(job), SearchConfig(token_weighting="logits"))
-    decoder = [visit for visit in visits if visit.block in job.blocks.text_layers]
+@pytest.mark.usefixtures("recompute_blocks")
+def test_activations_between_blocks_are_in_memory_once(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's inputs are views of the preceding one's outputs, as these are most of the memory of a large model here."""
+    entries, backward = [], measure.backward_block
+    monkeypatch.setattr(measure, "backward_block", lambda entry, *rest: entries.append(entry) or backward(entry, *rest))
+    measure_sensitivity(job, own_prompts(job), SearchConfig(token_weighting="logits"))
+    decoder = [entry for entry in entries if entry.block in job.blocks.text_layers]
     assert len(decoder) == len(job.blocks.text_layers)
-    for visit, before in pairwise(decoder):  # the last block comes first
-        made = {leaf.untyped_storage().data_ptr() for leaf in before.leaves}
-        assert {x.untyped_storage().data_ptr() for x in visit.inputs} == made
+    for entry, preceding in pairwise(decoder):  # the last block comes first
+        outputs = {leaf.untyped_storage().data_ptr() for leaf in preceding.leaves}
+        assert {x.untyped_storage().data_ptr() for x in entry.inputs} == outputs
 
 
-def test_plain_measures_nothing(job: CalibrationJob) -> None:
-    assert measured(job, "plain") == {}
+def test_plain_weighting_measures_nothing(job: CalibrationJob) -> None:
+    assert measure_tokens(job, "plain") == {}

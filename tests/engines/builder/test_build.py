@@ -1,4 +1,4 @@
-"""The build process: profiles, reports, and that whatever goes wrong in it is one line for the user."""
+"""Engine builds: shape profiles, reports, and one-line errors for everything that fails in the build process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qvlm_export.engines.builder.build import BuildJob, build_engines, language_
 from qvlm_export.engines.config import Limits
 
 
-def refused(pattern, *arguments, **options):
+def refusal_of(pattern, *arguments, **options):
     """Builds, which must fail with one line that matches; returns it."""
     with pytest.raises(UserError, match=pattern) as caught:
         build(*arguments, **options)
@@ -42,17 +42,17 @@ def test_the_usual_prompt_is_no_longer_than_the_longest(llava):
     assert language_profile(config, Limits(max_length=40))["input_ids"] == ((1, 1), (1, 40), (1, 40))
 
 
-def test_vision_profile(llava):
+def test_vision_profile_covers_one_image_to_the_limit(llava):
     profile = vision_profile(open_small(llava()).config, Limits(max_length=200, max_images=3))
     assert profile == {"pixel_values": ((1, 3, 48, 48), (1, 3, 48, 48), (3, 3, 48, 48))}
 
 
-def test_a_report_tells_what_was_built(tmp_path):
-    seen = []
+def test_a_report_holds_sizes_time_and_memory_of_the_build(tmp_path):
+    progress = []
     for name, model in (("one", int8_model()), ("two", int4_model(block_size=128))):
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
     jobs = [BuildJob(str(tmp_path / f"{n}.onnx"), str(tmp_path / f"{n}.plan"), PROFILE) for n in ("one", "two")]
-    reports = build_engines(choose_backend("tensorrt-rtx", ("sm89",)), jobs, lambda *step: seen.append(step))
+    reports = build_engines(choose_backend("tensorrt-rtx", ("sm89",)), jobs, lambda *step: progress.append(step))
     assert [report.plan for report in reports] == [job.plan for job in jobs]
     for report, weight_bytes in zip(reports, (256 * 512, 256 * 512 // 2), strict=True):
         assert report.plan_bytes == os.path.getsize(report.plan)
@@ -60,7 +60,7 @@ def test_a_report_tells_what_was_built(tmp_path):
         assert 0 < report.seconds < 60
         assert 50e6 < report.peak_bytes < 50e9
     for job in jobs:
-        fractions = [fraction for plan, fraction in seen if plan == job.plan]
+        fractions = [fraction for plan, fraction in progress if plan == job.plan]
         assert len(fractions) > 2
         assert fractions == sorted(fractions)
         assert 0 < fractions[0] < fractions[-1] == 1.0
@@ -68,7 +68,7 @@ def test_a_report_tells_what_was_built(tmp_path):
 
 def test_a_dropped_input_is_an_error(tmp_path):
     model, profile = attention_model(with_lengths=True)
-    message = refused(r"^small\.onnx: TensorRT dropped a part of the graph", model, tmp_path, profile)
+    message = refusal_of(r"^small\.onnx: TensorRT dropped a part of the graph", model, tmp_path, profile)
     assert "Unused Input: lengths" in message
 
 
@@ -84,22 +84,22 @@ def test_an_operator_without_support_is_named_with_its_node(tmp_path):
     ]
     shape = ["rows", INPUTS]
     model = make_model(nodes, [tensor("x", TensorProto.FLOAT, shape)], [tensor("y", TensorProto.FLOAT, shape)], {})
-    refused(r"^small\.onnx: TensorRT cannot parse node the\.bad\.node \(DynamicQuantizeLinear\)", model, tmp_path)
+    refusal_of(r"^small\.onnx: TensorRT cannot parse node the\.bad\.node \(DynamicQuantizeLinear\)", model, tmp_path)
 
 
 def test_int4_for_a_gpu_without_it_is_refused_with_the_reason(tmp_path):
-    message = refused(r"^small\.onnx: TensorRT cannot build it: ", int4_model(block_size=128), tmp_path, target="sm75")
+    message = refusal_of(r"^small\.onnx: TensorRT cannot build it: ", int4_model(block_size=128), tmp_path, target="sm75")
     assert "sm75" in message
     assert "int4" in message
 
 
 def test_a_missing_profile_is_refused_with_the_reason(tmp_path):
-    refused(r"^small\.onnx: TensorRT cannot build it: .*\bx\b.* profile", int8_model(), tmp_path, {})
+    refusal_of(r"^small\.onnx: TensorRT cannot build it: .*\bx\b.* profile", int8_model(), tmp_path, {})
 
 
 @pytest.mark.parametrize("content", [b"hello", b"", b"\x08\xff"])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
-    refused(r"^small\.onnx: TensorRT cannot ", content, tmp_path)
+    refusal_of(r"^small\.onnx: TensorRT cannot ", content, tmp_path)
 
 
 def test_weights_that_are_missing_are_refused(tmp_path):
@@ -110,7 +110,7 @@ def test_weights_that_are_missing_are_refused(tmp_path):
             stored.data_location = TensorProto.EXTERNAL
             for key, value in (("location", "gone.data"), ("offset", "0"), ("length", str(256 * 512))):
                 stored.external_data.add(key=key, value=value)
-    refused(r"^small\.onnx: TensorRT cannot parse .*Failed to import initializer: codes", model, tmp_path)
+    refusal_of(r"^small\.onnx: TensorRT cannot parse .*Failed to import initializer: codes", model, tmp_path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -119,14 +119,14 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         build_engines(backend, [BuildJob(str(tmp_path / "absent.onnx"), str(tmp_path / "a.plan"), {})], lambda *_: None)
 
 
-def test_a_process_that_dies_is_an_error_and_no_hang(tmp_path, capfd):
+def test_a_process_that_dies_is_an_error_and_does_not_hang(tmp_path, capfd):
     backend = Backend("tensorrt-rtx", "no_such_tensorrt", "1.0", ())
     with pytest.raises(UserError, match=r"^a\.onnx: the tensorrt-rtx build process ended with code 1; its words are above$"):
         build_engines(backend, [BuildJob(str(tmp_path / "a.onnx"), str(tmp_path / "a.plan"), {})], lambda *_: None)
     assert "no_such_tensorrt" in capfd.readouterr().err
 
 
-def test_a_process_that_is_killed_is_told_from_one_that_fails(tmp_path, monkeypatch):
+def test_a_killed_process_is_distinguished_from_a_failed_one(tmp_path, monkeypatch):
     (tmp_path / "suicidal_tensorrt.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     backend = Backend("tensorrt-rtx", "suicidal_tensorrt", "1.0", ())
@@ -134,7 +134,7 @@ def test_a_process_that_is_killed_is_told_from_one_that_fails(tmp_path, monkeypa
         build_engines(backend, [BuildJob("b.onnx", "b.plan", {})], lambda *_: None)
 
 
-def test_what_a_library_prints_is_passed_over(tmp_path, monkeypatch):
+def test_output_of_libraries_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "chatty_tensorrt.py").write_text("print('hello'); print('[1, 2]'); print(7)\nfrom tensorrt_rtx import *\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "a.onnx").write_bytes(int8_model().SerializeToString())

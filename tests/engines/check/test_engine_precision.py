@@ -1,4 +1,4 @@
-"""Built plans: what the engine really executes, for linears that run on integers and for some that only look like it."""
+"""The engine precision check on built plans: linears that run on integers, and linears quantized in the graph only."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 
 @pytest.fixture(scope="module")
 def built(llava, tmp_path_factory):
-    """(preset, part) -> the plan's file and its planned linears; the decoder in both presets."""
+    """(preset, part) -> path of the plan and the schemes of its linears; the decoder is built for both presets."""
     checkpoint = open_small(llava())
     profiles = {"vision": vision_profile(checkpoint.config, LIMITS), "language": language_profile(checkpoint.config, LIMITS)}
     folder = tmp_path_factory.mktemp("plans")
-    found, jobs = {}, []
+    plans, jobs = {}, []
     for preset in ("int4", "int8"):
         calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), folder / f"{preset}.calibrated")
         for part in PARTS if preset == "int4" else ("language",):
             onnx_file = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / preset)
             jobs.append(BuildJob(str(onnx_file), str(onnx_file.with_suffix(".plan")), profiles[part]))
-            found[preset, part] = (onnx_file.with_suffix(".plan"), of_part(calibrated.schemes, part))
+            plans[preset, part] = (onnx_file.with_suffix(".plan"), of_part(calibrated.schemes, part))
     build_engines(choose_backend("tensorrt-rtx", ("sm89",)), jobs, lambda *_: None)
-    return found
+    return plans
 
 
 EXECUTED = {
@@ -49,7 +49,7 @@ EXECUTED = {
 
 
 @pytest.mark.parametrize("case", EXECUTED, ids="-".join)
-def test_every_planned_linear_runs_on_integers(built, case):
+def test_every_linear_with_a_scheme_runs_on_integers(built, case):
     plan, planned = built[case]
     scheme, executed, count = EXECUTED[case]
     checks = check_engine_precision(plan, planned)
@@ -58,13 +58,13 @@ def test_every_planned_linear_runs_on_integers(built, case):
     require_integer_products(plan, checks)
 
 
-def test_linears_that_are_not_planned_run_in_half(built):
+def test_linears_without_a_scheme_run_in_float16(built):
     plan, _ = built["int4", "language"]
     heads = [gemm for gemm in read_gemms(plan) if "language_model.lm_head" in gemm.linears]
     assert [gemm.operands[:2] for gemm in heads] == [("half", "half")]
 
 
-def test_the_check_does_not_take_one_scheme_for_the_other(built):
+def test_linears_of_another_scheme_fail(built):
     plan, planned = built["int4", "language"]
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, W8A8)))
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
@@ -73,7 +73,7 @@ def test_the_check_does_not_take_one_scheme_for_the_other(built):
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
 
 
-def test_a_planned_linear_that_the_plan_lacks_fails(built):
+def test_a_linear_that_is_missing_from_the_plan_fails(built):
     plan, planned = built["int4", "language"]
     name = "language_model.model.layers.7.mlp.up_proj"
     checks = check_engine_precision(plan, planned | {name: W4A16})
@@ -83,7 +83,7 @@ def test_a_planned_linear_that_the_plan_lacks_fails(built):
 
 
 WRONG = {
-    # model, what was planned, what is executed
+    # model, scheme of its linear, types that are executed
     "int4-per-channel": (lambda: int4_model(block_size=None), W4A16, "half x half -> half"),
     "int8-per-channel-activation": (lambda: int8_model(activation_scales=INPUTS), W8A8, "float x int8 -> half"),
     "int8-half-sums": (lambda: int8_model(dequantize_type="float16"), W8A8, "int8 x int8 -> half"),
@@ -91,7 +91,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_linear_that_builds_but_does_not_run_as_planned_is_found(tmp_path, case):
+def test_a_linear_that_builds_but_runs_on_other_types_fails(tmp_path, case):
     make, scheme, executed = WRONG[case]
     build(make(), tmp_path)
     checks = check_engine_precision(tmp_path / "small.plan", {LINEAR: scheme})
@@ -107,23 +107,23 @@ def test_a_linear_that_builds_but_does_not_run_as_planned_is_found(tmp_path, cas
 
 
 @pytest.mark.parametrize("case", ["int4", "int8"])
-def test_the_same_linears_in_the_right_form_pass(tmp_path, case):
+def test_the_same_linears_in_the_form_that_fuses_pass(tmp_path, case):
     model, scheme = (int4_model(block_size=128), W4A16) if case == "int4" else (int8_model(), W8A8)
     build(model, tmp_path)
     assert [check.passed for check in check_engine_precision(tmp_path / "small.plan", {LINEAR: scheme})] == [True]
 
 
 @pytest.mark.parametrize("content", [random.Random(0).randbytes(100_000), b"x", b""], ids=["random", "one-byte", "empty"])
-def test_a_file_without_programs_proves_nothing(tmp_path, content):
+def test_a_file_without_programs_is_an_error(tmp_path, content):
     path = tmp_path / "random.plan"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^random\.plan: holds no readable program, so what it executes cannot be proven"):
         check_engine_precision(path, {LINEAR: W8A8})
 
 
-def test_a_plan_that_is_cut_off_does_not_pass(built, tmp_path):
+def test_a_truncated_plan_does_not_pass(built, tmp_path):
     plan, planned = built["int8", "language"]
-    text = plan.read_bytes()
-    (tmp_path / "cut.plan").write_bytes(text[: text.index(b"fully_connected=")])
+    content = plan.read_bytes()
+    (tmp_path / "cut.plan").write_bytes(content[: content.index(b"fully_connected=")])
     with pytest.raises(UserError, match=r"cut\.plan"):
         require_integer_products(tmp_path / "cut.plan", check_engine_precision(tmp_path / "cut.plan", planned))

@@ -1,4 +1,4 @@
-"""The metrics against the same definitions written as loops over single numbers, and against values known in advance."""
+"""The metrics against their definitions written as loops over single numbers, and against known values."""
 
 from __future__ import annotations
 
@@ -24,32 +24,35 @@ def slow_kl(reference, other):
 
 
 def slow_cosine(reference, other):
+    """Cosine of two rows."""
     dot = math.fsum(float(a) * float(b) for a, b in zip(reference, other, strict=True))
     return dot / math.dist(reference, [0.0] * len(reference)) / math.dist(other, [0.0] * len(other))
 
 
 def slow_sqnr(reference, other):
+    """SQNR of two arrays in dB."""
     pairs = [(float(a), float(b)) for a, b in zip(reference.ravel(), other.ravel(), strict=True)]
     return 10 * math.log10(math.fsum(a * a for a, _ in pairs) / math.fsum((b - a) ** 2 for a, b in pairs))
 
 
 def slow_argmax(row):
+    """Index of the first of the largest values."""
     best = 0
-    for place, value in enumerate(row):
+    for index, value in enumerate(row):
         if value > row[best]:
-            best = place
+            best = index
     return best
 
 
 @pytest.fixture(params=[1.0, 30.0, 1000.0], ids=["small", "usual", "large"])
 def pair(request):
-    """Logits of two runs that are near each other: float32 [7, 50]."""
+    """Logits of two runs that differ by noise, float32 [7, 50] each."""
     rng = np.random.default_rng(0)
     reference = (rng.standard_normal((7, 50)) * request.param).astype(np.float32)
     return reference, reference + rng.standard_normal((7, 50)).astype(np.float32) * np.float32(0.3)
 
 
-def test_the_metrics_are_their_definitions(pair):
+def test_the_metrics_equal_their_definitions(pair):
     reference, other = pair
     np.testing.assert_allclose(
         kl_divergence(reference, other), [slow_kl(a, b) for a, b in zip(*pair, strict=True)], 1e-9, 1e-15
@@ -61,7 +64,7 @@ def test_the_metrics_are_their_definitions(pair):
     ]
 
 
-def test_kl_of_two_tokens_is_known():
+def test_kl_of_two_tokens_has_the_known_value():
     # p = (3/4, 1/4), q = (1/2, 1/2)
     divergence = kl_divergence(np.log([[3.0, 1.0]]), np.zeros((1, 2)))
     assert divergence == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
@@ -72,7 +75,7 @@ def test_kl_takes_the_reference_first():
     assert kl_divergence(unsure, sure)[0] > 3 * kl_divergence(sure, unsure)[0]
 
 
-def test_a_shift_of_all_logits_costs_no_kl(pair):
+def test_a_shift_of_all_logits_leaves_kl_at_zero(pair):
     reference, _ = pair
     assert kl_divergence(reference, reference + np.float32(2.0)).max() < 1e-6
     assert (kl_divergence(reference, reference) == 0).all()
@@ -93,18 +96,18 @@ def test_sqnr_of_float16_does_not_overflow():
     assert sqnr_db(reference, -reference) == pytest.approx(10 * math.log10(1 / 4))
 
 
-def test_cosine_of_directions():
+def test_cosine_of_parallel_orthogonal_and_zero_rows():
     reference = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     other = np.array([[5.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert cosine(reference, other).tolist() == [1.0, 0.0, -1.0, 1.0, 0.0]
 
 
-def test_of_equal_logits_the_first_counts():
+def test_ties_in_top1_go_to_the_first_token():
     assert top1_agreement(np.array([[1.0, 1.0]]), np.array([[0.0, 1.0]])).tolist() == [False]
     assert top1_agreement(np.array([[1.0, 1.0]]), np.array([[2.0, 2.0]])).tolist() == [True]
 
 
-def test_sums_over_pieces_are_those_of_the_whole(pair, monkeypatch):
+def test_sums_over_pieces_equal_those_of_the_whole(pair, monkeypatch):
     reference, other = pair
     whole = measure(reference, other)
     monkeypatch.setattr(metrics, "ROWS_AT_ONCE", 2)
@@ -130,13 +133,13 @@ def test_a_token_that_is_not_finite_agrees_with_nothing(pair, value):
     assert measure(damaged, other).not_finite == 1
 
 
-def test_no_token_has_no_mean():
+def test_means_without_tokens_are_nan():
     sums = measure(np.zeros((0, 5), np.float32), np.zeros((0, 5), np.float32))
     assert sums == Sums()
     assert all(math.isnan(v) for v in (sums.mean_kl, sums.agreement, sums.mean_cosine, sums.sqnr_db))
 
 
-def test_logits_of_different_shapes_are_a_mistake(pair):
+def test_logits_of_different_shapes_are_refused(pair):
     reference, other = pair
     with pytest.raises(ValueError, match=r"\(7, 50\) against \(6, 50\)"):
         measure(reference, other[:6])

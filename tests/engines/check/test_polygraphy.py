@@ -1,4 +1,4 @@
-"""Polygraphy for real: its comparator, the files it reads back, the lines a user pastes, and its own tools on our graphs."""
+"""The comparison with the real Polygraphy: comparator, saved files, printed command lines, and its tools on our graphs."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SCHEMES = ("int4", "int8")
 
 @pytest.fixture(scope="module")
 def manifests(llava, tmp_path_factory):
-    """Exports by scheme, without engines."""
-    made = {}
+    """Scheme -> manifest of an export without engines."""
+    manifest_of = {}
     for scheme in SCHEMES:
         plan = tmp_path_factory.mktemp(scheme) / "export" / "e.plan"
         qvlm_export.export(str(llava()), plan, scheme=scheme, backend="onnx", samples=4, max_length=128)
-        made[scheme] = read_manifest(plan.with_suffix(".json"))
-    return made
+        manifest_of[scheme] = read_manifest(plan.with_suffix(".json"))
+    return manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def sample(manifests):
 
 @pytest.fixture(scope="module")
 def saved(manifests, sample, tmp_path_factory):
-    """What --save-polygraphy leaves, by scheme, in a folder whose name needs quoting."""
+    """Scheme -> comparison saved as with --save-polygraphy, in a folder whose name needs quoting."""
     return {
         scheme: save_case(
             manifest, sample, tmp_path_factory.mktemp(scheme) / "it's a folder", [session_runners(manifest)], False
@@ -64,7 +64,7 @@ def saved(manifests, sample, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_comparator_finds_session_and_graph_alike(saved, scheme):
+def test_session_and_graph_pass_the_comparator(saved, scheme):
     verdicts = saved[scheme].verdicts
     assert [(v.part, v.output) for v in verdicts] == [("vision", "image_embeds"), ("language", "logits")]
     for verdict in verdicts:
@@ -73,7 +73,7 @@ def test_the_comparator_finds_session_and_graph_alike(saved, scheme):
         assert verdict.snr_db > 25
 
 
-def test_the_comparator_finds_a_damaged_graph_apart(manifests, sample, tmp_path):
+def test_a_damaged_graph_fails_the_comparator(manifests, sample, tmp_path):
     plan = copy_export(manifests["int8"].path.with_suffix(".plan"), tmp_path / "damaged")
     edit_weight(plan.with_suffix(".onnx"), f"{DOWN}.weight_codes", np.uint8, zero)
     damaged = session_runners(read_manifest(plan.with_suffix(".json")))
@@ -82,7 +82,7 @@ def test_the_comparator_finds_a_damaged_graph_apart(manifests, sample, tmp_path)
     assert verdicts[1].snr_db < 20
 
 
-def test_saved_files_are_those_of_polygraphy_and_hold_the_run(saved, manifests, sample):
+def test_polygraphy_loads_the_saved_files_and_they_hold_inputs_and_outputs(saved, manifests, sample):
     folder, manifest = saved["int4"].folder, manifests["int4"]
     (vision,) = load_json(str(folder / "vision" / "inputs.json"))
     np.testing.assert_array_equal(vision["pixel_values"], sample.pixel_values)
@@ -101,14 +101,14 @@ def test_saved_files_are_those_of_polygraphy_and_hold_the_run(saved, manifests, 
 
 
 @pytest.mark.parametrize(("scheme", "line"), [("int4", 0), ("int4", 1), ("int8", 1)])
-def test_the_printed_line_passes(saved, scheme, line):
+def test_the_command_line_passes(saved, scheme, line):
     assert len(saved[scheme].commands) == 2
     result = run_shell(saved[scheme].commands[line])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PASSED | simple | All outputs matched" in result.stdout
 
 
-def test_the_printed_line_fails_on_a_damaged_graph(manifests, sample, tmp_path):
+def test_the_command_line_fails_on_a_damaged_graph(manifests, sample, tmp_path):
     case = save_case(manifests["int4"], sample, tmp_path / "case", [], False)
     edit_weight(tmp_path / "case" / "language" / "model.onnx", f"{DOWN}.weight_codes", np.uint8, zero)
     result = run_shell(case.commands[1])
@@ -117,7 +117,7 @@ def test_the_printed_line_fails_on_a_damaged_graph(manifests, sample, tmp_path):
 
 
 @pytest.mark.parametrize(("backend", "switch"), [("tensorrt-rtx", f"{RTX_SWITCH}=1"), ("tensorrt", None)])
-def test_lines_for_the_engine_name_plan_inputs_and_runtime(manifests, sample, tmp_path, backend, switch):
+def test_command_lines_for_the_engine_name_plan_files_and_runtime(manifests, sample, tmp_path, backend, switch):
     plans = {f"{part}_plan": {"name": f"e {part}.plan"} for part in ("vision", "language")}
     manifest = manifests["int4"]
     for entry in plans.values():
@@ -134,8 +134,8 @@ def test_lines_for_the_engine_name_plan_inputs_and_runtime(manifests, sample, tm
         assert words[-4:] == ["--compare", "snr", "--snr-threshold", "20"]
 
 
-def test_the_engine_line_reaches_tensorrt_rtx(manifests, sample, tmp_path):
-    """Without a driver the engine cannot run, but the line must be one that Polygraphy understands."""
+def test_the_command_line_for_the_engine_reaches_tensorrt_rtx(manifests, sample, tmp_path):
+    """Without a driver the engine cannot run, but Polygraphy must understand the command line."""
     pytest.importorskip("tensorrt_rtx")
     plans = {f"{part}_plan": {"name": f"{part}.plan"} for part in ("vision", "language")}
     manifest = manifests["int4"]
@@ -152,32 +152,32 @@ def test_a_pair_of_runners_computes_what_the_session_does(manifests, sample):
     manifest = manifests["int4"]
     text_only = replace(sample, input_ids=sample.input_ids[-5:], pixel_values=sample.pixel_values[:0], answer_start=5)
     with RunnerPair(manifest, session_runners(manifest)) as pair, open_session(manifest, "onnxruntime:cpu") as session:
-        for given in (sample, text_only, sample):
-            pixels = given.pixel_values if len(given.pixel_values) else None
-            wanted = session.logits(given.input_ids[None], pixels)[0]
-            found = pair.logits(given)
-            assert (found.dtype, found.shape) == (np.float32, wanted.shape)
-            np.testing.assert_allclose(found, wanted, atol=5e-3 * np.abs(wanted).max())
+        for case in (sample, text_only, sample):
+            pixels = case.pixel_values if len(case.pixel_values) else None
+            expected = session.logits(case.input_ids[None], pixels)[0]
+            actual = pair.logits(case)
+            assert (actual.dtype, actual.shape) == (np.float32, expected.shape)
+            np.testing.assert_allclose(actual, expected, atol=5e-3 * np.abs(expected).max())
 
 
-def test_the_written_twin_is_float32_with_one_output(saved, manifests):
+def test_the_written_float32_copy_has_one_output_and_the_same_integers(saved, manifests):
     model = ir.load(saved["int4"].folder / "language" / "model.onnx")
-    shipped = ir.load(manifests["int4"].file("language_onnx"))
+    exported = ir.load(manifests["int4"].file("language_onnx"))
     assert [v.name for v in model.graph.outputs] == ["logits"]
-    assert [v.name for v in model.graph.inputs] == [v.name for v in shipped.graph.inputs]
+    assert [v.name for v in model.graph.inputs] == [v.name for v in exported.graph.inputs]
     assert ir.DataType.FLOAT16 not in {v.dtype for v in (*model.graph.inputs, *model.graph.initializers.values())}
-    for name, value in shipped.graph.initializers.items():
+    for name, value in exported.graph.initializers.items():
         if name.endswith("weight_codes"):
             np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), value.const_value.numpy())
 
 
-def test_polygraphy_keeps_quiet(manifests, sample, tmp_path, capfd):
+def test_polygraphy_prints_nothing(manifests, sample, tmp_path, capfd):
     save_case(manifests["int4"], sample, tmp_path, [session_runners(manifests["int4"])], False)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_what_polygraphy_refuses_is_one_line():
+def test_an_error_of_polygraphy_is_one_line():
     from polygraphy.logger import G_LOGGER
 
     with pytest.raises(UserError, match=r"^Polygraphy: no such thing; its own") as caught, quiet():
@@ -185,7 +185,7 @@ def test_what_polygraphy_refuses_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_process_stays_with_one_tensorrt(manifests, monkeypatch):
+def test_a_process_cannot_use_both_tensorrts(manifests, monkeypatch):
     from polygraphy import config
 
     monkeypatch.setenv(RTX_SWITCH, "0")
@@ -194,7 +194,7 @@ def test_a_process_stays_with_one_tensorrt(manifests, monkeypatch):
         engine_runners(replace(manifests["int4"], backend={"name": "tensorrt-rtx"}))
 
 
-def test_twins_open_from_the_folder_they_were_written_to(manifests, tmp_path):
+def test_float32_copies_open_from_the_folder_they_were_written_to(manifests, tmp_path):
     (tmp_path / "vision").mkdir()
     write_float32_graph(manifests["int4"].file("vision_onnx"), tmp_path / "vision" / "model.onnx", "image_embeds")
     with quiet(), float32_runners(tmp_path)["vision"] as runner:
@@ -203,15 +203,15 @@ def test_twins_open_from_the_folder_they_were_written_to(manifests, tmp_path):
 
 @pytest.mark.parametrize(("scheme", "part"), [("int4", "vision"), ("int4", "language"), ("int8", "language")])
 class TestTools:
-    """Polygraphy's tools take the shipped float16 graphs as they are; the vision graph is the same in both schemes."""
+    """Polygraphy's tools read the exported float16 graphs; the vision graph is the same in both schemes."""
 
     def test_inspect_model(self, manifests, scheme, part):
         graph = manifests[scheme].file(f"{part}_onnx")
         result = run_shell(f"polygraphy inspect model {graph} --show layers attrs")
         assert result.returncode == 0, result.stdout + result.stderr
-        shipped = ir.load(graph)
-        assert f"---- {len(list(shipped.graph))} Node(s) ----" in result.stdout
-        for node in shipped.graph:
+        exported = ir.load(graph)
+        assert f"---- {len(list(exported.graph))} Node(s) ----" in result.stdout
+        for node in exported.graph:
             if node.op_type == "QuantizeLinear":
                 assert node.name in result.stdout
 
@@ -230,6 +230,6 @@ class TestTools:
         graph, out = manifests[scheme].file(f"{part}_onnx"), tmp_path / "sane.onnx"
         result = run_shell(f"polygraphy surgeon sanitize {graph} --fold-constants --save-external-data -o {out}")
         assert result.returncode == 0, result.stdout + result.stderr
-        kept = ("QuantizeLinear", "DequantizeLinear", "MatMul", "Attention", "TensorScatter")
-        counts = [{op: sum(node.op_type == op for node in ir.load(path).graph) for op in kept} for path in (graph, out)]
-        assert counts[0] == counts[1]  # folding constants leaves the integers integers
+        operators = ("QuantizeLinear", "DequantizeLinear", "MatMul", "Attention", "TensorScatter")
+        counts = [{op: sum(node.op_type == op for node in ir.load(path).graph) for op in operators} for path in (graph, out)]
+        assert counts[0] == counts[1]  # constant folding must not fold the dequantization

@@ -1,4 +1,4 @@
-"""INT4 packing of ONNX files: bit equal to onnx's own, and read back by it."""
+"""INT4 packing: equal to onnx's own to the bit, and read back by it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODES = arrays(np.int8, array_shapes(max_dims=3, max_side=12), elements=st.integ
 
 
 def onnx_bytes(codes):
-    """What onnx itself stores for these codes."""
+    """The bytes that onnx itself stores for these codes."""
     tensor = onnx.helper.make_tensor("codes", TensorProto.INT4, codes.shape, codes.reshape(-1).tolist())
     # make_tensor keeps the packed bytes one to an int32.
     return np.array(list(tensor.int32_data), np.uint8)
@@ -25,7 +25,7 @@ def onnx_bytes(codes):
 
 @settings(deadline=None, max_examples=100)
 @given(CODES)
-def test_bit_equal_to_onnx(codes):
+def test_packed_codes_equal_those_of_onnx_bit_by_bit(codes):
     packed = pack_nibbles(codes)
     assert packed.dtype == np.uint8
     np.testing.assert_array_equal(packed, onnx_bytes(codes))
@@ -47,14 +47,14 @@ def test_the_first_code_is_in_the_low_nibble(codes, expected):
     assert pack_nibbles(np.array(codes, np.int8)).tolist() == expected
 
 
-def test_a_transposed_array_is_packed_in_its_own_order():
+def test_an_array_is_packed_in_logical_order_whatever_its_strides():
     codes = np.arange(-8, 7, dtype=np.int8).reshape(3, 5)
     np.testing.assert_array_equal(pack_nibbles(codes.T), pack_nibbles(np.ascontiguousarray(codes.T)))
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (6, 64), (258, 8), (256, 512), (514, 1032), (1022, 520)])
 def test_nibbles_are_transposed_without_unpacking(shape):
-    """Tiles that are full and tiles that are cut, against packing of the transposed codes."""
+    """Shapes with full and with partial tiles, against packing of the transposed codes."""
     codes = np.random.default_rng(0).integers(-8, 8, shape, np.int8)
     stored = pack_codes(codes, 4).view(np.uint8)
     np.testing.assert_array_equal(transposed_nibbles(stored), pack_nibbles(np.ascontiguousarray(codes.T)))

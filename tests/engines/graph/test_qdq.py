@@ -1,4 +1,4 @@
-"""The Q/DQ patterns in written graphs: their form node by node, the integers stored, and one linear's arithmetic."""
+"""The Q/DQ passes: the patterns in written graphs node by node, the stored integers, and the arithmetic of one linear."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NARROW = {
     f"{TOWER}.2.self_attn.k_proj": LinearScheme(6, None, None),
     "multi_modal_projector.linear_2": LinearScheme(3, 4, 128),
 }
-PLANS = {"mixed": MIXED, "narrow": NARROW}
+SCHEMES = {"mixed": MIXED, "narrow": NARROW}
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +52,22 @@ def checkpoint(llava):
     return open_small(llava())
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "sim-w4a4", *PLANS])
+@pytest.fixture(scope="module", params=["int4", "int8", "sim-w4a4", *SCHEMES])
 def calibrated(request, checkpoint, tmp_path_factory):
-    plan = PLANS.get(request.param) or plan_of(checkpoint, request.param)
-    return calibrate(checkpoint, plan, tmp_path_factory.mktemp("calibrated"))
+    schemes = SCHEMES.get(request.param) or plan_of(checkpoint, request.param)
+    return calibrate(checkpoint, schemes, tmp_path_factory.mktemp("calibrated"))
 
 
 @pytest.fixture(scope="module", params=[(part, dtype) for part in PARTS for dtype in DTYPES], ids="-".join)
 def written(request, checkpoint, calibrated, tmp_path_factory):
-    """(the part, its planned linears, the checkpoint they come from, the written model with data, ONNX's float type)."""
+    """(part, linear -> scheme, calibrated checkpoint, the written model with its data, ONNX's number of the float type)."""
     part, dtype = request.param
     path = write_quantized(checkpoint, calibrated, part, DTYPES[dtype], tmp_path_factory.mktemp("written"))
     return part, of_part(calibrated.schemes, part), calibrated, onnx.load(path), DTYPES[dtype].value
 
 
 def producers(model):
+    """Value name -> the node that computes it."""
     return {output: node for node in model.graph.node for output in node.output}
 
 
@@ -83,39 +84,40 @@ def attributes(node):
 
 
 def every_linear(checkpoint, part):
+    """Names of all linears of the graph `part`, the output head included."""
     names = [*make_blocks(checkpoint.hf_config).quantizable(), "language_model.lm_head"]
     return {name for name in names if name.startswith("language_model.") == (part == "language")}
 
 
-def test_exactly_the_planned_linears_are_quantized(checkpoint, written):
+def test_exactly_the_linears_with_a_scheme_are_quantized(checkpoint, written):
     part, planned, _, model, _ = written
-    made, stored = producers(model), initializers(model)
-    found = {"DequantizeLinear": set(), "float": set()}
+    producer_of, stored = producers(model), initializers(model)
+    names_by_kind = {"DequantizeLinear": set(), "float": set()}
     for name, node in matmuls(model).items():
         weight = node.input[1]
-        found["float" if weight in stored else made[weight].op_type].add(name)
-    assert found["DequantizeLinear"] == set(planned)
-    assert found["float"] == every_linear(checkpoint, part) - set(planned)
+        names_by_kind["float" if weight in stored else producer_of[weight].op_type].add(name)
+    assert names_by_kind["DequantizeLinear"] == set(planned)
+    assert names_by_kind["float"] == every_linear(checkpoint, part) - set(planned)
     activations = [scheme.activation_bits for scheme in planned.values() if scheme.activation_bits]
     assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == len(planned) + len(activations)
 
 
 def test_linears_that_read_one_value_share_one_quantizer(written):
     _, planned, _, model, _ = written
-    made, quantized, clipped = producers(model), {}, set()
+    producer_of, quantizers, clipped = producers(model), {}, set()
     for name, scheme in planned.items():
         if scheme.activation_bits:
-            quantizer = made[made[matmuls(model)[name].input[0]].input[0]]
+            quantizer = producer_of[producer_of[matmuls(model)[name].input[0]].input[0]]
             if scheme.activation_bits < 8:
                 assert quantizer.op_type == "Clip"
                 clipped.add(quantizer.name)
-                quantizer = made[quantizer.input[0]]
+                quantizer = producer_of[quantizer.input[0]]
             assert quantizer.op_type == "QuantizeLinear"
-            quantized.setdefault((quantizer.input[0], scheme.activation_bits), set()).add(quantizer.name)
-    assert all(len(names) == 1 for names in quantized.values())
+            quantizers.setdefault((quantizer.input[0], scheme.activation_bits), set()).add(quantizer.name)
+    assert all(len(names) == 1 for names in quantizers.values())
     kinds = [node.op_type for node in model.graph.node]
-    assert kinds.count("QuantizeLinear") == len(quantized)
-    assert len(clipped) == sum(bits < 8 for _, bits in quantized)
+    assert kinds.count("QuantizeLinear") == len(quantizers)
+    assert len(clipped) == sum(bits < 8 for _, bits in quantizers)
 
 
 def test_a_decoder_layer_needs_four_quantizers(checkpoint, tmp_path):
@@ -134,26 +136,26 @@ def test_a_decoder_layer_needs_four_quantizers(checkpoint, tmp_path):
     ]
 
 
-def test_the_form_of_w8a8(written):
+def test_w8a8_linears_have_the_form_that_tensorrt_fuses(written):
     _, planned, calibrated, model, float_type = written
-    made, stored = producers(model), initializers(model)
+    producer_of, stored = producers(model), initializers(model)
     for name in (n for n, scheme in planned.items() if scheme == W8A8):
-        activation, weight = (made[value] for value in matmuls(model)[name].input)
-        quantizer = made[activation.input[0]]
+        activation, weight = (producer_of[value] for value in matmuls(model)[name].input)
+        quantizer = producer_of[activation.input[0]]
         assert [n.op_type for n in (quantizer, activation, weight)] == ["QuantizeLinear", *2 * ["DequantizeLinear"]]
 
-        # One scale for all of the activation: of the graph's own type to quantize, float32 to dequantize.
+        # One scale for the whole activation: in the graph's type to quantize, in float32 to dequantize.
         assert attributes(quantizer) == {}
         assert attributes(activation) == {"output_dtype": float_type}
-        for scale, wanted in ((quantizer.input[1], float_type), (activation.input[1], onnx.TensorProto.FLOAT)):
-            assert (stored[scale].data_type, list(stored[scale].dims)) == (wanted, [])
+        for scale, expected_type in ((quantizer.input[1], float_type), (activation.input[1], onnx.TensorProto.FLOAT)):
+            assert (stored[scale].data_type, list(stored[scale].dims)) == (expected_type, [])
             assert float(numpy_helper.to_array(stored[scale])) == calibrated.input_scale(name)
         for node in (quantizer, activation):
             zero = stored[node.input[2]]
             assert (zero.data_type, list(zero.dims)) == (onnx.TensorProto.INT8, [])
             assert numpy_helper.to_array(zero) == 0
 
-        # One scale for each output, which is axis 1 of [in, out].
+        # One scale per output, which is axis 1 of [in, out].
         assert attributes(weight) == {"axis": 1, "output_dtype": float_type}
         outputs = stored[weight.input[0]].dims[1]
         assert stored[weight.input[0]].data_type == onnx.TensorProto.INT8
@@ -165,24 +167,24 @@ def test_the_form_of_w8a8(written):
 
 def test_activations_of_few_bits_are_clipped_as_integers(written):
     _, planned, calibrated, model, _ = written
-    made, stored = producers(model), initializers(model)
+    producer_of, stored = producers(model), initializers(model)
     for name in (n for n, scheme in planned.items() if scheme.activation_bits and scheme.activation_bits < 8):
-        clip = made[made[matmuls(model)[name].input[0]].input[0]]
+        clip = producer_of[producer_of[matmuls(model)[name].input[0]].input[0]]
         low, high = (numpy_helper.to_array(stored[value]) for value in clip.input[1:])
         half = 2 ** (planned[name].activation_bits - 1)
         assert (low.dtype, low.shape, int(low), int(high)) == (np.int8, (), -half, half - 1)
-        scales = [stored[made[value].input[1]] for value in (clip.input[0], matmuls(model)[name].input[0])]
+        scales = [stored[producer_of[value].input[1]] for value in (clip.input[0], matmuls(model)[name].input[0])]
         assert [float(numpy_helper.to_array(scale)) for scale in scales] == [calibrated.input_scale(name)] * 2
 
 
-def test_the_form_of_weights_in_groups(written):
+def test_grouped_weights_have_the_form_that_tensorrt_fuses(written):
     _, planned, _, model, float_type = written
-    made, stored = producers(model), initializers(model)
+    producer_of, stored = producers(model), initializers(model)
     for name, scheme in planned.items():
         if scheme.group_size is None:
             continue
         x, weight = matmuls(model)[name].input
-        node = made[weight]
+        node = producer_of[weight]
         assert node.op_type == "DequantizeLinear"
         assert attributes(node) == {"axis": 0, "block_size": scheme.group_size}
         assert len(node.input) == 2  # no zero point
@@ -190,21 +192,21 @@ def test_the_form_of_weights_in_groups(written):
         inputs, outputs = codes.dims
         assert codes.data_type == onnx.TensorProto.INT4
         assert (scale.data_type, list(scale.dims)) == (float_type, [inputs // scheme.group_size, outputs])
-        assert (x in made and made[x].op_type == "DequantizeLinear") == (scheme.activation_bits is not None)
+        assert (x in producer_of and producer_of[x].op_type == "DequantizeLinear") == (scheme.activation_bits is not None)
 
 
 def test_the_stored_integers_and_scales_are_the_calibrated_ones(written):
     _, planned, calibrated, model, _ = written
-    made, stored = producers(model), initializers(model)
+    producer_of, stored = producers(model), initializers(model)
     for name in planned:
-        node = made[matmuls(model)[name].input[1]]
+        node = producer_of[matmuls(model)[name].input[1]]
         codes = numpy_helper.to_array(stored[node.input[0]]).astype(np.int8)
         np.testing.assert_array_equal(codes, calibrated.codes(name).T)
         scale = numpy_helper.to_array(stored[node.input[1]])
         np.testing.assert_array_equal(scale.astype(np.float32), calibrated.scale(name).T.astype(np.float32))
 
 
-def test_float_weights_are_stored_as_they_are_multiplied(checkpoint, written):
+def test_float_weights_are_stored_transposed(checkpoint, written):
     part, planned, _, model, float_type = written
     stored = initializers(model)
     for name in every_linear(checkpoint, part) - set(planned):
@@ -223,7 +225,7 @@ def test_the_written_file_passes_the_full_checker(checkpoint, calibrated, tmp_pa
         assert sorted(p.name for p in tmp_path.glob(f"{part}*")) == [f"{part}.onnx", f"{part}.onnx.data"]
 
 
-def test_the_rewritten_linears_are_told_in_graph_order(checkpoint, calibrated):
+def test_the_rewritten_linears_are_returned_in_graph_order(checkpoint, calibrated):
     model = make_graph(checkpoint, "language", ir.DataType.FLOAT16)
     planned = of_part(calibrated.schemes, "language")
     order = [name for name in find_linears(model) if name in planned]
@@ -231,7 +233,7 @@ def test_the_rewritten_linears_are_told_in_graph_order(checkpoint, calibrated):
     assert sorted(order) == sorted(planned)
 
 
-def test_an_empty_plan_changes_nothing(checkpoint, calibrated):
+def test_without_linears_to_quantize_the_graph_is_unchanged(checkpoint, calibrated):
     model = make_graph(checkpoint, "vision", ir.DataType.FLOAT16)
     before = [(node.op_type, node.name) for node in model.graph], list(model.graph.initializers)
     assert insert_qdq(model, [], calibrated, ir.DataType.FLOAT16) == []
@@ -246,7 +248,7 @@ def test_a_linear_that_the_graph_lacks_is_named(checkpoint, calibrated):
 
 
 def one_input_graph(dtype, weights):
-    """x [rows, in] -> for each named weight [out, in] a linear, in the form the float graphs have."""
+    """A graph of one input x [rows, in] and a linear for each weight [out, in], in the form of the float graphs."""
     inputs = next(iter(weights.values())).shape[1]
     x = ir.Value(name="x", shape=ir.Shape(["rows", inputs]), type=ir.TensorType(dtype))
     nodes, outputs, initial = [], [], []
@@ -265,6 +267,7 @@ def one_input_graph(dtype, weights):
 
 
 def random_linear(scheme, seed, input_scale=None, shape=(6, 128)):
+    """A quantized linear with random codes of `shape` [out, in] and random scales."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int8)
     scale_type = np.float16 if scheme.group_size else np.float32
@@ -272,7 +275,7 @@ def random_linear(scheme, seed, input_scale=None, shape=(6, 128)):
 
 
 def one_input_case(folder, linears, dtype=ir.DataType.FLOAT):
-    """A graph of these linears on one input, quantized, written and read back."""
+    """The ONNX model of these linears on one input, quantized, written and read back."""
     writer = CalibratedWriter(folder / "calibrated")
     writer.write_shard("all", linears, {})
     writer.finish({}, {})
@@ -283,32 +286,32 @@ def one_input_case(folder, linears, dtype=ir.DataType.FLOAT):
 
 
 @pytest.mark.parametrize("scheme", [GROUPS_64, GROUPS_128, W8A8, *dict.fromkeys(NARROW.values())], ids=lambda s: s.name)
-def test_a_linear_computes_what_its_integers_say(tmp_path, scheme):
+def test_a_quantized_linear_computes_with_its_integers_and_scales(tmp_path, scheme):
     step = None if scheme.activation_bits is None else 0.0625
     linear = random_linear(scheme, seed=0, input_scale=step)
     model = one_input_case(tmp_path, {"some.proj": linear})
-    x = np.random.default_rng(1).normal(0, 4, (5, 128)).astype(np.float32)  # reaches beyond 127 steps, where it clips
+    x = np.random.default_rng(1).normal(0, 4, (5, 128)).astype(np.float32)  # exceeds 127 steps, so that codes are clipped
     (y,) = ReferenceEvaluator(model).run(None, {"x": x})
     half = 2 ** ((scheme.activation_bits or 8) - 1)
-    seen = x if step is None else np.clip(np.rint(x / np.float32(step)), -half, half - 1) * np.float32(step)
-    np.testing.assert_allclose(y, seen @ linear.dequantized().T, rtol=1e-5, atol=1e-4)
-    assert (seen == x).all() == (step is None)
+    rounded = x if step is None else np.clip(np.rint(x / np.float32(step)), -half, half - 1) * np.float32(step)
+    np.testing.assert_allclose(y, rounded @ linear.dequantized().T, rtol=1e-5, atol=1e-4)
+    assert (rounded == x).all() == (step is None)
 
 
 def test_readers_of_one_value_with_unequal_bits_share_no_codes(tmp_path):
-    """Not even where their scales happen to be equal."""
+    """Even when their scales happen to be equal."""
     schemes = {"a.q": LinearScheme(6, 6, None), "a.k": LinearScheme(4, 4, 64), "a.v": LinearScheme(6, 6, None)}
     model = one_input_case(tmp_path, {name: random_linear(s, 0, 0.25) for name, s in schemes.items()}, ir.DataType.FLOAT16)
-    made = producers(model)
-    clips = {name: made[made[node.input[0]].input[0]].name for name, node in matmuls(model).items()}
+    producer_of = producers(model)
+    clips = {name: producer_of[producer_of[node.input[0]].input[0]].name for name, node in matmuls(model).items()}
     assert clips == {"a.q": "a.q.input_clip", "a.k": "a.k.input_clip", "a.v": "a.q.input_clip"}
 
 
 def test_readers_of_one_value_with_unequal_scales_have_quantizers_of_their_own(tmp_path):
     linears = {"a.q": random_linear(W8A8, 0, 0.25), "a.k": random_linear(W8A8, 1, 0.25), "a.v": random_linear(W8A8, 2, 0.5)}
     model = one_input_case(tmp_path, linears, ir.DataType.FLOAT16)
-    made = producers(model)
-    quantizers = {name: made[made[node.input[0]].input[0]].name for name, node in matmuls(model).items()}
+    producer_of = producers(model)
+    quantizers = {name: producer_of[producer_of[node.input[0]].input[0]].name for name, node in matmuls(model).items()}
     assert quantizers == {"a.q": "a.q.input_q", "a.k": "a.q.input_q", "a.v": "a.v.input_q"}
 
 

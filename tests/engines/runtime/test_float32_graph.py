@@ -1,4 +1,4 @@
-"""The float32 twin: it fuses on ONNX Runtime's CPU kernels, and computes what a graph written in float32 computes."""
+"""The float32 copy of a graph: it fuses on ONNX Runtime's CPU kernels and computes what a graph written in float32 does."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def checkpoint(llava):
 
 @pytest.fixture(scope="module", params=[("int4", "vision"), ("int4", "language"), ("int8", "language")], ids="-".join)
 def exported(request, checkpoint, tmp_path_factory):
-    """(part, its planned linears, the float16 graph, the float32 graph of the same calibrated checkpoint)."""
+    """(part, the schemes of its linears, the float16 graph, the float32 graph of the same calibrated checkpoint)."""
     preset, part = request.param
-    folder = tmp_path_factory.mktemp("twin")
+    folder = tmp_path_factory.mktemp("float32")
     calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), folder / "calibrated")
     narrow = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / "float16")
     model = quantized_graph(checkpoint, calibrated, part, ir.DataType.FLOAT)
-    for name in {"rope.cos", "rope.sin"} & set(model.graph.initializers):  # the shipped graph rounds its tables
+    for name in {"rope.cos", "rope.sin"} & set(model.graph.initializers):  # the exported graph has float16 tables
         table = model.graph.initializers[name].const_value.numpy()
         model.graph.initializers[name].const_value = ir.tensor(table.astype(np.float16).astype(np.float32), name=name)
     wide = folder / "float32.onnx"
@@ -43,13 +43,13 @@ def exported(request, checkpoint, tmp_path_factory):
 
 
 def open_and_dump(graph, dump, monkeypatch):
-    """The session of open_twin, and the graph that ONNX Runtime made of it."""
+    """The session of `open_float32_session`, and the optimized graph that ONNX Runtime made of it."""
     real = ort.SessionOptions
 
     def options():
-        made = real()
-        made.optimized_model_filepath = str(dump)
-        return made
+        created = real()
+        created.optimized_model_filepath = str(dump)
+        return created
 
     with monkeypatch.context() as patched:
         patched.setattr(onnx_runner.ort, "SessionOptions", options)
@@ -58,7 +58,7 @@ def open_and_dump(graph, dump, monkeypatch):
 
 
 def open_unfused(graph):
-    """The graph as it is written, node by node."""
+    """A session that runs the graph node by node, as it is written."""
     options = ort.SessionOptions()
     options.log_severity_level = ORT_WARNINGS_OFF
     options.intra_op_num_threads = 1
@@ -67,7 +67,7 @@ def open_unfused(graph):
 
 
 def feeds(config, part):
-    """Two pictures, or two sequences of unequal content with one picture between them."""
+    """Inputs of the graph: two images, or two sequences of which the second contains one image."""
     rng = np.random.default_rng(0)
     if part == "vision":
         return {"pixel_values": rng.standard_normal((2, 3, config.vision.image_size, config.vision.image_size), np.float32)}
@@ -84,16 +84,16 @@ def feeds(config, part):
     }
 
 
-def largest_difference(got, wanted):
-    """Relative to the largest value that was wanted."""
-    return np.abs(got - wanted).max() / np.abs(wanted).max()
+def largest_difference(actual, expected):
+    """Relative to the largest expected value."""
+    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-def test_every_planned_linear_fuses(exported, tmp_path, monkeypatch):
-    part, planned, narrow, _ = exported
+def test_every_quantized_linear_fuses(exported, tmp_path, monkeypatch):
+    part, schemes, narrow, _ = exported
     _, optimized = open_and_dump(narrow, tmp_path / "optimized.onnx", monkeypatch)
     kinds = Counter(node.op_type for node in optimized.graph.node)
-    bits = [scheme.weight_bits for scheme in planned.values()]
+    bits = [scheme.weight_bits for scheme in schemes.values()]
     assert kinds["MatMulNBits"] == bits.count(4)
     assert kinds["MatMulIntegerToFloat"] == bits.count(8)
     assert kinds["DequantizeLinear"] == 0
@@ -101,13 +101,13 @@ def test_every_planned_linear_fuses(exported, tmp_path, monkeypatch):
 
 
 def test_int4_products_keep_float_activations(exported, tmp_path, monkeypatch):
-    _, planned, narrow, _ = exported
+    _, schemes, narrow, _ = exported
     _, optimized = open_and_dump(narrow, tmp_path / "optimized.onnx", monkeypatch)
     levels = [a.i for node in optimized.graph.node for a in node.attribute if a.name == "accuracy_level"]
-    assert levels == [0] * sum(scheme.weight_bits == 4 for scheme in planned.values())
+    assert levels == [0] * sum(scheme.weight_bits == 4 for scheme in schemes.values())
 
 
-def test_nothing_narrow_is_left(exported):
+def test_no_float16_value_is_left(exported):
     part, _, narrow, _ = exported
     model, widened = to_float32(ir.load(narrow))
     values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
@@ -118,30 +118,30 @@ def test_nothing_narrow_is_left(exported):
     assert not [name for name in widened if name.endswith(("weight_codes", "zero_point"))]
 
 
-def test_the_twin_computes_what_a_float32_graph_computes(checkpoint, exported):
+def test_the_float32_copy_computes_what_a_float32_graph_computes(checkpoint, exported):
     part, _, narrow, wide = exported
-    given = feeds(checkpoint.config, part)
+    inputs = feeds(checkpoint.config, part)
     outputs = [
-        open_float32_session(path, path.with_name(f"{path.name}.data"), threads=1).run(None, given)
+        open_float32_session(path, path.with_name(f"{path.name}.data"), threads=1).run(None, inputs)
         for path in (narrow, wide)
     ]
-    for mine, theirs in zip(*outputs, strict=True):
-        assert mine.dtype == np.float32
-        assert np.isfinite(mine).all()
-        assert largest_difference(mine, theirs) <= 1e-5
+    for output, expected in zip(*outputs, strict=True):
+        assert output.dtype == np.float32
+        assert np.isfinite(output).all()
+        assert largest_difference(output, expected) <= 1e-5
 
 
-def test_the_twin_computes_what_the_unfused_graph_computes(checkpoint, exported):
-    part, planned, narrow, wide = exported
-    given = feeds(checkpoint.config, part)
-    twin = open_float32_session(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1)
-    # Where activations are rounded to integers, one rounding that falls the other way is a whole step.
-    allowed = 1e-5 if all(scheme.weight_bits == 4 for scheme in planned.values()) else 0.05
-    for mine, theirs in zip(twin.run(None, given), open_unfused(wide).run(None, given), strict=True):
-        assert np.linalg.norm(mine - theirs) <= allowed * np.linalg.norm(theirs)
+def test_the_float32_copy_computes_what_the_unfused_graph_computes(checkpoint, exported):
+    part, schemes, narrow, wide = exported
+    inputs = feeds(checkpoint.config, part)
+    session = open_float32_session(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1)
+    # Where activations are rounded to integers, a difference in rounding is a whole step.
+    allowed = 1e-5 if all(scheme.weight_bits == 4 for scheme in schemes.values()) else 0.05
+    for output, expected in zip(session.run(None, inputs), open_unfused(wide).run(None, inputs), strict=True):
+        assert np.linalg.norm(output - expected) <= allowed * np.linalg.norm(expected)
 
 
-def test_a_profile_is_written_where_it_was_asked_for(exported, checkpoint, tmp_path):
+def test_a_profile_is_written_to_the_requested_path(exported, checkpoint, tmp_path):
     part, _, narrow, _ = exported
     session = open_float32_session(narrow, narrow.with_name(f"{narrow.name}.data"), threads=1, profile=tmp_path / "made")
     session.run(None, feeds(checkpoint.config, part))

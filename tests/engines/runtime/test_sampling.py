@@ -1,4 +1,4 @@
-"""Token choice against slow, independent formulations."""
+"""Sampling of the next token, against slow and independent formulations."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from qvlm_export.engines.runtime.sampling import Sampling, pick_token
 logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 
 
-def shares(logits: np.ndarray, sampling: Sampling, seen: list[int], draws: int = 4000) -> np.ndarray:
+def measure_frequencies(logits: np.ndarray, sampling: Sampling, sequence: list[int], draws: int = 4000) -> np.ndarray:
+    """How often each token is picked, as fractions [vocab]."""
     random = np.random.default_rng(0)
-    picked = [pick_token(logits, seen, sampling, random) for _ in range(draws)]
+    picked = [pick_token(logits, sequence, sampling, random) for _ in range(draws)]
     return np.bincount(picked, minlength=len(logits)) / draws
 
 
-def test_greedy_takes_the_largest():
+def test_greedy_takes_the_largest_logit():
     logits = np.array([0.1, 3.0, 2.9], np.float32)
     assert pick_token(logits, [], Sampling(), np.random.default_rng(0)) == 1
 
 
 def test_temperature_gives_the_softmax():
     logits = np.array([0.0, 1.0, 2.0], np.float32)
-    wanted = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
-    assert np.abs(shares(logits, Sampling(temperature=0.5), []) - wanted).max() < 0.02
+    expected = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
+    assert np.abs(measure_frequencies(logits, Sampling(temperature=0.5), []) - expected).max() < 0.02
 
 
-def test_top_p_keeps_the_token_that_crosses():
+def test_top_p_keeps_the_token_that_crosses_the_threshold():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    got = shares(logits, Sampling(temperature=1.0, top_p=0.6), [])
-    assert np.abs(got - np.array([0.625, 0.375, 0, 0])).max() < 0.02
+    observed = measure_frequencies(logits, Sampling(temperature=1.0, top_p=0.6), [])
+    assert np.abs(observed - np.array([0.625, 0.375, 0, 0])).max() < 0.02
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,7 +67,7 @@ def test_repetition_penalty_works_on_both_signs():
 
 @settings(deadline=None, max_examples=30)
 @given(logit_lists, st.integers(0, 2**31))
-def test_same_seed_same_tokens(values, seed):
+def test_the_same_seed_gives_the_same_tokens(values, seed):
     logits, sampling = np.array(values, np.float32), Sampling(temperature=1.0, top_p=0.9)
     runs = [[pick_token(logits, [0], sampling, np.random.default_rng(seed)) for _ in range(5)] for _ in range(2)]
     assert runs[0] == runs[1]
@@ -87,13 +88,13 @@ def test_same_seed_same_tokens(values, seed):
         {"seed": -1},
     ],
 )
-def test_bad_settings_are_named(changes):
+def test_a_setting_out_of_range_is_refused_by_name(changes):
     with pytest.raises(UserError, match=f"^{next(iter(changes))} .*: must be "):
         Sampling(**changes)
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30])
 @pytest.mark.filterwarnings("error")
-def test_the_coldest_temperatures_are_greedy(temperature):
+def test_tiny_temperatures_are_greedy(temperature):
     logits = np.array([1.0, 5.0, -3.0], np.float32)
     assert pick_token(logits, [], Sampling(temperature=temperature), np.random.default_rng(0)) == 1

@@ -1,4 +1,4 @@
-"""The session: lengths are checked before the cache is written, state survives errors and breaks."""
+"""The session: lengths are checked before the cache is written, and sequences stay usable after errors and interruptions."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ def session(llava, tmp_path_factory):
     return export_session(llava(dtype="float32"), folder, "float32", Limits(LENGTH, max_batch=2, max_images=1))
 
 
-def words(count: int, seed: int = 0) -> np.ndarray:
+def random_tokens(count: int, seed: int = 0) -> np.ndarray:
+    """Random text tokens, int64 [count]."""
     return np.random.default_rng(seed).integers(5, 300, count).astype(np.int64)
 
 
 def test_extending_past_the_cache_is_refused_and_changes_nothing(session):
-    sequences = session.start([words(40)])
+    sequences = session.start([random_tokens(40)])
     before, tokens = sequences.logits.copy(), list(sequences.tokens[0])
     with pytest.raises(UserError, match=r"context would be 60 tokens long, the engine was built for 48"):
-        session.extend(sequences, [words(20, 1)])
+        session.extend(sequences, [random_tokens(20, 1)])
     assert sequences.tokens[0] == tokens
     assert (sequences.logits == before).all()
-    session.extend(sequences, [words(8, 1)])
-    whole = session.logits(np.concatenate([words(40), words(8, 1)])[None])
+    session.extend(sequences, [random_tokens(8, 1)])
+    whole = session.logits(np.concatenate([random_tokens(40), random_tokens(8, 1)])[None])
     np.testing.assert_allclose(sequences.logits[0], whole[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_broken_off_generation_goes_on_where_it_stopped(session):
-    whole = [s[0] for s in session.generate(session.start([words(10)]), 8, frozenset())]
-    sequences = session.start([words(10)])
+def test_an_interrupted_generation_continues_where_it_stopped(session):
+    whole = [s[0] for s in session.generate(session.start([random_tokens(10)]), 8, frozenset())]
+    sequences = session.start([random_tokens(10)])
     steps = session.generate(sequences, 8, frozenset())
     first = [next(steps)[0] for _ in range(3)]
     steps.close()
@@ -47,13 +48,13 @@ def test_a_broken_off_generation_goes_on_where_it_stopped(session):
 
 
 def test_generation_stops_at_the_end_of_the_cache(session):
-    sequences = session.start([words(LENGTH - 2)])
+    sequences = session.start([random_tokens(LENGTH - 2)])
     assert len(list(session.generate(sequences, 10, frozenset()))) == 2
     assert len(list(session.generate(sequences, 10, frozenset()))) == 0
 
 
 def test_batched_rows_equal_single_rows(session):
-    rows = [words(7, 3), words(19, 4)]
+    rows = [random_tokens(7, 3), random_tokens(19, 4)]
     sampling = Sampling(temperature=0.8, seed=5)
     both = list(session.generate(session.start(rows), 6, frozenset(), Sampling()))
     for number, row in enumerate(rows):
@@ -64,15 +65,15 @@ def test_batched_rows_equal_single_rows(session):
 
 
 def test_padding_beyond_the_cache_is_refused_and_changes_nothing(session):
-    """The shorter row's padding would be written where no cache is, which TensorRT does in silence."""
-    rows = [words(40, 3), words(4, 4)]
+    """The padding of the shorter row would be written beyond the cache, which TensorRT does without an error."""
+    rows = [random_tokens(40, 3), random_tokens(4, 4)]
     sequences = session.start(rows)
     before = sequences.logits.copy()
     with pytest.raises(UserError, match="padding this batch would reach beyond the 48 tokens of the cache"):
-        session.extend(sequences, [words(2, 5), words(10, 6)])
+        session.extend(sequences, [random_tokens(2, 5), random_tokens(10, 6)])
     assert [len(tokens) for tokens in sequences.tokens] == [40, 4]
-    session.extend(sequences, [words(2, 5), words(3, 6)])
-    alone = session.start([np.concatenate([rows[1], words(3, 6)])])
+    session.extend(sequences, [random_tokens(2, 5), random_tokens(3, 6)])
+    alone = session.start([np.concatenate([rows[1], random_tokens(3, 6)])])
     assert not np.array_equal(sequences.logits, before)
     np.testing.assert_allclose(sequences.logits[1], alone.logits[0], rtol=1e-4, atol=1e-4)
 
@@ -86,23 +87,23 @@ def test_a_token_outside_the_vocabulary_is_refused(session, token):
 def test_images_and_image_tokens_must_agree(session):
     pixels = np.zeros((1, 3, 48, 48), np.float32)
     with pytest.raises(UserError, match="0 image tokens, 1 images"):
-        session.logits(words(5)[None], pixels)
+        session.logits(random_tokens(5)[None], pixels)
     with pytest.raises(UserError, match="36 image tokens, 0 images"):
         session.logits(np.full((1, 36), 4))
 
 
-def test_shapes_and_limits_are_named(session):
+def test_errors_about_shapes_and_limits_name_the_numbers(session):
     with pytest.raises(UserError, match="empty"):
         session.logits(np.zeros((1, 0), np.int64))
     with pytest.raises(UserError, match=r"\[2, 5\]"):
         session.logits(np.ones((2, 5), np.int64))
     with pytest.raises(UserError, match="3 prompts at once, the engine was built for 2"):
-        session.start([words(3)] * 3)
+        session.start([random_tokens(3)] * 3)
     with pytest.raises(UserError, match="50 tokens"):
-        session.logits(words(50)[None])
+        session.logits(random_tokens(50)[None])
 
 
-def test_runtime_choice_says_why(session):
+def test_the_choice_of_runtime_comes_with_its_reason(session):
     manifest = session.manifest
     assert choose_runtime(manifest, "onnxruntime") == ("onnxruntime", "as asked")
     object.__setattr__(manifest, "backend", {"name": "onnx", "version": None, "targets": []})

@@ -1,4 +1,4 @@
-"""What a user reads when an engine cannot run here, and what the runner does with device memory: without a GPU, on fakes."""
+"""The TensorRT runner on a fake TensorRT and a fake GPU: error messages of engines that cannot run, and device memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMITS = Limits(max_length=16, max_batch=2, max_images=1)
 
 
 class Validity(IntEnum):
-    """As TensorRT-RTX numbers its findings."""
+    """EngineInvalidityDiagnostics with TensorRT-RTX's numbers."""
 
     VERSION_MISMATCH = 1
     UNSUPPORTED_CC = 2
@@ -33,7 +33,7 @@ class Validity(IntEnum):
 
 
 class FakeDevice:
-    """Device memory as a dictionary. `unfreed` is what was not given back."""
+    """Device memory as a dictionary, address -> bytes. `unfreed`: addresses that were not freed."""
 
     stream = 7
 
@@ -74,7 +74,7 @@ class FakeDevice:
 
 
 class FakeContext:
-    """Remembers shapes and addresses; `runs` holds the addresses of every execution."""
+    """An execution context that stores shapes and addresses; `runs` holds the addresses of every execution."""
 
     def __init__(self, config, accepts=True):
         self.config, self.accepts, self.shapes, self.addresses, self.runs = config, accepts, {}, {}, []
@@ -97,7 +97,7 @@ class FakeContext:
 
 
 class FakeEngine:
-    """Half precision but for logits and indices. context: what it makes, None for want of memory."""
+    """An engine in float16 with float32 logits. context: its execution context, None when memory is short."""
 
     def __init__(self, context):
         self._context = context
@@ -111,7 +111,11 @@ class FakeEngine:
 
 
 class FakeTensorRT:
-    """The module. plans: bytes that it takes; validity: what its look at a plan finds (None: it offers none)."""
+    """The TensorRT module.
+
+    plans: content of the plans it accepts. validity: result of its check of a plan, None for a TensorRT without that check.
+    says: the error it logs. memory: whether there is memory for execution contexts.
+    """
 
     __version__ = VERSION
     EngineInvalidityDiagnostics = Validity
@@ -134,11 +138,11 @@ class FakeTensorRT:
                         self._logger.log(FakeTensorRT.ILogger.ERROR, says)
                 return engines.get(data)
 
-        class LookingRuntime(Runtime):
+        class CheckingRuntime(Runtime):
             def get_engine_validity(self, _):
                 return None, validity
 
-        self.Runtime = Runtime if validity is None else LookingRuntime
+        self.Runtime = Runtime if validity is None else CheckingRuntime
 
 
 @pytest.fixture
@@ -166,107 +170,110 @@ def manifest(llava, tmp_path):
 
 
 def open_engine(trt, device=None):
-    """For `Machine`: engines of the fake module on the fake device."""
+    """The `open_engine` of a `Machine`: engines of the fake module on the fake device."""
     return lambda manifest, name: TensorRTRunner(manifest, name, lambda _: trt, lambda: device or FakeDevice())
 
 
 def machine_of(engine, **changes):
+    """A machine with a GPU and all modules, where `engine` opens engines."""
     return Machine(**({"installed": lambda _: True, "gpu": lambda: True, "open_engine": engine} | changes))
 
 
-def refused(manifest, machine, runtime="tensorrt-rtx"):
+def refusal_of(manifest, machine, runtime="tensorrt-rtx"):
+    """Opens a session, which must fail with one line; returns it."""
     with pytest.raises(UserError) as caught:
         open_session(manifest, runtime, machine=machine)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-CURE = "; export again here, or use --runtime onnxruntime"
+REMEDY = "; export again here, or use --runtime onnxruntime"
 
 
 @pytest.mark.parametrize("validity", [None, Validity.VERSION_MISMATCH, Validity.MALFORMED_ENGINE])
-def test_a_plan_of_another_version(manifest, validity):
+def test_the_error_for_a_plan_of_another_version_names_both(manifest, validity):
     older = replace(manifest, backend={**manifest.backend, "version": "1.6.0.23"})
     machine = machine_of(open_engine(FakeTensorRT(manifest.config, validity=validity)))
-    assert refused(older, machine) == (
+    assert refusal_of(older, machine) == (
         f"--runtime tensorrt-rtx: vision.plan: was built with tensorrt-rtx 1.6.0.23, here is {VERSION}, and a plan runs on "
-        f"the version that built it{CURE}"
+        f"the version that built it{REMEDY}"
     )
 
 
 @pytest.mark.parametrize("validity", [None, Validity.UNSUPPORTED_CC])
-def test_a_plan_for_another_gpu(manifest, validity):
+def test_the_error_for_a_plan_for_another_gpu_names_both(manifest, validity):
     other = replace(manifest, backend={**manifest.backend, "targets": ["sm120", "sm121"]})
     machine = machine_of(open_engine(FakeTensorRT(manifest.config, validity=validity)))
-    wanted = f"--runtime tensorrt-rtx: vision.plan: was built for sm120, sm121, the GPU here is {CAPABILITY}{CURE}"
-    assert refused(other, machine) == wanted
+    expected = f"--runtime tensorrt-rtx: vision.plan: was built for sm120, sm121, the GPU here is {CAPABILITY}{REMEDY}"
+    assert refusal_of(other, machine) == expected
 
 
-def test_the_full_tensorrt_gives_its_own_words(manifest):
+def test_without_findings_the_error_quotes_tensorrt(manifest):
     built = replace(manifest, backend={"name": "tensorrt", "version": VERSION, "targets": []})
-    said = refused(built, machine_of(open_engine(FakeTensorRT(manifest.config))), "tensorrt")
-    assert said == (
+    message = refusal_of(built, machine_of(open_engine(FakeTensorRT(manifest.config))), "tensorrt")
+    assert message == (
         f"--runtime tensorrt: vision.plan: tensorrt {VERSION} does not take it on this GPU, {CAPABILITY} "
-        f"(Error Code 6: engine is not compatible){CURE}"
+        f"(Error Code 6: engine is not compatible){REMEDY}"
     )
     silent = machine_of(open_engine(FakeTensorRT(manifest.config, says="")))
-    assert "(no reason given)" in refused(built, silent, "tensorrt")
+    assert "(no reason given)" in refusal_of(built, silent, "tensorrt")
 
 
-def test_all_that_tensorrt_rtx_finds_is_said(manifest):
-    found = Validity.OLD_CUDA_DRIVER | Validity.INSUFFICIENT_GPU_MEMORY
-    said = refused(manifest, machine_of(open_engine(FakeTensorRT(manifest.config, validity=found))))
-    assert "driver of this machine is too old for it; update the driver; this GPU has too little free memory" in said
+def test_the_error_names_all_findings_of_tensorrt_rtx(manifest):
+    findings = Validity.OLD_CUDA_DRIVER | Validity.INSUFFICIENT_GPU_MEMORY
+    message = refusal_of(manifest, machine_of(open_engine(FakeTensorRT(manifest.config, validity=findings))))
+    assert "driver of this machine is too old for it; update the driver; this GPU has too little free memory" in message
 
 
-def test_a_plan_for_the_gpu_it_was_built_on_is_not_called_one_for_another(manifest):
+def test_a_plan_for_the_current_gpu_is_not_reported_as_built_for_another(manifest):
     current = replace(manifest, backend={**manifest.backend, "targets": ["current"]})
-    said = refused(current, machine_of(open_engine(FakeTensorRT(manifest.config))))
-    assert f"does not take it on this GPU, {CAPABILITY} (Error Code 6" in said
+    message = refusal_of(current, machine_of(open_engine(FakeTensorRT(manifest.config))))
+    assert f"does not take it on this GPU, {CAPABILITY} (Error Code 6" in message
 
 
-def test_no_memory_for_the_context(manifest):
+def test_too_little_memory_for_the_context_is_reported(manifest):
     trt = FakeTensorRT(manifest.config, plans=PLANS, memory=False)
-    assert "vision.plan: no memory on this GPU for its execution context" in refused(manifest, machine_of(open_engine(trt)))
+    message = refusal_of(manifest, machine_of(open_engine(trt)))
+    assert "vision.plan: no memory on this GPU for its execution context" in message
 
 
-def test_no_gpu(manifest):
+def test_a_missing_gpu_is_reported(manifest):
     machine = machine_of(open_engine(FakeTensorRT(manifest.config)), gpu=lambda: False)
-    wanted = "--runtime tensorrt-rtx: no NVIDIA GPU is here; use --runtime onnxruntime"
-    assert refused(manifest, machine) == wanted
+    expected = "--runtime tensorrt-rtx: no NVIDIA GPU is here; use --runtime onnxruntime"
+    assert refusal_of(manifest, machine) == expected
 
 
-def test_no_tensorrt(manifest):
+def test_a_missing_tensorrt_is_reported(manifest):
     machine = machine_of(open_engine(None), installed=lambda module: module != "tensorrt_rtx")
-    wanted = "--runtime tensorrt-rtx: tensorrt-rtx is not installed; use --runtime onnxruntime"
-    assert refused(manifest, machine) == wanted
+    expected = "--runtime tensorrt-rtx: tensorrt-rtx is not installed; use --runtime onnxruntime"
+    assert refusal_of(manifest, machine) == expected
 
 
-def test_another_tensorrt_than_the_one_asked_for(manifest):
-    wanted = "--runtime tensorrt: this export's engine is for tensorrt-rtx; use --runtime onnxruntime"
-    assert refused(manifest, machine_of(open_engine(None)), "tensorrt") == wanted
+def test_an_engine_of_another_tensorrt_than_requested_is_refused(manifest):
+    expected = "--runtime tensorrt: this export's engine is for tensorrt-rtx; use --runtime onnxruntime"
+    assert refusal_of(manifest, machine_of(open_engine(None)), "tensorrt") == expected
 
 
-def test_no_bindings_for_device_memory(manifest):
+def test_missing_cuda_bindings_are_reported(manifest):
     def load():
         raise ImportError("No module named 'cuda'")
 
     def engine(manifest, name):
         return TensorRTRunner(manifest, name, lambda _: FakeTensorRT(manifest.config), lambda: Device(load))
 
-    said = refused(manifest, machine_of(engine))
-    assert said == f"--runtime tensorrt-rtx: cuda-bindings is not installed (pip install cuda-bindings){CURE}"
+    message = refusal_of(manifest, machine_of(engine))
+    assert message == f"--runtime tensorrt-rtx: cuda-bindings is not installed (pip install cuda-bindings){REMEDY}"
 
 
-def test_a_runtime_that_does_not_load(manifest):
+def test_a_tensorrt_that_does_not_load_is_reported(manifest):
     def load(module):
         raise OSError(f"lib{module}.so: cannot open shared object file")
 
-    said = refused(manifest, machine_of(lambda manifest, name: TensorRTRunner(manifest, name, load)))
-    assert "tensorrt-rtx cannot be loaded (libtensorrt_rtx.so: cannot open shared object file)" in said
+    message = refusal_of(manifest, machine_of(lambda manifest, name: TensorRTRunner(manifest, name, load)))
+    assert "tensorrt-rtx cannot be loaded (libtensorrt_rtx.so: cannot open shared object file)" in message
 
 
-def test_what_cuda_reports_is_named():
+def test_an_error_of_cuda_is_named():
     class Error(IntEnum):
         cudaErrorMemoryAllocation = 2  # noqa: N815
 
@@ -282,19 +289,19 @@ def test_a_changed_plan_is_refused_before_tensorrt_sees_it(manifest, role):
     path = manifest.file(role)
     path.write_bytes(path.read_bytes()[::-1])
     trt, device = FakeTensorRT(manifest.config, plans=PLANS), FakeDevice()
-    for runtime in ("tensorrt-rtx", "auto"):  # not even auto makes light of it
-        said = refused(manifest, machine_of(open_engine(trt, device)), runtime)
-        assert said.startswith(f"{path}: its sha256 is ")
+    for runtime in ("tensorrt-rtx", "auto"):  # auto refuses it as well
+        message = refusal_of(manifest, machine_of(open_engine(trt, device)), runtime)
+        assert message.startswith(f"{path}: its sha256 is ")
         assert device.closed
 
 
-def test_auto_goes_on_with_the_graph_and_says_why(manifest):
-    """There is no graph beside these plans, which the refusal shows to have been reached."""
+def test_auto_falls_back_to_the_graph_with_the_reason(manifest):
+    """There is no graph beside these plans; the error about it shows that the graph was tried."""
     older = replace(manifest, backend={**manifest.backend, "version": "1.6.0.23"})
-    said = refused(older, machine_of(open_engine(FakeTensorRT(manifest.config))), "auto")
-    assert "has no vision_onnx" in said
+    message = refusal_of(older, machine_of(open_engine(FakeTensorRT(manifest.config))), "auto")
+    assert "has no vision_onnx" in message
     nowhere = machine_of(open_engine(FakeTensorRT(manifest.config)), installed=lambda module: module != "onnxruntime")
-    assert refused(older, nowhere, "auto").startswith("vision.plan: was built with tensorrt-rtx 1.6.0.23, here is")
+    assert refusal_of(older, nowhere, "auto").startswith("vision.plan: was built with tensorrt-rtx 1.6.0.23, here is")
 
 
 @pytest.fixture
@@ -305,7 +312,7 @@ def opened(manifest):
         yield session, *trt.contexts, device
 
 
-def test_an_engine_that_runs_is_taken(opened):
+def test_an_engine_that_can_run_is_used(opened):
     session, *_ = opened
     assert (session.runner.name, session.runner.device) == ("tensorrt-rtx", "cuda")
     assert session.why == "a GPU and the runtime are here"
@@ -326,7 +333,7 @@ def test_past_and_present_are_one_buffer_of_device_memory(opened):
     assert {device.memory[language.runs[0][f"past_{name}"]] for name in names} == {2 * int(np.prod(shape))}
 
 
-def test_a_cache_is_given_back_with_its_sequences(opened):
+def test_a_cache_is_freed_with_its_sequences(opened):
     session, _, _, device = opened
     before = None
     for _ in range(3):
@@ -337,12 +344,12 @@ def test_a_cache_is_given_back_with_its_sequences(opened):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_cache_that_does_not_fit_gives_back_what_it_got(opened, monkeypatch):
+def test_a_cache_that_does_not_fit_frees_what_it_allocated(opened, monkeypatch):
     session, _, _, device = opened
-    before, left = device.unfreed, iter([None] * 3)
+    before, remaining = device.unfreed, iter([None] * 3)
 
     def allocate(count_bytes):
-        if next(left, "none") == "none":
+        if next(remaining, "none") == "none":
             raise UserError("the GPU reports cudaErrorMemoryAllocation")
         return FakeDevice.allocate(device, count_bytes)
 
@@ -356,10 +363,10 @@ def test_a_cache_that_does_not_fit_gives_back_what_it_got(opened, monkeypatch):
 def test_nothing_is_written_beyond_the_cache(opened):
     session, _, language, _ = opened
     sequences = session.start([np.arange(5, 5 + 10)])
-    ran = len(language.runs)
+    runs_before = len(language.runs)
     with pytest.raises(UserError, match="context would be 17 tokens long, the engine was built for 16"):
         session.extend(sequences, [np.arange(5, 12)])
-    assert len(language.runs) == ran
+    assert len(language.runs) == runs_before
 
 
 def test_a_shape_that_the_engine_refuses_is_named(opened):
@@ -369,26 +376,26 @@ def test_a_shape_that_the_engine_refuses_is_named(opened):
         session.start([np.arange(5, 9)])
 
 
-def test_a_failed_run_says_what_tensorrt_said(opened):
+def test_a_failed_run_is_an_error_that_quotes_tensorrt(opened):
     session, _, language, _ = opened
     language.execute_async_v3 = lambda _: False
     with pytest.raises(UserError, match=r"^TensorRT could not run the engine \(no reason given\)$"):
         session.start([np.arange(5, 9)])
 
 
-def test_closing_gives_the_device_back(opened):
+def test_closing_frees_the_device(opened):
     session, _, _, device = opened
     session.start([np.arange(5, 9)])
     session.runner.close()
     assert (device.closed, device.unfreed) == (True, [])
-    session.runner.close = lambda: None  # the fixture closes too
+    session.runner.close = lambda: None  # because the fixture closes it as well
 
 
-def test_the_real_tensorrt_rtx_is_spoken_to_rightly_and_prints_nothing(manifest, capfd):
-    """Its own word on bytes that are no engine; the fakes above are made after it."""
+def test_the_real_tensorrt_rtx_refuses_other_bytes_and_prints_nothing(manifest, capfd):
+    """The real module's answer to bytes that are no engine, which the fakes above imitate."""
     trt = pytest.importorskip("tensorrt_rtx")
     built = replace(manifest, backend={**manifest.backend, "version": trt.__version__})
-    said = refused(built, machine_of(open_engine(trt)))
-    assert said == f"--runtime tensorrt-rtx: vision.plan: TensorRT-RTX does not take it for an engine{CURE}"
+    message = refusal_of(built, machine_of(open_engine(trt)))
+    assert message == f"--runtime tensorrt-rtx: vision.plan: TensorRT-RTX does not take it for an engine{REMEDY}"
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")

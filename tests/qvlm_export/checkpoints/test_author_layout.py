@@ -1,4 +1,4 @@
-"""The layout of LLaVA's authors: config.json, tower, tables, tokenizer, conversation, pictures; and what is refused."""
+"""The layout of LLaVA's authors: config, tower, padded tables, tokenizer, conversation, image processing; and refusals."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from qvlm_export.checkpoints import hub
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, tower_config
-from qvlm_export.checkpoints.author_processor import conversation_of
+from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, read_tower_config
+from qvlm_export.checkpoints.author_processor import find_conversation
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.inputs.samples import encode, load_processor
 from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
 
-Write = Callable[[str], Path]
+MakeOriginal = Callable[[str], Path]
 QUESTION = [{"role": "user", "text": "What is it?", "images": 1}]
 BOS, IMAGE = 1, "<image>"
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may need the network."""
+    """Makes downloads fail, as no test here may need the network."""
 
     def fail(*_: object, **__: object) -> str:
         raise OSError("no network here")
@@ -41,8 +41,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """written(kind) -> a folder, made once. Do not write to it."""
+def make_original(tmp_path_factory: pytest.TempPathFactory) -> MakeOriginal:
+    """make_original(kind) -> the folder of such a checkpoint, made once. Do not write to it."""
 
     def write(kind: str) -> Path:
         folder = tmp_path_factory.mktemp(kind) / kind
@@ -52,8 +52,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Write:
     return cache(write)
 
 
-def copied(source: Path, tmp_path: Path, config: Edit | None = None) -> Path:
-    """A copy that may be written to, the tower beside it."""
+def copy_with_tower(source: Path, tmp_path: Path, config: Edit | None = None) -> Path:
+    """A copy of the checkpoint that may be written to, with its tower beside it."""
     shutil.copytree(source.parent / f"{source.name}-{TOWER}", tmp_path / f"{source.name}-{TOWER}")
     return copy_checkpoint(source, tmp_path / source.name, config)
 
@@ -65,8 +65,8 @@ def noise(height: int, width: int) -> Image.Image:
 # Tokens and conversations
 
 
-def encoded_apart(prompt: str, tokenizer: sentencepiece.SentencePieceProcessor, image: int) -> list[int]:
-    """As LLaVA encodes a prompt: each text between pictures alone, the first with BOS, by sentencepiece itself."""
+def reference_tokens(prompt: str, tokenizer: sentencepiece.SentencePieceProcessor, image: int) -> list[int]:
+    """The tokens of LLaVA's own code: each text between images is encoded alone by sentencepiece, the first after BOS."""
     ids = [BOS]
     for number, text in enumerate(prompt.split(IMAGE)):
         ids += ([image] if number else []) + tokenizer.encode(text)
@@ -75,17 +75,17 @@ def encoded_apart(prompt: str, tokenizer: sentencepiece.SentencePieceProcessor, 
 
 @pytest.mark.parametrize("kind", ["v1.5", "v1.3", "v1.6-vicuna", "v1.6-mistral"])
 @pytest.mark.parametrize("question", ["What is it?", " two  spaces", "Où est\nle chat ?", "1234 🙂"])
-def test_tokens_are_those_of_sentencepiece(written: Write, kind: str, question: str) -> None:
-    """A tokenizer that is not legacy needs a space behind the picture for it, which the template writes."""
-    folder = written(kind)
+def test_tokens_are_those_of_llavas_own_code(make_original: MakeOriginal, kind: str, question: str) -> None:
+    """A tokenizer that is not legacy needs a space after the image to give these tokens, which the template writes."""
+    folder = make_original(kind)
     processor = load_processor(folder)
     reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     prompt = chat_text(processor, [{"role": "user", "text": question, "images": 1}])
     _, ids = encode(processor, prompt, [noise(20, 30)])
     image = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     first = int((ids == image).argmax())
-    once = [int(t) for n, t in enumerate(ids) if t != image or n == first]
-    assert once == encoded_apart(prompt.replace(f"{IMAGE} \n", f"{IMAGE}\n"), reference, image)
+    one_image_token = [int(t) for n, t in enumerate(ids) if t != image or n == first]
+    assert one_image_token == reference_tokens(prompt.replace(f"{IMAGE} \n", f"{IMAGE}\n"), reference, image)
 
 
 A_CHAT = "A chat between a curious {} and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -94,7 +94,7 @@ REST = "What is it? ASSISTANT: A ring.</s>USER: Sure? ASSISTANT:"
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("kind", "expected"),
     [
         ("v1.5", POLITE.format("user", "user") + "USER: <image> \n" + REST),
         ("v1.3", POLITE.format("human", "human") + "USER: <image>\n" + REST),
@@ -102,23 +102,23 @@ REST = "What is it? ASSISTANT: A ring.</s>USER: Sure? ASSISTANT:"
         ("v1.6-mistral", "[INST] <image>\nWhat is it? [/INST] A ring.</s>[INST] Sure? [/INST]"),
     ],
 )
-def test_conversations(written: Write, kind: str, wanted: str) -> None:
+def test_chat_text_of_every_kind(make_original: MakeOriginal, kind: str, expected: str) -> None:
     turns = [*QUESTION, {"role": "assistant", "text": "A ring."}, {"role": "user", "text": "Sure?"}]
-    assert chat_text(load_processor(written(kind)), turns) == wanted
+    assert chat_text(load_processor(make_original(kind)), turns) == expected
 
 
-def test_which_conversation() -> None:
+def test_the_conversation_follows_from_the_config() -> None:
     for config, name in (
         ({"model_type": "llava", "mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
         ({"model_type": "llava"}, "llava_v1"),
         ({"model_type": "llava", "mm_projector_type": "linear"}, "llava_v1"),
         ({"model_type": "llava_mistral", "mm_projector_type": "mlp2x_gelu"}, "mistral_instruct"),
     ):
-        assert conversation_of(config) == CONVERSATIONS[name]
+        assert find_conversation(config) == CONVERSATIONS[name]
 
 
-def test_start_and_end_of_pictures_are_tokens(written: Write) -> None:
-    processor = load_processor(written("v1"))
+def test_image_start_and_end_are_single_tokens(make_original: MakeOriginal) -> None:
+    processor = load_processor(make_original("v1"))
     _, ids = encode(processor, chat_text(processor, QUESTION), [noise(20, 30)])
     image = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     assert image == VOCABULARY + 3
@@ -126,25 +126,25 @@ def test_start_and_end_of_pictures_are_tokens(written: Write) -> None:
     assert (ids[first - 1], ids[last + 1]) == (VOCABULARY + 1, VOCABULARY + 2)
 
 
-# Pictures
+# Images
 
 
-def test_pictures_are_padded_with_the_mean_colour(written: Write) -> None:
-    """v1.5: a wide picture in the middle of a square, nothing cut off."""
-    processor = load_processor(written("v1.5"))
+def test_v1_5_pads_images_with_the_mean_colour(make_original: MakeOriginal) -> None:
+    """A wide image is in the middle of a square, and nothing is cut off."""
+    processor = load_processor(make_original("v1.5"))
     wide = Image.new("RGB", (96, 24), (250, 10, 20))
     pixels, _ = encode(processor, chat_text(processor, QUESTION), [wide])
     mean = np.array(processor.image_processor.image_mean)
     colours = pixels[0].transpose(1, 2, 0) * np.array(processor.image_processor.image_std) + mean
-    wanted = np.floor(mean * 255) / 255
-    np.testing.assert_allclose(colours[2], np.broadcast_to(wanted, (48, 3)), atol=0.01)
+    expected = np.floor(mean * 255) / 255
+    np.testing.assert_allclose(colours[2], np.broadcast_to(expected, (48, 3)), atol=0.01)
     np.testing.assert_allclose(colours[24], np.broadcast_to(np.array([250, 10, 20]) / 255, (48, 3)), atol=0.01)
 
 
-def test_pictures_are_cropped_before_1_5(written: Write) -> None:
-    processor = load_processor(written("v1.3"))
+def test_images_are_cropped_before_v1_5(make_original: MakeOriginal) -> None:
+    processor = load_processor(make_original("v1.3"))
     wide = Image.new("RGB", (96, 24), (250, 10, 20))
-    wide.paste((0, 255, 0), (0, 0, 24, 24))  # cut off
+    wide.paste((0, 255, 0), (0, 0, 24, 24))  # this part is cut off
     pixels, _ = encode(processor, chat_text(processor, QUESTION), [wide])
     assert pixels.shape == (1, 3, 32, 32)
     colours = pixels[0, 1] * processor.image_processor.image_std[1] + processor.image_processor.image_mean[1]
@@ -152,29 +152,29 @@ def test_pictures_are_cropped_before_1_5(written: Write) -> None:
 
 
 @pytest.mark.parametrize("kind", ORIGINALS)
-def test_transformers_loads_what_an_export_keeps(written: Write, tmp_path: Path, kind: str) -> None:
-    own = load_processor(written(kind))
-    own.save_pretrained(tmp_path)
-    kept = AutoProcessor.from_pretrained(tmp_path)
-    text = chat_text(own, QUESTION)
-    assert chat_text(kept, QUESTION) == text
-    given, wanted = (p(images=[noise(40, 70)], text=[text], return_tensors="np") for p in (kept, own))
+def test_transformers_loads_the_saved_processor(make_original: MakeOriginal, tmp_path: Path, kind: str) -> None:
+    original = load_processor(make_original(kind))
+    original.save_pretrained(tmp_path)
+    saved = AutoProcessor.from_pretrained(tmp_path)
+    text = chat_text(original, QUESTION)
+    assert chat_text(saved, QUESTION) == text
+    encoded, expected = (p(images=[noise(40, 70)], text=[text], return_tensors="np") for p in (saved, original))
     for key in ("input_ids", "pixel_values"):
-        np.testing.assert_array_equal(given[key], wanted[key])
+        np.testing.assert_array_equal(encoded[key], expected[key])
 
 
 # Configuration and weights
 
 
 @pytest.mark.parametrize(("tower", "side", "tokens"), [(n, s, (s // 14) ** 2) for n, s in TOWERS.items()])
-def test_openai_s_towers_need_no_download(tmp_path: Path, tower: str, side: int, tokens: int) -> None:
-    config = tower_config(tower, tmp_path)
+def test_openai_towers_need_no_download(tmp_path: Path, tower: str, side: int, tokens: int) -> None:
+    config = read_tower_config(tower, tmp_path)
     assert (config["image_size"], config["hidden_size"], config["num_hidden_layers"]) == (side, 1024, 24)
     assert {224: 256, 336: 576}[side] == tokens
 
 
-def test_the_published_config_of_llava_1_5(tmp_path: Path) -> None:
-    """As liuhaotian/llava-v1.5-7b has it."""
+def test_the_published_config_of_llava_1_5_is_converted(tmp_path: Path) -> None:
+    """config.json as in liuhaotian/llava-v1.5-7b."""
     config = {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 0, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
@@ -197,8 +197,8 @@ def test_tables_grow_by_one_row_at_least() -> None:
     assert [pad_rows(n) for n in (32000, 32003, 63, 64, 127)] == [32064, 32064, 64, 128, 128]
 
 
-def test_weights_are_read_from_both_folders(written: Write) -> None:
-    opened = open_checkpoint(str(written("v1.5")))
+def test_weights_are_read_from_both_folders(make_original: MakeOriginal) -> None:
+    opened = open_checkpoint(str(make_original("v1.5")))
     tower = "vision_tower.vision_model.embeddings.class_embedding"
     table = "language_model.model.embed_tokens.weight"
     assert opened.source.dtype(tower) == np.float32  # CLIP's own
@@ -211,33 +211,37 @@ def test_weights_are_read_from_both_folders(written: Write) -> None:
     assert list(opened.source) == list(dict.fromkeys(opened.source))
 
 
-def test_weights_of_a_tower_inside_come_first(written: Write, tmp_path: Path) -> None:
-    """A tower that was trained too must not be replaced by the one it began as."""
-    folder = copied(written("v1.6-vicuna"), tmp_path, put("", "mm_vision_tower", str(tmp_path / f"v1.6-vicuna-{TOWER}")))
+def test_tower_weights_inside_the_checkpoint_come_first(make_original: MakeOriginal, tmp_path: Path) -> None:
+    """A tower that was trained too must not be replaced by the pretrained one."""
+    folder = copy_with_tower(
+        make_original("v1.6-vicuna"), tmp_path, put("", "mm_vision_tower", str(tmp_path / f"v1.6-vicuna-{TOWER}"))
+    )
     (own,) = [t for f in folder.glob("*.safetensors") for n, t in load_file(f).items() if n.endswith("class_embedding")]
     torch.save({"vision_model.embeddings.class_embedding": own + 1}, tmp_path / f"v1.6-vicuna-{TOWER}" / "pytorch_model.bin")
-    found = open_checkpoint(str(folder)).source.load("vision_tower.vision_model.embeddings.class_embedding")
-    np.testing.assert_array_equal(found, own.numpy())
+    loaded = open_checkpoint(str(folder)).source.load("vision_tower.vision_model.embeddings.class_embedding")
+    np.testing.assert_array_equal(loaded, own.numpy())
 
 
-@pytest.mark.parametrize("named", ["openai/v1.5-small-clip", "{tmp}/v1.5-small-clip", "v1.5-small-clip"])
-def test_where_a_tower_is_looked_for(written: Write, tmp_path: Path, named: str) -> None:
-    folder = copied(written("v1.5"), tmp_path, put("", "mm_vision_tower", named.format(tmp=tmp_path)))
+@pytest.mark.parametrize("name", ["openai/v1.5-small-clip", "{tmp}/v1.5-small-clip", "v1.5-small-clip"])
+def test_a_local_tower_is_found_by_id_path_or_name(make_original: MakeOriginal, tmp_path: Path, name: str) -> None:
+    folder = copy_with_tower(make_original("v1.5"), tmp_path, put("", "mm_vision_tower", name.format(tmp=tmp_path)))
     assert open_checkpoint(str(folder)).config.vision.image_size == 48
 
 
-def test_a_tower_is_downloaded_where_it_is_not_here(written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, asked = written("v1.5"), []
+def test_a_tower_is_downloaded_where_it_is_not_here(
+    make_original: MakeOriginal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, requests = make_original("v1.5"), []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, tuple(allow_patterns)))
+        requests.append((repository, tuple(allow_patterns)))
         return str(source.parent / f"v1.5-{TOWER}")
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     folder = copy_checkpoint(source, tmp_path / "alone", put("", "mm_vision_tower", "someone/her-clip"))
     assert open_checkpoint(str(folder)).config.vision.num_layers == 3
-    assert {repository for repository, _ in asked} == {"someone/her-clip"}
-    assert any("pytorch_model*.bin" in patterns for _, patterns in asked)
+    assert {repository for repository, _ in requests} == {"someone/her-clip"}
+    assert any("pytorch_model*.bin" in patterns for _, patterns in requests)
 
 
 # What is refused
@@ -265,13 +269,15 @@ def test_a_tower_is_downloaded_where_it_is_not_here(written: Write, tmp_path: Pa
         (put("", "rope_scaling", {"type": "linear", "factor": 2.0}), ["rope_type is 'linear'", "default"]),
     ],
 )
-def test_config_that_cannot_be_used(written: Write, absent: Path, tmp_path: Path, edit: Edit, words: list[str]) -> None:
-    assert_refused(export_onnx(copied(written("v1.5"), tmp_path, edit), absent), *words)
+def test_an_unsupported_config_is_refused(
+    make_original: MakeOriginal, absent: Path, tmp_path: Path, edit: Edit, words: list[str]
+) -> None:
+    assert_refused(export_onnx(copy_with_tower(make_original("v1.5"), tmp_path, edit), absent), *words)
 
 
-def test_a_projector_of_two_linears_is_not_completed(written: Write, absent: Path, tmp_path: Path) -> None:
-    """The identity is for checkpoints that say linear."""
-    folder = copied(written("v1.3"), tmp_path, put("", "mm_projector_type", "mlp2x_gelu"))
+def test_a_projector_of_two_linears_gets_no_identity(make_original: MakeOriginal, absent: Path, tmp_path: Path) -> None:
+    """The identity is added only where mm_projector_type is linear."""
+    folder = copy_with_tower(make_original("v1.3"), tmp_path, put("", "mm_projector_type", "mlp2x_gelu"))
     assert_refused(export_onnx(folder, absent), "lacks the tensor multi_modal_projector.linear_2.weight")
 
 
@@ -300,10 +306,10 @@ def edit_json(path: Path, **changes: object) -> None:
         (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: cannot be downloaded"]),
     ],
 )
-def test_files_that_cannot_be_used(
-    written: Write, absent: Path, tmp_path: Path, damage: Callable[[Path], object], words: list[str]
+def test_missing_and_damaged_files_are_refused(
+    make_original: MakeOriginal, absent: Path, tmp_path: Path, damage: Callable[[Path], object], words: list[str]
 ) -> None:
-    folder = copied(written("v1.5"), tmp_path)
+    folder = copy_with_tower(make_original("v1.5"), tmp_path)
     damage(folder)
     assert_refused(export_onnx(folder, absent), *words)
 
@@ -315,8 +321,10 @@ def test_files_that_cannot_be_used(
         ("mm_projector.bin", ["a pretrained projector alone", "finetuned model"]),
     ],
 )
-def test_parts_of_a_model(written: Write, absent: Path, tmp_path: Path, name: str, words: list[str]) -> None:
-    folder = copied(written("v1.5"), tmp_path)
+def test_an_incomplete_model_is_refused(
+    make_original: MakeOriginal, absent: Path, tmp_path: Path, name: str, words: list[str]
+) -> None:
+    folder = copy_with_tower(make_original("v1.5"), tmp_path)
     for path in folder.glob("pytorch_model*"):
         path.unlink()
     (folder / name).write_text("{}")

@@ -1,4 +1,4 @@
-"""The prompt of one question: in the checkpoint's own conversation, or in a named one with its own text for a picture."""
+"""Prompt text in the checkpoint's own chat template and in named conversations, with the text that stands for an image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qvlm_export.checkpoints.chat_templates import CHOICES, CONVERSATIONS, chat_template, picture_text, prompt_text
+from qvlm_export.checkpoints.chat_templates import CHOICES, CONVERSATIONS, chat_template, image_text, prompt_text
 from qvlm_export.checkpoints.hub import find_folder
 from qvlm_export.inputs.samples import load_processor
 
@@ -21,7 +21,7 @@ def tiny():
 
 
 def with_template(tiny, template):
-    """A processor whose turns look otherwise."""
+    """A processor with another chat template."""
 
     def apply(messages, add_generation_prompt):
         return tiny.tokenizer.apply_chat_template(
@@ -32,7 +32,7 @@ def with_template(tiny, template):
 
 
 @pytest.mark.parametrize(
-    ("conversation", "wanted"),
+    ("conversation", "expected"),
     [
         ("own", "USER: <image>\nWhat? ASSISTANT:"),
         ("vicuna_v1", USER + POLITE.format("user") + "USER: <image>\nWhat? ASSISTANT:"),
@@ -40,9 +40,9 @@ def with_template(tiny, template):
         ("mistral_instruct", "[INST] <image>\nWhat? [/INST]"),
     ],
 )
-def test_prompts(tiny, conversation, wanted):
-    assert prompt_text(tiny, "What?", 1, conversation) == wanted
-    assert prompt_text(tiny, "What?", 0, conversation) == wanted.replace("<image>\n", "")
+def test_prompt_text_of_every_conversation(tiny, conversation, expected):
+    assert prompt_text(tiny, "What?", 1, conversation) == expected
+    assert prompt_text(tiny, "What?", 0, conversation) == expected.replace("<image>\n", "")
     assert conversation in CHOICES
 
 
@@ -54,7 +54,7 @@ ONEVISION = (
 
 
 @pytest.mark.parametrize(
-    ("template", "wanted"),
+    ("template", "expected"),
     [
         (chat_template(CONVERSATIONS["llava_v1"], "<image>\n"), "<image>\n"),
         (chat_template(CONVERSATIONS["vicuna_v1"], "<image> \n"), "<image> \n"),
@@ -63,15 +63,15 @@ ONEVISION = (
         (None, "<image>\n"),
     ],
 )
-def test_the_text_of_a_picture_is_the_checkpoints_own(tiny, template, wanted):
-    """So that tokens around it, and the space that stands for Llama's, are there in every conversation, and once."""
+def test_image_text_is_that_of_the_chat_template(tiny, template, expected):
+    """Tokens around the image token, and the space that stands for Llama's, are in every conversation exactly once."""
     processor = with_template(tiny, template)
-    assert picture_text(processor) == wanted
-    assert prompt_text(processor, "A?", 2, "mistral_instruct") == f"[INST] {wanted}{wanted}A? [/INST]"
+    assert image_text(processor) == expected
+    assert prompt_text(processor, "A?", 2, "mistral_instruct") == f"[INST] {expected}{expected}A? [/INST]"
 
 
-def test_a_named_conversation_is_what_its_checkpoints_template_writes(tiny):
+def test_a_named_conversation_equals_the_template_made_of_it(tiny):
     for name in CONVERSATIONS:
         processor = with_template(tiny, chat_template(CONVERSATIONS[name], "<image> \n"))
-        for pictures in (0, 1, 2):
-            assert prompt_text(processor, "A?", pictures) == prompt_text(processor, "A?", pictures, name)
+        for count in (0, 1, 2):
+            assert prompt_text(processor, "A?", count) == prompt_text(processor, "A?", count, name)

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind: each must come out of an export with the logits that transformers gives for it."""
+"""Opening checkpoints: formats, tensor names, repositories; exports must have the logits of transformers."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Llava = Callable[..., Path]
 UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
 
 
-def relative_l2(got: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def question(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [1, S] and pixels of a question about a picture of noise."""
+    """Token ids [1, S] and pixels of a question about an image of noise."""
     noise = np.random.default_rng(0).integers(0, 255, (70, 60, 3), dtype=np.uint8)
     processor = load_processor(folder)
     text = chat_text(processor, [{"role": "user", "text": "What color is the ring?", "images": 1}])
@@ -47,7 +47,7 @@ def question(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reference_logits(folder: Path) -> np.ndarray:
-    """transformers in float32, on the same question."""
+    """Logits of transformers in float32 for the same question."""
     ids, pixels = question(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def reference_logits(folder: Path) -> np.ndarray:
 
 
 def exported_logits(folder: Path, out: Path) -> np.ndarray:
-    """The float16 export, computed by ONNX Runtime."""
+    """Logits of the float16 export, computed by ONNX Runtime."""
     export_to(folder, out / "x.plan", "--backend", "onnx", "--scheme", "fp16")
     with qvlm_export.load(out / "x.plan", "onnxruntime") as model:
         return model.logits(*question(folder))
@@ -67,7 +67,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def renamed(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+def rename_tensors(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
     """A copy of the checkpoint whose tensors have other names."""
     copy_checkpoint(source, folder)
     tensors = {rename(name): tensor for name, tensor in weights(folder).items()}
@@ -76,12 +76,12 @@ def renamed(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
 
 
 def legacy_name(name: str) -> str:
-    """As the llava-hf repositories store it."""
+    """The name in the llava-hf repositories."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
 def module_name(name: str) -> str:
-    """As transformers 5 names its modules."""
+    """The name of the parameter in transformers 5."""
     return {"language_model.lm_head.weight": "lm_head.weight"}.get(name, "model." + name.replace("_model.model.", "_model."))
 
 
@@ -112,17 +112,17 @@ def test_logits_of_every_kind_of_checkpoint(llava: Llava, tmp_path: Path, change
     assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(model)) <= 5e-3
 
 
-def test_the_measure_tells_models_apart(llava: Llava) -> None:
+def test_the_error_measure_tells_models_apart(llava: Llava) -> None:
     assert relative_l2(reference_logits(llava(seed=1)), reference_logits(llava())) > 0.5
 
 
-def test_shards_were_really_several(llava: Llava) -> None:
+def test_the_sharded_checkpoint_has_several_files(llava: Llava) -> None:
     assert len(list(llava(max_shard_size="1MB").glob("model-*.safetensors"))) >= 3
 
 
 @pytest.mark.parametrize("rename", [legacy_name, module_name])
-def test_tensor_names_of_all_times(llava: Llava, tmp_path: Path, rename: Callable[[str], str]) -> None:
-    model = renamed(llava(), tmp_path / "checkpoint", rename)
+def test_tensor_names_of_all_transformers_versions(llava: Llava, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    model = rename_tensors(llava(), tmp_path / "checkpoint", rename)
     stored = set(weights(model))
     assert {legacy_name: f"vision_tower.vision_model.{CLASS}", module_name: f"model.vision_tower.{CLASS}"}[rename] in stored
     assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava())) <= 5e-3
@@ -133,7 +133,7 @@ CLASS = "embeddings.class_embedding"
 
 @pytest.mark.parametrize("form", ["one file", "two files", "parameters", "before torch 1.6"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_torch_files(llava: Llava, tmp_path: Path, form: str, dtype: str) -> None:
+def test_torch_files_give_the_same_logits(llava: Llava, tmp_path: Path, form: str, dtype: str) -> None:
     model = copy_checkpoint(llava(dtype=dtype), tmp_path / "checkpoint")
     tensors = weights(model)
     (model / "model.safetensors").unlink()
@@ -159,13 +159,13 @@ def write_torch_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_safetensors_come_before_torch_files(llava: Llava, tmp_path: Path) -> None:
-    """Nothing of a pickle is touched where safetensors are there."""
+    """A pickle is not opened where there are safetensors."""
     model = copy_checkpoint(llava(), tmp_path / "checkpoint")
     (model / "pytorch_model.bin").write_text("nonsense")
     assert isinstance(open_checkpoint(str(model)).source, SafetensorsSource)
 
 
-def test_buffers_of_old_checkpoints_are_passed_over(llava: Llava, tmp_path: Path) -> None:
+def test_buffers_of_old_checkpoints_are_ignored(llava: Llava, tmp_path: Path) -> None:
     model = copy_checkpoint(llava(), tmp_path / "checkpoint")
     extra = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(37)[None],
@@ -176,17 +176,17 @@ def test_buffers_of_old_checkpoints_are_passed_over(llava: Llava, tmp_path: Path
 
 
 def test_every_expected_tensor_is_named_by_the_real_model(llava: Llava) -> None:
-    """The graphs ask for transformers' own parameters, less those of tower layers behind the feature."""
+    """The graphs need all parameters of transformers' model, except those of tower layers behind the feature."""
     rename = renamer(find_layout({}))
     opened = open_checkpoint(str(llava()))
     model = LlavaForConditionalGeneration.from_pretrained(llava())
     unused = ("vision_tower.vision_model.encoder.layers.3.", "vision_tower.vision_model.post_layernorm.")
-    wanted = {str(rename(name)): tuple(p.shape) for name, p in model.named_parameters()}
-    assert expected_shapes(opened.config) == {n: s for n, s in wanted.items() if not n.startswith(unused)}
+    expected = {str(rename(name)): tuple(p.shape) for name, p in model.named_parameters()}
+    assert expected_shapes(opened.config) == {n: s for n, s in expected.items() if not n.startswith(unused)}
 
 
 def test_head_may_be_stored_though_it_is_tied(llava: Llava, tmp_path: Path) -> None:
-    """The stored head is used then, as transformers does when both are there and differ."""
+    """The stored head is used then, as in transformers when both are there and differ."""
     model = copy_checkpoint(llava(), tmp_path / "checkpoint", lambda config: config.update(tie_word_embeddings=True))
     assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava())) <= 5e-3
 
@@ -215,14 +215,14 @@ def test_opening_reads_no_weights(llava: Llava, monkeypatch: pytest.MonkeyPatch)
 
 
 class Hub:
-    """Stands for Hugging Face: remembers what was asked for, and has one repository."""
+    """A fake Hugging Face with one repository, which records the requests."""
 
     def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
         self.folder, self.files = folder, files
-        self.asked: list[tuple[str, list[str]]] = []
+        self.requests: list[tuple[str, list[str]]] = []
 
     def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
-        self.asked.append((repository, allow_patterns))
+        self.requests.append((repository, allow_patterns))
         for name in self.files:
             if any(Path(name).match(pattern) for pattern in allow_patterns):
                 (self.folder / name).touch()
@@ -237,17 +237,19 @@ class Hub:
         ("someone/her-llava", "someone/her-llava"),
     ],
 )
-def test_aliases_and_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str) -> None:
-    hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
-    monkeypatch.setattr(hub, "snapshot_download", hub.snapshot_download)
+def test_only_weights_and_settings_of_a_repository_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str
+) -> None:
+    fake_hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
+    monkeypatch.setattr(hub, "snapshot_download", fake_hub.snapshot_download)
     assert find_folder(model) == tmp_path
-    assert [name for name, _ in hub.asked] == [repository]
+    assert [name for name, _ in fake_hub.requests] == [repository]
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.model"}
 
 
-def test_torch_files_are_downloaded_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
-    monkeypatch.setattr(hub, "snapshot_download", hub.snapshot_download)
+def test_torch_files_are_downloaded_where_there_are_no_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
+    monkeypatch.setattr(hub, "snapshot_download", fake_hub.snapshot_download)
     find_folder("someone/old")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model-00001-of-00002.bin"}
 
@@ -266,7 +268,7 @@ def test_a_folder_comes_before_a_repository_of_its_name(tmp_path: Path, monkeypa
         RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404"),
     ],
 )
-def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_failed_download_is_reported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> str:
         raise error
 
@@ -276,12 +278,14 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
 
 
 @pytest.mark.parametrize("model", ["llava-70b", "./a/b", "/a/b", "~/a", "a/b/c", ""])
-def test_names_that_are_neither_folder_nor_repository(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no such folder|holds no config.json"):
         open_checkpoint(model)
 
 
-def test_a_name_that_hugging_face_does_not_allow() -> None:
+def test_a_name_that_hugging_face_does_not_allow_is_refused() -> None:
     with pytest.raises(UserError, match="--model a b/c: no such folder, and not a Hugging Face id"):
         find_folder("a b/c")

@@ -1,4 +1,4 @@
-"""Bad arguments and places to write: one line on stderr with cause and cure, exit code 2, and nothing written."""
+"""Bad arguments and output paths: one line on stderr with cause and remedy, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import qvlm_export.engines.backend
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.cli.export import app
 from qvlm_export.pipeline import stages
-from qvlm_export.pipeline.planning.export_plan import ExportOptions, plan_export
+from qvlm_export.pipeline.preparation.prepare import ExportOptions, prepare_export
 
 Llava = Callable[..., Path]
 SCRIPT = Path(sys.executable).with_name("qvlm-export")
@@ -40,12 +40,12 @@ UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def checkpoint(llava: Llava, tmp_path: Path) -> Path:
-    """A good checkpoint to be damaged."""
+    """An intact checkpoint that may be damaged."""
     return copy_checkpoint(llava(), tmp_path / "checkpoint")
 
 
-def real_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The installed script in a process of its own."""
+def run_real_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the installed script in a process of its own."""
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
     )
@@ -54,8 +54,8 @@ def real_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 # The command line
 
 
-def test_real_command_refuses_model_that_is_not_there(absent: Path) -> None:
-    done = real_command("--model", "./no-such-folder", "--out", absent)
+def test_real_command_refuses_missing_model(absent: Path) -> None:
+    done = run_real_command("--model", "./no-such-folder", "--out", absent)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: --model ./no-such-folder: no such folder, and neither an alias (see --list-models) nor a Hugging Face id\n"
@@ -65,7 +65,7 @@ def test_real_command_refuses_model_that_is_not_there(absent: Path) -> None:
 def test_real_command_refuses_damaged_weights(checkpoint: Path, absent: Path, tmp_path: Path) -> None:
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = real_command("--model", checkpoint, "--out", absent, "--calib-data", write_calibration(tmp_path))
+    done = run_real_command("--model", checkpoint, "--out", absent, "--calib-data", write_calibration(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {weights}: not a readable safetensors file")
     assert done.stderr.endswith("download it again\n")
@@ -110,7 +110,7 @@ def test_bad_option(llava: Llava, absent: Path, arguments: list[str], words: lis
     assert_refused(export_onnx(llava(), absent, *arguments), *words)
 
 
-def test_int8_may_have_the_target_without_int4(llava: Llava, absent: Path) -> None:
+def test_int8_may_target_a_gpu_without_int4(llava: Llava, absent: Path) -> None:
     result = export_onnx(
         llava(), absent, "--backend", "tensorrt-rtx", "--target", "sm75", "--scheme", "int8", "--dry-run", "--json"
     )
@@ -118,7 +118,7 @@ def test_int8_may_have_the_target_without_int4(llava: Llava, absent: Path) -> No
     assert json.loads(result.stdout)["targets"] == ["sm75"]
 
 
-def test_no_backend_installed(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_backend_is_refused(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qvlm_export.engines.backend, "_installed", lambda _: False)
     assert_refused(export_onnx(llava(), absent, "--backend", "auto"), "no TensorRT is installed", "pip install", "onnx")
     assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt-rtx"), "not installed", "qvlm-export[rtx]")
@@ -132,7 +132,7 @@ def test_full_tensorrt_without_gpu(llava: Llava, absent: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_no_gpu_for_calibration(llava: Llava, absent: Path) -> None:
+def test_calibrating_on_a_missing_gpu_is_refused(llava: Llava, absent: Path) -> None:
     assert_refused(export_onnx(llava(), absent, "--device", "cuda"), "--device cuda", "no GPU", "--device cpu")
 
 
@@ -146,14 +146,14 @@ def test_gpu_with_too_little_memory(llava: Llava, absent: Path, monkeypatch: pyt
 def test_python_callers_get_the_same_refusals(llava: Llava, tmp_path: Path) -> None:
     for options, words in (({"samples": 0}, "--samples 0"), ({"max_batch": -1}, "--max-batch -1")):
         with pytest.raises(UserError, match=f"{words}: must be at least 1"):
-            plan_export(ExportOptions(str(llava()), tmp_path / "x.plan", backend="onnx", **options))
+            prepare_export(ExportOptions(str(llava()), tmp_path / "x.plan", backend="onnx", **options))
 
 
 # Where to write
 
 
 @pytest.mark.parametrize("name", ["engine", "engine.onnx", ".plan", "engine.plan.gz"])
-def test_out_is_no_plan(llava: Llava, tmp_path: Path, name: str) -> None:
+def test_out_that_is_no_plan_path_is_refused(llava: Llava, tmp_path: Path, name: str) -> None:
     assert_refused(run_export(llava(), tmp_path / name, "--backend", "onnx"), "--out", "must end in .plan")
     assert list(tmp_path.iterdir()) == []
 
@@ -171,18 +171,18 @@ def test_out_has_a_file_for_a_parent(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_out_cannot_be_made_in_proc(llava: Llava) -> None:
-    """Not even root can write there."""
+    """Not even root can write to /proc."""
     assert_refused(run_export(llava(), "/proc/new/engine.plan", "--backend", "onnx"), "cannot be written")
 
 
-def test_out_has_a_name_beyond_what_disks_take(llava: Llava, tmp_path: Path) -> None:
+def test_out_name_that_is_too_long_is_refused(llava: Llava, tmp_path: Path) -> None:
     assert_refused(run_export(llava(), tmp_path / f"{'x' * 240}.plan", "--backend", "onnx"), "too long", "shorten")
     assert_refused(run_export(llava(), tmp_path / ("x" * 300) / "x.plan", "--backend", "onnx"), "cannot be written")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_would_replace_a_file_of_somebody_else(checkpoint: Path) -> None:
-    """X.plan comes with X.json: config.plan beside a checkpoint's config.json must not take it away."""
+def test_out_that_would_replace_a_foreign_file_is_refused(checkpoint: Path) -> None:
+    """X.plan comes with X.json, so config.plan must not replace the config.json of a checkpoint."""
     before = read_files(checkpoint)
     refused = run_export(checkpoint, checkpoint / "config.plan", "--backend", "onnx")
     assert_refused(refused, "config.json", "did not write", "choose another name")
@@ -190,12 +190,12 @@ def test_out_would_replace_a_file_of_somebody_else(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("foreign", ["photo.jpg", "config.json"])
-def test_work_dir_holds_files_of_somebody_else(llava: Llava, absent: Path, tmp_path: Path, foreign: str) -> None:
-    kept = tmp_path / "work" / "calibrated"
-    kept.mkdir(parents=True)
-    (kept / foreign).write_text("mine")
+def test_work_dir_with_foreign_files_is_refused(llava: Llava, absent: Path, tmp_path: Path, foreign: str) -> None:
+    calibrated = tmp_path / "work" / "calibrated"
+    calibrated.mkdir(parents=True)
+    (calibrated / foreign).write_text("mine")
     refused = export_onnx(llava(), absent, "--work-dir", tmp_path / "work")
-    assert_refused(refused, "--work-dir", str(kept), "did not write", "choose another")
+    assert_refused(refused, "--work-dir", str(calibrated), "did not write", "choose another")
     assert read_files(tmp_path / "work") == {f"calibrated/{foreign}": b"mine"}
 
 
@@ -239,8 +239,8 @@ def test_disk_is_full_before_anything_is_finished(llava: Llava, absent: Path, mo
     assert "--resume" not in result.stderr
 
 
-def test_numpy_writes_short_on_a_full_disk(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy's tofile raises an OSError without a number; the free space tells what it was."""
+def test_numpy_error_without_errno_on_a_full_disk(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's tofile raises an OSError without errno; the free space shows that the disk is full."""
 
     def fail(*_: object) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, used=2**40, free=0))
@@ -250,7 +250,7 @@ def test_numpy_writes_short_on_a_full_disk(llava: Llava, tmp_path: Path, monkeyp
     assert_refused(export_onnx(llava(), tmp_path / "new" / "x.plan"), str(tmp_path / "new"), "the disk is full")
 
 
-def test_interrupted(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_export_can_be_resumed(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -262,7 +262,9 @@ def test_interrupted(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".x.work"]
 
 
-def test_interrupted_before_anything_is_finished(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_before_anything_is_finished_leaves_nothing(
+    llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def checkpoint(llava: Llava, tmp_path: Path) -> Path:
-    """A good checkpoint to be damaged."""
+    """An intact checkpoint that may be damaged."""
     return copy_checkpoint(llava(), tmp_path / "checkpoint")
 
 
@@ -28,7 +28,7 @@ def checkpoint(llava: Llava, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", ["llava-70b", "./no/such", "~/no-such-folder", "a/b/c"])
-def test_model_is_unknown(absent: Path, model: str) -> None:
+def test_unknown_model_is_refused(absent: Path, model: str) -> None:
     assert_refused(export_onnx(model, absent), "no such folder", "see --list-models", "Hugging Face id")
 
 
@@ -113,7 +113,7 @@ def test_config_is_not_utf8(checkpoint: Path, absent: Path) -> None:
         (put("", "text_config", [1]), ["not a valid configuration", "text_config"]),
     ],
 )
-def test_config_beyond_what_the_graphs_express(
+def test_config_that_the_graphs_cannot_express_is_refused(
     llava: Llava, absent: Path, tmp_path: Path, edit: Edit, words: list[str]
 ) -> None:
     model = copy_checkpoint(llava(), tmp_path / "checkpoint", edit)
@@ -220,7 +220,7 @@ def test_damaged_index(checkpoint: Path, absent: Path, index: str, words: list[s
 
 
 class Payload:
-    """Unpickled with the code that a pickle may carry, this makes a file."""
+    """Creates a file when it is unpickled, as code in a pickle can."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -244,7 +244,7 @@ def test_code_in_a_pickle_does_not_run(checkpoint: Path, absent: Path, tmp_path:
 
 
 def test_the_payload_would_work(tmp_path: Path) -> None:
-    """Otherwise the test above proved nothing."""
+    """Otherwise, the test above would prove nothing."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "pwned")))  # noqa: S301
     assert (tmp_path / "pwned").exists()
 
@@ -267,12 +267,12 @@ def test_torch_file_without_a_model(checkpoint: Path, absent: Path, content: obj
     assert_refused(export_onnx(checkpoint, absent), *words)
 
 
-@pytest.mark.parametrize("kept", [0, 1000, -1])
-def test_truncated_torch_file(checkpoint: Path, absent: Path, kept: int) -> None:
+@pytest.mark.parametrize("end", [0, 1000, -1])
+def test_truncated_torch_file(checkpoint: Path, absent: Path, end: int) -> None:
     (checkpoint / "model.safetensors").unlink()
     path = checkpoint / "pytorch_model.bin"
     torch.save({"a": torch.zeros(10_000)}, path)
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:end])
     assert_refused(export_onnx(checkpoint, absent), f"{path}: not a readable torch checkpoint", "download it again")
 
 
@@ -296,7 +296,7 @@ def test_weight_is_not_finite(checkpoint: Path, absent: Path, scheme: str, value
         "language_model.lm_head.weight",
     ],
 )
-def test_no_tensor_is_too_small_to_be_checked(checkpoint: Path, absent: Path, name: str, scheme: str) -> None:
+def test_small_tensors_that_are_not_finite_are_refused(checkpoint: Path, absent: Path, name: str, scheme: str) -> None:
     set_weight(checkpoint, name, np.nan)
     canonical = name.replace("vision_tower.", "vision_tower.vision_model.")
     assert_refused(export_onnx(checkpoint, absent, "--scheme", scheme), f"{canonical}: holds NaN or infinite values")

@@ -1,4 +1,4 @@
-"""`qvlm-eval` as its users see it: every task on real files, every rung, killed runs, shards, torchrun, bad input."""
+"""The command `qvlm-eval`: every task and form of a model, interrupted runs, shards, torchrun, submissions, bad input."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ TASKS = ("scienceqa", "vqav2", "vizwiz", "hateful-memes")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
+    """The folder of small evaluation sets in the official layouts, with 60 questions each."""
     return make_sets(tmp_path_factory.mktemp("sets"), COUNT)
 
 
 @pytest.fixture(scope="module")
-def whole(sets, tmp_path_factory):
-    """The tiny model on all questions of every task, in one run each: what other runs must equal."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(sets, tmp_path_factory):
+    """The results of the tiny model on all questions, one run per task, which other runs must equal; by task."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return {
         task: eval_json("tiny", *of_task(sets, task), *FORM, "--device", "cpu", "--predictions", folder / f"{task}.jsonl")
         for task in TASKS
@@ -43,82 +44,83 @@ def whole(sets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """The tiny model's int8 export, which takes four questions at once, without engines."""
+    """The path of the tiny model's int8 export without engines, which takes a batch of four."""
     path = tmp_path_factory.mktemp("export") / "e" / "tiny.plan"
     qvlm_export.export("tiny", path, scheme="int8", backend="onnx", samples=8, max_batch=4)
     return path
 
 
-def facts(content):
-    """What two runs of the same thing have in common."""
+def repeatable(content):
+    """The part of a result that another run of the same evaluation must repeat."""
     return {
         key: content[key]
-        for key in ("task", "split", "rung", "questions", "answers", "metrics", "counts", "unparsed", "failed")
+        for key in ("task", "split", "model_form", "questions", "answers", "metrics", "counts", "unparsed", "failed")
     }
 
 
 def answers(path):
+    """The answers in a file of predictions, by question id."""
     return read_predictions(Path(path)).answers
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_answers_all_its_questions(whole, task):
-    content = whole[task]
-    assert (content["task"], content["rung"], content["runtime"]) == (task, "torch", "cpu")
+def test_every_task_answers_all_its_questions(uninterrupted, task):
+    content = uninterrupted[task]
+    assert (content["task"], content["model_form"], content["runtime"]) == (task, "float", "cpu")
     assert (content["questions"], content["answers"], content["failed"], content["unparsed"]) == (COUNT, COUNT, {}, 0)
     assert len(answers(content["predictions"])) == COUNT
 
 
-def test_the_tiny_model_scores_above_90_percent_on_scienceqa(whole):
-    content = whole["scienceqa"]
+def test_the_tiny_model_scores_above_90_percent_on_scienceqa(uninterrupted):
+    content = uninterrupted["scienceqa"]
     assert content["metrics"]["Avg"] > 0.9
     assert content["counts"]["IMG"] == COUNT - 1
     assert content["counts"]["NO"] == 1
     assert content["counts"]["G1-6"] + content["counts"]["G7-12"] == COUNT
 
 
-def test_the_tiny_model_answers_vqa_and_knows_nothing_of_hate(whole):
-    assert whole["vqav2"]["metrics"]["overall"] > 0.9
-    assert whole["vizwiz"]["metrics"]["other"] > 0.9
-    assert whole["vizwiz"]["metrics"]["unanswerable"] == 0.0  # it was never told of blurred pictures
-    assert 0.3 < whole["hateful-memes"]["metrics"]["ROC-AUC"] < 0.7
+def test_the_tiny_model_answers_vqa_and_guesses_on_hateful_memes(uninterrupted):
+    assert uninterrupted["vqav2"]["metrics"]["overall"] > 0.9
+    assert uninterrupted["vizwiz"]["metrics"]["other"] > 0.9
+    assert uninterrupted["vizwiz"]["metrics"]["unanswerable"] == 0.0  # it was not trained on blurred images
+    assert 0.3 < uninterrupted["hateful-memes"]["metrics"]["ROC-AUC"] < 0.7
 
 
-def test_the_table_is_for_people(sets, tmp_path):
+def test_the_printed_table_names_columns_counts_and_the_predictions(sets, tmp_path):
     result = run_eval("tiny", *of_task(sets, "scienceqa"), *FORM, "--limit", 4, "--predictions", tmp_path / "p.jsonl")
     assert result.exit_code == 0, result.stderr
-    assert "scienceqa test, torch: 4 of 4 questions" in result.stdout
+    assert "scienceqa test, float: 4 of 4 questions" in result.stdout
     for words in ("NAT", "G7-12", "Avg", "unparsed answers, counted as wrong: 0", "p.jsonl"):
         assert words in result.stdout
 
 
-def test_a_killed_run_goes_on(sets, whole, tmp_path):
-    """The file is cut in the middle of a line, as a kill leaves it; only what is missing is asked."""
+def test_a_killed_run_is_continued(sets, uninterrupted, tmp_path):
+    """The file is cut in the middle of a line, as a kill leaves it; only missing questions are asked."""
     path = tmp_path / "p.jsonl"
-    full = Path(whole["vqav2"]["predictions"]).read_bytes()
+    full = Path(uninterrupted["vqav2"]["predictions"]).read_bytes()
     path.write_bytes(full[: len(full) // 2])
-    kept = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
-    again = eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--predictions", path)
-    assert facts(again) == facts(whole["vqav2"])
-    assert path.read_bytes().startswith(kept)
+    complete_lines = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
+    continued = eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--predictions", path)
+    assert repeatable(continued) == repeatable(uninterrupted["vqav2"])
+    assert path.read_bytes().startswith(complete_lines)
     before = path.stat().st_mtime_ns
     result = run_eval("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--predictions", path)
     assert "60 of 60 answers are there already" in " ".join(result.stderr.split())
     assert path.stat().st_mtime_ns == before
 
 
-def test_an_interrupted_run_says_that_it_goes_on(sets, tmp_path, monkeypatch):
-    def interrupted(*_):
+def test_an_interrupted_run_says_that_it_can_be_continued(sets, tmp_path, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qvlm_export.evaluation.evaluate.ask_all", interrupted)
+    monkeypatch.setattr("qvlm_export.evaluation.evaluate.ask_all", interrupt)
     result = run_eval("tiny", *of_task(sets, "vqav2"), "--predictions", tmp_path / "p.jsonl")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
 
 
-def test_predictions_of_another_run_are_refused(sets, whole):
-    path = whole["scienceqa"]["predictions"]
+def test_predictions_of_another_run_are_refused(sets, uninterrupted):
+    path = uninterrupted["scienceqa"]["predictions"]
     before = Path(path).read_bytes()
     common = ("tiny", *of_task(sets, "scienceqa"), "--device", "cpu", "--predictions", path)
     for arguments, words in (
@@ -132,26 +134,26 @@ def test_predictions_of_another_run_are_refused(sets, whole):
     assert Path(path).read_bytes() == before
 
 
-def test_shards_merge_exactly(sets, whole, tmp_path):
+def test_merged_shards_equal_a_single_run(sets, uninterrupted, tmp_path):
     common = (*of_task(sets, "vizwiz"), *FORM)
     parts = []
     for part in (1, 2, 3):
         path = tmp_path / f"{part}.jsonl"
-        found = eval_json("tiny", *common, "--device", "cpu", "--shard", f"{part}/3", "--predictions", path)
-        assert (found["shard"], found["answers"]) == ([part, 3], COUNT // 3)
+        content = eval_json("tiny", *common, "--device", "cpu", "--shard", f"{part}/3", "--predictions", path)
+        assert (content["shard"], content["answers"]) == ([part, 3], COUNT // 3)
         parts += ["--merge", path]
     merged = eval_json(*common, *parts, "--predictions", tmp_path / "all.jsonl")
-    assert facts(merged) == facts(whole["vizwiz"])
-    assert answers(tmp_path / "all.jsonl") == answers(whole["vizwiz"]["predictions"])
+    assert repeatable(merged) == repeatable(uninterrupted["vizwiz"])
+    assert answers(tmp_path / "all.jsonl") == answers(uninterrupted["vizwiz"]["predictions"])
     assert_refused(run_eval(*common, *parts[:4]), "shard 3/3 is missing")
     assert_refused(run_eval(*of_task(sets, "vizwiz"), *parts), "made with form v1.3, not v1.5")
     assert_refused(run_eval(*of_task(sets, "vqav2"), *FORM, *parts), "lack an answer")
-    few = run_eval(*common, *parts, "--limit", 5)
-    assert_refused(few, "made with limit None, not 5")
+    limited = run_eval(*common, *parts, "--limit", 5)
+    assert_refused(limited, "made with limit None, not 5")
 
 
-def test_two_processes_of_torchrun_split_a_set(sets, whole, tmp_path, monkeypatch):
-    """The first is this one, in the environment that torchrun makes, as starting three that import torch takes long."""
+def test_two_processes_of_torchrun_share_the_questions(sets, uninterrupted, tmp_path, monkeypatch):
+    """This process is the first of the two, in the environment that torchrun sets, which saves two imports of torch."""
     path = tmp_path / "p.jsonl"
     arguments = ["tiny", *map(str, of_task(sets, "vqav2")), *FORM, "--device", "cpu", "--predictions", str(path)]
     with socket.socket() as free:
@@ -159,100 +161,103 @@ def test_two_processes_of_torchrun_split_a_set(sets, whole, tmp_path, monkeypatc
         port = str(free.getsockname()[1])
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "PATIENCE", timedelta(minutes=3))
+    monkeypatch.setattr(distributed, "GATHER_TIMEOUT", timedelta(minutes=3))
     second = subprocess.Popen(
         [sys.executable, "-m", "qvlm_export.cli.evaluate", *arguments, "--json"], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    found = eval_json(*arguments)
-    assert (second.communicate(timeout=60)[0], second.returncode) == ("", 0)  # one process of the two prints
-    assert facts(found) == facts(whole["vqav2"])
-    assert answers(path) == answers(whole["vqav2"]["predictions"])
+    content = eval_json(*arguments)
+    assert (second.communicate(timeout=60)[0], second.returncode) == ("", 0)  # only the first process prints
+    assert repeatable(content) == repeatable(uninterrupted["vqav2"])
+    assert answers(path) == answers(uninterrupted["vqav2"]["predictions"])
     halves = [answers(tmp_path / f"p.{part}-of-2.jsonl") for part in (1, 2)]
     assert [len(half) for half in halves] == [COUNT // 2] * 2
     assert halves[0] | halves[1] == answers(path)
 
 
 @pytest.mark.parametrize(
-    ("visible", "rank", "wanted"), [(None, "1", "1"), (None, "5", "1"), ("4,6,7,2", "2", "7"), ("GPU-a,GPU-b", "0", "GPU-a")]
+    ("visible", "rank", "expected"),
+    [(None, "1", "1"), (None, "5", "1"), ("4,6,7,2", "2", "7"), ("GPU-a,GPU-b", "0", "GPU-a")],
 )
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, rank, wanted):
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, visible, rank, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4 if visible is None else visible.count(",") + 1)
     distributed.use_own_gpu()
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # alone, it is left as it is
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # a single process leaves it unchanged
     for name, value in {"WORLD_SIZE": "8", "RANK": rank, "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, value)
     distributed.use_own_gpu()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
-def test_rungs_of_an_export(sets, plan, tmp_path):
-    """The graph is what an export is asked through without a GPU; simulation says the same, but for rounding ties."""
+def test_an_export_is_evaluated_in_every_form_but_the_engine(sets, plan, tmp_path):
+    """Without a GPU the default form of an export is the graph. Fake-quant gives the same answers but for rounding ties."""
     common = (plan, *of_task(sets, "scienceqa"), *FORM, "--limit", 12)
     graph = eval_json(*common, "--predictions", tmp_path / "graph.jsonl")
-    simulated = eval_json(*common, "--rung", "simulated", "--device", "cpu", "--predictions", tmp_path / "simulated.jsonl")
-    assert (graph["rung"], simulated["rung"]) == ("graph", "simulated")
+    fake_quant = eval_json(
+        *common, "--model-form", "fake-quant", "--device", "cpu", "--predictions", tmp_path / "fake_quant.jsonl"
+    )
+    assert (graph["model_form"], fake_quant["model_form"]) == ("graph", "fake-quant")
     assert graph["metrics"]["Avg"] > 0.85
-    first, second = answers(tmp_path / "graph.jsonl"), answers(tmp_path / "simulated.jsonl")
-    assert sum(first[one] == second[one] for one in first) >= 11
-    reference = eval_json(*common, "--rung", "torch", "--device", "cpu", "--predictions", tmp_path / "torch.jsonl")
-    assert reference["rung"] == "torch"
+    by_graph, by_fake_quant = answers(tmp_path / "graph.jsonl"), answers(tmp_path / "fake_quant.jsonl")
+    assert sum(by_graph[q] == by_fake_quant[q] for q in by_graph) >= 11
+    reference = eval_json(*common, "--model-form", "float", "--device", "cpu", "--predictions", tmp_path / "float.jsonl")
+    assert reference["model_form"] == "float"
     calibrated = plan.with_suffix(".calibrated")
-    alone = eval_json(calibrated, *common[1:], "--device", "cpu", "--predictions", tmp_path / "alone.jsonl")
-    assert alone["rung"] == "simulated"
-    one = eval_json(*common[:-1], 3, "--batch", 1, "--predictions", tmp_path / "one.jsonl")
-    few = answers(tmp_path / "one.jsonl")
-    assert one["answers"] == 3
-    assert all(few[q] == first[q] for q in few)
+    standalone = eval_json(calibrated, *common[1:], "--device", "cpu", "--predictions", tmp_path / "standalone.jsonl")
+    assert standalone["model_form"] == "fake-quant"
+    unbatched = eval_json(*common[:-1], 3, "--batch", 1, "--predictions", tmp_path / "unbatched.jsonl")
+    by_unbatched = answers(tmp_path / "unbatched.jsonl")
+    assert unbatched["answers"] == 3
+    assert all(by_unbatched[q] == by_graph[q] for q in by_unbatched)
 
 
-def test_a_larger_batch_in_torch(sets, whole, tmp_path):
+def test_a_larger_batch_in_torch_gives_the_same_answers(sets, uninterrupted, tmp_path):
     path = tmp_path / "p.jsonl"
     eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--batch", 20, "--predictions", path)
-    assert answers(path) == answers(whole["vqav2"]["predictions"])
+    assert answers(path) == answers(uninterrupted["vqav2"]["predictions"])
 
 
-def test_rungs_that_are_not_there(sets, plan, tmp_path):
+def test_forms_and_models_that_do_not_exist_are_refused(sets, plan, tmp_path):
     common = (*of_task(sets, "scienceqa"), "--predictions", tmp_path / "p.jsonl")
-    for subject, arguments, words in (
-        (plan, ["--rung", "engine"], ["--rung engine", "has no engine"]),
-        (plan, ["--rung", "graph", "--runtime", "tensorrt"], ["--runtime tensorrt", "onnxruntime"]),
-        (plan, ["--rung", "best"], ["--rung best: unknown"]),
+    for model, arguments, words in (
+        (plan, ["--model-form", "engine"], ["--model-form engine", "has no engine"]),
+        (plan, ["--model-form", "graph", "--runtime", "tensorrt"], ["--runtime tensorrt", "onnxruntime"]),
+        (plan, ["--model-form", "best"], ["--model-form best: unknown"]),
         (plan, ["--batch", 5], ["--batch 5", "takes 4", "--max-batch 5"]),
-        (plan.with_suffix(".calibrated"), ["--rung", "graph"], ["is a calibrated checkpoint"]),
-        ("tiny", ["--rung", "simulated"], ["is no export"]),
+        (plan.with_suffix(".calibrated"), ["--model-form", "graph"], ["is a calibrated checkpoint"]),
+        ("tiny", ["--model-form", "fake-quant"], ["is no export"]),
         ("tiny", ["--device", "tpu"], ["--device tpu: unknown"]),
         (tmp_path / "none.plan", [], ["no such manifest"]),
         ("./none", [], ["no such folder"]),
     ):
-        assert_refused(run_eval(subject, *common, *arguments, "--json"), *words)
+        assert_refused(run_eval(model, *common, *arguments, "--json"), *words)
         assert not (tmp_path / "p.jsonl").exists()
 
 
-def test_more_shards_than_questions(sets, tmp_path):
+def test_more_shards_than_questions_merge(sets, tmp_path):
     common = (*of_task(sets, "vqav2"), *FORM, "--limit", 2)
     parts = []
     for part in (1, 2, 3):
         parts += ["--merge", tmp_path / f"{part}.jsonl"]
-        found = eval_json("tiny", *common, "--shard", f"{part}/3", "--predictions", parts[-1])
-        assert found["answers"] == int(part < 3)
+        content = eval_json("tiny", *common, "--shard", f"{part}/3", "--predictions", parts[-1])
+        assert content["answers"] == int(part < 3)
     assert eval_json(*common, *parts)["answers"] == 2
 
 
-def test_submissions(sets, tmp_path):
-    asked = json.loads((sets / "vqav2" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
+def test_submissions_hold_what_the_servers_take(sets, tmp_path):
+    questions = json.loads((sets / "vqav2" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
     common = ("tiny", *of_task(sets, "vqav2"), *FORM, "--split", "test-dev")
     path = tmp_path / "vqa.json"
-    found = eval_json(*common, "--predictions", tmp_path / "a.jsonl", "--submission", path)
-    assert (found["metrics"], found["submission"]) == (None, str(path))
+    content = eval_json(*common, "--predictions", tmp_path / "a.jsonl", "--submission", path)
+    assert (content["metrics"], content["submission"]) == (None, str(path))
     rows = json.loads(path.read_text())
-    assert {row["question_id"] for row in rows} == {q["question_id"] for q in asked}
-    assert sum(bool(row["answer"]) for row in rows) == len(asked) // 2  # test-dev is a part of test
+    assert {row["question_id"] for row in rows} == {q["question_id"] for q in questions}
+    assert sum(bool(row["answer"]) for row in rows) == len(questions) // 2  # test-dev is half of test
     assert all(set(row) == {"question_id", "answer"} for row in rows)
     path = tmp_path / "vizwiz.json"
     arguments = ("--split", "test", "--predictions", tmp_path / "b.jsonl", "--submission", path)
@@ -271,12 +276,12 @@ def test_submissions(sets, tmp_path):
     assert not (tmp_path / "d.json").exists()
 
 
-def test_an_unreadable_picture_is_counted_and_named(sets, whole, tmp_path):
-    """And once it can be read, the same command asks for it alone."""
+def test_unreadable_images_are_counted_and_named(sets, uninterrupted, tmp_path):
+    """Once they can be read, the same command asks these questions only."""
     data = tmp_path / "scienceqa"
     shutil.copytree(sets / "scienceqa", data)
-    first, second = list(answers(whole["scienceqa"]["predictions"]))[:2]
-    broken = [data / "images" / "test" / one / "image.png" for one in (first, second)]
+    first, second = list(answers(uninterrupted["scienceqa"]["predictions"]))[:2]
+    broken = [data / "images" / "test" / question_id / "image.png" for question_id in (first, second)]
     broken[0].write_bytes(b"no picture")
     broken[1].unlink()
     command = ("tiny", "--task", "scienceqa", "--data", data, *FORM, "--limit", 20, "--predictions", tmp_path / "p.jsonl")
@@ -290,12 +295,12 @@ def test_an_unreadable_picture_is_counted_and_named(sets, whole, tmp_path):
     assert (content["answers"], content["counts"]["Avg"]) == (20, 20)
     for path in broken:
         shutil.copy(sets / path.relative_to(tmp_path), path)
-    mended = eval_json(*command)
-    assert mended["failed"] == {}
-    assert mended["metrics"]["Avg"] == pytest.approx(content["metrics"]["Avg"] + 2 / 20)
+    repaired = eval_json(*command)
+    assert repaired["failed"] == {}
+    assert repaired["metrics"]["Avg"] == pytest.approx(content["metrics"]["Avg"] + 2 / 20)
 
 
-def test_a_directory_without_pictures_is_refused(sets, tmp_path):
+def test_a_directory_without_images_is_refused(sets, tmp_path):
     shutil.copytree(sets / "vizwiz", tmp_path / "v", ignore=shutil.ignore_patterns("*.jpg"))
     result = run_eval("tiny", "--task", "vizwiz", "--data", tmp_path / "v", "--predictions", tmp_path / "p.jsonl")
     assert_refused(result, "holds no ", "VizWiz_val_00000000.jpg")
@@ -321,21 +326,21 @@ def test_a_directory_without_pictures_is_refused(sets, tmp_path):
         (["tiny", "--task", "vqav2", "--data", ".", "--questions", "x"], ["--questions: vqav2"]),
     ],
 )
-def test_bad_arguments(arguments, words, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(run_eval(*arguments), *words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_model_or_predictions(sets):
+def test_a_model_or_predictions_to_merge_are_required(sets):
     assert_refused(run_eval(*of_task(sets, "vqav2")), "give a model or an export, or --merge")
 
 
-def test_answers_are_kept_beside_by_default(sets, tmp_path, monkeypatch):
+def test_predictions_are_written_to_the_current_folder_by_default(sets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = eval_json("tiny", *of_task(sets, "vqav2"), *FORM, "--limit", 2)
-    assert content["predictions"] == "tiny.vqav2-val.torch.jsonl"
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.vqav2-val.torch.jsonl"]
+    assert content["predictions"] == "tiny.vqav2-val.float.jsonl"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.vqav2-val.float.jsonl"]
 
 
 def test_the_command_shows_examples():

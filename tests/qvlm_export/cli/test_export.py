@@ -1,4 +1,4 @@
-"""qvlm-export where all is well: what is written, that it is what was planned, and that it is the same every time."""
+"""`qvlm-export` with good input: what it writes, that this is what the dry run said, and that it is reproducible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RTX = ("--backend", "tensorrt-rtx", "--target", "sm89")
 
 @pytest.fixture(scope="module")
 def int4(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An INT4 export with engines: its folder and what stdout said."""
+    """An INT4 export with engines: its folder, and the JSON that it printed."""
     folder = tmp_path_factory.mktemp("int4")
     data = write_calibration(tmp_path_factory.mktemp("data"))
     return folder, export_to(llava(), folder / "x.plan", "--calib-data", data, *RTX)
@@ -63,22 +63,22 @@ def test_dry_run_as_json(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_brackets_in_names_are_shown_as_they_are(llava: Llava, tmp_path: Path) -> None:
-    """They are no markup of the terminal library."""
+    """They must not be taken for markup of the terminal library."""
     model = copy_checkpoint(llava(), tmp_path / "llava[/v1]")
     result = run_export(model, tmp_path / "out" / "x.plan", "--backend", "onnx", "--scheme", "fp16", "--dry-run")
     assert result.exit_code == 0, result.exception
     assert "llava[/v1]" in result.stdout.replace("\n", "")
 
 
-def test_every_file_is_there_and_nothing_else(int4: tuple[Path, dict[str, Any]]) -> None:
+def test_the_manifest_lists_exactly_the_files_written(int4: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = int4
-    found = {path.name for path in folder.iterdir()}
+    written = {path.name for path in folder.iterdir()}
     named = {entry["name"] for entry in read_manifest(folder)["files"].values()}
-    assert found == named | {"x.json"}
-    assert found >= PLANS | GRAPHS | {"x.processor"}
+    assert written == named | {"x.json"}
+    assert written >= PLANS | GRAPHS | {"x.processor"}
 
 
-def test_hashes_in_the_manifest(int4: tuple[Path, dict[str, Any]]) -> None:
+def test_the_manifest_has_size_and_hash_of_every_file(int4: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = int4
     hashed = {entry["name"]: entry for entry in read_manifest(folder)["files"].values() if "sha256" in entry}
     assert set(hashed) == PLANS | GRAPHS
@@ -87,7 +87,7 @@ def test_hashes_in_the_manifest(int4: tuple[Path, dict[str, Any]]) -> None:
         assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
-def test_plan_check_covers_every_planned_linear(int4: tuple[Path, dict[str, Any]]) -> None:
+def test_plan_check_covers_every_quantized_linear(int4: tuple[Path, dict[str, Any]]) -> None:
     folder, stdout = int4
     manifest = read_manifest(folder)
     checked = {check["linear"]: check for check in manifest["plan_check"]}
@@ -102,7 +102,7 @@ def test_plan_check_covers_every_planned_linear(int4: tuple[Path, dict[str, Any]
     assert "int8 x int8" in fc1["executed"]
 
 
-def test_manifest_says_how_it_was_made(int4: tuple[Path, dict[str, Any]], llava: Llava) -> None:
+def test_manifest_records_model_scheme_data_and_backend(int4: tuple[Path, dict[str, Any]], llava: Llava) -> None:
     folder, stdout = int4
     manifest = read_manifest(folder)
     assert manifest["model"] == {"name": str(llava()), "model_type": "llava"}
@@ -114,16 +114,16 @@ def test_manifest_says_how_it_was_made(int4: tuple[Path, dict[str, Any]], llava:
     assert [value["name"] for value in manifest["interface"]["vision"]["inputs"]] == ["pixel_values"]
 
 
-def test_stdout_says_what_was_written(int4: tuple[Path, dict[str, Any]]) -> None:
+def test_json_lists_what_was_written(int4: tuple[Path, dict[str, Any]]) -> None:
     folder, stdout = int4
     assert stdout["manifest"] == str(folder / "x.json")
     assert {Path(entry["path"]) for entry in stdout["files"].values()} == {p for p in folder.iterdir() if p.name != "x.json"}
     assert set(stdout["seconds"]) == {"calibrate", "graph", "build", "check"}
-    assert stdout["peak_bytes"] > 10**8  # torch alone takes more
+    assert stdout["peak_bytes"] > 10**8  # torch alone takes more than that
 
 
-def test_dry_run_predicted_the_sizes(int4: tuple[Path, dict[str, Any]], llava: Llava, tmp_path: Path) -> None:
-    """Weights within 6 % of the data files (embeddings, biases and padding), compression accordingly."""
+def test_dry_run_predicts_the_sizes(int4: tuple[Path, dict[str, Any]], llava: Llava, tmp_path: Path) -> None:
+    """The weights are within 6 % of the data files, which also have embeddings, biases and padding."""
     folder, stdout = int4
     result = run_export(llava(), tmp_path / "x.plan", *RTX, "--dry-run", "--json")
     parts = json.loads(result.stdout)["parts"]
@@ -142,7 +142,7 @@ def test_same_export_twice_differs_in_plans_only(int4: tuple[Path, dict[str, Any
     export_to(llava(), again / "x.plan", "--calib-data", write_calibration(tmp_path), *RTX)
     one, two = read_files(folder), read_files(again)
     assert one.keys() == two.keys()
-    # TensorRT-RTX orders some tables of a plan at random; their sizes and everything else must agree.
+    # TensorRT-RTX orders some tables of a plan at random. Sizes, and all other files, must agree.
     differing = {name for name in one if one[name] != two[name]}
     assert differing <= {"x.plan", "x.vision.plan", "x.json"}
     assert {name: len(one[name]) for name in one} == {name: len(two[name]) for name in two}
@@ -160,7 +160,7 @@ def test_same_graphs_twice_give_the_same_bytes(llava: Llava, tmp_path: Path) -> 
     assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
-def test_graphs_only(llava: Llava, tmp_path: Path) -> None:
+def test_onnx_backend_writes_graphs_only(llava: Llava, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     result = export_onnx(llava(), folder / "x.plan")
     assert result.exit_code == 0, result.stderr
@@ -171,7 +171,7 @@ def test_graphs_only(llava: Llava, tmp_path: Path) -> None:
     assert read_manifest(folder)["plan_check"] == []
 
 
-def test_default_data_is_the_package_s_own_and_said_so(llava: Llava, tmp_path: Path) -> None:
+def test_built_in_calibration_set_is_the_default_and_reported(llava: Llava, tmp_path: Path) -> None:
     result = run_export(llava(), tmp_path / "x.plan", "--backend", "onnx", "--samples", "2")
     assert result.exit_code == 0, result.stderr
     assert "of the package's own drawn scenes" in " ".join(result.stderr.split())
@@ -181,7 +181,7 @@ def test_default_data_is_the_package_s_own_and_said_so(llava: Llava, tmp_path: P
 
 
 def test_export_over_an_older_one_replaces_it(llava: Llava, tmp_path: Path) -> None:
-    """Engines of the older export must not stay beside graphs of the newer one."""
+    """Engines of the older export must not stay beside the graphs of the newer one."""
     folder, data = tmp_path / "out", write_calibration(tmp_path)
     export_to(llava(), folder / "x.plan", "--calib-data", data, *RTX)
     old = read_files(folder)
@@ -197,12 +197,12 @@ def test_export_over_an_older_one_replaces_it(llava: Llava, tmp_path: Path) -> N
 def test_two_exports_share_a_folder(llava: Llava, tmp_path: Path) -> None:
     for name in ("a", "b.1"):
         export_to(llava(), tmp_path / f"{name}.plan", "--backend", "onnx", "--scheme", "fp16")
-    found = {path.name for path in tmp_path.iterdir()}
-    tails = ("json", "onnx", "onnx.data", "vision.onnx", "vision.onnx.data", "report.html", "processor")
-    assert found == {f"{name}.{tail}" for name in ("a", "b.1") for tail in tails}
+    written = {path.name for path in tmp_path.iterdir()}
+    suffixes = ("json", "onnx", "onnx.data", "vision.onnx", "vision.onnx.data", "report.html", "processor")
+    assert written == {f"{name}.{suffix}" for name in ("a", "b.1") for suffix in suffixes}
 
 
-def test_left_over_work_of_a_killed_export_is_cleared(llava: Llava, tmp_path: Path) -> None:
+def test_useless_remains_of_a_killed_export_are_removed(llava: Llava, tmp_path: Path) -> None:
     work = tmp_path / ".x.work" / "out"
     work.mkdir(parents=True)
     (work / "x.plan").write_text("half")
@@ -210,11 +210,11 @@ def test_left_over_work_of_a_killed_export_is_cleared(llava: Llava, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == GRAPHS | {"x.json", "x.processor"}
 
 
-def test_work_dir_keeps_the_calibrated_checkpoint_and_nothing_of_the_user_s(llava: Llava, tmp_path: Path) -> None:
+def test_work_dir_keeps_the_calibrated_checkpoint_and_the_files_of_the_user(llava: Llava, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "notes.txt").write_text("mine")
-    for seed in (0, 1):  # the second one replaces what the first kept
+    for seed in (0, 1):  # the second export replaces the checkpoint of the first
         result = export_onnx(llava(seed=seed), tmp_path / "out" / "x.plan", "--work-dir", work)
         assert result.exit_code == 0, result.stderr
     assert (work / "notes.txt").read_text() == "mine"
@@ -260,7 +260,7 @@ def test_limits_reach_the_graph(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_from_python(llava: Llava, tmp_path: Path) -> None:
-    """Paths may be strings or Path objects, and the result opens."""
+    """Paths may be strings or Path objects, and the result can be loaded."""
     result = qvlm_export.export(
         llava(), str(tmp_path / "x.plan"), backend="onnx", scheme="int8", calib_data=str(write_calibration(tmp_path))
     )
@@ -274,8 +274,8 @@ def test_from_python(llava: Llava, tmp_path: Path) -> None:
         qvlm_export.export(str(llava()), tmp_path / "y.plan", scheme="int3")
 
 
-def test_source_is_only_read(llava: Llava, tmp_path: Path) -> None:
-    """Even when the export goes into the checkpoint's own folder."""
+def test_the_source_checkpoint_is_not_changed(llava: Llava, tmp_path: Path) -> None:
+    """Not even when the export is written to its folder."""
     model = copy_checkpoint(llava(), tmp_path / "checkpoint")
     before = read_files(model)
     export_to(model, model / "x.plan", "--backend", "onnx", "--calib-data", write_calibration(tmp_path))
@@ -283,8 +283,8 @@ def test_source_is_only_read(llava: Llava, tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before
 
 
-def test_weights_are_read_when_they_are_needed(llava: Llava, tmp_path: Path) -> None:
-    """A dry run takes headers only: a NaN in the weights does not stop it."""
+def test_dry_run_does_not_read_weights(llava: Llava, tmp_path: Path) -> None:
+    """It reads headers only, so that a NaN in the weights does not stop it."""
     model = copy_checkpoint(llava(), tmp_path / "checkpoint")
     set_weight(model, "language_model.model.norm.weight", np.nan)
     assert export_onnx(model, tmp_path / "out" / "x.plan", "--dry-run").exit_code == 0

@@ -25,7 +25,7 @@ HASHED = ("x.plan", "x.vision.plan", "x.onnx", "x.onnx.data", "x.vision.onnx", "
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plan of the tiny model with engines. Do not write beside it."""
+    """The plan path of an export of the tiny model with engines. Do not write beside it."""
     plan = tmp_path_factory.mktemp("inspect") / "x.plan"
     qvlm_export.export("tiny", plan, backend="tensorrt-rtx", targets=("sm89",), samples=2)
     return plan
@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(exported: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """The plan path of a copy that may be damaged."""
     shutil.copytree(exported.parent, tmp_path / "copy")
     return tmp_path / "copy" / "x.plan"
 
@@ -49,17 +49,18 @@ def read(*arguments: object) -> dict[str, Any]:
     return content
 
 
-def rows(text: str) -> set[tuple[str, ...]]:
-    """Every line's columns; those are apart by two spaces."""
+def split_rows(text: str) -> set[tuple[str, ...]]:
+    """Returns the columns of every line; two or more spaces separate them."""
     return {tuple(re.split(r" {2,}", line.strip())) for line in text.splitlines()}
 
 
-def test_table(exported: Path) -> None:
+def test_tables_show_sizes_schemes_and_interface(exported: Path) -> None:
     result = run_inspect(exported)
     assert (result.exit_code, result.stderr) == (0, "")
-    told = result.stdout.splitlines()[:40]
-    assert max(len(line) for line in told if not line.startswith(("calibration: ", "built with: "))) <= 80  # tables
-    found = rows(result.stdout)
+    lines = result.stdout.splitlines()[:40]
+    tables = [line for line in lines if not line.startswith(("calibration: ", "built with: "))]
+    assert max(len(line) for line in tables) <= 80
+    rows = split_rows(result.stdout)
     manifest = read_manifest(exported.with_suffix(".json"))
     digest = manifest.files["language_plan"]["sha256"][:12]
     for row in (
@@ -73,13 +74,13 @@ def test_table(exported: Path) -> None:
         ("vision", "out", "image_embeds", "float16 [image_tokens, 256]"),
         ("limits: 512 tokens, batch 1, 4 images at once",),
     ):
-        assert row in found, result.stdout
+        assert row in rows, result.stdout
     assert f"{digest}…" in result.stdout
     assert f"tensorrt-rtx {manifest.backend['version']} for sm89, python" in result.stdout
     assert "tied" not in result.stdout
 
 
-def test_json_is_what_is_known(exported: Path) -> None:
+def test_json_is_the_summary_of_inspect(exported: Path) -> None:
     content = read(exported)
     assert content == json.loads(json.dumps(inspect(exported).summary()))
     assert content["plan_check"] == {"checked": 48, "passed": 48}
@@ -100,12 +101,12 @@ def test_json_is_what_is_known(exported: Path) -> None:
     assert (content["limits"]["max_length"], content["verified"]) == (512, None)
 
 
-def test_the_manifest_for_an_argument(exported: Path) -> None:
+def test_the_manifest_is_accepted_as_an_argument(exported: Path) -> None:
     assert run_inspect(exported.with_suffix(".json")).stdout == run_inspect(exported).stdout
 
 
 def test_real_command(exported: Path, tmp_path: Path) -> None:
-    """From elsewhere, with nothing on stderr."""
+    """The installed script runs in another folder, and prints nothing on stderr."""
     command = [sys.executable, SCRIPT, exported, "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
@@ -118,16 +119,16 @@ def test_help_shows_examples() -> None:
     assert "qvlm-inspect engine.plan --verify" in result.stdout
 
 
-def files_inside(plan: Path) -> list[str]:
-    """Those of the two folders, as an export has them."""
+def list_folder_files(plan: Path) -> list[str]:
+    """Returns the files in the folders of processor and calibrated checkpoint, relative to the export."""
     folders = (plan.with_suffix(".processor"), plan.with_suffix(".calibrated"))
     return [path.relative_to(plan.parent).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()]
 
 
-def test_verified(exported: Path) -> None:
+def test_verify_compares_every_file(exported: Path) -> None:
     result = run_inspect(exported, "--verify")
     assert (result.exit_code, result.stderr) == (0, "")
-    count = len(HASHED) + len(files_inside(exported))
+    count = len(HASHED) + len(list_folder_files(exported))
     assert count > len(HASHED) + 5
     assert f"verified {count} files in {exported.parent.resolve()}" in result.stdout
     assert "not recorded" not in result.stdout
@@ -135,8 +136,8 @@ def test_verified(exported: Path) -> None:
     assert read(exported, "--verify")["verified"] == count
 
 
-def test_every_file_of_the_folders_is_verified(mine: Path) -> None:
-    for name in files_inside(mine):
+def test_a_changed_file_inside_a_folder_is_found(mine: Path) -> None:
+    for name in list_folder_files(mine):
         path = mine.parent / name
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
@@ -145,7 +146,7 @@ def test_every_file_of_the_folders_is_verified(mine: Path) -> None:
     assert run_inspect(mine, "--verify").exit_code == 0
 
 
-def test_what_an_older_export_did_not_record_is_said(mine: Path) -> None:
+def test_files_that_an_older_export_did_not_record_are_listed(mine: Path) -> None:
     path = mine.with_suffix(".json")
     content = json.loads(path.read_text())
     for role in ("processor", "calibrated"):

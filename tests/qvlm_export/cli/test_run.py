@@ -1,4 +1,4 @@
-"""qvlm-run: an answer on stdout, or one line on stderr and exit code 2."""
+"""`qvlm-run`: an answer on stdout, or one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"
 
 @pytest.fixture(scope="module")
 def exported(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plan of a float16 export, graphs only. Do not write beside it."""
+    """The plan path of a float16 export without engines. Do not write beside it."""
     plan = tmp_path_factory.mktemp("run") / "x.plan"
     export_to(llava(), plan, "--backend", "onnx", "--scheme", "fp16", "--max-length", "256")
     return plan
@@ -34,22 +34,22 @@ def exported(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(exported: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """The plan path of a copy that may be damaged."""
     shutil.copytree(exported.parent, tmp_path / "copy")
     return tmp_path / "copy" / "x.plan"
 
 
-def test_answers(exported: Path) -> None:
+def test_the_answer_is_that_of_generate(exported: Path) -> None:
     result = run_model(exported, *ASK)
     assert (result.exit_code, result.stderr) == (0, f"{RUNTIME}cut off: --max-new-tokens allows no more\n")
     with qvlm_export.load(exported) as model:
-        wanted = model.generate("What color is the ring?", [Image.open(PICTURE)], max_new_tokens=6)
-    assert result.stdout == wanted + "\n"
-    assert len(wanted) > 3
+        expected = model.generate("What color is the ring?", [Image.open(PICTURE)], max_new_tokens=6)
+    assert result.stdout == expected + "\n"
+    assert len(expected) > 3
 
 
 def test_real_command(exported: Path, tmp_path: Path) -> None:
-    """From elsewhere, with nothing but the answer on stdout and nothing but the runtime on stderr."""
+    """The installed script runs in another folder; stdout has the answer only, stderr the runtime and why it was cut off."""
     arguments = [exported, "--prompt", "What?", "--max-new-tokens", "3"]
     command = [sys.executable, SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
@@ -65,7 +65,7 @@ def test_json(exported: Path) -> None:
     assert content["ended"] == "max_new_tokens"
 
 
-def test_the_picture_matters(exported: Path, tmp_path: Path) -> None:
+def test_the_answer_depends_on_the_image(exported: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 50), (10, 200, 10)).save(tmp_path / "green.png")
     answers = {
         run_model(exported, "--prompt", "What?", *pictures, "--max-new-tokens", "12").stdout
@@ -74,11 +74,11 @@ def test_the_picture_matters(exported: Path, tmp_path: Path) -> None:
     assert len(answers) == 3
 
 
-def test_manifest_for_an_argument(exported: Path) -> None:
+def test_the_manifest_is_accepted_as_an_argument(exported: Path) -> None:
     assert run_model(exported.with_suffix(".json"), *ASK).stdout == run_model(exported, *ASK).stdout
 
 
-def test_as_many_pictures_as_the_export_takes(exported: Path) -> None:
+def test_more_images_than_the_export_takes_are_refused(exported: Path) -> None:
     four = ["--image", str(PICTURE)] * 4
     assert run_model(exported, "--prompt", "What?", "--max-new-tokens", "2", *four).exit_code == 0
     refused = run_model(exported, "--prompt", "What?", "--image", PICTURE, *four, "--json")
@@ -129,11 +129,13 @@ def test_bad_question(exported: Path, arguments: list[str], words: list[str]) ->
 
 
 def test_options_reach_the_model(exported: Path) -> None:
-    """Each changes the answer in the way it must."""
+    """Each option changes the answer as it should."""
     ask = ("--prompt", "What?", "--max-new-tokens", "40")
     plain = run_model(exported, *ask).stdout
     assert run_model(exported, *ask, "--temperature", "2", "--seed", "1").stdout != plain
-    assert run_model(exported, *ask, "--temperature", "2", "--top-p", "1e-9").stdout == plain  # one token is left to choose
+    assert (
+        run_model(exported, *ask, "--temperature", "2", "--top-p", "1e-9").stdout == plain
+    )  # only the likeliest token is left
     assert run_model(exported, *ask, "--repetition-penalty", "100").stdout != plain
     word = plain.split()[1]
     stopped = run_model(exported, *ask, "--stop", "never said", "--stop", word).stdout
@@ -142,32 +144,32 @@ def test_options_reach_the_model(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"])
-def test_file_of_the_export_is_missing(mine: Path, name: str) -> None:
+def test_missing_file_of_the_export_is_refused(mine: Path, name: str) -> None:
     (mine.parent / name).unlink()
     assert_refused(run_model(mine, *ASK), str(mine.parent / name))
 
 
 @pytest.mark.parametrize("name", ["x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"])
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_file_of_the_export_is_cut_off(mine: Path, name: str, kept: float) -> None:
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_truncated_file_of_the_export_is_refused(mine: Path, name: str, share: float) -> None:
     path = mine.parent / name
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
-    assert_refused(run_model(mine, *ASK), f"{path}: has {int(len(data) * kept)} bytes", f"says {len(data)}", "incomplete")
+    path.write_bytes(data[: int(len(data) * share)])
+    assert_refused(run_model(mine, *ASK), f"{path}: has {int(len(data) * share)} bytes", f"says {len(data)}", "incomplete")
 
 
-def test_processor_is_missing(mine: Path) -> None:
+def test_missing_processor_is_refused(mine: Path) -> None:
     shutil.rmtree(mine.parent / "x.processor")
     assert_refused(run_model(mine, *ASK), "x.processor: is missing", "keep the files of an export together")
 
 
-def test_processor_is_damaged(mine: Path) -> None:
+def test_damaged_processor_is_refused(mine: Path) -> None:
     path = mine.parent / "x.processor" / "tokenizer.json"
     path.write_text("{")
     assert_refused(run_model(mine, *ASK), f"{path}: has 1 bytes", "incomplete, export again")
 
 
-def test_processor_of_an_export_without_a_record_of_it_is_damaged(mine: Path) -> None:
+def test_damaged_processor_without_recorded_hashes_is_refused(mine: Path) -> None:
     path = mine.with_suffix(".json")
     content = json.loads(path.read_text())
     del content["files"]["processor"]["files"]

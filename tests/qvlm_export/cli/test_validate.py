@@ -1,4 +1,4 @@
-"""`qvlm-validate` as its users see it: exit codes, the table, JSON, and one line for each mistake."""
+"""The command `qvlm-validate`: exit codes, the table, the JSON result, and one line of error for bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOWN = "language_model.model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def plan(llava, tmp_path_factory):
-    """An export without engines."""
+    """The path of an int4 export without engines."""
     path = tmp_path_factory.mktemp("export") / "int4" / "e.plan"
     qvlm_export.export(str(llava()), path, backend="onnx", samples=4, max_length=128)
     return path
@@ -32,6 +32,7 @@ def run(plan, *arguments):
 
 
 def run_json(plan, *arguments, code=0):
+    """The JSON result on two samples, of a run that ends with exit code `code`."""
     result = run(plan, "--json", "--limit", "2", *arguments)
     assert result.exit_code == code, result.stderr
     return json.loads(result.stdout)
@@ -39,16 +40,16 @@ def run_json(plan, *arguments, code=0):
 
 @pytest.fixture(scope="module")
 def content(plan):
-    """The JSON of an undamaged export, with layers."""
+    """The JSON result of an undamaged export, with scores of every block."""
     return run_json(plan, "--per-layer")
 
 
-def answers(content):
-    """(agreement, kl) of every rung against float on answer tokens, the worst of each."""
+def worst_answer_scores(content):
+    """The lowest agreement and the highest KL divergence of any form against float, on answer tokens."""
     scores = [
         comparison["tokens"]["answer"]
-        for rung in content["rungs"]
-        for comparison in rung["comparisons"]
+        for run in content["forms"]
+        for comparison in run["comparisons"]
         if comparison["against"] == "float"
     ]
     return min(s["agreement"] for s in scores), max(s["kl"] for s in scores)
@@ -62,40 +63,40 @@ def assert_refused(result, *words):
         assert word in result.stderr
 
 
-def test_json_holds_every_rung_and_group(content):
-    assert [(rung["name"], rung["status"]) for rung in content["rungs"]] == [
+def test_json_holds_every_form_and_every_kind_of_token(content):
+    assert [(run["name"], run["status"]) for run in content["forms"]] == [
         ("float", "reference"),
         ("fake-quant", "run"),
-        ("onnx graph", "run"),
+        ("graph", "run"),
         ("engine", "not run"),
     ]
-    assert content["rungs"][3]["reason"] == "this export has no engine"
-    for rung in content["rungs"][1:3]:
-        for comparison in rung["comparisons"]:
+    assert content["forms"][3]["reason"] == "this export has no engine"
+    for run in content["forms"][1:3]:
+        for comparison in run["comparisons"]:
             tokens = comparison["tokens"]
             assert list(tokens) == ["all", "image", "prompt", "answer"]
-            assert tokens["all"]["count"] == sum(tokens[group]["count"] for group in ("image", "prompt", "answer"))
+            assert tokens["all"]["count"] == sum(tokens[kind]["count"] for kind in ("image", "prompt", "answer"))
             assert tokens["image"]["count"] == 2 * 36
     assert content["weights"] == {"checked": 34, "wrong": []}
-    assert content["loss"]["rung"] == "fake-quant"
+    assert content["loss"]["form"] == "fake-quant"
     assert len(content["layers"]) == 6
     assert (content["passed"], content["thresholds"], content["polygraphy"]) == (True, [], None)
 
 
 def test_thresholds_decide_the_exit_code(plan, content):
-    agreement, kl = answers(content)
+    agreement, kl = worst_answer_scores(content)
     assert 0 < agreement < 1
-    held = run_json(plan, "--min-agreement", agreement - 1e-6, "--max-kl", kl * 1.001)
-    assert held["passed"]
-    assert [c["passed"] for c in held["thresholds"]] == [True] * 4
+    met = run_json(plan, "--min-agreement", agreement - 1e-6, "--max-kl", kl * 1.001)
+    assert met["passed"]
+    assert [c["passed"] for c in met["thresholds"]] == [True] * 4
     for arguments in (["--min-agreement", agreement + 1e-6], ["--max-kl", kl * 0.999]):
         missed = run_json(plan, *arguments, code=1)
         assert not missed["passed"]
         assert not all(c["passed"] for c in missed["thresholds"])
-        assert {c["rung"] for c in missed["thresholds"]} == {"fake-quant", "onnx graph"}
+        assert {c["form"] for c in missed["thresholds"]} == {"fake-quant", "graph"}
 
 
-def test_the_table_is_for_people(plan):
+def test_the_printed_result_fits_80_columns_and_names_the_loss(plan):
     result = run(plan, "--limit", "1", "--per-layer", "--max-kl", "0")
     assert result.exit_code == 1
     text = result.stdout
@@ -107,37 +108,37 @@ def test_the_table_is_for_people(plan):
         "language_model.model.layers.1 ",
         "graph: 34 of 34 quantized linears hold the calibrated integers and scales",
         "accuracy is lost at: fake-quant, ",
-        "<= 0 on onnx graph: NOT MET",
+        "<= 0 on graph: NOT MET",
     ):
         assert words in text
     assert max(len(line) for line in text.splitlines() if "dB" in line or "answer" in line) <= 80
     assert "…" not in text
 
 
-def test_a_damaged_graph_fails_without_any_threshold(plan, tmp_path):
+def test_a_damaged_graph_fails_even_without_thresholds(plan, tmp_path):
     damaged = copy_export(plan, tmp_path / "damaged")
     edit_weight(damaged.with_suffix(".onnx"), f"{DOWN}.weight_codes", np.uint8, zero)
-    found = run_json(damaged, code=1)
-    assert not found["passed"]
-    assert (found["loss"]["rung"], found["loss"]["layers"]) == ("onnx graph", [DOWN])
-    (wrong,) = found["weights"]["wrong"]
+    content = run_json(damaged, code=1)
+    assert not content["passed"]
+    assert (content["loss"]["form"], content["loss"]["layers"]) == ("graph", [DOWN])
+    (wrong,) = content["weights"]["wrong"]
     assert wrong["linear"] == DOWN
     result = run(damaged, "--limit", "1")
     assert result.exit_code == 1
     assert "graph: 33 of 34 quantized linears" in result.stdout
-    assert "accuracy is lost at: onnx graph, " in result.stdout
+    assert "accuracy is lost at: graph, " in result.stdout
     assert f"most in {DOWN}" in result.stdout
 
 
-def test_saved_polygraphy_lines_stand_in_the_output_ready_to_paste(plan, tmp_path):
+def test_printed_polygraphy_commands_run_as_they_are_printed(plan, tmp_path):
     folder = tmp_path / "poly graphy"
     result = run(plan, "--limit", "1", "--save-polygraphy", folder)
     assert result.exit_code == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("polygraphy run ")]
     assert len(lines) == 2
     assert "polygraphy: logits, session against graph: SNR " in result.stdout
-    pasted = run_shell(lines[1])
-    assert pasted.returncode == 0, pasted.stdout + pasted.stderr
+    process = run_shell(lines[1])
+    assert process.returncode == 0, process.stdout + process.stderr
     assert sorted(path.name for path in (folder / "language").iterdir()) == [
         "inputs.json",
         "model.onnx",
@@ -146,12 +147,12 @@ def test_saved_polygraphy_lines_stand_in_the_output_ready_to_paste(plan, tmp_pat
     ]
 
 
-def test_its_own_samples_and_the_manifest_instead_of_the_plan(plan, tmp_path):
+def test_samples_of_the_user_and_a_manifest_in_place_of_the_plan_are_taken(plan, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "Name the color.", "answer": "red"}\n')
-    found = run_json(plan.with_suffix(".json"), "--samples", path)
-    assert found["samples"] == 1
-    tokens = found["rungs"][1]["comparisons"][0]["tokens"]
+    content = run_json(plan.with_suffix(".json"), "--samples", path)
+    assert content["samples"] == 1
+    tokens = content["forms"][1]["comparisons"][0]["tokens"]
     assert tokens["image"] == {
         "count": 0, "not_finite": 0, "kl": None, "agreement": None, "sqnr_db": None, "cosine": None,
     }  # fmt: skip
@@ -160,12 +161,12 @@ def test_its_own_samples_and_the_manifest_instead_of_the_plan(plan, tmp_path):
 
 def test_another_reference_of_the_same_shape_is_compared(plan, llava, content):
     other = llava(seed=1)
-    found = run_json(plan, "--reference", other)
-    assert found["reference"] == str(other)
-    assert answers(found)[1] > 10 * answers(content)[1]
+    result = run_json(plan, "--reference", other)
+    assert result["reference"] == str(other)
+    assert worst_answer_scores(result)[1] > 10 * worst_answer_scores(content)[1]
 
 
-def test_bad_input_is_one_line_and_exit_code_2(plan, llava, tmp_path):
+def test_bad_input_gives_one_line_and_exit_code_2(plan, llava, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "broken.jsonl").write_text("{")
     copy = copy_export(plan, tmp_path / "copy")
@@ -188,21 +189,21 @@ def test_bad_input_is_one_line_and_exit_code_2(plan, llava, tmp_path):
         assert_refused(run(*arguments), *words)
 
 
-def test_a_read_only_export_is_refused_for_layers_before_any_work(plan, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+def test_per_layer_refuses_a_read_only_export_before_any_model_runs(plan, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # patched, as root may write anywhere
     assert_refused(run(plan, "--per-layer"), "--per-layer", "read-only")
 
 
-def test_no_noise_at_all_reads_equal_and_no_token_reads_dash(content, capsys):
+def test_an_sqnr_without_noise_is_printed_as_equal(content, capsys):
     scores = {"count": 3, "not_finite": 0, "kl": 0.0, "agreement": 1.0, "sqnr_db": None, "cosine": 1.0}
     changed = json.loads(json.dumps(content))
-    changed["rungs"][1]["comparisons"][0]["tokens"] = {"all": scores}
-    changed["rungs"][2]["comparisons"] = []
+    changed["forms"][1]["comparisons"][0]["tokens"] = {"all": scores}
+    changed["forms"][2]["comparisons"] = []
     changed["loss"] = None
     show(changed, Console(markup=False, highlight=False, width=80), per_layer=False)
     text = capsys.readouterr().out
     assert "equal" in text
-    assert "no rung loses accuracy" in text
+    assert "no form loses accuracy" in text
 
 
 def test_the_command_is_installed():

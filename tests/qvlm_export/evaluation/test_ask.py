@@ -1,4 +1,4 @@
-"""Asking many questions: batches of equal length, pictures decoded ahead, likelihoods of choices, what cannot be asked."""
+"""Batched evaluation: batches of equal length, encoding ahead in a thread, likelihoods of choices, failed questions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import LlavaImageProcessorPil
 from qvlm_export.checkpoints.aliases import ALIASES
 from qvlm_export.checkpoints.chat_templates import prompt_text
 from qvlm_export.evaluation import ask
-from qvlm_export.evaluation.ask import AskedQuestion, Manner, ask_all, chunk_size, pad_to_square
-from qvlm_export.evaluation.subjects import find_eval_model, open_eval_model
+from qvlm_export.evaluation.ask import EncodedQuestion, Manner, ask_all, chunk_size, pad_to_square
+from qvlm_export.evaluation.eval_model import find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.task import Answer, Question
 from qvlm_export.inputs.samples import Encoded, encode
 
@@ -32,133 +32,135 @@ def model(llava):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Twelve, every fifth without a picture."""
+    """Twelve questions, every fifth without an image."""
     folder = tmp_path_factory.mktemp("pictures")
-    found = []
+    result = []
     for number in range(12):
         path = folder / f"{number}.png"
         Image.new("RGB", (40 + number, 60), (20 * number, 90, 30)).save(path)
-        found.append(Question(str(number), PROMPTS[number % len(PROMPTS)], None if number % 5 == 4 else path))
-    return found
+        result.append(Question(str(number), PROMPTS[number % len(PROMPTS)], None if number % 5 == 4 else path))
+    return result
 
 
 def answers_of(model, questions, **changes):
+    """All answers by question id, and the batches in which they came."""
     batches = list(ask_all(model, questions, Manner(**{"max_new_tokens": 8, "batch": 4, **changes})))
-    return {one: answer for batch in batches for one, answer in batch.items()}, batches
+    return {question_id: answer for batch in batches for question_id, answer in batch.items()}, batches
 
 
-def test_answers_are_those_of_one_question_at_a_time(model, questions):
-    together, batches = answers_of(model, questions)
+def test_batched_answers_equal_those_of_single_questions(model, questions):
+    batched, batches = answers_of(model, questions)
     assert list(map(len, batches)) != [1] * 12
-    assert set(together) == {q.id for q in questions}
+    assert set(batched) == {q.id for q in questions}
     for question in questions:
-        pictures = [] if question.image is None else [Image.open(question.image).convert("RGB")]
-        alone = model.generate(question.prompt, pictures, max_new_tokens=8)
-        assert together[question.id].text == alone.strip()
-    assert answers_of(model, questions, batch=1)[0] == together
-    assert len({answer.text for answer in together.values()}) > 3  # they are not all one answer
+        images = [] if question.image is None else [Image.open(question.image).convert("RGB")]
+        single = model.generate(question.prompt, images, max_new_tokens=8)
+        assert batched[question.id].text == single.strip()
+    assert answers_of(model, questions, batch=1)[0] == batched
+    assert len({answer.text for answer in batched.values()}) > 3  # the answers are not all the same
 
 
-def encoded(number, length, images):
-    return AskedQuestion(Question(str(number), "", None), Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64)))
+def encoded_question(number, length, images):
+    encoded = Encoded(np.zeros((images, 3, 1, 1)), np.zeros(length, np.int64))
+    return EncodedQuestion(Question(str(number), "", None), encoded)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=30), st.integers(1, 6), st.integers(1, 8))
-def test_batches_are_of_one_length_and_within_limits(rows, size, max_images):
-    ready = [encoded(n, length, images) for n, (length, images) in enumerate(rows)]
-    batches = list(ask._batches(ready, size, max_images))
-    assert sorted(int(one.question.id) for batch in batches for one in batch) == list(range(len(rows)))
+def test_batches_have_prompts_of_one_length_and_respect_the_limits(rows, size, max_images):
+    questions = [encoded_question(n, length, images) for n, (length, images) in enumerate(rows)]
+    batches = list(ask._make_batches(questions, size, max_images))
+    assert sorted(int(q.question.id) for batch in batches for q in batch) == list(range(len(rows)))
     for batch in batches:
         assert 1 <= len(batch) <= size
-        assert len({len(one.ids) for one in batch}) == 1
-        assert len(batch) == 1 or sum(one.pictures for one in batch) <= max_images
-    for batch, other in itertools.pairwise(batches):  # no batch ends too early
-        if len(batch[0].ids) == len(other[0].ids) and len(batch) < size:
-            assert sum(one.pictures for one in [*batch, other[0]]) > max_images
+        assert len({len(q.input_ids) for q in batch}) == 1
+        assert len(batch) == 1 or sum(q.num_images for q in batch) <= max_images
+    for batch, other in itertools.pairwise(batches):  # no batch ends before it is full
+        if len(batch[0].input_ids) == len(other[0].input_ids) and len(batch) < size:
+            assert sum(q.num_images for q in [*batch, other[0]]) > max_images
 
 
-def test_pictures_are_decoded_ahead_in_another_thread_but_not_all_at_once(model, questions, monkeypatch):
-    opened, threads, seen = [], set(), []
-    real = ask.open_image
+def test_images_are_decoded_in_a_thread_one_chunk_ahead(model, questions, monkeypatch):
+    opened, threads, answered = [], set(), []
+    original = ask.open_image
 
-    def watched(path, where):
+    def record_and_open(path, where):
         opened.append(where)
         threads.add(threading.current_thread().name)
-        return real(path, where)
+        return original(path, where)
 
-    monkeypatch.setattr(ask, "open_image", watched)
+    monkeypatch.setattr(ask, "open_image", record_and_open)
     monkeypatch.setattr(ask, "CHUNK_BATCHES", 2)
-    for answered in ask_all(model, questions, Manner(max_new_tokens=1, batch=1)):
-        seen += list(answered)
-        assert len(opened) <= len(seen) + 4  # this chunk's and the next
+    for answers in ask_all(model, questions, Manner(max_new_tokens=1, batch=1)):
+        answered += list(answers)
+        assert len(opened) <= len(answered) + 4  # the images of this chunk and of the next one
     assert threads == {"pictures_0"}
 
 
-def test_what_cannot_be_asked_is_named_and_the_rest_goes_on(model, questions, tmp_path):
+def test_failed_questions_hold_the_reason_and_the_others_are_answered(model, questions, tmp_path):
     (tmp_path / "broken.png").write_bytes(questions[0].image.read_bytes()[:60])
-    strange = [
+    unanswerable = [
         Question("missing", "What?", tmp_path / "none.png"),
         Question("broken", "What?", tmp_path / "broken.png"),
         Question("marked", "What is <image>?", questions[0].image),
         Question("long", "What? " * 600, None),
         Question("surrogate", "What \ud800?", None),
     ]
-    found, _ = answers_of(model, [*strange[:2], *questions[:2], *strange[2:]])
-    assert {one for one, answer in found.items() if answer.failed} == {q.id for q in strange}
-    assert "there is no picture" in found["missing"].failed
-    assert "broken.png" in found["broken"].failed
-    assert "leave <image> out" in found["marked"].failed
-    assert "tokens long, the model takes" in found["long"].failed
-    assert found["0"] == answers_of(model, questions[:1])[0]["0"]
+    answers, _ = answers_of(model, [*unanswerable[:2], *questions[:2], *unanswerable[2:]])
+    assert {question_id for question_id, answer in answers.items() if answer.failed} == {q.id for q in unanswerable}
+    assert "there is no picture" in answers["missing"].failed
+    assert "broken.png" in answers["broken"].failed
+    assert "leave <image> out" in answers["marked"].failed
+    assert "tokens long, the model takes" in answers["long"].failed
+    assert answers["0"] == answers_of(model, questions[:1])[0]["0"]
 
 
-def slow_likelihood(model, question, choice):
-    """The sum over the choice's tokens, from the logits of prompt and choice as one text."""
-    pictures = [] if question.image is None else [Image.open(question.image).convert("RGB")]
-    text = prompt_text(model.processor, question.prompt, len(pictures), "own")
-    pixels, ids = encode(model.processor, text, pictures)
-    _, whole = encode(model.processor, f"{text} {choice}", pictures)
-    assert whole[: len(ids)].tolist() == ids.tolist()
-    logits = model.logits(whole[None], pixels if pictures else None)[0].astype(np.float64)
-    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    return sum(np.log(shares[place - 1, whole[place]]) for place in range(len(ids), len(whole)))
+def reference_log_likelihood(model, question, choice):
+    """The log-likelihood of the tokens of a choice, from the logits of prompt and choice as one text."""
+    images = [] if question.image is None else [Image.open(question.image).convert("RGB")]
+    text = prompt_text(model.processor, question.prompt, len(images), "own")
+    pixels, prompt_ids = encode(model.processor, text, images)
+    _, ids = encode(model.processor, f"{text} {choice}", images)
+    assert ids[: len(prompt_ids)].tolist() == prompt_ids.tolist()
+    logits = model.logits(ids[None], pixels if images else None)[0].astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return sum(np.log(probabilities[t - 1, ids[t]]) for t in range(len(prompt_ids), len(ids)))
 
 
 @pytest.mark.parametrize("choices", [("yes", "no"), ("yes", "a purple ring", "7")])
-def test_likelihoods(model, questions, choices):
-    """Of one token, in one pass for a whole batch; of several, one text after another."""
+def test_log_likelihoods_of_choices_equal_the_reference(model, questions, choices):
+    """Choices of one token are scored in one pass for a whole batch; longer ones are scored text by text."""
     tokens = [len(model.processor.tokenizer(f" {c}", add_special_tokens=False)["input_ids"]) for c in choices]
     assert (max(tokens) == 1) == (choices == ("yes", "no"))
-    found, _ = answers_of(model, questions[:6], choices=choices)
+    answers, _ = answers_of(model, questions[:6], choices=choices)
     for question in questions[:6]:
-        wanted = [slow_likelihood(model, question, choice) for choice in choices]
-        assert found[question.id].choices == pytest.approx(wanted, abs=1e-4)
+        expected = [reference_log_likelihood(model, question, choice) for choice in choices]
+        assert answers[question.id].choices == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [(30, 10), (9, 20), (31, 10), (16, 16)])
-def test_pictures_are_padded_to_squares_as_transformers_does(model, size):
-    """Its processor of the authors' checkpoints pads too, so a picture that it is given square stays as it is."""
+def test_images_are_padded_to_squares_as_by_transformers(model, size):
+    """The processor of the authors' checkpoints pads, too; it must leave an image that is already square unchanged."""
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    image = Image.fromarray(noise)
     padding = LlavaImageProcessorPil(
         do_pad=True, do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False
     )
-    wanted = padding(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    square = pad_to_square(picture, model.processor)
-    np.testing.assert_array_equal(np.asarray(square), wanted)
-    again = padding(square, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(again, wanted)
+    expected = padding(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    square = pad_to_square(image, model.processor)
+    np.testing.assert_array_equal(np.asarray(square), expected)
+    padded_again = padding(square, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(padded_again, expected)
 
 
-def test_pixels_held_are_bounded():
-    """A picture of LLaVA-OneVision may be 37 tiles; two chunks of 64 such questions would be 8 GB."""
+def test_chunks_are_smaller_when_images_have_many_tiles():
+    """An image of LLaVA-OneVision may have 37 tiles; two chunks of 64 such questions would take 8 GB."""
     assert chunk_size(ALIASES["llava-7b"].config, 8) == 64
     assert chunk_size(ALIASES["llava-next-7b"].config, 8) == 39
     assert chunk_size(ALIASES["llava-onevision-7b"].config, 1) == 4
-    assert chunk_size(ALIASES["llava-onevision-7b"].config, 20) == 20  # a batch is a batch
+    assert chunk_size(ALIASES["llava-onevision-7b"].config, 20) == 20  # never smaller than a batch
 
 
-def test_padding_reaches_the_model(model, tmp_path):
+def test_pad_square_changes_what_the_model_sees(model, tmp_path):
     path = tmp_path / "wide.png"
     Image.new("RGB", (90, 30), (200, 30, 60)).save(path)
     question = [Question("wide", "What?", Path(path))]

@@ -1,4 +1,4 @@
-"""Files of predictions: killed at any byte they go on, of another run they are refused, shards merge exactly."""
+"""Files of predictions: cut at any byte they are continued, those of another run are refused, shards merge exactly."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ ANSWERS = {"1": Answer("The answer is A."), "2": Answer("Zürich \ud83d"), "3": 
 
 
 def write(path, answers=ANSWERS, header=HEADER):
+    """Writes a file of predictions, each answer as a batch of its own."""
     with PredictionWriter(path, header) as writer:
         writer.begin()
-        for one, answer in answers.items():
-            writer.add({one: answer})
+        for question_id, answer in answers.items():
+            writer.add({question_id: answer})
     return path
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_predictions_are_read_back(tmp_path):
     path = write(tmp_path / "new" / "p.jsonl")
-    found = read_predictions(path)
-    assert (found.header, found.answers, found.size) == (HEADER, ANSWERS, path.stat().st_size)
+    predictions = read_predictions(path)
+    assert (predictions.header, predictions.answers, predictions.size) == (HEADER, ANSWERS, path.stat().st_size)
     assert path.read_bytes().isascii()
 
 
 @settings(max_examples=30)  # each syncs a file many times
 @given(st.dictionaries(st.text(min_size=1), st.builds(Answer, text=st.text())), st.integers(min_value=0))
-def test_any_text_and_any_cut(tmp_path_factory, answers, cut):
-    """A kill may leave any number of bytes behind the header; what is whole counts, and the rest is written again."""
+def test_a_file_cut_at_any_byte_is_continued(tmp_path_factory, answers, cut):
+    """A kill may leave any number of bytes behind the header; complete lines count, and the rest is written again."""
     path = write(tmp_path_factory.mktemp("p") / "p.jsonl", answers)
-    whole, first = path.read_bytes(), len(HEADER.line())
-    path.write_bytes(whole[: first + cut % (len(whole) - first + 1)])
+    content, header_size = path.read_bytes(), len(HEADER.line())
+    path.write_bytes(content[: header_size + cut % (len(content) - header_size + 1)])
     with PredictionWriter(path, HEADER) as writer:
         assert dict(list(answers.items())[: len(writer.answers)]) == writer.answers
         writer.begin()
-        for one in list(answers)[len(writer.answers) :]:
-            writer.add({one: answers[one]})
-    assert path.read_bytes() == whole
+        for question_id in list(answers)[len(writer.answers) :]:
+            writer.add({question_id: answers[question_id]})
+    assert path.read_bytes() == content
 
 
-def test_a_batch_is_on_disk_when_it_is_added_and_nothing_before(tmp_path):
+def test_a_batch_is_on_disk_once_added_and_nothing_is_before(tmp_path):
     path = tmp_path / "new" / "p.jsonl"
     with PredictionWriter(path, HEADER) as writer:
         assert not path.parent.exists()
@@ -60,7 +61,7 @@ def test_a_batch_is_on_disk_when_it_is_added_and_nothing_before(tmp_path):
         assert read_predictions(path).answers == {"1": ANSWERS["1"]}
 
 
-def test_what_could_not_be_asked_is_asked_again(tmp_path):
+def test_failed_questions_are_asked_again(tmp_path):
     path = write(tmp_path / "p.jsonl", {"1": Answer("A"), "2": Answer(failed="unreadable")})
     with PredictionWriter(path, HEADER) as writer:
         assert writer.answers == {"1": Answer("A")}
@@ -78,7 +79,7 @@ def test_what_could_not_be_asked_is_asked_again(tmp_path):
         (Header(HEADER.fingerprint, (1, 2)), ["shard was 1/1, now it is 1/2"]),
     ],
 )
-def test_another_run_is_refused_and_its_file_stays(tmp_path, header, words):
+def test_the_file_of_another_run_is_refused_and_left_unchanged(tmp_path, header, words):
     path = write(tmp_path / "p.jsonl")
     before = path.read_bytes()
     with pytest.raises(UserError) as caught:
@@ -110,7 +111,7 @@ def test_damaged_files_are_refused(tmp_path, content, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_paths_that_cannot_be_written_or_read_are_refused(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         PredictionWriter(tmp_path, HEADER)
     (tmp_path / "file").write_text("")
@@ -120,17 +121,18 @@ def test_places_that_cannot_be_written(tmp_path):
         read_predictions(tmp_path / "none.jsonl")
 
 
-def shards(folder, count=3, total=10):
-    answers = {str(n): Answer(f"text {n}") for n in range(total)}
+def write_shards(folder, count=3, total=10):
+    """Writes the files of all shards of a run; returns their paths and all answers."""
+    all_answers = {str(n): Answer(f"text {n}") for n in range(total)}
     paths = []
     for part in range(1, count + 1):
-        own = {one: answers[one] for one in list(answers)[part - 1 :: count]}
-        paths.append(write(folder / f"{part}.jsonl", own, Header(HEADER.fingerprint, (part, count))))
-    return paths, answers
+        answers = {question_id: all_answers[question_id] for question_id in list(all_answers)[part - 1 :: count]}
+        paths.append(write(folder / f"{part}.jsonl", answers, Header(HEADER.fingerprint, (part, count))))
+    return paths, all_answers
 
 
 def test_shards_merge_into_one_run(tmp_path):
-    paths, answers = shards(tmp_path)
+    paths, answers = write_shards(tmp_path)
     merged = merge_predictions(paths[::-1], list(answers))
     assert list(merged.answers.items()) == list(answers.items())
     assert merged.header == HEADER
@@ -138,17 +140,17 @@ def test_shards_merge_into_one_run(tmp_path):
     assert (tmp_path / "whole.jsonl").read_bytes() == write(tmp_path / "one.jsonl", answers).read_bytes()
 
 
-def test_shards_that_are_not_of_one_run(tmp_path):
-    paths, answers = shards(tmp_path)
+def test_files_that_are_not_all_shards_of_one_run_are_refused(tmp_path):
+    paths, answers = write_shards(tmp_path)
     ids = list(answers)
     (tmp_path / "more").mkdir()
-    others, _ = shards(tmp_path / "more", count=2)
-    strange = write(tmp_path / "s.jsonl", {}, Header({**HEADER.fingerprint, "model": "c"}, (3, 3)))
+    other_shards, _ = write_shards(tmp_path / "more", count=2)
+    other_model = write(tmp_path / "s.jsonl", {}, Header({**HEADER.fingerprint, "model": "c"}, (3, 3)))
     for given_paths, words in (
         (paths[:2], ["shard 3/3 is missing"]),
         ([*paths, paths[0]], ["shard 1/3, which is given twice"]),
-        ([paths[0], others[1]], ["is a shard of 2", "one of 3"]),
-        ([*paths[:2], strange], ["model was c", "one run only"]),
+        ([paths[0], other_shards[1]], ["is a shard of 2", "one of 3"]),
+        ([*paths[:2], other_model], ["model was c", "one run only"]),
     ):
         with pytest.raises(UserError) as caught:
             merge_predictions(given_paths, ids)

@@ -1,4 +1,4 @@
-"""Answers and conversations through the processor."""
+"""Text generation with an export: settings, stop strings, batches, conversations, and files that were changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import qvlm_export
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.session import Sequences
-from qvlm_export.inference.model import Chat, Generation, Settings, _cut, _held
+from qvlm_export.inference.model import Chat, Generation, Settings, _cut_at_stop, _partial_stop_length
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +25,16 @@ def model(llava, tmp_path_factory):
         yield loaded
 
 
-def picture(seed: int = 0) -> Image.Image:
+def noise(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (60, 80, 3), dtype=np.uint8))
 
 
-def test_pieces_join_to_the_answer(model):
-    pieces = model.generate("What is this?", [picture()], max_new_tokens=12, stream=True)
+def test_streamed_pieces_join_to_the_answer(model):
+    pieces = model.generate("What is this?", [noise()], max_new_tokens=12, stream=True)
     assert iter(pieces) is pieces
     pieces = list(pieces)
     assert len(pieces) > 1
-    assert "".join(pieces) == model.generate("What is this?", [picture()], max_new_tokens=12)
+    assert "".join(pieces) == model.generate("What is this?", [noise()], max_new_tokens=12)
 
 
 def test_keyword_arguments_are_the_fields_of_the_settings(model):
@@ -47,7 +47,7 @@ def test_keyword_arguments_are_the_fields_of_the_settings(model):
         model.generate("What?", max_tokens=3)
 
 
-def test_an_answer_has_at_most_so_many_tokens(model):
+def test_an_answer_ends_after_max_new_tokens(model):
     for count in (1, 5):
         chat = model.chat()
         pieces = chat.say("Say something", max_new_tokens=count)
@@ -58,7 +58,7 @@ def test_an_answer_has_at_most_so_many_tokens(model):
         assert len(chat._sequences.tokens[0]) == before + count
 
 
-def test_an_answer_ends_with_the_context(model):
+def test_an_answer_ends_when_the_context_is_full(model):
     chat = model.chat()
     pieces = chat.say("b " * 240, max_new_tokens=10_000)
     assert 236 < len(chat._sequences.tokens[0]) < 256
@@ -91,8 +91,8 @@ def test_a_stop_string_ends_the_answer_before_it(model):
     whole = model.generate("Say something", max_new_tokens=24)
     word = whole.split()[2]
     chat = model.chat()
-    short = "".join(chat.say("Say something", max_new_tokens=24, stop=["never said", word]))
-    assert short == whole[: whole.index(word)]
+    stopped = "".join(chat.say("Say something", max_new_tokens=24, stop=["never said", word]))
+    assert stopped == whole[: whole.index(word)]
     assert chat.ended == "stop"
 
 
@@ -110,28 +110,28 @@ def test_a_strong_repetition_penalty_repeats_nothing(model):
     assert not set(strict[prompt:]) & set(strict[:prompt])
 
 
-def test_several_pictures_in_one_turn(model):
-    both = model.generate("What differs?", [picture(), picture(1)], max_new_tokens=16)
-    assert both != model.generate("What differs?", [picture(1), picture()], max_new_tokens=16)
+def test_the_order_of_images_in_one_turn_matters(model):
+    both = model.generate("What differs?", [noise(), noise(1)], max_new_tokens=16)
+    assert both != model.generate("What differs?", [noise(1), noise()], max_new_tokens=16)
 
 
 def test_a_batch_answers_as_each_prompt_alone(model):
     prompts = ["What is this?", "What differs between those two, if anything does?", "Say something"]
-    images = [[picture()], [picture(1), picture(2)], []]
+    images = [[noise()], [noise(1), noise(2)], []]
     settings = Generation(max_new_tokens=12)
     alone = [model.generate(prompt, shown, settings) for prompt, shown in zip(prompts, images, strict=True)]
     assert model.generate_batch(prompts, images, settings) == alone
     stop = [alone[0].split()[1]]
-    wanted = [model.generate(prompt, shown, settings, stop=stop) for prompt, shown in zip(prompts, images, strict=True)]
-    assert model.generate_batch(prompts, images, settings, stop=stop) == wanted
-    assert wanted[0] != alone[0]
+    expected = [model.generate(prompt, shown, settings, stop=stop) for prompt, shown in zip(prompts, images, strict=True)]
+    assert model.generate_batch(prompts, images, settings, stop=stop) == expected
+    assert expected[0] != alone[0]
     assert model.generate_batch(["Say something"] * 2, max_new_tokens=12) == [alone[2]] * 2
 
 
-def test_a_batch_ends_when_every_row_has_said_a_stop_text(model, monkeypatch):
+def test_a_batch_ends_when_every_row_has_reached_a_stop_string(model, monkeypatch):
     answer, steps = model.generate("Say something", max_new_tokens=24), []
     real = model.session.runner.step
-    monkeypatch.setattr(model.session.runner, "step", lambda *given: (steps.append(1), real(*given))[1])
+    monkeypatch.setattr(model.session.runner, "step", lambda *arguments: (steps.append(1), real(*arguments))[1])
     model.generate_batch(["Say something"] * 2, max_new_tokens=24, stop=[answer[:2]])
     assert len(steps) < 10
 
@@ -149,10 +149,10 @@ def test_a_batch_that_cannot_be_taken_is_refused(model):
 
 def test_a_second_turn_is_the_same_as_asking_all_at_once(model):
     chat = model.chat()
-    "".join(chat.say("What is this?", [picture()], max_new_tokens=6))
-    "".join(chat.say("And this?", [picture(1)], max_new_tokens=6))
+    "".join(chat.say("What is this?", [noise()], max_new_tokens=6))
+    "".join(chat.say("And this?", [noise(1)], max_new_tokens=6))
     sequence = chat._sequences
-    pixels = model.processor.image_processor([picture(), picture(1)], return_tensors="np")["pixel_values"]
+    pixels = model.processor.image_processor([noise(), noise(1)], return_tensors="np")["pixel_values"]
     whole = model.session.logits(np.array([sequence.tokens[0]])[:, : int(sequence.cached[0])], pixels)
     assert np.linalg.norm(sequence.logits[0] - whole[0, -1]) < 1e-4 * np.linalg.norm(whole[0, -1])
     text = model.processor.tokenizer.decode(sequence.tokens[0])
@@ -164,7 +164,7 @@ def test_a_second_turn_is_the_same_as_asking_all_at_once(model):
 def test_a_second_turn_computes_its_own_tokens_only(model, monkeypatch):
     chat, fed = model.chat(), []
     real = model.session.runner.step
-    "".join(chat.say("What is this?", [picture()], max_new_tokens=6))
+    "".join(chat.say("What is this?", [noise()], max_new_tokens=6))
     monkeypatch.setattr(model.session.runner, "step", lambda ids, *rest: (fed.append(ids.shape), real(ids, *rest))[1])
     "".join(chat.say("And now?", max_new_tokens=3))
     prompt, *decoded = fed
@@ -172,9 +172,9 @@ def test_a_second_turn_computes_its_own_tokens_only(model, monkeypatch):
     assert decoded == [(1, 1)] * 2
 
 
-def test_overflow_in_a_chat_leaves_the_conversation_usable(model):
+def test_a_turn_beyond_the_context_leaves_the_conversation_usable(model):
     chat = model.chat()
-    "".join(chat.say("one", [picture()], max_new_tokens=4))
+    "".join(chat.say("one", [noise()], max_new_tokens=4))
     with pytest.raises(UserError, match="context would be"):
         chat.say("word " * 300)
     before = len(chat._sequences.tokens[0])
@@ -184,18 +184,18 @@ def test_overflow_in_a_chat_leaves_the_conversation_usable(model):
     assert (text.count("USER:"), "word" in text) == (2, False)
 
 
-def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(model):
+def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_came(model):
     chat = model.chat()
     pieces = chat.say("Say something", max_new_tokens=30)
-    heard = [next(pieces), next(pieces)]
+    received = [next(pieces), next(pieces)]
     pieces.close()
     assert chat.ended is None
-    assert chat._turns[-1]["text"] == "".join(heard)
+    assert chat._turns[-1]["text"] == "".join(received)
     "".join(chat.say("Go on", max_new_tokens=3))
     assert model.processor.tokenizer.decode(chat._sequences.tokens[0]).count("USER:") == 2
 
 
-def test_sampling_is_seeded(model):
+def test_sampling_depends_on_the_seed_only(model):
     def answer(seed: int) -> str:
         return model.generate("Say something", max_new_tokens=12, temperature=2.0, seed=seed)
 
@@ -204,7 +204,7 @@ def test_sampling_is_seeded(model):
 
 
 class Scripted:
-    """A session that says a given text, one token a step."""
+    """A fake session that generates fixed tokens, one a step."""
 
     def __init__(self, tokens: list[int], manifest: Manifest) -> None:
         self._tokens, self.manifest = tokens, manifest
@@ -219,7 +219,7 @@ class Scripted:
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "wanted"),
+    ("text", "stop", "expected"),
     [
         (" the red circle END of it", ["END"], "the red circle "),
         (" the red circle EN", ["END"], "the red circle EN"),
@@ -227,18 +227,18 @@ class Scripted:
         (" ab", ["", "b", "a"], ""),
     ],
 )
-def test_pieces_never_show_a_stop_string_or_half_a_character(model, said, stop, wanted):
-    tokens = model.processor.tokenizer.encode(said, add_special_tokens=False)
+def test_pieces_contain_no_part_of_a_stop_string_or_character(model, text, stop, expected):
+    tokens = model.processor.tokenizer.encode(text, add_special_tokens=False)
     pieces = list(Chat(Scripted(tokens, model.manifest), model.processor).say("?", max_new_tokens=99, stop=stop))
-    assert "".join(pieces) == wanted
+    assert "".join(pieces) == expected
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_held_back_text_is_at_most_a_stop_strings_beginning():
-    assert _held("an answer EN", ("END",)) == 2
-    assert _held("an answer", ("END",)) == 0
-    assert _cut("a END b", ("END", "b")) == ("a ", True)
-    assert _cut("a", ("",)) == ("a", False)
+def test_text_is_cut_at_stop_strings_and_held_back_for_their_beginnings():
+    assert _partial_stop_length("an answer EN", ("END",)) == 2
+    assert _partial_stop_length("an answer", ("END",)) == 0
+    assert _cut_at_stop("a END b", ("END", "b")) == ("a ", True)
+    assert _cut_at_stop("a", ("",)) == ("a", False)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".onnx.data", ".vision.onnx", ".vision.onnx.data"])
@@ -254,7 +254,7 @@ def test_a_tampered_file_of_the_same_size_is_refused(model, tmp_path, suffix):
 
 
 def test_a_tampered_processor_is_refused(model, tmp_path):
-    """A template that puts words into the user's mouth loads as well as the real one."""
+    """A changed chat template can be loaded, so that only its hash shows the change."""
     folder = tmp_path / "copy"
     shutil.copytree(model.manifest.path.parent, folder)
     path = folder / "m.processor" / "chat_template.jinja"

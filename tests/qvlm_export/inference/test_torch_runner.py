@@ -1,4 +1,4 @@
-"""The torch rungs: sessions over the checkpoint and over its simulated quantization, against transformers and the walk."""
+"""The float and fake-quantized model in torch, with a cache: against transformers and the block-by-block forward pass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.checkpoints.aliases import ALIASES
-from qvlm_export.evaluation import subjects
-from qvlm_export.evaluation.subjects import find_eval_model, folder_identity, open_eval_model
+from qvlm_export.evaluation import eval_model
+from qvlm_export.evaluation.eval_model import find_eval_model, folder_identity, open_eval_model
 from qvlm_export.inference import torch_runner
-from qvlm_export.inference.torch_runner import SLOTS_AT_ONCE, SlotCache, check_device
+from qvlm_export.inference.torch_runner import SLOT_STEP, SlotCache, check_device
 from qvlm_export.inputs.samples import load_processor
 
 NO_STOP = frozenset({-1})
@@ -45,56 +45,56 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def samples(folder):
-    """Without a picture, with one, and with one again at another length."""
+    """Samples with an image, without one, and with one at another length."""
     checkpoint = open_small(folder)
     return [make_sample(checkpoint, words=w, images=i, seed=s) for s, (w, i) in enumerate([(9, 1), (6, 0), (14, 1)])]
 
 
-def given(sample):
-    found = {
+def reference_inputs(sample):
+    inputs = {
         "input_ids": torch.from_numpy(sample.input_ids)[None],
         "attention_mask": torch.ones(1, len(sample.input_ids)).long(),
     }
-    return found | ({"pixel_values": torch.from_numpy(sample.pixel_values)} if len(sample.pixel_values) else {})
+    return inputs | ({"pixel_values": torch.from_numpy(sample.pixel_values)} if len(sample.pixel_values) else {})
 
 
 def pixels(samples):
     return np.concatenate([s.pixel_values for s in samples if len(s.pixel_values)])
 
 
-def test_logits_are_transformers_own(model, reference, samples):
+def test_logits_are_those_of_transformers(model, reference, samples):
     for sample in samples:
-        shown = sample.pixel_values if len(sample.pixel_values) else None
+        images = sample.pixel_values if len(sample.pixel_values) else None
         with torch.no_grad():
-            wanted = reference(**given(sample)).logits.numpy()
-        assert np.allclose(model.logits(sample.input_ids[None], shown), wanted, atol=2e-5 * np.abs(wanted).max())
+            expected = reference(**reference_inputs(sample)).logits.numpy()
+        assert np.allclose(model.logits(sample.input_ids[None], images), expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_batch_of_unequal_lengths_generates_what_transformers_does(model, reference, samples):
-    """Through the cache: the rows are padded on the right, the cache grows, and no row may see another's padding."""
+def test_a_batch_of_unequal_lengths_generates_the_tokens_of_transformers(model, reference, samples):
+    """Rows are padded on the right and the cache grows; no row may attend to padding."""
     sequences = model.session.start([s.input_ids for s in samples], pixels(samples))
     for _ in model.session.generate(sequences, 12, NO_STOP):
         pass
     for sample, tokens in zip(samples, sequences.tokens, strict=True):
         with torch.no_grad():
-            wanted = reference.generate(**given(sample), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        assert tokens == wanted[0].tolist()
+            expected = reference.generate(**reference_inputs(sample), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert tokens == expected[0].tolist()
 
 
-def test_a_next_turn_computes_what_the_whole_does(model, samples):
+def test_extending_a_sequence_equals_computing_it_whole(model, samples):
     whole = samples[2].input_ids
     sequences = model.session.start([whole[:-5]], samples[2].pixel_values)
     model.session.extend(sequences, [whole[-5:]])
-    wanted = model.logits(whole[None], samples[2].pixel_values)[0, -1]
-    assert np.allclose(sequences.logits[0], wanted, atol=1e-5 * np.abs(wanted).max())
+    expected = model.logits(whole[None], samples[2].pixel_values)[0, -1]
+    assert np.allclose(sequences.logits[0], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_cache_keeps_what_it_holds_when_it_grows():
+def test_a_growing_cache_keeps_its_content():
     cache = SlotCache()
     first, second = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 4)
     cache.begin(torch.tensor([[0, 1, 2], [0, 1, 2]]))
     cache.update(first, -first, 0)
-    far = SLOTS_AT_ONCE + 7
+    far = SLOT_STEP + 7
     cache.begin(torch.tensor([[3, far], [1, 2]]))
     keys, values = cache.update(second, -second, 0)
     assert keys.shape == (2, 1, far + 1, 4)
@@ -107,7 +107,7 @@ def test_a_cache_keeps_what_it_holds_when_it_grows():
 
 
 @pytest.mark.parametrize("preset", ["int8", "sim-w4a8"])
-def test_simulated_logits_are_those_of_the_walk(folder, samples, tmp_path, preset):
+def test_fake_quantized_logits_are_those_of_the_block_by_block_pass(folder, samples, tmp_path, preset):
     checkpoint = open_small(folder)
     calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", samples)
     load_processor(folder).save_pretrained(tmp_path / "c")
@@ -115,16 +115,16 @@ def test_simulated_logits_are_those_of_the_walk(folder, samples, tmp_path, prese
     step = fake_quantized_step(calibrated, source)
     hidden = run_decoder_blocks(blocks, source, samples, run_vision_blocks(blocks, source, samples, step), step)
     head = load_head(source, checkpoint.config.text.rms_norm_eps)
-    subject = find_eval_model(str(tmp_path / "c"), "auto")
-    assert subject.rung == "simulated"
-    with open_eval_model(subject, device="cpu") as opened:
+    chosen_model = find_eval_model(str(tmp_path / "c"), "auto")
+    assert chosen_model.model_form == "fake-quant"
+    with open_eval_model(chosen_model, device="cpu") as opened:
         for number, sample in enumerate(samples):
-            wanted = head.logits(hidden[number][0]).numpy()
-            shown = sample.pixel_values if len(sample.pixel_values) else None
-            got = opened.logits(sample.input_ids[None], shown)[0]
-            assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+            expected = head.logits(hidden[number][0]).numpy()
+            images = sample.pixel_values if len(sample.pixel_values) else None
+            got = opened.logits(sample.input_ids[None], images)[0]
+            assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
         got = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
-    with open_eval_model(find_eval_model(str(folder), "torch"), device="cpu") as opened:
+    with open_eval_model(find_eval_model(str(folder), "float"), device="cpu") as opened:
         unquantized = opened.logits(samples[0].input_ids[None], samples[0].pixel_values)
     assert np.abs(got - unquantized).max() > 1e-3 * np.abs(unquantized).max()
 
@@ -139,7 +139,7 @@ def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
     assert CalibratedCheckpoint(tmp_path / "x.calibrated").schemes
 
 
-def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor(folder, samples, tmp_path):
+def test_a_calibrated_checkpoint_with_a_wrong_config_or_processor_is_refused(folder, samples, tmp_path):
     checkpoint = open_small(folder)
     calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "c", samples)
     processor = load_processor(folder)
@@ -153,25 +153,25 @@ def test_a_calibrated_checkpoint_that_is_damaged_or_has_another_models_processor
         find_eval_model(str(tmp_path / "c"), "auto")
 
 
-def test_a_damaged_weight_is_named(llava, tmp_path):
+def test_a_weight_with_nan_is_refused_by_name(llava, tmp_path):
     copy = copy_checkpoint(llava(), tmp_path / "m")
     set_weight(copy, "language_model.model.layers.1.mlp.up_proj.weight", np.nan)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         open_eval_model(find_eval_model(str(copy), "auto"))
 
 
-def test_fewer_bits_of_float_are_used_throughout(folder, samples, model, monkeypatch):
-    """As on a GPU, where weights, caches and activations are of 16 bits: nothing may meet a float32 by mistake."""
+def test_a_16_bit_float_type_is_used_throughout(folder, samples, model, monkeypatch):
+    """As on a GPU, weights, cache and activations have 16 bits; nowhere may they meet a float32 tensor by mistake."""
     monkeypatch.setitem(torch_runner.DTYPES, "cpu", torch.bfloat16)
-    wanted = model.session.start([s.input_ids for s in samples], pixels(samples)).logits
+    expected = model.session.start([s.input_ids for s in samples], pixels(samples)).logits
     with open_eval_model(find_eval_model(str(folder), "auto"), device="cpu") as narrow:
         assert {p.dtype for p in narrow.session.runner._blocks.text_layers[0].module.parameters()} == {torch.bfloat16}
         sequences = narrow.session.start([s.input_ids for s in samples], pixels(samples))
-        assert np.linalg.norm(sequences.logits - wanted) < 0.1 * np.linalg.norm(wanted)
+        assert np.linalg.norm(sequences.logits - expected) < 0.1 * np.linalg.norm(expected)
         assert len(list(narrow.session.generate(sequences, 3, NO_STOP))) == 3
 
 
-def test_weights_are_given_back(folder):
+def test_closing_frees_the_weights(folder):
     opened = open_eval_model(find_eval_model(str(folder), "auto"), device="cpu")
     blocks = opened.session.runner._blocks
     assert not any(p.is_meta for p in blocks.text_layers[0].module.parameters())
@@ -179,10 +179,10 @@ def test_weights_are_given_back(folder):
     assert all(p.is_meta for p in blocks.text_layers[0].module.parameters())
 
 
-def test_identity_sees_a_changed_weight_and_a_changed_template(llava, tmp_path):
+def test_the_identity_of_a_folder_changes_with_weights_and_template(llava, tmp_path):
     copy = copy_checkpoint(llava(), tmp_path / "m")
     before = folder_identity(copy)
-    assert folder_identity(llava()) == before  # not a matter of place
+    assert folder_identity(llava()) == before  # it does not depend on the path
     template = copy / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     changed = folder_identity(copy)
@@ -192,7 +192,7 @@ def test_identity_sees_a_changed_weight_and_a_changed_template(llava, tmp_path):
     assert folder_identity(copy) not in (before, changed)
 
 
-def test_devices(monkeypatch):
+def test_device_choice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check_device("auto") == "cpu"
     with pytest.raises(UserError, match="torch sees no GPU"):
@@ -207,11 +207,11 @@ def test_devices(monkeypatch):
     ("alias", "batch", "length"),
     [("llava-7b", 8, 4096), ("llava-next-7b", 2, 4096), ("llava-next-llama3-8b", 1, 4096), ("llava-onevision-7b", 1, 4096)],
 )
-def test_what_a_model_takes_at_once_in_torch(alias, batch, length):
-    """Logits of all positions are kept, so that long prompts of tiles go few at a time; context as far as the model goes."""
-    limits = subjects._bare(Path(alias), ALIASES[alias].config, None).limits
+def test_default_limits_in_torch(alias, batch, length):
+    """The batch is smaller for long prompts, as logits of all positions are in memory; the context is the model's."""
+    limits = eval_model._make_manifest(Path(alias), ALIASES[alias].config, None).limits
     assert (limits.max_batch, limits.max_length) == (batch, length)
     longer = replace(ALIASES[alias].config, text=replace(ALIASES[alias].config.text, max_position_embeddings=32768))
-    assert subjects._bare(Path(alias), longer, 5).limits.max_batch == 5
+    assert eval_model._make_manifest(Path(alias), longer, 5).limits.max_batch == 5
     largest = longer.most_image_tokens
-    assert subjects._bare(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)
+    assert eval_model._make_manifest(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)

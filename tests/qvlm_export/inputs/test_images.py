@@ -1,4 +1,4 @@
-"""Pictures: every usual format becomes the same RGB pixels, the rest is refused with the file's name."""
+"""Opening images: every usual format gives the same RGB pixels, others are refused with the file's name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_usual_formats_give_the_same_pixels(tmp_path: Path, name: str, make: Cal
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(two_colors()))
 
 
-def test_jpeg_is_close(tmp_path: Path) -> None:
+def test_jpeg_gives_nearly_the_same_pixels(tmp_path: Path) -> None:
     two_colors().save(tmp_path / "a.jpg", quality=95)
     opened = np.asarray(open_image(tmp_path / "a.jpg", "here"), np.int32)
     assert np.abs(opened[:, :8] - RED).max() < 12
@@ -80,26 +80,26 @@ def test_grey_becomes_rgb(tmp_path: Path, mode: str, white: int | tuple[int, int
         ((8001, 8000), "megapixels"),
     ],
 )
-def test_sizes_beyond_the_limits(tmp_path: Path, size: tuple[int, int], words: str) -> None:
+def test_sizes_beyond_the_limits_are_refused(tmp_path: Path, size: tuple[int, int], words: str) -> None:
     Image.new("1", size).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=f"^here: .*a.png has {size[0]}x{size[1]} pixels.*{words}"):
         open_image(tmp_path / "a.png", "here")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 800), (800, 8)])
-def test_sizes_at_the_limits(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_sizes_at_the_limits_are_opened(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("1", size).save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png", "here").size == size
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F", "CMYK", "YCbCr", "LAB"])
-def test_unusual_color_modes(tmp_path: Path, mode: str) -> None:
+def test_unusual_color_modes_are_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (16, 16)).save(tmp_path / "a.tif", "TIFF")
     with pytest.raises(UserError, match=r"colour mode .*; convert it to RGB"):
         open_image(tmp_path / "a.tif", "here")
 
 
-def test_a_large_picture_is_refused_before_its_pixels_are_decoded(tmp_path: Path) -> None:
+def test_a_large_image_is_refused_before_its_pixels_are_decoded(tmp_path: Path) -> None:
     """100 megapixels of RGB would take 300 MB; Pillow's own warning must not add a line."""
     path = tmp_path / "bomb.png"
     Image.new("1", (10_000, 10_000)).save(path)
@@ -110,7 +110,7 @@ def test_a_large_picture_is_refused_before_its_pixels_are_decoded(tmp_path: Path
             open_image(path, "here")
 
 
-def saved(form: str, tmp_path: Path) -> bytes:
+def save_noise(form: str, tmp_path: Path) -> bytes:
     noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "good", form)
     return (tmp_path / "good").read_bytes()
@@ -121,7 +121,7 @@ def saved(form: str, tmp_path: Path) -> bytes:
 @given(cut=st.integers(0, 3000), flips=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4))
 def test_damaged_files_are_opened_or_refused(tmp_path: Path, form: str, cut: int, flips: list[tuple[int, int]]) -> None:
     """Whatever a decoder raises becomes a UserError; what opens is RGB."""
-    data = bytearray(saved(form, tmp_path))
+    data = bytearray(save_noise(form, tmp_path))
     for place, value in flips:
         data[place % len(data)] = value
     (tmp_path / "bad").write_bytes(bytes(data[: len(data) - cut] if cut % 2 else data))
@@ -156,7 +156,7 @@ def write_animation(path: Path) -> None:
     ],
     ids=["missing", "folder", "truncated", "empty", "text", "1 pixel", "strip", "100 MP", "400 MP", "CMYK", "GIF"],
 )
-def test_bad_picture_in_calibration_data(
+def test_a_bad_image_in_calibration_data_is_refused_with_its_line(
     llava: Llava, absent: Path, tmp_path: Path, write: Callable[[Path], object], words: list[str]
 ) -> None:
     write(tmp_path / "picture.png")

@@ -1,4 +1,4 @@
-"""Calibration samples: the JSONL, the chat text, its tokens, and the processor they come from."""
+"""Calibration samples: reading the JSONL, chat text, tokens and pixels, answers, and checks of the processor."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ QUESTION = [{"role": "user", "text": "What is it?", "images": 1}]
 
 @pytest.fixture
 def checkpoint(llava: Llava, tmp_path: Path) -> Path:
-    """A good checkpoint to be damaged."""
+    """A copy of a good checkpoint, which a test may damage."""
     return copy_checkpoint(llava(), tmp_path / "checkpoint")
 
 
 def with_template(template: str | None) -> Any:
     """The tiny processor with another chat template, or none."""
-    other = model.make_processor(processor().tokenizer)
-    other.chat_template = template
-    return other
+    changed = model.make_processor(processor().tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def red() -> Image.Image:
@@ -58,9 +58,9 @@ def write_lines(path: Path, *lines: dict[str, Any]) -> Path:
     return path
 
 
-def samples_of(llava: Llava, path: Path, chosen: Any = None) -> list[Sample]:
-    """The samples of a JSONL, through the random model's processor or the one given."""
-    return encode_entries(read_entries(path, None, 99), chosen or processor(), model_config(llava), 512)
+def samples_of(llava: Llava, path: Path, used_processor: Any = None) -> list[Sample]:
+    """The samples of a JSONL file, encoded with `used_processor` or that of the random model."""
+    return encode_entries(read_entries(path, None, 99), used_processor or processor(), model_config(llava), 512)
 
 
 def model_config(llava: Llava) -> ModelConfig:
@@ -83,7 +83,7 @@ def test_lines_are_taken_from_the_beginning(tmp_path: Path) -> None:
         read_entries(path, 6, 3)
 
 
-def test_lines_are_named_by_their_place_in_the_file(tmp_path: Path) -> None:
+def test_entries_know_their_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"prompt": "a", "image": "b.png"}\r\n   \n{"prompt": "c", "other": 1}')
     first, second = read_entries(path, None, 9)
@@ -105,8 +105,8 @@ def test_lines_that_are_not_needed_are_not_checked(tmp_path: Path) -> None:
         read_entries(path, None, 9)
 
 
-def test_the_package_s_own_set_is_the_calib_split(llava: Llava) -> None:
-    """64 samples, text and pixels as tools/tiny/scenes.py draws them, none of them ever in training or test."""
+def test_the_built_in_calibration_set_is_the_calib_split(llava: Llava) -> None:
+    """It has 64 samples, with text and pixels as tools/tiny/scenes.py draws them; none of them is in training or test."""
     entries = read_entries(default_calibration(), None, 999)
     assert len(entries) == 64
     for index, entry in enumerate(entries):
@@ -122,14 +122,14 @@ def test_the_package_s_own_set_is_the_calib_split(llava: Llava) -> None:
 # Chat text
 
 
-def test_chat_text_is_what_the_model_s_template_makes() -> None:
+def test_chat_text_is_that_of_the_models_template() -> None:
     assert chat_text(processor(), QUESTION) == "USER: <image>\nWhat is it? ASSISTANT:"
     turns = [*QUESTION, {"role": "assistant", "text": "A ring."}, {"role": "user", "text": "Sure?"}]
     assert chat_text(processor(), turns) == "USER: <image>\nWhat is it? ASSISTANT: A ring.</s>USER: Sure? ASSISTANT:"
 
 
 @pytest.mark.parametrize("template", [None, ""])
-def test_without_a_template_llava_s_own_is_used(template: str | None) -> None:
+def test_without_a_template_that_of_llava_1_5_is_used(template: str | None) -> None:
     bare = with_template(template)
     assert FALLBACK_TEMPLATE == "USER: {images}{prompt} ASSISTANT:"
     for turns in (
@@ -141,7 +141,7 @@ def test_without_a_template_llava_s_own_is_used(template: str | None) -> None:
         assert chat_text(bare, turns) == chat_text(processor(), turns)  # the tiny model was trained with the same form
 
 
-def test_two_pictures_stand_in_the_turn_that_shows_them() -> None:
+def test_two_images_are_in_the_turn_that_shows_them() -> None:
     text = chat_text(processor(), [{"role": "user", "text": "What differs?", "images": 2}])
     assert text == "USER: <image>\n<image>\nWhat differs? ASSISTANT:"
 
@@ -149,7 +149,7 @@ def test_two_pictures_stand_in_the_turn_that_shows_them() -> None:
 # Tokens
 
 
-def test_one_token_a_patch_and_the_text_around_it() -> None:
+def test_there_is_one_image_token_for_each_patch_inside_the_text() -> None:
     pixels, ids = encode(processor(), chat_text(processor(), QUESTION), [red()])
     assert (pixels.dtype, pixels.shape, ids.dtype) == (np.float32, (1, 3, 48, 48), np.int64)
     assert int((ids == IMAGE).sum()) == 36
@@ -158,37 +158,37 @@ def test_one_token_a_patch_and_the_text_around_it() -> None:
     assert ids.tolist() == [BOS, *before, *[IMAGE] * 36, *after]
 
 
-def test_pixels_are_those_of_clip() -> None:
-    """Scaled to 0…1, less the mean, over the deviation, of a picture of one colour."""
+def test_pixels_are_normalized_as_for_clip() -> None:
+    """An image of one colour is scaled to 0…1, less CLIP's mean, divided by its standard deviation."""
     pixels, _ = encode(processor(), "<image>", [red()])
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-    wanted = (np.array([220, 40, 40]) / 255 - mean) / std
-    np.testing.assert_allclose(pixels[0], np.broadcast_to(wanted[:, None, None], (3, 48, 48)), atol=1e-5)
+    expected = (np.array([220, 40, 40]) / 255 - mean) / std
+    np.testing.assert_allclose(pixels[0], np.broadcast_to(expected[:, None, None], (3, 48, 48)), atol=1e-5)
 
 
-def test_without_pictures_there_are_no_pixels() -> None:
+def test_without_images_there_are_no_pixels() -> None:
     pixels, ids = encode(processor(), "Hello", [])
     assert len(pixels) == 0
     assert IMAGE not in ids
 
 
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "<s>"])
-def test_bos_comes_once_whoever_writes_it(begin: str) -> None:
-    chosen = with_template(begin + model.CHAT_TEMPLATE)
-    _, ids = encode(chosen, chat_text(chosen, QUESTION), [red()])
+def test_there_is_one_bos_token_whether_or_not_the_template_writes_it(begin: str) -> None:
+    changed = with_template(begin + model.CHAT_TEMPLATE)
+    _, ids = encode(changed, chat_text(changed, QUESTION), [red()])
     assert ids[0] == BOS
     assert int((ids == BOS).sum()) == 1
     _, plain = encode(processor(), chat_text(processor(), QUESTION), [red()])
     np.testing.assert_array_equal(ids, plain)
 
 
-def test_no_bos_in_the_middle_of_a_conversation() -> None:
+def test_a_continued_conversation_gets_no_bos_token() -> None:
     _, ids = encode(processor(), "USER: Sure? ASSISTANT:", [], continues=True)
     assert ids.tolist() == processor().tokenizer.encode("USER: Sure? ASSISTANT:", add_special_tokens=False)
 
 
 @pytest.mark.parametrize(("text", "images"), [("<image>", 0), ("none", 1), ("<image><image>", 1)])
-def test_pictures_and_their_tokens_must_match(text: str, images: int) -> None:
+def test_images_and_image_tokens_must_match_in_number(text: str, images: int) -> None:
     with pytest.raises(UserError, match=f"^here: has {text.count('<image>')} times <image> for {images} pictures"):
         encode(processor(), text, [red()] * images, "here")
 
@@ -198,14 +198,14 @@ def test_pictures_and_their_tokens_must_match(text: str, images: int) -> None:
 
 def test_answer_follows_the_prompt_and_ends_the_sequence(llava: Llava, tmp_path: Path) -> None:
     line = {"prompt": "What is it?", "image": str(PICTURE)}
-    asked, answered = samples_of(llava, write_lines(tmp_path / "a.jsonl", line, line | {"answer": "a red ring"}))
-    assert asked.answer_start == len(asked.input_ids)
-    assert answered.answer_start == len(asked.input_ids)
-    np.testing.assert_array_equal(answered.input_ids[: answered.answer_start], asked.input_ids)
+    without_answer, answered = samples_of(llava, write_lines(tmp_path / "a.jsonl", line, line | {"answer": "a red ring"}))
+    assert without_answer.answer_start == len(without_answer.input_ids)
+    assert answered.answer_start == len(without_answer.input_ids)
+    np.testing.assert_array_equal(answered.input_ids[: answered.answer_start], without_answer.input_ids)
     tail = answered.input_ids[answered.answer_start :]
     assert tail[-1] == EOS
     assert processor().tokenizer.decode(tail[:-1]) == " a red ring"
-    np.testing.assert_array_equal(asked.pixel_values, answered.pixel_values)
+    np.testing.assert_array_equal(without_answer.pixel_values, answered.pixel_values)
 
 
 def llama_like_processor() -> Any:
@@ -224,12 +224,12 @@ def llama_like_processor() -> Any:
     return model.make_processor(wrapped)
 
 
-def test_answer_has_the_tokens_it_has_behind_the_prompt(llava: Llava, tmp_path: Path) -> None:
-    """Llama's tokenizer gives " red" alone one space more than it has behind "ASSISTANT:"."""
+def test_an_answer_is_tokenized_together_with_its_prompt(llava: Llava, tmp_path: Path) -> None:
+    """Llama's tokenizer gives " red" alone one space more than after "ASSISTANT:"."""
     llama = llama_like_processor()
-    apart = llama.tokenizer.encode(" red", add_special_tokens=False)
+    alone = llama.tokenizer.encode(" red", add_special_tokens=False)
     whole = llama.tokenizer.encode("USER: What is it? ASSISTANT: red")
-    assert whole[-len(apart) :] != apart
+    assert whole[-len(alone) :] != alone
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "What is it?", "answer": "red"})
     (sample,) = samples_of(llava, path, llama)
     assert sample.input_ids.tolist() == [*whole, EOS]
@@ -237,7 +237,7 @@ def test_answer_has_the_tokens_it_has_behind_the_prompt(llava: Llava, tmp_path: 
     assert sample.answer_start == len(prompt)
 
 
-def test_lengths_up_to_the_limit_fit(llava: Llava, tmp_path: Path) -> None:
+def test_lengths_up_to_the_limit_are_accepted(llava: Llava, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "What is it?", "answer": "red"})
     (sample,) = samples_of(llava, path)
     entries, length = read_entries(path, None, 9), len(sample.input_ids)
@@ -246,7 +246,7 @@ def test_lengths_up_to_the_limit_fit(llava: Llava, tmp_path: Path) -> None:
         encode_entries(entries, processor(), model_config(llava), length - 1)
 
 
-def test_token_beyond_the_embeddings(llava: Llava, tmp_path: Path) -> None:
+def test_a_token_beyond_the_embedding_table_is_refused(llava: Llava, tmp_path: Path) -> None:
     larger = model.make_processor(model.train_tokenizer(num_scenes=60))
     larger.tokenizer.add_tokens([f"<extra{n}>" for n in range(300)])
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "Show <extra299> now."})
@@ -291,10 +291,10 @@ def edit_processor(edit: Edit) -> Callable[[Path], object]:
         (edit_processor(put("image_processor", "image_std", [0, 0, 0])), ["NaN or infinite", "image_std"]),
     ],
 )
-def test_processor_does_not_fit(
+def test_a_processor_that_does_not_fit_is_refused(
     checkpoint: Path, absent: Path, scheme: str, damage: Callable[[Path], object], words: list[str]
 ) -> None:
-    """For fp16 too, which needs no samples: it must not show after the engines were built."""
+    """Also for fp16, which needs no samples: a bad processor must be found before engines are built."""
     damage(checkpoint)
     assert_refused(export_onnx(checkpoint, absent, "--scheme", scheme, "--dry-run"), str(checkpoint), *words)
 
@@ -324,13 +324,15 @@ def test_processor_does_not_fit(
         (json.dumps({"prompt": "a", "answer": "word " * 600}), ["tokens long, --max-length is 512"]),
     ],
 )
-def test_bad_jsonl(llava: Llava, absent: Path, tmp_path: Path, content: str, words: list[str]) -> None:
+def test_bad_jsonl_is_refused_with_its_line(
+    llava: Llava, absent: Path, tmp_path: Path, content: str, words: list[str]
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content, encoding="utf-8")
     assert_refused(run_export(llava(), absent, "--backend", "onnx", "--calib-data", path), str(path), *words)
 
 
-def test_jsonl_is_not_utf8(llava: Llava, absent: Path, tmp_path: Path) -> None:
+def test_jsonl_that_is_not_utf8_is_refused(llava: Llava, absent: Path, tmp_path: Path) -> None:
     path = tmp_path / "latin1.jsonl"
     path.write_bytes('{"prompt": "Où?"}'.encode("latin-1"))
     refused = run_export(llava(), absent, "--backend", "onnx", "--calib-data", path)

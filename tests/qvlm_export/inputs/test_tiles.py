@@ -1,4 +1,4 @@
-"""Where features of tiles go: against the model code of transformers, at the sizes of the published checkpoints."""
+"""Placement of tile features: against the model code of transformers, at the sizes of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WIDTH = 3
 SIZES = st.tuples(st.integers(8, 3000), st.integers(8, 3000))
 
 
-def model_of(config: ModelConfig) -> Any:
-    """What the model code asks of its model."""
+def make_model_stub(config: ModelConfig) -> Any:
+    """An object with the attributes that pack_image_features reads of its model."""
     assert config.tiles is not None
     vision = SimpleNamespace(image_size=config.vision.image_size, patch_size=config.vision.patch_size)
     return SimpleNamespace(
@@ -35,17 +35,21 @@ def model_of(config: ModelConfig) -> Any:
     )
 
 
-def packed(config: ModelConfig, sizes: list[tuple[int, int]], tiles: torch.Tensor, newline: torch.Tensor) -> np.ndarray:
-    """transformers: tiles float32 [tiles, patches, width] -> [image tokens, width]."""
+def pack_reference(
+    config: ModelConfig, sizes: list[tuple[int, int]], tiles: torch.Tensor, newline: torch.Tensor
+) -> np.ndarray:
+    """Packs features with transformers' code: float32 [tiles, patches, width] -> [image tokens, width]."""
     split = torch.split(tiles, tile_counts(config, sizes))
     if config is NEXT:
-        found, _ = LlavaNextModel.pack_image_features(model_of(config), split, sizes, "default", newline)
+        features_by_image, _ = LlavaNextModel.pack_image_features(make_model_stub(config), split, sizes, "default", newline)
     else:
-        found, _ = LlavaOnevisionModel.pack_image_features(model_of(config), split, sizes, newline, "anyres_max_9")
-    return torch.cat(found).numpy()
+        features_by_image, _ = LlavaOnevisionModel.pack_image_features(
+            make_model_stub(config), split, sizes, newline, "anyres_max_9"
+        )
+    return torch.cat(features_by_image).numpy()
 
 
-def features(config: ModelConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_features(config: ModelConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, config.vision.num_patches, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
 
@@ -54,12 +58,12 @@ def features(config: ModelConfig, count: int) -> tuple[torch.Tensor, torch.Tenso
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=2))
 def test_placement_is_that_of_the_model_code(config: ModelConfig, sizes: list[tuple[int, int]]) -> None:
-    tiles, newline = features(config, sum(tile_counts(config, sizes)))
-    wanted = packed(config, sizes, tiles, newline)
+    tiles, newline = random_features(config, sum(tile_counts(config, sizes)))
+    expected = pack_reference(config, sizes, tiles, newline)
     placement = place_tiles(config, sizes)
     rows = tiles.flatten(0, 1)
-    np.testing.assert_allclose(place_features(torch.cat([rows, newline[None]]).numpy(), placement), wanted, atol=1e-4)
-    np.testing.assert_allclose(place_image_features(rows, newline[None], placement).numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(place_features(torch.cat([rows, newline[None]]).numpy(), placement), expected, atol=1e-4)
+    np.testing.assert_allclose(place_image_features(rows, newline[None], placement).numpy(), expected, atol=1e-4)
     assert (placement.rows >= -1).all()
     np.testing.assert_allclose(placement.weights.sum(1), 1, atol=1e-5)
 
@@ -68,7 +72,7 @@ def test_placement_is_that_of_the_model_code(config: ModelConfig, sizes: list[tu
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(size=SIZES)
 def test_image_tokens_are_as_many_as_the_processor_writes(config: ModelConfig, size: tuple[int, int]) -> None:
-    """And never more than the largest that limits are made for."""
+    """There are never more than the limits of the model allow for."""
     assert config.tiles is not None
     side, patches = config.vision.image_size, config.vision.num_patches
     pinpoints = SimpleNamespace(image_grid_pinpoints=[list(p) for p in config.tiles.pinpoints])
@@ -85,7 +89,7 @@ def test_image_tokens_are_as_many_as_the_processor_writes(config: ModelConfig, s
     assert tile_counts(config, [size])[0] <= config.most_tiles
 
 
-def test_the_largest_pictures() -> None:
+def test_limits_are_those_of_the_largest_images() -> None:
     assert (NEXT.most_tiles, NEXT.most_image_tokens) == (5, 2928)
     assert len(place_tiles(NEXT, [(1000, 1000)])) == 2928
     assert ONEVISION.most_tiles == 37
@@ -100,13 +104,13 @@ def test_single_tiles_end_with_the_newline() -> None:
     assert placement.rows[:, 0].tolist() == [*range(patches), -1, *range(patches, 2 * patches), -1]
 
 
-def test_padding_of_the_processor_is_left_out() -> None:
+def test_padding_tiles_of_the_processor_are_dropped() -> None:
     pixels = np.arange(2 * 5).reshape(2, 5, 1, 1, 1) * np.ones((1, 1, 3, 2, 2))
     assert select_tiles(pixels, [3, 5])[:, 0, 0, 0].tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
 
 
-def test_placements_of_several_prompts() -> None:
-    """As if each had run alone, whatever k its rows have, pictures without a placement among them."""
+def test_joined_placements_equal_those_of_each_prompt_alone() -> None:
+    """Placements with different k, and images without a placement, can be joined."""
     generator = np.random.default_rng(0)
     sums = Placement(generator.integers(-1, 6, (5, 4)), generator.random((5, 4), np.float32))
     single = Placement(generator.integers(-1, 3, (4, 1)), np.ones((4, 1), np.float32))
@@ -123,7 +127,7 @@ def test_placements_of_several_prompts() -> None:
     assert join_placements([None, None], [6, 3]) is None
 
 
-def test_the_type_of_the_engine_is_kept() -> None:
+def test_placed_features_keep_their_dtype() -> None:
     embeds = np.ones((4, WIDTH), np.float16)
     for rows in ([[0], [-1]], [[0, 1], [2, -1]]):
         weights = np.full(np.shape(rows), 1 / len(rows[0]), np.float32)

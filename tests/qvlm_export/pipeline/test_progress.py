@@ -1,4 +1,4 @@
-"""Progress: a bar that ends full on a terminal, nothing in a log file."""
+"""Progress bars: full at the end of a stage on a terminal, absent from log files; and the seconds of stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def console(*, terminal: bool) -> Console:
 
 
 def frames(shown: Console) -> list[str]:
-    """The bar, each time it was drawn: what of it is done."""
+    """Returns the completed part of the bar, for each time it was drawn."""
     assert isinstance(shown.file, io.StringIO)
     return re.findall(f"work +({BAR}*)", shown.file.getvalue())
 
@@ -45,7 +45,7 @@ def test_a_stage_that_fails_does_not_look_finished() -> None:
     assert frames(shown)[-1] == BAR * 20
 
 
-def test_a_log_file_is_spared() -> None:
+def test_a_log_file_gets_notes_but_no_bars() -> None:
     shown = console(terminal=False)
     reporter = Reporter(console=shown)
     with reporter.stage("work") as stage:
@@ -55,7 +55,7 @@ def test_a_log_file_is_spared() -> None:
     assert shown.file.getvalue().strip() == "a word"
 
 
-def test_seconds_of_a_stage_add_up() -> None:
+def test_stages_of_the_same_name_add_up() -> None:
     reporter = Reporter(quiet=True)
     for _ in range(2):
         with reporter.stage("work"):

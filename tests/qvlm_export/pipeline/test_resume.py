@@ -1,4 +1,4 @@
-"""Exports that are killed, and go on: the same bytes as if nothing had happened, or a line that says why not."""
+"""Interrupted exports: resumed, they give the same bytes as an uninterrupted one, or a line that says why they cannot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from commands import (
 from kills import run_and_kill
 
 from qvlm_export.pipeline import stages
-from qvlm_export.pipeline.planning.export_plan import ExportOptions
+from qvlm_export.pipeline.preparation.prepare import ExportOptions
 from qvlm_export.pipeline.work_folder import WorkFolder
 
 Llava = Callable[..., Path]
@@ -41,8 +41,8 @@ def options_of(model: Path, folder: Path, data: Path, effort: str = "rtn") -> Ex
     return ExportOptions(str(model), folder / "x.plan", backend="onnx", calib_data=data, effort=effort)
 
 
-def killed_until_done(options: ExportOptions, draw: Callable[[], int]) -> int:
-    """Runs the export again and again, killed at an operation that is drawn anew each time; returns how often it was."""
+def kill_until_done(options: ExportOptions, draw: Callable[[], int]) -> int:
+    """Resumes the export until it finishes, killing it each time at file operation `draw()`; returns the number of kills."""
     for kills in range(200):
         code = run_and_kill(replace(options, resume=True), draw())
         if code == 0:
@@ -55,26 +55,26 @@ def killed_until_done(options: ExportOptions, draw: Callable[[], int]) -> int:
 def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     llava: Llava, tmp_path: Path, effort: str, at_least: int
 ) -> None:
-    """Every file operation of the export may be the last one."""
+    """The export may be killed at any of its file operations."""
     model, data = llava(**SMALL), write_calibration(tmp_path)
     whole = tmp_path / "whole"
     assert run_and_kill(options_of(model, whole, data, effort), None) == 0
-    wanted, kills, draw = read_files(whole), 0, random.Random(0)
+    expected, kills, draw = read_files(whole), 0, random.Random(0)
     while kills < at_least:
         folder = tmp_path / str(kills)
-        kills += killed_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 75))
-        assert read_files(folder) == wanted
+        kills += kill_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 75))
+        assert read_files(folder) == expected
 
 
-def test_killed_at_every_third_operation_of_the_end(llava: Llava, tmp_path: Path) -> None:
-    """The report, the manifest, the moves into place, the work folder that goes."""
+def test_killed_at_every_third_operation_near_the_end(llava: Llava, tmp_path: Path) -> None:
+    """Among these are writing the report and the manifest, moving files into place, and removing the work folder."""
     model, data = llava(**SMALL), write_calibration(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     assert run_and_kill(options_of(model, whole, data), None) == 0
     options = options_of(model, folder, data)
     assert run_and_kill(options, 112) == -signal.SIGKILL
     operations = iter(range(24, 200, 3))
-    kills = killed_until_done(options, lambda: next(operations))
+    kills = kill_until_done(options, lambda: next(operations))
     assert kills > 5
     assert read_files(folder) == read_files(whole)
 
@@ -84,9 +84,9 @@ def start_command(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, script, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
 
 
-def kill_when(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
-    """SIGKILL as soon as `there`; the process must not end before."""
-    while not there():
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """Kills the process as soon as `ready()` is true; it must not end before."""
+    while not ready():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
     process.kill()
@@ -107,14 +107,14 @@ def test_real_command_killed_while_calibrating(llava: Llava, tmp_path: Path) -> 
     assert read_files(out.parent) == read_files(tmp_path / "whole")
 
 
-def test_real_command_killed_while_building_takes_the_build_along(llava: Llava, tmp_path: Path) -> None:
+def test_real_command_killed_while_building_ends_its_build_process(llava: Llava, tmp_path: Path) -> None:
     arguments = ("--calib-data", write_calibration(tmp_path), *RTX)
     out = tmp_path / "out" / "x.plan"
-    stage = out.parent / ".x.work" / "out"
+    staging = out.parent / ".x.work" / "out"
     process = start_command("--model", llava(), "--out", out, *arguments)
-    kill_when(process, lambda: bool(list(stage.glob("*.tmp"))))
-    before = {path.name: path.stat().st_mtime_ns for path in stage.glob("*.data")}
-    (temporary,) = stage.glob("*.tmp")
+    kill_when(process, lambda: bool(list(staging.glob("*.tmp"))))
+    before = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.data")}
+    (temporary,) = staging.glob("*.tmp")
     worker = int(temporary.name.split(".")[-2])
     deadline = time.monotonic() + 20
     while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
@@ -128,12 +128,12 @@ def test_real_command_killed_while_building_takes_the_build_along(llava: Llava, 
     assert not list(out.parent.glob(".*"))
 
 
-# What may not be gone on with
+# Changes that make unfinished work unusable, and those that do not
 
 
 @pytest.fixture
 def unfinished(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A checkpoint of its own and the --out of an export of it that was interrupted behind the calibration."""
+    """A checkpoint that may be changed, and the `--out` of an export of it that was interrupted after calibration."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -145,12 +145,12 @@ def unfinished(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return model, out
 
 
-def touched(model: Path, _: Path) -> None:
+def touch_weights(model: Path, _: Path) -> None:
     os.utime(model / "model.safetensors", (1, 1))
 
 
-def changed_inside(model: Path, _: Path) -> None:
-    """One weight, the time of change set back."""
+def change_one_weight(model: Path, _: Path) -> None:
+    """Changes a byte of one weight, and restores the modification time."""
     path = model / "model.safetensors"
     times = path.stat()
     content = bytearray(path.read_bytes())
@@ -159,28 +159,28 @@ def changed_inside(model: Path, _: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def other_config(model: Path, _: Path) -> None:
+def change_config(model: Path, _: Path) -> None:
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "mine"}))
 
 
-def other_samples(_: Path, data: Path) -> None:
+def change_samples(_: Path, data: Path) -> None:
     data.write_text(data.read_text().replace("How many", "How few"))
 
 
 @pytest.mark.parametrize(
     ("change", "arguments", "words"),
     [
-        (touched, (), "model.safetensors"),
-        (changed_inside, (), "model.safetensors"),
-        (other_config, (), "config.json"),
-        (other_samples, (), "the set of samples"),
+        (touch_weights, (), "model.safetensors"),
+        (change_one_weight, (), "model.safetensors"),
+        (change_config, (), "config.json"),
+        (change_samples, (), "the set of samples"),
         (None, ("--samples", "1"), "the set of samples"),
         (None, ("--scheme", "int8"), "the scheme or recipe"),
         (None, ("--effort", "fast"), "--effort"),
     ],
 )
-def test_what_it_was_begun_with_changed(unfinished, tmp_path, change, arguments, words) -> None:
+def test_resuming_with_changed_inputs_is_refused(unfinished, tmp_path, change, arguments, words) -> None:
     model, out = unfinished
     data = tmp_path / "calibration.jsonl"
     if change is not None:
@@ -191,15 +191,15 @@ def test_what_it_was_begun_with_changed(unfinished, tmp_path, change, arguments,
     assert read_files(out.parent) == before
 
 
-def test_another_version_is_refused(unfinished) -> None:
+def test_resuming_with_another_package_version_is_refused(unfinished) -> None:
     model, out = unfinished
     begun = out.parent / ".x.work" / ".export" / "begun.json"
     begun.write_text(json.dumps(json.loads(begun.read_text()) | {"the version of torch": "1.0"}))
     assert_refused(export_onnx(model, out, "--resume"), "the version of torch changed")
 
 
-def test_what_comes_behind_calibration_may_change(unfinished) -> None:
-    """Limits and backends belong to graphs and engines."""
+def test_options_that_calibration_does_not_depend_on_may_change(unfinished) -> None:
+    """Limits, for example, concern graphs and engines only."""
     model, out = unfinished
     done = export_onnx(model, out, "--resume", "--max-length", "100", "--json")
     assert done.exit_code == 0, done.stderr
@@ -219,7 +219,7 @@ def test_damaged_work_is_refused_in_one_line(llava: Llava, tmp_path: Path, damag
     assert_refused(refused, str(path), "is damaged", "begin anew")
 
 
-def test_shard_of_a_finished_block_is_gone(llava: Llava, tmp_path: Path) -> None:
+def test_missing_shard_of_a_finished_block_is_refused(llava: Llava, tmp_path: Path) -> None:
     data = write_calibration(tmp_path)
     options = options_of(llava(**SMALL), tmp_path / "out", data)
     assert run_and_kill(options, 50) == -signal.SIGKILL
@@ -231,22 +231,22 @@ def test_shard_of_a_finished_block_is_gone(llava: Llava, tmp_path: Path) -> None
     assert "begin anew" in error
 
 
-def test_resume_with_nothing_to_resume_begins(llava: Llava, tmp_path: Path) -> None:
+def test_resume_without_unfinished_work_starts_an_export(llava: Llava, tmp_path: Path) -> None:
     assert export_onnx(llava(), tmp_path / "out" / "x.plan", "--resume").exit_code == 0
 
 
-def test_work_dir_is_gone_on_with_and_keeps_the_calibrated_checkpoint(llava: Llava, tmp_path: Path) -> None:
+def test_resumed_work_dir_keeps_only_the_calibrated_checkpoint(llava: Llava, tmp_path: Path) -> None:
     data, work = write_calibration(tmp_path), tmp_path / "work"
     options = replace(options_of(llava(**SMALL), tmp_path / "out", data), work_dir=work)
-    assert killed_until_done(options, iter((40, 40, 40, 200)).__next__) > 1
+    assert kill_until_done(options, iter((40, 40, 40, 200)).__next__) > 1
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"x.json", "x.onnx"}
     assert {path.name for path in work.iterdir()} == {"calibrated"}
 
 
-# Two at once
+# Two exports at once
 
 
-def test_two_exports_in_one_folder(llava: Llava, tmp_path: Path) -> None:
+def test_a_locked_work_folder_is_refused(llava: Llava, tmp_path: Path) -> None:
     out, work = tmp_path / "out" / "x.plan", tmp_path / "work"
     for folder in (out.parent / ".x.work", work):
         lock = folder / ".export" / "lock"
@@ -257,27 +257,31 @@ def test_two_exports_in_one_folder(llava: Llava, tmp_path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
             refused = export_onnx(llava(), out, "--work-dir", work)
             assert_refused(refused, str(folder), "another export is at work here (process 4711)", "choose another")
-    assert export_onnx(llava(), out, "--work-dir", work).exit_code == 0  # let go of, as after a kill
+    assert (
+        export_onnx(llava(), out, "--work-dir", work).exit_code == 0
+    )  # the lock is released, as it is when its process dies
 
 
-# What comes between
+# Failures while an export runs
 
 
-def test_checkpoint_changes_while_it_is_read(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_that_changes_while_it_is_read_is_refused(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = copy_checkpoint(llava(), tmp_path / "model"), tmp_path / "out" / "x.plan"
-    weights, calibrate = model / "model.safetensors", stages.run_effort
+    weights, run_effort = model / "model.safetensors", stages.run_effort
     times, content = weights.stat(), weights.read_bytes()
 
-    def change(effort, job, writer, progress):
-        def after_two(done: int, total: int, name: str) -> None:
+    def run_effort_and_truncate(effort, job, writer, progress):
+        def truncate_after_two_blocks(done: int, total: int, name: str) -> None:
             if done == 2:
                 weights.write_bytes(content[:-1000])
             progress(done, total, name)
 
-        return calibrate(effort, job, writer, after_two)
+        return run_effort(effort, job, writer, truncate_after_two_blocks)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "run_effort", change)
+        patched.setattr(stages, "run_effort", run_effort_and_truncate)
         assert_refused(export_onnx(model, out), str(weights), "was changed while it was read", "--resume")
     assert [path.name for path in out.parent.iterdir()] == [".x.work"]
     weights.write_bytes(content)
@@ -296,7 +300,9 @@ def test_checkpoint_changes_while_it_is_read(llava: Llava, tmp_path: Path, monke
         ),
     ],
 )
-def test_memory_runs_out(llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_running_out_of_memory_is_reported(
+    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
@@ -306,20 +312,20 @@ def test_memory_runs_out(llava: Llava, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_damaged_checkpoint_leaves_no_work(llava: Llava, absent: Path, tmp_path: Path) -> None:
-    """What was begun with it can never be gone on with."""
+    """Work that was begun with a damaged checkpoint can never be resumed."""
     model = copy_checkpoint(llava(dtype="float32"), tmp_path / "model")
     set_weight(model, "language_model.model.layers.1.mlp.up_proj.weight", np.nan, "float32")
     assert_refused(export_onnx(model, absent), "NaN")
 
 
-def test_sizes_of_stages_are_compared(tmp_path: Path) -> None:
-    """A graph whose file was cut is written again."""
+def test_a_stage_with_a_truncated_file_is_not_complete(tmp_path: Path) -> None:
+    """So that the file is written again."""
     work = WorkFolder(tmp_path, tmp_path)
-    work.stage.mkdir()
+    work.staging.mkdir()
     work.state.mkdir()
-    path = work.stage / "x.onnx"
+    path = work.staging / "x.onnx"
     path.write_bytes(b"1234")
-    work.note_stage("language_onnx", "key", [path], report={"seconds": 1.5})
-    assert work.stages() == {"language_onnx": {"key": "key", "files": {"x.onnx": 4}, "report": {"seconds": 1.5}}}
+    work.record_stage("language_onnx", "key", [path], report={"seconds": 1.5})
+    assert work.completed_stages() == {"language_onnx": {"key": "key", "files": {"x.onnx": 4}, "report": {"seconds": 1.5}}}
     path.write_bytes(b"123")
-    assert work.stages() == {}
+    assert work.completed_stages() == {}

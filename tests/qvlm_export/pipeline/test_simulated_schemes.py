@@ -1,4 +1,4 @@
-"""Exports of simulated schemes: written for ONNX Runtime, and every other command works on them."""
+"""Exports with simulated schemes: written as graphs for ONNX Runtime, and usable by every other command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import qvlm_export
 from qvlm_export.cli.inspect import app as inspect_app
 from qvlm_export.cli.validate import app as validate_app
-from qvlm_export.pipeline.planning.recipe import SIMULATED
+from qvlm_export.pipeline.preparation.recipe import SIMULATED
 
 Llava = Callable[..., Path]
 GRAPHS = {"x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"}
@@ -28,7 +28,7 @@ SCHEMES = {"sim-w6a6": "W6A6", "sim-w4a4": "W4A4 g128", "sim-w4a8": "W4A8 g128",
 
 @pytest.fixture(scope="module", params=SIMULATED)
 def exported(request: pytest.FixtureRequest, llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A simulated scheme and the plan path that its export is named after."""
+    """A simulated scheme, and the plan path that its export is named after."""
     plan = tmp_path_factory.mktemp("simulated") / "out" / "x.plan"
     result = export_onnx(llava(), plan, "--scheme", request.param, "--max-length", "128")
     assert result.exit_code == 0, result.stderr
@@ -42,7 +42,7 @@ def read_json(app: Typer, plan: Path, *arguments: str) -> dict[str, Any]:
     return content
 
 
-def test_graphs_and_calibrated_checkpoint_are_written_and_no_engine(exported: tuple[str, Path]) -> None:
+def test_graphs_and_calibrated_checkpoint_are_written_but_no_engine(exported: tuple[str, Path]) -> None:
     scheme, plan = exported
     assert {path.name for path in plan.parent.iterdir()} == FILES
     manifest = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def test_graphs_and_calibrated_checkpoint_are_written_and_no_engine(exported: tu
         assert types == {INT8 if scheme == "sim-w6a6" else INT4}
 
 
-def test_it_answers(exported: tuple[str, Path]) -> None:
+def test_the_graphs_answer_a_question(exported: tuple[str, Path]) -> None:
     _, plan = exported
     result = run_model(plan, "--image", PICTURE, "--prompt", "What is this?", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.stderr
@@ -72,7 +72,7 @@ def test_inspect_shows_the_scheme_and_that_no_engine_was_checked(exported: tuple
     assert content["plan_check"] == {"checked": 0, "passed": 0}
     sizes = {component["name"]: component for component in content["components"]}
     bits = 8 if scheme == "sim-w6a6" else 4
-    # The graph holds whole INT4 and INT8, scales, and norms besides.
+    # The graph stores codes as INT4 or INT8, whatever their bits, and scales and norms besides.
     assert bits < sizes["language_model"]["bits_per_weight"] < bits + 0.5
 
 
@@ -81,9 +81,9 @@ def test_validate_finds_the_calibrated_integers_in_the_graph(exported: tuple[str
     content = read_json(validate_app, plan, "--limit", "2", "--per-layer")
     assert content["scheme"] == scheme
     assert content["weights"] == {"checked": 34, "wrong": []}
-    steps = {c["against"]: c["tokens"]["all"]["sqnr_db"] for c in content["rungs"][2]["comparisons"]}
-    assert steps["fake-quant"] > 6 + steps["float"]
-    assert content["loss"]["rung"] == "fake-quant"
+    sqnr_db = {c["against"]: c["tokens"]["all"]["sqnr_db"] for c in content["forms"][2]["comparisons"]}
+    assert sqnr_db["fake-quant"] > 6 + sqnr_db["float"]
+    assert content["loss"]["form"] == "fake-quant"
 
 
 def test_the_same_export_twice_writes_the_same_bytes(exported: tuple[str, Path], llava: Llava, tmp_path: Path) -> None:

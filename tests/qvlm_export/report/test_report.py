@@ -1,4 +1,4 @@
-"""X.report.html: its numbers are those of the record, and the page stands alone."""
+"""X.report.html: its numbers must be those of the calibration record, and the page must need no other file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ VOID = {"meta", "br", "link", "img", "input", "hr", "base", "source"}
 
 
 class Page(HTMLParser):
-    """Tables by id as rows of texts, headings, ids, every attribute that could load something; unclosed tags fail."""
+    """A parsed page: tables by id as rows of texts, headings, ids, and every attribute that could load something.
+
+    Parsing fails for unclosed tags.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -40,17 +43,17 @@ class Page(HTMLParser):
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
+        attributes = {name: value or "" for name, value in attrs}
         self.tags.add(tag)
-        self.ids += [given["id"]] if "id" in given else []
+        self.ids += [attributes["id"]] if "id" in attributes else []
         self.links += [
-            v for n, v in given.items() if n in ("src", "href", "xlink:href", "data", "action", "poster", "srcset")
+            v for n, v in attributes.items() if n in ("src", "href", "xlink:href", "data", "action", "poster", "srcset")
         ]
-        self.links += [v for n, v in given.items() if "url(" in v and n == "style"]
+        self.links += [v for n, v in attributes.items() if "url(" in v and n == "style"]
         if tag not in VOID:
             self._open.append(tag)
         if tag == "table":
-            self._table = given["id"]
+            self._table = attributes["id"]
             self.tables[self._table] = []
         elif tag == "tr":
             self.tables[self._table].append([])
@@ -99,7 +102,7 @@ def page_beside(manifest: Manifest) -> Page:
 
 
 def engine_checks(manifest: Manifest) -> list[dict[str, Any]]:
-    """What a check of the engine would have added: half of the linears, one of which failed."""
+    """The records that an engine check would have added: for half of the linears, one of which failed."""
     checked = [
         {"linear": n, "planned": "W4A16", "executed": "half x int4 -> half", "passed": True} for n in manifest.linears
     ]
@@ -107,18 +110,18 @@ def engine_checks(manifest: Manifest) -> list[dict[str, Any]]:
     return checked[: len(checked) // 2]
 
 
-def test_the_export_writes_it_hashes_it_and_inspect_lists_it(fast: Manifest) -> None:
+def test_an_export_writes_the_report_and_records_its_hash(fast: Manifest) -> None:
     assert fast.files["report"]["name"] == "x.report.html"
     assert len(fast.files["report"]["sha256"]) == 64
     assert {"report": "verified"}.items() <= {f.role: f.state for f in inspect(fast.path, verify=True).files}.items()
 
 
-def test_the_manifest_gives_the_same_bytes_again(fast: Manifest, tmp_path: Path) -> None:
+def test_the_same_manifest_gives_the_same_bytes(fast: Manifest, tmp_path: Path) -> None:
     write_report(fast, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == fast.path.with_suffix(".report.html").read_bytes()
 
 
-def test_nothing_comes_from_elsewhere(fast: Manifest) -> None:
+def test_the_page_loads_nothing_from_elsewhere(fast: Manifest) -> None:
     page = page_beside(fast)
     assert {link[0] for link in page.links if not link.startswith("url(#")} <= {"#"}
     assert not page.tags & {"script", "iframe", "object", "embed", "link", "img", "base"}
@@ -128,7 +131,7 @@ def test_nothing_comes_from_elsewhere(fast: Manifest) -> None:
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_references_inside_lead_somewhere(fast: Manifest) -> None:
+def test_every_internal_reference_has_a_target(fast: Manifest) -> None:
     page = page_beside(fast)
     targets = {link[1:] for link in page.links if link.startswith("#")}
     assert targets
@@ -156,34 +159,34 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
 def test_linears_are_those_of_the_record(fast: Manifest) -> None:
     head, *rows = page_beside(fast).tables["linears"]
     records = {n: r for b in fast.calibration["blocks"] for layer in b["layers"] for n, r in layer["linears"].items()}
-    found = {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
-    assert set(found) == {*records, "language_model.lm_head"}
-    assert found["language_model.lm_head"]["SQNR, dB"] == ""
+    by_linear = {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
+    assert set(by_linear) == {*records, "language_model.lm_head"}
+    assert by_linear["language_model.lm_head"]["SQNR, dB"] == ""
     for name, record in records.items():
-        row = found[name]
+        row = by_linear[name]
         assert row["scheme"] == record["scheme"] == fast.linears[name]
         assert row["bits per weight"] == f"{record['bits_per_weight']:.3f}"
         assert row["SQNR, dB"] == f"{record['sqnr_db']:.1f}"
         assert row["weight SQNR, dB"] == f"{record['weight_sqnr_db']:.1f}"
         assert row["range"] == ("" if record["covered"] is None else f"{100 * record['covered']:.1f} %")
-    assert len({row["SQNR, dB"] for row in found.values()}) > 5
+    assert len({row["SQNR, dB"] for row in by_linear.values()}) > 5
 
 
 def test_sizes_are_those_of_inspect(fast: Manifest) -> None:
     _, *rows = page_beside(fast).tables["sizes"]
-    found = inspect(fast.path)
-    for cells, part in zip(rows, [*found.components, found.total], strict=True):
+    inspection = inspect(fast.path)
+    for cells, part in zip(rows, [*inspection.components, inspection.total], strict=True):
         assert cells[:2] == [part.name, f"{part.parameters:,}"]
         assert cells[4] == ("" if part.bits_per_weight is None else f"{part.bits_per_weight:.2f}")
 
 
-def test_head(fast: Manifest) -> None:
+def test_the_head_has_the_facts_of_the_export(fast: Manifest) -> None:
     facts = header_facts(fast)
     assert (facts["scheme"], facts["effort"], facts["backend"]) == ("int4", "fast", "onnx")
     assert facts["calibration"] == f"2 samples, 2 prompts, {fast.calibration['tokens']} tokens of calibration.jsonl"
     assert facts["search cost"] == f"{fast.calibration['block_forwards']} block forwards"
-    back = replace(fast, calibration={**fast.calibration, "block_backwards": 1234})
-    assert header_facts(back)["search cost"] == f"{facts['search cost']}, 1,234 block backwards"
+    with_backwards = replace(fast, calibration={**fast.calibration, "block_backwards": 1234})
+    assert header_facts(with_backwards)["search cost"] == f"{facts['search cost']}, 1,234 block backwards"
     assert f"torch {fast.versions['torch']}" in facts["versions"]
     page = page_beside(fast)
     assert page.headings[0] == fast.model["name"]
@@ -191,14 +194,14 @@ def test_head(fast: Manifest) -> None:
 
 
 def test_entropies_and_boundaries_are_drawn(fast: Manifest) -> None:
-    """A bar for each layer, and a line for each that starts a part."""
+    """There is a bar for each layer, and a line at each boundary between jointly searched blocks."""
     layers = layer_rows(fast.calibration)
     assert [layer.entropy for layer in layers] == [x["entropy"] for b in fast.calibration["blocks"] for x in b["layers"]]
     html = report_html(fast)
-    fewer = replace(fast, calibration={**fast.calibration, "blocks": all_starting(fast)})
-    assert sum(layer.starts for layer in layers) < len(layers)
-    lines = [len(re.findall(r'id="entropies-line2d_\d+"', text)) for text in (html, report_html(fewer))]
-    assert lines[1] - lines[0] == sum(not layer.starts for layer in layers)
+    all_start = replace(fast, calibration={**fast.calibration, "blocks": start_block_at_every_layer(fast)})
+    assert sum(layer.starts_block for layer in layers) < len(layers)
+    lines = [len(re.findall(r'id="entropies-line2d_\d+"', text)) for text in (html, report_html(all_start))]
+    assert lines[1] - lines[0] == sum(not layer.starts_block for layer in layers)
     blocks = [*fast.calibration["blocks"]]
     blocks[-1] = {**blocks[-1], "layers": blocks[-1]["layers"][:-1]}
     shorter = report_html(replace(fast, calibration={**fast.calibration, "blocks": blocks}))
@@ -206,7 +209,7 @@ def test_entropies_and_boundaries_are_drawn(fast: Manifest) -> None:
     assert bars[0] - bars[1] == 1
 
 
-def all_starting(manifest: Manifest) -> list[dict[str, Any]]:
+def start_block_at_every_layer(manifest: Manifest) -> list[dict[str, Any]]:
     blocks = manifest.calibration["blocks"]
     return [{**b, "layers": [{**layer, "starts_block": True} for layer in b["layers"]]} for b in blocks]
 
@@ -214,16 +217,16 @@ def all_starting(manifest: Manifest) -> list[dict[str, Any]]:
 def test_kernels_come_from_the_engine_check(fast: Manifest) -> None:
     checks = engine_checks(fast)
     page = Page(report_html(replace(fast, plan_check=tuple(checks))))
-    found = {cells[0]: cells[-1] for cells in page.tables["linears"]}
-    assert found.pop("linear") == "kernel operands"
-    assert {name: text for name, text in found.items() if text} == {c["linear"]: c["executed"] for c in checks}
+    kernels = {cells[0]: cells[-1] for cells in page.tables["linears"]}
+    assert kernels.pop("linear") == "kernel operands"
+    assert {name: text for name, text in kernels.items() if text} == {c["linear"]: c["executed"] for c in checks}
     assert f"{len(checks) - 1} of {len(checks)} planned linears run on integers" in report_html(
         replace(fast, plan_check=tuple(checks))
     )
     assert page_beside(fast).tables["linears"][0][-1] == "weight SQNR, dB"
 
 
-def test_what_was_not_recorded_has_no_section(exports: Callable[..., Path]) -> None:
+def test_sections_without_records_are_left_out(exports: Callable[..., Path]) -> None:
     manifest = read_manifest(exports("fp16", "rtn"))
     page = page_beside(manifest)
     assert page.headings[1:] == ["Size of the weights", "Linears"]
@@ -233,32 +236,34 @@ def test_what_was_not_recorded_has_no_section(exports: Callable[..., Path]) -> N
     assert not {"calibration", "search cost"} & header_facts(manifest).keys()
 
 
-def test_round_to_nearest_has_bits_ranges_and_sqnr_of_weights(exports: Callable[..., Path]) -> None:
+def test_an_rtn_export_has_bits_ranges_and_weight_sqnr(exports: Callable[..., Path]) -> None:
     manifest = read_manifest(exports("int4", "rtn"))
     page = page_beside(manifest)
     assert page.headings[1:] == ["Size of the weights", "Linears"]
     assert "svg" not in page.tags
     head, *rows = page.tables["linears"]
     records = {name: record for block in manifest.calibration["blocks"] for name, record in block["linears"].items()}
-    found = {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
-    assert found.keys() == {*records, "language_model.lm_head"}
+    by_linear = {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
+    assert by_linear.keys() == {*records, "language_model.lm_head"}
     for name, record in records.items():
-        row = found[name]
+        row = by_linear[name]
         assert row["scheme"] == manifest.linears[name]
         assert row["bits per weight"] == f"{record['bits_per_weight']:.3f}"
         assert row["weight SQNR, dB"] == f"{record['weight_sqnr_db']:.1f}"
         assert row["SQNR, dB"] == ""
-        assert row["range"] in ({"100.0 %", "100.1 %"} if row["scheme"] == "W8A8" else {""})  # of a float16 scale
+        assert row["range"] in (
+            {"100.0 %", "100.1 %"} if row["scheme"] == "W8A8" else {""}
+        )  # the scale is rounded to float16
     forwards = f"{manifest.calibration['block_forwards']} block forwards"
     assert header_facts(manifest)["search cost"] == forwards
 
 
-def test_a_record_of_the_printed_method_has_its_entropies(fast: Manifest) -> None:
+def test_a_record_of_the_q_vlm_baseline_has_its_entropies(fast: Manifest) -> None:
     names = list(fast.linears)[:3]
     layers = [{"linears": [n], "bits": 8, "entropy": e} for n, e in zip(names, (1.0, 2.0, 3.0), strict=True)]
     blocks = [{"layers": layers[:2], "error_before": 0.2}, {"layers": layers[2:], "error_before": 0.1}]
     manifest = replace(fast, calibration={"method": "printed", "samples": 2, "blocks": blocks})
-    assert [(row.entropy, row.starts) for row in layer_rows(manifest.calibration)] == [
+    assert [(row.entropy, row.starts_block) for row in layer_rows(manifest.calibration)] == [
         (1.0, True),
         (2.0, False),
         (3.0, True),
@@ -286,15 +291,15 @@ def test_names_are_escaped(fast: Manifest) -> None:
     assert hostile in {cells[-1] for cells in page.tables["linears"]}
 
 
-def test_errors_that_are_zero_or_missing_do_not_stop_it(fast: Manifest) -> None:
+def test_zero_and_missing_errors_do_not_break_the_report(fast: Manifest) -> None:
     block = {
         **fast.calibration["blocks"][0],
         "compared": {"inputs": 1, "nearest": {"image": 0.0}, "searched": {"image": 0.0}},
         "error": 0.0,
         "held_back_errors": [0.5, 0.25],
     }
-    silent = {**block, "layers": []}
-    page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, silent]})))
+    without_layers = {**block, "layers": []}
+    page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, without_layers]})))
     assert [row[0] for row in page.tables["blocks"][1:]] == ["vision_tower 0", "vision_tower 0"]
     head, row = page.tables["blocks"][0], page.tables["blocks"][1]
     assert [row[head.index(name)] for name in ("held back, before", "after")] == ["5.00e-01", "2.50e-01"]
@@ -312,5 +317,5 @@ def test_errors_that_are_zero_or_missing_do_not_stop_it(fast: Manifest) -> None:
         ("no_such", "no_such"),
     ],
 )
-def test_places(name: str, place: str) -> None:
+def test_place_of_block_and_linear_names(name: str, place: str) -> None:
     assert str(place_of(name)) == place

@@ -292,16 +292,16 @@ def test_ablations_are_compared_on_the_seeds_that_both_have():
         "| | W8A8, seed 1 |",
         "|---|---|",
         "| full | 0.2 / 30.0 |",
-        "| no folding | 0.4 / 30.0 |",
+        "| no equalization | 0.4 / 30.0 |",
         "| no aiming | 0.1 / 30.0 |",
     ]
     assert ablation_table(records, "other", "full") == []
     assert ablation_table(records, "m", "fast") == []  # nothing of it was changed
-    changed = record("fast: no folding", "W8A8", 0, 8.0)
+    changed = record("fast: no equalization", "W8A8", 0, 8.0)
     assert ablation_table([*records, changed], "m", "full") == ablation_table(records, "m", "full")
     assert ablation_table([*records, changed], "m", "fast") == [
         "| | W8A8, seed 0 |",
         "|---|---|",
         "| fast | 9 / 30.0 |",
-        "| no folding | 8 / 30.0 |",
+        "| no equalization | 8 / 30.0 |",
     ]

@@ -130,9 +130,10 @@ def test_tables_of_scores():
     metrics = {task: {row.main: 0.5, "other": None} for task, row in TASKS.items()}
     counts = {task: {row.main: 4, "other": 0} for task, row in TASKS.items()}
     rows = [
-        {"rung": "torch", "task": task, "metrics": metrics[task], "counts": counts[task], "unparsed": 3} for task in TASKS
-    ] + [{"rung": "int8, engine", "task": task, "not_run": "no GPU"} for task in TASKS]
+        {"model_form": "float", "task": task, "metrics": metrics[task], "counts": counts[task], "unparsed": 3}
+        for task in TASKS
+    ] + [{"model_form": "int8, engine", "task": task, "not_run": "no GPU"} for task in TASKS]
     text = scores.tables(rows)
-    assert "| torch | 50.0 | 50.0 | 50.0 | 50.0 |" in text
+    assert "| float | 50.0 | 50.0 | 50.0 | 50.0 |" in text
     assert "| int8, engine | not run | not run | not run | not run |" in text
-    assert "| torch | 50.0 | – | 3 |" in text
+    assert "| float | 50.0 | – | 3 |" in text

@@ -1,4 +1,4 @@
-"""ScienceQA: official files, LLaVA's prompts, which answers name an option, the paper's columns, files that are wrong."""
+"""ScienceQA: official files, LLaVA's prompts, parsing of answers, the columns of the paper's table, wrong files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 def problem(**changes):
+    """An entry of problems.json, with changed fields."""
     return {
         "question": "Which is red?", "choices": ["a circle", "a ring"], "answer": 1, "hint": "", "image": "image.png",
         "grade": "grade3", "subject": "natural science", "lecture": "", "solution": "", "split": "test", **changes,
@@ -30,6 +31,7 @@ PROBLEMS = {
 
 @pytest.fixture
 def data(tmp_path):
+    """A data directory whose split test has four problems."""
     return write(tmp_path / "sqa", PROBLEMS, {"test": ["7", "3", "5", "9"], "val": []})
 
 
@@ -40,20 +42,20 @@ def write(folder, problems, splits):
     return folder
 
 
-def test_prompts_and_pictures(data):
-    found = read(Request(data, "test", "v1.3"))
-    assert [q.id for q in found.questions] == ["7", "3", "5", "9"]
-    assert found.questions[0].prompt == "Which is red?\nContext: N/A\nOptions: (A) a circle (B) a ring"
-    assert found.questions[3].prompt == "Which is red?\nContext: See it.\nOptions: (A) a (B) b (C) c (D) d (E) e"
-    assert found.questions[0].image == data / "images" / "test" / "7" / "image.png"
-    assert found.questions[1].image is None
-    asked = read(Request(data, "test", "v1.5")).questions
-    assert asked[0].prompt == f"Which is red?\nA. a circle\nB. a ring{LETTER}"
-    assert asked[3].prompt == f"Context: See it.\nWhich is red?\nA. a\nB. b\nC. c\nD. d\nE. e{LETTER}"
+def test_prompts_and_image_paths(data):
+    question_set = read(Request(data, "test", "v1.3"))
+    assert [q.id for q in question_set.questions] == ["7", "3", "5", "9"]
+    assert question_set.questions[0].prompt == "Which is red?\nContext: N/A\nOptions: (A) a circle (B) a ring"
+    assert question_set.questions[3].prompt == "Which is red?\nContext: See it.\nOptions: (A) a (B) b (C) c (D) d (E) e"
+    assert question_set.questions[0].image == data / "images" / "test" / "7" / "image.png"
+    assert question_set.questions[1].image is None
+    questions = read(Request(data, "test", "v1.5")).questions
+    assert questions[0].prompt == f"Which is red?\nA. a circle\nB. a ring{LETTER}"
+    assert questions[3].prompt == f"Context: See it.\nWhich is red?\nA. a\nB. b\nC. c\nD. d\nE. e{LETTER}"
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("B", 1),
         (" B ", 1),
@@ -77,37 +79,37 @@ def test_prompts_and_pictures(data):
         ("b", None),
     ],
 )
-def test_which_answers_name_an_option(text, wanted):
-    assert parse(text, 2) == wanted
+def test_parsing_finds_the_option_that_an_answer_names(text, expected):
+    assert parse(text, 2) == expected
 
 
-def test_columns(data):
-    given = read(Request(data, "test"))
+def test_accuracy_by_the_columns_of_the_paper(data):
+    question_set = read(Request(data, "test"))
     answers = {
         "7": Answer("The answer is B."),
         "3": Answer("B"),  # wrong
         "5": Answer("I do not know"),  # unparsed
         "9": Answer("E. e"),
     }
-    found = score(given, answers)
-    assert found.metrics == {
+    result = score(question_set, answers)
+    assert result.metrics == {
         "NAT": 1.0, "SOC": 0.0, "LAN": 0.0, "TXT": 0.5, "IMG": 1.0, "NO": 0.0, "G1-6": 1.0, "G7-12": 0.0, "Avg": 0.5,
     }  # fmt: skip
-    assert found.counts == {
+    assert result.counts == {
         "NAT": 2, "SOC": 1, "LAN": 1, "TXT": 2, "IMG": 2, "NO": 1, "G1-6": 2, "G7-12": 2, "Avg": 4,
     }  # fmt: skip
-    assert found.unparsed == 1
-    failed = score(given, {"7": Answer(failed="unreadable")})
+    assert result.unparsed == 1
+    failed = score(question_set, {"7": Answer(failed="unreadable")})
     assert (failed.metrics["Avg"], failed.metrics["SOC"], failed.unparsed) == (0.0, None, 0)
 
 
-def test_llavas_question_file(data, tmp_path):
+def test_prompts_are_read_from_llavas_question_file(data, tmp_path):
     path = tmp_path / "llava_test_QCM-LEA.json"
     turns = [{"from": "human", "value": "Own words\n<image>"}, {"from": "gpt", "value": ""}]
-    path.write_text(json.dumps([{"id": one, "image": f"{one}/image.png", "conversations": turns} for one in PROBLEMS]))
-    found = read(Request(data, "test", "v1.3", path))
-    assert {q.prompt for q in found.questions} == {"Own words"}
-    assert path in found.files
+    path.write_text(json.dumps([{"id": i, "image": f"{i}/image.png", "conversations": turns} for i in PROBLEMS]))
+    question_set = read(Request(data, "test", "v1.3", path))
+    assert {q.prompt for q in question_set.questions} == {"Own words"}
+    assert path in question_set.files
     path.write_text(json.dumps([{"id": "7", "conversations": turns}]))
     with pytest.raises(UserError, match="differ in 3 questions, such as 3"):
         read(Request(data, "test", "v1.3", path))
@@ -135,7 +137,7 @@ def test_llavas_question_file(data, tmp_path):
         (PROBLEMS, {"test": "7"}, ["pid_splits.json", "no list"]),
     ],
 )
-def test_files_that_are_wrong(tmp_path, problems, splits, words):
+def test_wrong_files_are_refused(tmp_path, problems, splits, words):
     with pytest.raises(UserError) as caught:
         read(Request(write(tmp_path / "sqa", problems, splits), "test"))
     assert all(word in str(caught.value) for word in words), caught.value
@@ -151,20 +153,20 @@ def test_missing_files_are_named(tmp_path, data):
         read(Request(data, "test"))
 
 
-def test_a_folder_of_pictures_must_be_there(data):
+def test_a_missing_folder_of_images_is_refused(data):
     (data / "images" / "test").rmdir()
     (data / "images").rmdir()
     with pytest.raises(UserError, match="holds no folder images"):
         read(Request(data, "test"))
 
 
-def test_text_that_is_no_json(data):
+def test_damaged_json_is_refused(data):
     path = data / "problems.json"
-    whole = path.read_text()
-    path.write_bytes(whole.encode().replace(b"red", b"r\xe9d"))
+    content = path.read_text()
+    path.write_bytes(content.encode().replace(b"red", b"r\xe9d"))
     with pytest.raises(UserError, match=r"problems\.json: is not UTF-8 text"):
         read(Request(data, "test"))
-    path.write_text(whole[:-5])
+    path.write_text(content[:-5])
     with pytest.raises(UserError, match="not readable as JSON"):
         read(Request(data, "test"))
     path.write_text('{"7": 1, "7": 2}')

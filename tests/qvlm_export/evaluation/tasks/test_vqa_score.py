@@ -1,4 +1,4 @@
-"""VQA's normalisation and soft accuracy: published examples, and slow implementations written from the rules alone."""
+"""VQA normalization and soft accuracy, against published values and independent slow implementations."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ DIGITS = {
 }  # fmt: skip
 
 
-def slow_normalised(text):
-    """Character by character, as the toolkit's page describes it."""
+def reference_normalization(text):
+    """Normalizes character by character, as the toolkit's page describes it."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     number_with_comma = any(
-        text[place] == "," and text[place - 1].isdecimal() and text[place + 1].isdecimal()
-        for place in range(1, len(text) - 1)
+        text[i] == "," and text[i - 1].isdecimal() and text[i + 1].isdecimal() for i in range(1, len(text) - 1)
     )
-    kept = []
+    without_marks = []
     for letter in text:
         if letter not in MARKS:
-            kept.append(letter)
+            without_marks.append(letter)
             continue
-        beside_a_space = any({letter, " "} == {one, two} for one, two in itertools.pairwise(text))
+        beside_a_space = any({letter, " "} == {left, right} for left, right in itertools.pairwise(text))
         if not (number_with_comma or beside_a_space):
-            kept.append(" ")
-    without = []
-    for place, letter in enumerate(kept):
-        behind = kept[place + 1] if place + 1 < len(kept) else ""
-        if letter != "." or behind.isdecimal():
-            without.append(letter)
+            without_marks.append(" ")
+    without_periods = []
+    for i, letter in enumerate(without_marks):
+        following = without_marks[i + 1] if i + 1 < len(without_marks) else ""
+        if letter != "." or following.isdecimal():
+            without_periods.append(letter)
     words = []
-    for raw in "".join(without).lower().split():
+    for raw in "".join(without_periods).lower().split():
         word = DIGITS.get(raw, raw)
         if word not in ("a", "an", "the"):
             words.append(CONTRACTIONS.get(word, word))
@@ -46,7 +45,7 @@ def slow_normalised(text):
 
 
 @pytest.mark.parametrize(
-    ("answer", "wanted"),
+    ("answer", "expected"),
     [
         ("The Dog.", "dog"),
         ("two", "2"),
@@ -56,11 +55,11 @@ def slow_normalised(text):
         ("couldnt've", "couldn't've"),
         ("couldn'tve", "couldn't've"),
         ("whats it", "what's it"),
-        ("well", "well"),  # not every word is a contraction with a mark left out
+        ("well", "well"),  # not every word is a contraction without its apostrophe
         ("hell", "hell"),
         ("ten o'clock", "10 o'clock"),
         ("1,000", "1000"),
-        ("1,000-2,000", "10002000"),  # a number with a comma makes all marks go
+        ("1,000-2,000", "10002000"),  # with a comma in a number, all marks are removed
         ("black-white", "black white"),
         ("black - white", "black white"),
         ("3.5 miles.", "3.5 miles"),
@@ -68,11 +67,11 @@ def slow_normalised(text):
         ("man's", "man's"),
         ("", ""),
         ("the", ""),
-        ("somebody'd", "somebodyd"),  # as the toolkit has it
+        ("somebody'd", "somebodyd"),  # as in the toolkit
     ],
 )
-def test_examples(answer, wanted):
-    assert normalize_answer(answer) == wanted
+def test_normalization_of_examples(answer, expected):
+    assert normalize_answer(answer) == expected
 
 
 TEXT = st.text(alphabet=st.sampled_from([*"abdenotwhiv 13.'\n\tTA", *MARKS]), max_size=24)
@@ -83,11 +82,11 @@ WORDS = st.lists(st.sampled_from([*DIGITS, *CONTRACTIONS, "a", "the", "An", "dog
 @given(TEXT | WORDS.map(" ".join))
 @example("a,b")
 @example("1,0 a-b")
-def test_normalisation_is_the_slow_one(text):
-    assert normalize_answer(text) == slow_normalised(text)
+def test_normalization_equals_the_reference(text):
+    assert normalize_answer(text) == reference_normalization(text)
 
 
-def test_contractions_lack_one_mark_each():
+def test_contractions_are_restored_from_words_without_one_apostrophe():
     assert len(CONTRACTIONS) > 100
     assert CONTRACTIONS["dont"] == "don't"
     assert CONTRACTIONS["'ows'at"] == "'ow's'at"
@@ -97,24 +96,24 @@ def test_contractions_lack_one_mark_each():
             assert broken.replace("'", "") == whole.replace("'", "")
 
 
-def test_punctuation_alone_keeps_case_and_articles():
+def test_strip_punctuation_keeps_case_and_articles():
     assert strip_punctuation("The dog, a cat.") == "The dog a cat"
 
 
-def slow_soft_accuracy(said, humans):
-    """The mean over all sets that leave one person out."""
-    shares = []
-    for left_out in range(len(humans)):
-        others = [human for place, human in enumerate(humans) if place != left_out]
-        shares.append(min(1, others.count(said) / 3))
-    return sum(shares) / len(shares)
+def reference_soft_accuracy(answer, human_answers):
+    """The mean over all sets that leave one person's answer out."""
+    accuracies = []
+    for left_out in range(len(human_answers)):
+        others = [human for i, human in enumerate(human_answers) if i != left_out]
+        accuracies.append(min(1, others.count(answer) / 3))
+    return sum(accuracies) / len(accuracies)
 
 
-@pytest.mark.parametrize(("matches", "wanted"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (7, 1), (10, 1)])
-def test_published_values(matches, wanted):
-    assert soft_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches)) == pytest.approx(wanted)
+@pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (7, 1), (10, 1)])
+def test_soft_accuracy_of_published_values(matches, expected):
+    assert soft_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches)) == pytest.approx(expected)
 
 
 @given(st.sampled_from("abc"), st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
-def test_soft_accuracy_is_the_slow_one(said, humans):
-    assert soft_accuracy(said, humans) == pytest.approx(slow_soft_accuracy(said, humans))
+def test_soft_accuracy_equals_the_reference(answer, human_answers):
+    assert soft_accuracy(answer, human_answers) == pytest.approx(reference_soft_accuracy(answer, human_answers))

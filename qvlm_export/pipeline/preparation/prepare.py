@@ -1,4 +1,7 @@
-"""What an export will do, decided and checked before any work: `--dry-run` stops here."""
+"""Preparation of an export: from the command line's options to everything that is decided and checked before any work.
+
+Only headers and small files are read: weights are neither loaded nor written. `--dry-run` stops here.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +24,34 @@ from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
 from qvlm_export.inference.torch_runner import check_device
 from qvlm_export.inputs.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
-from qvlm_export.pipeline.planning.estimate import (
+from qvlm_export.pipeline.preparation.estimate import (
     Estimate,
-    activations_bytes,
-    build_bytes,
+    activation_memory_bytes,
     build_memory,
     check_gpu_memory,
     check_memory,
     estimate,
     largest_bytes,
+    measure_build_rate,
     memory_needed,
     total_sizes,
 )
-from qvlm_export.pipeline.planning.machine import measure_machine
-from qvlm_export.pipeline.planning.preflight import check_disk, check_out, check_work_dir, disk_needed
-from qvlm_export.pipeline.planning.recipe import Recipe, check_engine_schemes, choose_recipe, plan_linears
+from qvlm_export.pipeline.preparation.machine import measure_machine
+from qvlm_export.pipeline.preparation.preflight import check_disk, check_out, check_work_dir, disk_needed
+from qvlm_export.pipeline.preparation.recipe import Recipe, assign_schemes, check_engine_schemes, choose_recipe
 
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
-TEXT_LENGTH = 1024  # beside the largest picture, where pictures are cut into tiles
-MAX_SAMPLES = 128  # used when --samples does not say
+TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
+MAX_SAMPLES = 128  # used at most when --samples is not given
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the command line says. None: decided from the model."""
+    """The options of `qvlm-export`, under the names of the command line.
+
+    None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
+    """
 
     model: str
     out: Path
@@ -60,56 +66,65 @@ class ExportOptions:
     max_batch: int = 1
     work_dir: Path | None = None
     resume: bool = False
-    memory: float | None = None  # GiB
-    device: str = "cpu"  # that calibration computes on
+    memory: float | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
-class ExportPlan:
-    """Everything that is known before work begins; `--dry-run` shows it."""
+class PreparedExport:
+    """Everything that is decided and counted before work begins; `--dry-run` shows it.
+
+    processor: the processor of transformers. linears: the quantized linears with their schemes. sizes: of the weights, by
+    part. disk_bytes: the most that is on disk at a time. samples: the calibration set; empty when no linear is quantized.
+    cost: of calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may
+    hold in memory.
+    """
 
     options: ExportOptions
     checkpoint: Checkpoint
-    processor: Any  # transformers' own
+    processor: Any
     backend: Backend
     recipe: Recipe
     limits: Limits
     blocks: ModelBlocks
     linears: Mapping[str, LinearScheme]
-    sizes: Mapping[str, Sizes]  # by part
+    sizes: Mapping[str, Sizes]
     disk_bytes: int
-    samples: tuple[Sample, ...]  # none when no linear is planned
-    cost: Cost  # of calibration
-    activations_bytes: int  # of what lies between two blocks, that many in memory
+    samples: tuple[Sample, ...]
+    cost: Cost
+    activations_bytes: int
     device: str
 
 
-def plan_export(options: ExportOptions) -> ExportPlan:
-    """The preflight: opens headers, decides schemes, checks everything that can be checked. Writes nothing."""
+def prepare_export(options: ExportOptions) -> PreparedExport:
+    """Opens the checkpoint's headers, assigns schemes, encodes the calibration set, and checks all that can be checked.
+
+    Writes nothing. Raises UserError when an option, the checkpoint, the calibration set or this machine is unsuitable.
+    """
     _check_options(options)
     device = check_device(options.device)
     recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
     checkpoint = open_checkpoint(options.model)
-    limits = _limits(options, checkpoint)
+    limits = _choose_limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
-    linears = plan_linears(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
+    linears = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
     check_engine_schemes(linears, backend)
-    sizes = {part: estimate_sizes(of_part(shapes, part), linears) for part in PARTS}
+    sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
-    samples = _samples(options, checkpoint, processor, limits) if linears else ()
-    method, builds = EFFORTS[options.effort].config, backend.module is not None
+    samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
+    config, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):
-        _check_text_only(options, find_linear_needing_images(blocks, linears, searched=method is not None))
-    cost = estimate_calibration_cost(blocks, linears, samples, method) if linears else Cost()
+        _refuse_text_only(options, find_linear_needing_images(blocks, linears, searched=config is not None))
+    cost = estimate_calibration_cost(blocks, linears, samples, config) if linears else Cost()
     disk = disk_needed(
         total_sizes(sizes),
         calibrates=bool(linears),
         builds=builds,
-        kept_bytes=activation_cache_bytes(blocks, samples, method),
-        measured_bytes=sensitivity_bytes(blocks, samples, method),
+        activations_bytes=activation_cache_bytes(blocks, samples, config),
+        sensitivity_bytes=sensitivity_bytes(blocks, samples, config),
     )
     check_disk(disk, options.out, options.work_dir)
     on_host = cost if device == "cpu" else Cost()
@@ -117,7 +132,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     if device == "cuda":
         check_gpu_memory(cost.memory_bytes)
     check_memory(memory_needed(on_host, largest), build_memory(sizes) if builds else 0)
-    return ExportPlan(
+    return PreparedExport(
         options=options,
         checkpoint=checkpoint,
         processor=processor,
@@ -130,13 +145,13 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         disk_bytes=disk.bytes,
         samples=samples,
         cost=cost,
-        activations_bytes=activations_bytes(options.memory, options.effort, on_host, largest),
+        activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
     )
 
 
 def _check_options(options: ExportOptions) -> None:
-    """What needs no model."""
+    """Raises UserError for an option that can be refused without looking at the model."""
     check_out(options.out)
     if options.work_dir is not None:
         check_work_dir(options.work_dir)
@@ -147,29 +162,34 @@ def _check_options(options: ExportOptions) -> None:
         raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
 
 
-def estimate_export(plan: ExportPlan) -> Estimate:
-    """Seconds and memory, from what is to be done and a short measurement of this machine."""
-    machine = measure_machine(plan.options.out.parent, plan.checkpoint.source.files(), plan.device)
-    machine = replace(machine, built_bytes=build_bytes(plan.backend, plan.sizes))
-    builds, largest = plan.backend.module is not None, largest_bytes(plan.checkpoint.config)
-    return estimate(plan.cost, plan.linears, plan.sizes, largest, machine, builds=builds)
+def estimate_export(prepared: PreparedExport) -> Estimate:
+    """Returns the expected time and memory of the export, after measuring the speed of this machine for a few seconds."""
+    machine = measure_machine(prepared.options.out.parent, prepared.checkpoint.source.files(), prepared.device)
+    machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
+    builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
+    return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
 
 
-def _samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
+def _read_samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
+    """Returns the encoded calibration set: of `--calib-data`, or the built-in one."""
     entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
     return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
 
 
-def _check_text_only(options: ExportOptions, asking: str | None) -> None:
-    """asking: a linear that samples without pictures cannot calibrate."""
-    if asking is not None:
+def _refuse_text_only(options: ExportOptions, linear: str | None) -> None:
+    """Raises UserError unless `linear`, the first one whose calibration needs images, is None."""
+    if linear is not None:
         raise UserError(
-            f"--calib-data {options.calib_data}: no sample has a picture, and how {asking} is quantized depends on them; "
+            f"--calib-data {options.calib_data}: no sample has a picture, and how {linear} is quantized depends on them; "
             "add samples with pictures, or leave tower and projector float by --recipe"
         )
 
 
-def _limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:
+def _choose_limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:
+    """Returns the largest inputs that the engines take.
+
+    Raises UserError when `--max-length` leaves no token beside an image, or exceeds the positions of the model.
+    """
     longest = checkpoint.config.text.max_position_embeddings
     config = checkpoint.config
     usual = max(DEFAULT_MAX_LENGTH, config.most_image_tokens + TEXT_LENGTH) if config.tiles else DEFAULT_MAX_LENGTH
@@ -179,17 +199,18 @@ def _limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:
             f"--max-length {max_length}: this model takes {checkpoint.config.vision.tokens_per_image + 1} (one image and a "
             f"token) to {longest} tokens"
         )
-    if config.tiles is not None:  # the session runs the vision engine as often as pictures need it
+    if config.tiles is not None:  # the session runs the vision engine as often as the tiles of all images require
         return Limits(max_length, options.max_batch, config.most_tiles)
     images = max(options.max_batch, (max_length - 1) // checkpoint.config.vision.tokens_per_image)
     return Limits(max_length, options.max_batch, min(images, 4 * options.max_batch))
 
 
 def float16_bytes(config: ModelConfig) -> dict[str, int]:
-    """Bytes of each part's weights if all were float16: what compression is measured against."""
+    """Returns the bytes of the weights by part if all were float16, which compression is measured against."""
     shapes = expected_shapes(config)
-    return {part: estimate_sizes(of_part(shapes, part), {}).float16_bytes for part in PARTS}
+    return {part: estimate_sizes(select_part(shapes, part), {}).float16_bytes for part in PARTS}
 
 
-def of_part(names: Mapping[str, Any], part: str) -> dict[str, Any]:
+def select_part(names: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Returns the entries whose tensor or linear belongs to `part`; the projector belongs to "vision"."""
     return {n: v for n, v in names.items() if n.startswith("language_model.") == (part == "language")}

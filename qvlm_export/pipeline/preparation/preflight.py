@@ -1,4 +1,7 @@
-"""What is checked before any work: the output path, the disk, and how much will be written."""
+"""Preflight checks of the places that an export writes to: the output path, the work folder, and the room on their disks.
+
+Nothing is written but nameless temporary files, so that a refused export leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,43 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.graph.weight_sizes import Sizes
 from qvlm_export.engines.manifest import FORMAT
 
-PLAN_OVERHEAD_BYTES = 8 * 2**20  # kernels and program text of a TensorRT-RTX plan, whatever the model's size
-MAX_NAME_BYTES = 230  # of 255, for what is appended to the name: .vision.onnx.data.tmp
+PLAN_OVERHEAD_BYTES = 8 * 2**20  # kernels and program text of a TensorRT-RTX plan, whatever the size of the model
+MAX_NAME_BYTES = 230  # of the 255 that file systems allow; the rest is for suffixes such as .vision.onnx.data.tmp
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that an export has on disk at its peak: ONNX data and plans beside the output, the rest where it is worked."""
+    """The most bytes that an export has on disk at a time.
+
+    out_bytes: ONNX data and plans, on the disk of the output. work_bytes: the calibrated checkpoint and the state of
+    calibration, in the work folder.
+    """
 
     out_bytes: int
     work_bytes: int
 
     @property
     def bytes(self) -> int:
-        """On both together."""
+        """The bytes in both places together."""
         return self.out_bytes + self.work_bytes
 
 
-def disk_needed(sizes: Sizes, *, calibrates: bool, builds: bool, kept_bytes: int = 0, measured_bytes: int = 0) -> Disk:
-    """kept_bytes: of what lies between the blocks of a calibration. measured_bytes: before there is anything else."""
+def disk_needed(
+    sizes: Sizes, *, calibrates: bool, builds: bool, activations_bytes: int = 0, sensitivity_bytes: int = 0
+) -> Disk:
+    """Returns the disk space that an export needs.
+
+    sizes: of all weights. calibrates, builds: whether linears are quantized, and whether engines are built.
+    activations_bytes: of the activation cache on disk. sensitivity_bytes: of what is on disk while sensitivities are
+    measured, which is before the first block is calibrated.
+    """
     plans = sizes.planned_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
-    return Disk(sizes.planned_bytes + plans, max(sizes.planned_bytes + kept_bytes, measured_bytes) if calibrates else 0)
+    work = max(sizes.planned_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
+    return Disk(sizes.planned_bytes + plans, work)
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError when `out` is not a .plan path in a folder that can be written, or stands for foreign files."""
+    """Raises UserError when `out` is not a .plan path in a writable folder, or when X.json beside it is a foreign file."""
     if out.suffix != ".plan":
         raise UserError(f"--out {out}: must end in .plan; the other files are named after it")
     if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
@@ -52,22 +67,25 @@ def check_out(out: Path) -> None:
 
 
 def check_work_dir(folder: Path) -> None:
-    """Raises UserError when the calibrated checkpoint cannot be kept in `folder`, or would replace foreign files."""
+    """Raises UserError when `folder` cannot be written to, or when calibrating there would replace foreign files."""
     check_writable(folder, f"--work-dir {folder}")
-    kept = calibrated_folder(folder)
-    names = {path.name for path in kept.iterdir()} if kept.is_dir() else set()
+    calibrated = calibrated_folder(folder)
+    names = {path.name for path in calibrated.iterdir()} if calibrated.is_dir() else set()
     foreign = [n for n in names if not n.startswith(("model-", "model.safetensors.index.json", "config.json", RECORD_FILE))]
     if foreign or ("config.json" in names and RECORD_FILE not in names):
-        raise UserError(f"--work-dir {folder}: {kept} holds files qvlm-export did not write; choose another folder")
+        raise UserError(f"--work-dir {folder}: {calibrated} holds files qvlm-export did not write; choose another folder")
 
 
 def calibrated_folder(work: Path) -> Path:
-    """Where a work folder holds the calibrated checkpoint."""
+    """Returns the folder of the calibrated checkpoint in a work folder."""
     return work / "calibrated"
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises UserError when `folder` cannot be written, or made where it does not exist yet. Makes nothing."""
+    """Raises UserError when `folder` cannot be written to or, where it does not exist, cannot be made. Does not make it.
+
+    option: the option that names the folder, for the message.
+    """
     try:
         with tempfile.TemporaryFile(dir=nearest_folder(folder)):
             pass
@@ -76,14 +94,17 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """`folder`, or the closest of its parents that exists."""
+    """Returns `folder`, or the closest of its parents that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_disk(disk: Disk, out: Path, work_dir: Path | None) -> None:
-    """Raises UserError when a disk has too little room, beside what an unfinished export of the same left there."""
+    """Raises UserError when a disk has too little room.
+
+    What an unfinished export to the same place occupies counts as free, as a resumed one uses it and a new one removes it.
+    """
     scratch = scratch_folder(out)
-    if work_dir is not None and _disk_of(work_dir) != _disk_of(out.parent):
+    if work_dir is not None and _get_disk(work_dir) != _get_disk(out.parent):
         _check_room(work_dir, disk.work_bytes, [work_dir], "--work-dir")
         _check_room(out.parent, disk.out_bytes, [scratch], "--out")
     else:
@@ -91,21 +112,22 @@ def check_disk(disk: Disk, out: Path, work_dir: Path | None) -> None:
 
 
 def scratch_folder(out: Path) -> Path:
-    """The work folder beside the output."""
+    """Returns the work folder beside the output."""
     return out.parent / f".{out.stem}.work"
 
 
-def _check_room(folder: Path, needed_bytes: int, ours: list[Path], option: str) -> None:
-    held = sum(path.stat().st_size for own in ours for path in own.rglob("*") if path.is_file())
+def _check_room(folder: Path, needed_bytes: int, reusable: list[Path], option: str) -> None:
+    """Raises UserError when the disk of `folder` has too little room. Files in `reusable` count as free."""
+    reusable_bytes = sum(path.stat().st_size for own in reusable for path in own.rglob("*") if path.is_file())
     free = shutil.disk_usage(nearest_folder(folder)).free
-    if free + held < needed_bytes:
+    if free + reusable_bytes < needed_bytes:
         raise UserError(
             f"{folder}: {needed_bytes / 2**30:.1f} GiB are needed on this disk and {free / 2**30:.1f} GiB are free; "
             f"free some, or write {option} to another disk"
         )
 
 
-def _disk_of(folder: Path) -> int:
+def _get_disk(folder: Path) -> int:
     return nearest_folder(folder).stat().st_dev
 
 

@@ -1,4 +1,4 @@
-"""Which linear gets which scheme, and how many bytes that makes."""
+"""Recipes: which linear gets which scheme, how many bytes that makes, and which recipes are refused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.engines.backend import Backend
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
-from qvlm_export.pipeline.planning.recipe import (
+from qvlm_export.pipeline.preparation.recipe import (
     PRESETS,
     SIMULATED,
     Recipe,
+    assign_schemes,
     check_engine_schemes,
     check_targets,
     choose_recipe,
-    plan_linears,
     read_recipe,
     recipe_of_preset,
 )
@@ -35,7 +35,7 @@ Q_PROJ, DOWN_PROJ = "language_model.model.layers.0.self_attn.q_proj", "language_
 SHAPES: dict[str, tuple[int, ...]] = {FC1: (300, 100), LINEAR_1: (256, 100), Q_PROJ: (256, 256), DOWN_PROJ: (256, 192)}
 
 
-def recipe_of(tmp_path: Path, text: str) -> Recipe:
+def write_recipe(tmp_path: Path, text: str) -> Recipe:
     (tmp_path / "recipe.yaml").write_text(text)
     return read_recipe(tmp_path / "recipe.yaml")
 
@@ -45,7 +45,7 @@ def int4(group_size: int) -> LinearScheme:
 
 
 @pytest.mark.parametrize(
-    ("preset", "wanted"),
+    ("preset", "expected"),
     [
         ("int4", {FC1: W8A8, LINEAR_1: W8A8, Q_PROJ: int4(128), DOWN_PROJ: int4(64)}),
         ("int8", {FC1: W8A8, LINEAR_1: W8A8, Q_PROJ: W8A8, DOWN_PROJ: W8A8}),
@@ -53,9 +53,9 @@ def int4(group_size: int) -> LinearScheme:
         ("sim-w6a6", dict.fromkeys(SHAPES, LinearScheme(6, 6, None))),
     ],
 )
-def test_presets(preset: str, wanted: dict[str, LinearScheme]) -> None:
-    """128 does not divide 192, so its group is 64; linears of 6 and 8 bits may have any width."""
-    assert plan_linears(recipe_of_preset(preset), SHAPES) == wanted
+def test_presets(preset: str, expected: dict[str, LinearScheme]) -> None:
+    """down_proj has groups of 64, as 128 does not divide 192. Schemes of 6 and 8 bits have no groups and fit any width."""
+    assert assign_schemes(recipe_of_preset(preset), SHAPES) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_presets(preset: str, wanted: dict[str, LinearScheme]) -> None:
     ],
 )
 def test_presets_on_a_whole_model(llava: Llava, preset: str, counts: dict[str, int]) -> None:
-    """Three tower layers of six linears, two of the projector; two decoder layers of seven; lm_head never."""
+    """Three layers of the tower with six linears each, two of the projector, two decoder layers with seven; no lm_head."""
     checkpoint = open_checkpoint(str(llava()))
     shapes = expected_shapes(checkpoint.config)
     names = make_blocks(checkpoint.hf_config).quantizable()
-    plan = plan_linears(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
-    assert Counter(scheme.name for scheme in plan.values()) == counts
-    assert not any("lm_head" in name or "layers.3" in name for name in plan)
+    schemes = assign_schemes(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
+    assert Counter(scheme.name for scheme in schemes.values()) == counts
+    assert not any("lm_head" in name or "layers.3" in name for name in schemes)
 
 
 def test_preset_names() -> None:
@@ -103,62 +103,62 @@ def test_simulated_presets_are_for_the_onnx_backend(name: str, backend: str) -> 
     assert choose_recipe("int4", None, backend) == recipe_of_preset("int4")
 
 
-def test_the_first_linear_that_an_engine_cannot_have_is_named() -> None:
-    plan = {FC1: W8A8, Q_PROJ: LinearScheme(4, 8, 128), DOWN_PROJ: LinearScheme(3, None, 64)}
+def test_the_first_linear_that_no_engine_can_execute_is_named() -> None:
+    schemes = {FC1: W8A8, Q_PROJ: LinearScheme(4, 8, 128), DOWN_PROJ: LinearScheme(3, None, 64)}
     rtx = Backend("tensorrt-rtx", "tensorrt_rtx", "1.7", ("sm89",))
     with pytest.raises(UserError, match=f"^--recipe: {Q_PROJ} is W4A8, for which TensorRT has no kernel .*--backend onnx"):
-        check_engine_schemes(plan, rtx)
-    check_engine_schemes(plan, Backend("onnx", None, None, ()))
+        check_engine_schemes(schemes, rtx)
+    check_engine_schemes(schemes, Backend("onnx", None, None, ()))
     check_engine_schemes({FC1: W8A8, Q_PROJ: int4(64)}, rtx)
 
 
 def test_later_rules_win(tmp_path: Path) -> None:
-    recipe = recipe_of(
+    recipe = write_recipe(
         tmp_path,
         "base: int8\nrules:\n- {match: 'language_model.*', scheme: float}\n- {match: '*.down_proj', scheme: W4A16}\n",
     )
-    assert plan_linears(recipe, SHAPES) == {FC1: W8A8, LINEAR_1: W8A8, DOWN_PROJ: int4(64)}
-    turned = recipe.model_copy(update={"rules": recipe.rules[::-1]})
-    assert plan_linears(turned, SHAPES) == {FC1: W8A8, LINEAR_1: W8A8}
+    assert assign_schemes(recipe, SHAPES) == {FC1: W8A8, LINEAR_1: W8A8, DOWN_PROJ: int4(64)}
+    reversed_rules = recipe.model_copy(update={"rules": recipe.rules[::-1]})
+    assert assign_schemes(reversed_rules, SHAPES) == {FC1: W8A8, LINEAR_1: W8A8}
 
 
-def test_a_rule_may_ask_for_a_group(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, f"rules: [{{match: {Q_PROJ}, scheme: W4A16, group_size: 64}}]")
-    assert plan_linears(recipe, SHAPES)[Q_PROJ] == int4(64)
-    recipe = recipe_of(tmp_path, f"rules: [{{match: {DOWN_PROJ}, scheme: W4A16, group_size: 128}}]")
+def test_a_rule_may_set_the_group_size(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, f"rules: [{{match: {Q_PROJ}, scheme: W4A16, group_size: 64}}]")
+    assert assign_schemes(recipe, SHAPES)[Q_PROJ] == int4(64)
+    recipe = write_recipe(tmp_path, f"rules: [{{match: {DOWN_PROJ}, scheme: W4A16, group_size: 128}}]")
     with pytest.raises(SchemeError, match=f"{DOWN_PROJ}: 128 does not divide its 192 inputs"):
-        plan_linears(recipe, SHAPES)
+        assign_schemes(recipe, SHAPES)
 
 
-def test_a_rule_may_put_int4_into_the_tower_where_groups_divide(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "rules: [{match: 'vision_tower.*', scheme: W4A16}]")
+def test_a_rule_may_make_the_tower_int4_where_a_group_size_divides(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "rules: [{match: 'vision_tower.*', scheme: W4A16}]")
     with pytest.raises(SchemeError, match=rf"{FC1}: 128 nor 64 does not divide its 100 inputs.*int8"):
-        plan_linears(recipe, SHAPES)
-    assert plan_linears(recipe, SHAPES | {FC1: (300, 128)})[FC1] == int4(128)
+        assign_schemes(recipe, SHAPES)
+    assert assign_schemes(recipe, SHAPES | {FC1: (300, 128)})[FC1] == int4(128)
     with pytest.raises(SchemeError, match=f"{FC1}: its 301 outputs are odd"):
-        plan_linears(recipe, SHAPES | {FC1: (301, 128)})
+        assign_schemes(recipe, SHAPES | {FC1: (301, 128)})
 
 
 @pytest.mark.parametrize("weight", [3, 4, 6, 8])
 @pytest.mark.parametrize("activation", [4, 6, 8, 16])
 def test_a_rule_may_name_any_scheme_that_a_linear_can_have(tmp_path: Path, weight: int, activation: int) -> None:
-    recipe = recipe_of(tmp_path, f"rules: [{{match: {Q_PROJ}, scheme: W{weight}A{activation}}}]")
+    recipe = write_recipe(tmp_path, f"rules: [{{match: {Q_PROJ}, scheme: W{weight}A{activation}}}]")
     group = 128 if weight <= 4 else None
-    wanted = LinearScheme(weight, None if activation == 16 else activation, group)
-    assert plan_linears(recipe, SHAPES)[Q_PROJ] == wanted
+    expected = LinearScheme(weight, None if activation == 16 else activation, group)
+    assert assign_schemes(recipe, SHAPES)[Q_PROJ] == expected
 
 
-def test_rules_lie_on_top_of_a_simulated_base(tmp_path: Path) -> None:
-    recipe = recipe_of(
+def test_rules_override_a_simulated_base(tmp_path: Path) -> None:
+    recipe = write_recipe(
         tmp_path, "base: sim-w6a6\nrules: [{match: '*q_proj', scheme: W3A4, group_size: 64}, {match: '*1', scheme: float}]"
     )
     six = LinearScheme(6, 6, None)
-    assert plan_linears(recipe, SHAPES) == {Q_PROJ: LinearScheme(3, 4, 64), DOWN_PROJ: six}
+    assert assign_schemes(recipe, SHAPES) == {Q_PROJ: LinearScheme(3, 4, 64), DOWN_PROJ: six}
 
 
 def test_empty_recipe_is_its_base(tmp_path: Path) -> None:
-    assert recipe_of(tmp_path, "") == recipe_of_preset("int4")
-    assert recipe_of(tmp_path, "base: fp16") == recipe_of_preset("fp16")
+    assert write_recipe(tmp_path, "") == recipe_of_preset("int4")
+    assert write_recipe(tmp_path, "base: fp16") == recipe_of_preset("fp16")
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120", "sm121", "current"])
@@ -174,8 +174,8 @@ def test_target_without_int4() -> None:
     check_targets({}, turing)
 
 
-def test_sizes_by_hand() -> None:
-    """INT4: half a byte a weight and two a scale. INT8: one byte a weight and four a scale. The rest: two bytes."""
+def test_sizes_counted_by_hand() -> None:
+    """INT4 takes half a byte for a weight and two for a scale, INT8 one and four; the rest is float16."""
     shapes = {f"{Q_PROJ}.weight": (256, 256), f"{FC1}.weight": (300, 100), f"{FC1}.bias": (300,)}
     sizes = estimate_sizes(shapes, {Q_PROJ: int4(128), FC1: W8A8})
     assert sizes.float16_bytes == 2 * (256 * 256 + 300 * 100 + 300)
@@ -193,7 +193,7 @@ def test_simulated_codes_are_stored_in_whole_int4_and_int8() -> None:
 
 
 def test_a_large_int4_linear_is_almost_four_times_smaller() -> None:
-    """5120x13824 as in LLaVA-13B: 4 bits and 16/128 of a scale a weight."""
+    """5120 x 13824, as in LLaVA-13B: a weight takes 4 bits, and 16/128 bits of a scale."""
     sizes = estimate_sizes({f"{DOWN_PROJ}.weight": (5120, 13824)}, {DOWN_PROJ: int4(128)})
     assert sizes.compression == pytest.approx(16 / (4 + 16 / 128))
 
@@ -250,20 +250,22 @@ def test_recipe_rule_matches_nothing(llava: Llava, absent: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("backend", [(), ("--backend", "tensorrt-rtx"), ("--backend", "tensorrt"), ("--target", "sm89")])
 @pytest.mark.parametrize("scheme", SIMULATED)
-def test_no_engine_of_a_simulated_preset(llava: Llava, absent: Path, scheme: str, backend: tuple[str, ...]) -> None:
+def test_an_engine_with_a_simulated_preset_is_refused(
+    llava: Llava, absent: Path, scheme: str, backend: tuple[str, ...]
+) -> None:
     refused = run_export(llava(), absent, "--scheme", scheme, *backend)
     assert_refused(
         refused, f"--scheme {scheme}: TensorRT has no kernel", "INT4 is weight-only", "add --backend onnx", "int8"
     )
 
 
-def test_a_simulated_preset_is_refused_before_anything_is_looked_for(absent: Path, tmp_path: Path) -> None:
+def test_a_simulated_preset_is_refused_before_model_and_backend_are_opened(absent: Path, tmp_path: Path) -> None:
     refused = run_export(tmp_path / "no-model", absent, "--scheme", "sim-w4a4", "--dry-run")
     assert_refused(refused, "--scheme sim-w4a4: TensorRT has no kernel for W4A4")
 
 
 @pytest.mark.parametrize("recipe", ["base: sim-w4a8", f"rules: [{{match: {Q_PROJ}, scheme: W4A8}}]"])
-def test_no_engine_of_a_recipe_with_a_simulated_linear(llava: Llava, absent: Path, tmp_path: Path, recipe: str) -> None:
+def test_an_engine_with_a_simulated_linear_is_refused(llava: Llava, absent: Path, tmp_path: Path, recipe: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     first = "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj" if "base" in recipe else Q_PROJ
@@ -271,7 +273,7 @@ def test_no_engine_of_a_recipe_with_a_simulated_linear(llava: Llava, absent: Pat
     assert_refused(refused, f"--recipe: {first} is W4A8, for which TensorRT has no kernel", "add --backend onnx", "W4A16")
 
 
-def test_a_simulated_base_that_rules_replace_may_be_an_engine(llava: Llava, absent: Path, tmp_path: Path) -> None:
+def test_a_simulated_base_may_be_an_engine_when_rules_replace_all_of_it(llava: Llava, absent: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("base: sim-w4a8\nrules: [{match: '*', scheme: W8A8}]")
     result = run_export(llava(), absent, "--recipe", path, "--backend", "tensorrt-rtx", "--dry-run")

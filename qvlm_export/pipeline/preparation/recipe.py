@@ -1,4 +1,7 @@
-"""Which linear gets which scheme: a preset, or a recipe on top of one."""
+"""Quantization recipes: a preset, or a YAML file with rules on top of one, assigns a scheme to every linear.
+
+Schemes that TensorRT cannot execute are refused here, unless only graphs are exported.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ REASON = "(its INT4 is weight-only, INT8 needs 8 bits on both sides)"
 
 @dataclass(frozen=True)
 class Preset:
-    """Schemes of the decoder's linears and of tower and projector: W4A16 and the like, or float. lm_head stays float."""
+    """The scheme, such as W4A16 or float, of the decoder's linears and of those of the vision tower and the projector.
+
+    lm_head always stays in float.
+    """
 
     language_model: str
     vision: str
@@ -42,12 +48,12 @@ PRESETS = {
     "sim-w4a8": Preset(language_model="W4A8", vision="W4A8"),
     "sim-w3a16": Preset(language_model="W3A16", vision="W3A16"),
 }
-# What papers report and TensorRT cannot run: fake-quantized, in torch and on ONNX Runtime.
+# Schemes that papers report and TensorRT cannot run. They are simulated by fake quantization, in torch and ONNX Runtime.
 SIMULATED = tuple(name for name in PRESETS if name.startswith("sim-"))
 
 
 class Rule(BaseModel):
-    """Linears whose name matches the glob `match` get `scheme`; later rules win."""
+    """One rule of a recipe: linears whose name matches the glob `match` get `scheme`. Later rules win."""
 
     model_config = ConfigDict(extra="forbid")
     match: str
@@ -56,7 +62,7 @@ class Rule(BaseModel):
 
     @field_validator("scheme")
     @classmethod
-    def _bits_that_exist(cls, scheme: str) -> str:
+    def _check_bits(cls, scheme: str) -> str:
         if scheme != FLOAT:
             try:
                 parse_scheme_bits(scheme)
@@ -65,14 +71,14 @@ class Rule(BaseModel):
         return scheme
 
     @model_validator(mode="after")
-    def _groups_are_for_few_bits(self) -> Rule:
+    def _check_group_size(self) -> Rule:
         if self.group_size is not None and (self.scheme == FLOAT or parse_scheme_bits(self.scheme)[0] > GROUPED_BITS):
             raise ValueError(f"{self.scheme} has no groups, leave group_size out")
         return self
 
 
 class Recipe(BaseModel):
-    """The YAML of --recipe."""
+    """The content of a `--recipe` file."""
 
     model_config = ConfigDict(extra="forbid")
     base: Literal["int4", "int8", "fp16", "sim-w6a6", "sim-w4a4", "sim-w4a8", "sim-w3a16"] = "int4"
@@ -80,10 +86,11 @@ class Recipe(BaseModel):
 
 
 def choose_recipe(scheme: str, path: Path | None, backend: str) -> Recipe:
-    """What --recipe says, or the preset --scheme where there is none.
+    """Returns the recipe in the file `path`, or the one of the preset `scheme` when `path` is None.
 
-    Raises UserError for one that cannot be read or is unknown, and for a simulated preset with a `--backend` that builds
-    engines: before a backend is chosen, as nobody shall install TensorRT first to be told that it cannot help.
+    backend: as `--backend` names it. Raises UserError for a recipe that cannot be read, for an unknown preset, and for a
+    simulated preset with a backend that builds engines. This comes before the backend is looked for, as nobody should
+    install TensorRT only to be told that it cannot run the scheme.
     """
     if path is not None:
         return read_recipe(path)
@@ -97,7 +104,7 @@ def choose_recipe(scheme: str, path: Path | None, backend: str) -> Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises UserError naming the file and the field."""
+    """Returns the recipe in a YAML file. Raises UserError naming the file and the field that is wrong."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML's dates raise ValueError
@@ -113,16 +120,17 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_of_preset(scheme: str) -> Recipe:
-    """Raises UserError for an unknown preset."""
+    """Returns the recipe of a preset, without rules. Raises UserError for an unknown preset."""
     if scheme not in PRESETS:
         raise UserError(f"--scheme {scheme}: unknown; choose one of {', '.join(PRESETS)}")
     return Recipe.model_validate({"base": scheme})
 
 
-def plan_linears(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, LinearScheme]:
-    """linear name -> scheme, for linears that are not float. shapes: name -> [out, in] of every linear that may be planned.
+def assign_schemes(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, LinearScheme]:
+    """Returns the scheme of every linear that does not stay in float, by name.
 
-    Raises UserError for a rule that matches nothing, and SchemeError for a width that no group divides.
+    shapes: the weight's shape [out, in] of every linear that may be quantized, by name. Raises UserError for a rule that
+    matches nothing, and SchemeError for a width that no group size divides.
     """
     preset = PRESETS[recipe.base]
     chosen: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -142,22 +150,22 @@ def plan_linears(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str
     }
 
 
-def check_engine_schemes(plan: dict[str, LinearScheme], backend: Backend) -> None:
-    """Raises UserError naming the first linear that an engine, or one of its targets, cannot have."""
+def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend) -> None:
+    """Raises UserError naming the first linear whose scheme an engine, or one of the targets, cannot execute."""
     if backend.module is None:
         return
-    for name, scheme in plan.items():
+    for name, scheme in schemes.items():
         if not scheme.deployable:
             raise UserError(
                 f"--recipe: {name} is {scheme.name}, for which TensorRT has no kernel {REASON}, so it cannot be in an "
                 "engine; add --backend onnx to simulate it, or make it W4A16, W8A8 or float"
             )
-    check_targets(plan, backend)
+    check_targets(schemes, backend)
 
 
-def check_targets(plan: dict[str, LinearScheme], backend: Backend) -> None:
-    """Raises UserError when a target has no INT4 and the plan wants it."""
-    if backend.name != "tensorrt-rtx" or not any(s.weight_bits == 4 for s in plan.values()):
+def check_targets(schemes: dict[str, LinearScheme], backend: Backend) -> None:
+    """Raises UserError when a target has no INT4 and a scheme needs it. Only TensorRT-RTX builds for chosen targets."""
+    if backend.name != "tensorrt-rtx" or not any(s.weight_bits == 4 for s in schemes.values()):
         return
     for target in backend.targets:
         if target not in INT4_TARGETS and target != "current":

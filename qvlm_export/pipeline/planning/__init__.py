@@ -1,1 +1,0 @@
-"""What is decided and checked before any work: recipe, preflight, time and memory."""

@@ -1,0 +1,1 @@
+"""Preparation of an export: everything that is decided, checked and estimated before any work."""

@@ -1,0 +1,1 @@
+"""Benchmarks: methods, whole exports, one block, runtime."""

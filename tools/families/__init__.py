@@ -1,0 +1,1 @@
+"""Random checkpoints of every model family, and their comparison with transformers."""

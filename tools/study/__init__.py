@@ -1,0 +1,1 @@
+"""Studies of what earns what, and the table of the Q-VLM paper."""

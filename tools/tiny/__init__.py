@@ -1,0 +1,1 @@
+"""The tiny LLaVA: scenes, training, planted outliers, its scores."""
