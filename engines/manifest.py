@@ -55,10 +55,10 @@ class Manifest:
         if role not in self.files:
             raise UserError(f"{self.path}: this export has no {role}; export again with the backend that writes it")
         path = self.path.parent / self.files[role]["name"]
-        for part in dict.fromkeys((path, *self.recorded(role))):
+        for part in dict.fromkeys((path, *self.recorded_files(role))):
             if not part.exists():
                 raise UserError(f"{part}: is missing; it belongs to {self.path.name}, keep the files of an export together")
-        for part, record in self.recorded(role).items():
+        for part, record in self.recorded_files(role).items():
             expected, size = record.get("bytes"), part.stat().st_size
             if expected is not None and size != expected:
                 raise UserError(
@@ -66,7 +66,7 @@ class Manifest:
                 )
         return path
 
-    def recorded(self, role: str) -> dict[Path, Mapping[str, Any]]:
+    def recorded_files(self, role: str) -> dict[Path, Mapping[str, Any]]:
         """Returns path -> record (bytes and sha256) of a role: one for a file, all files inside for a folder."""
         entry = self.files[role]
         path = self.path.parent / entry["name"]
@@ -199,7 +199,7 @@ def verify_file(manifest: Manifest, role: str) -> Path:
     """
     path = manifest.file(role)
     _check_unlisted_files(manifest, role)
-    for part, record in manifest.recorded(role).items():
+    for part, record in manifest.recorded_files(role).items():
         if "sha256" in record and record["bytes"] <= VERIFY_AT_OPEN_BYTES:
             _check_hash(part, record)
     return path
@@ -213,7 +213,7 @@ def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda 
     """
     hashed: dict[Path, Mapping[str, Any]] = {}
     for role in manifest.files:
-        records = {path: record for path, record in manifest.recorded(role).items() if "sha256" in record}
+        records = {path: record for path, record in manifest.recorded_files(role).items() if "sha256" in record}
         if records:
             manifest.file(role)
             _check_unlisted_files(manifest, role)

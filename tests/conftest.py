@@ -1,4 +1,4 @@
-"""Shared checkpoints: small, of true structure, with random weights."""
+"""Fixtures of all tests: small checkpoints of real structure with random weights."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import pytest
 import torch
 from random_llava import write_random_llava
 
-# Tests must not depend on how many cores a machine has.
+# The results of tests must not depend on the number of cores of the machine.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """llava(**changes) -> folder of a random checkpoint, made once for each set of changes. Do not write to it."""
-    made: dict[str, Path] = {}
+    """llava(**changes) -> folder of a random checkpoint, made once for each set of changes; tests must not write to it."""
+    folders: dict[str, Path] = {}
 
     def make(**changes: object) -> Path:
         key = repr(sorted(changes.items()))
-        if key not in made:
+        if key not in folders:
             folder = tmp_path_factory.mktemp("llava") / "checkpoint"
             write_random_llava(folder, **changes)
-            made[key] = folder
-        return made[key]
+            folders[key] = folder
+        return folders[key]
 
     return make
 
 
 @pytest.fixture
 def absent(tmp_path: Path) -> Iterator[Path]:
-    """A path for --out of a command that is to be refused: not even its folder may be there after the test."""
+    """A path for --out of a command that must be refused; after the test not even its folder may exist."""
     yield tmp_path / "new" / "engine.plan"
     assert not (tmp_path / "new").exists()

@@ -1,6 +1,6 @@
-"""What may import what, which modules stay free of torch, and how large files, functions and folders may grow.
+"""Rules of the architecture: allowed imports, modules without torch, and limits for files, functions and folders.
 
-Each test lists every offender at once.
+A test that fails lists all offenders.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 
 from paths import ROOT
 
-# The packages by the folder they lie in; calibrate and engines are installed inside qvlm_export, through links.
+# Folder -> package. calibrate and engines are installed inside qvlm_export, through symbolic links.
 PACKAGES = {"calibrate": "qvlm_export.calibrate", "engines": "qvlm_export.engines", "qvlm_export": "qvlm_export"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRIES = 400, 60, 10
 TORCH = {"torch", "transformers", "compressed_tensors", "torchvision", "accelerate"}
 RUNTIMES = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy"}
-# What the engines may use of calibration: plain data, files and errors, all without torch.
+# The parts of calibrate that the engines may import: data, files and errors, all without torch.
 NUMPY_ONLY = ("qvlm_export.calibrate.errors", "qvlm_export.calibrate.checkpoint")
-OUTSIDE = {"tools", "tests", "pytest", "hypothesis", *PACKAGES} - {"qvlm_export"}
+NOT_SHIPPED = {"tools", "tests", "pytest", "hypothesis", *PACKAGES} - {"qvlm_export"}
 
 
 def name_of(path: Path) -> str:
-    """The module that the file is imported as."""
+    """Name under which the file is imported."""
     package, *rest = path.relative_to(ROOT).with_suffix("").parts
     return ".".join([PACKAGES[package], *rest]).removesuffix(".__init__")
 
@@ -35,47 +35,49 @@ MODULES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT 
 
 @cache
 def imports(name: str) -> frozenset[str]:
-    """Every module that a module imports, at any depth; `from a import b` gives a.b where that is a module, else a."""
-    found = set()
+    """All modules that a module imports, inside functions, too; `from a import b` gives a.b if that is a module, else a."""
+    modules = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: a relative import"
             full = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {module if module in MODULES else str(node.module) for module in full}
-    return frozenset(found)
+            modules |= {module if module in MODULES else str(node.module) for module in full}
+    return frozenset(modules)
 
 
 def roots(name: str) -> set[str]:
+    """Top-level packages that a module imports."""
     return {module.partition(".")[0] for module in imports(name)}
 
 
 def inside(name: str, *packages: str) -> bool:
+    """Whether a module is one of the packages or lies in one of them."""
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-def room_of(name: str) -> str:
-    """The folder of a module, as a module."""
+def folder_of(name: str) -> str:
+    """The folder of a module, in dotted form."""
     return name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
 
 
-def rooms() -> dict[str, set[str]]:
-    """By folder the folders that its modules import from."""
-    found: dict[str, set[str]] = {room_of(name): set() for name in MODULES}
+def folder_imports() -> dict[str, set[str]]:
+    """Folder -> the other folders from which its modules import."""
+    edges: dict[str, set[str]] = {folder_of(name): set() for name in MODULES}
     for name in MODULES:
-        found[room_of(name)] |= {room_of(module) for module in imports(name) if module in MODULES} - {room_of(name)}
-    return found
+        edges[folder_of(name)] |= {folder_of(module) for module in imports(name) if module in MODULES} - {folder_of(name)}
+    return edges
 
 
 def loaded(module: str) -> set[str]:
-    """The roots of all modules that a new process has after importing one."""
+    """Top-level packages that are loaded in a new process after it imports the module."""
     program = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(process.stdout.split())
 
 
-def test_the_modules_are_found() -> None:
+def test_modules_and_imports_are_recognized() -> None:
     assert set(PACKAGES.values()) <= set(MODULES)
     assert "torch" in roots("qvlm_export.calibrate.calibrators.rtn")
     assert "qvlm_export.calibrate.checkpoint.calibrated" in imports("qvlm_export.engines.graph.qdq")
@@ -83,44 +85,46 @@ def test_the_modules_are_found() -> None:
     assert (ROOT / "qvlm_export" / "engines").resolve() == ROOT / "engines"
 
 
-def test_calibration_knows_no_graph_and_no_engine() -> None:
-    mine = [name for name in MODULES if inside(name, "qvlm_export.calibrate")]
-    others = {name: {m for m in imports(name) if m in MODULES and not inside(m, "qvlm_export.calibrate")} for name in mine}
-    assert {name: wrong for name in mine if (wrong := others[name] | roots(name) & RUNTIMES)} == {}
+def test_calibrate_imports_neither_engines_nor_onnx_nor_tensorrt() -> None:
+    modules = [name for name in MODULES if inside(name, "qvlm_export.calibrate")]
+    others = {
+        name: {m for m in imports(name) if m in MODULES and not inside(m, "qvlm_export.calibrate")} for name in modules
+    }
+    assert {name: wrong for name in modules if (wrong := others[name] | roots(name) & RUNTIMES)} == {}
 
 
-def test_engines_know_no_torch_and_no_command() -> None:
-    mine = [name for name in MODULES if inside(name, "qvlm_export.engines")]
+def test_engines_import_neither_torch_nor_the_commands() -> None:
+    modules = [name for name in MODULES if inside(name, "qvlm_export.engines")]
     allowed = ("qvlm_export.engines", *NUMPY_ONLY)
-    others = {name: {m for m in imports(name) if m in MODULES and not inside(m, *allowed)} for name in mine}
-    assert {name: wrong for name in mine if (wrong := others[name] | roots(name) & TORCH)} == {}
+    others = {name: {m for m in imports(name) if m in MODULES and not inside(m, *allowed)} for name in modules}
+    assert {name: wrong for name in modules if (wrong := others[name] | roots(name) & TORCH)} == {}
 
 
-def test_what_both_sides_share_is_numpy_only() -> None:
-    mine = [name for name in MODULES if inside(name, *NUMPY_ONLY)]
-    others = {name: {m for m in imports(name) if m in MODULES and not inside(m, *NUMPY_ONLY)} for name in mine}
-    assert {name: wrong for name in mine if (wrong := others[name] | roots(name) & TORCH)} == {}
+def test_modules_that_calibrate_shares_with_engines_are_free_of_torch() -> None:
+    modules = [name for name in MODULES if inside(name, *NUMPY_ONLY)]
+    others = {name: {m for m in imports(name) if m in MODULES and not inside(m, *NUMPY_ONLY)} for name in modules}
+    assert {name: wrong for name in modules if (wrong := others[name] | roots(name) & TORCH)} == {}
 
 
-def test_nothing_that_ships_imports_tools_or_tests_or_a_package_by_its_folder() -> None:
+def test_package_imports_no_tools_no_tests_and_no_package_by_its_folder() -> None:
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
-    assert {name: wrong for name in MODULES if (wrong := roots(name) & (OUTSIDE | helpers))} == {}
+    assert {name: wrong for name in MODULES if (wrong := roots(name) & (NOT_SHIPPED | helpers))} == {}
 
 
-def test_folders_import_one_way() -> None:
-    arrows = rooms()
+def test_imports_between_folders_have_no_circles() -> None:
+    edges = folder_imports()
 
-    def behind(room: str, seen: set[str]) -> Iterator[str]:
-        for other in arrows[room] - seen:
-            seen.add(other)
+    def reachable(folder: str, visited: set[str]) -> Iterator[str]:
+        for other in edges[folder] - visited:
+            visited.add(other)
             yield other
-            yield from behind(other, seen)
+            yield from reachable(other, visited)
 
-    assert {room for room in arrows if room in set(behind(room, set()))} == set()
+    assert {folder for folder in edges if folder in set(reachable(folder, set()))} == set()
 
 
 def test_folders_have_few_entries() -> None:
-    """Without what Python and packaging ask for, and without links."""
+    """Files that Python or packaging require and symbolic links do not count."""
     folders = {ROOT / package for package in PACKAGES} | {path.parent for path in MODULES.values()}
     entries = {
         str(folder.relative_to(ROOT)): [
@@ -145,14 +149,14 @@ def test_files_and_functions_stay_small() -> None:
     assert long == {}
 
 
-def test_every_file_says_what_it_holds() -> None:
+def test_every_module_has_a_docstring() -> None:
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
     assert [name for name, tree in trees.items() if not ast.get_docstring(tree)] == []
 
 
-def test_sessions_builds_and_checkpoints_load_no_torch() -> None:
+def test_sessions_builds_and_checkpoints_do_not_load_torch() -> None:
     engines, calibrate = "qvlm_export.engines", "qvlm_export.calibrate"
-    light = [f"{engines}.runtime.open", f"{engines}.builder.build", f"{calibrate}.checkpoint.calibrated"]
-    assert {module: wrong for module in light if (wrong := loaded(module) & TORCH)} == {}
-    # The build process must start without a runtime of its own.
+    torch_free = [f"{engines}.runtime.open", f"{engines}.builder.build", f"{calibrate}.checkpoint.calibrated"]
+    assert {module: wrong for module in torch_free if (wrong := loaded(module) & TORCH)} == {}
+    # The build process must start without importing any runtime.
     assert loaded(f"{engines}.builder.worker") & (RUNTIMES | TORCH | {"numpy"}) == set()

@@ -75,11 +75,11 @@ def add_mixup_prompts(
         return prompts
 
     def measure() -> dict[str, list[torch.Tensor]]:
-        return {"doubts": [_measure_uncertainties(job, pairs, progress)]}
+        return {"uncertainties": [_measure_uncertainties(job, pairs, progress)]}
 
-    measured = measure() if job.work is None else job.work.load_or_compute("undecided", measure)
+    measured = measure() if job.work is None else job.work.load_or_compute("mixup", measure)
     mixtures: dict[int, list[Sample]] = {}
-    for pair, uncertainties in zip(pairs, measured["doubts"][0].tolist(), strict=True):
+    for pair, uncertainties in zip(pairs, measured["uncertainties"][0].tolist(), strict=True):
         best = max(range(len(MIXING_SHARES)), key=uncertainties.__getitem__)
         if uncertainties[best] > MIN_UNCERTAINTY:
             copied = {field.name: getattr(pair.text, field.name) for field in fields(Sample)}

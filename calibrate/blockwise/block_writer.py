@@ -39,11 +39,11 @@ class BlockWriter:
             writer.adopt_shard(entry.shard, schemes)
             self._add_finished(block, entry.record)
 
-    def finished(self, block: Block) -> bool:
+    def is_finished(self, block: Block) -> bool:
         """Whether the block is written, by this run or by an interrupted one."""
         return all(name in self._written for name in block.tensor_names())
 
-    def resumable(self, step: Step) -> Step:
+    def skip_finished(self, step: Step) -> Step:
         """A step that returns the stored outputs of finished blocks and runs `step` for all others."""
         work = self._job.work
         if work is None:
@@ -81,7 +81,7 @@ class BlockWriter:
         name inside the block. outputs: as `store_outputs` returned them; empty when no later block needs them. record: for
         the calibration record. Raises UserError naming the float tensor that holds NaN or infinity.
         """
-        self.note(block, self.write_shard(block, linears, changed), outputs, record)
+        self.mark_finished(block, self.write_shard(block, linears, changed), outputs, record)
 
     def write_shard(
         self, block: Block, linears: Mapping[str, QuantizedLinear], changed: Mapping[str, np.ndarray] | None = None
@@ -93,7 +93,7 @@ class BlockWriter:
             block.prefix, quantized, floats, {f"{block.prefix}.{n}": a for n, a in (changed or {}).items()}
         )
 
-    def note(
+    def mark_finished(
         self,
         block: Block,
         shard: str,

@@ -31,7 +31,6 @@ from qvlm_export.calibrate.blockwise.shared_inputs import (
     list_linears_before,
     share_of_weights,
 )
-from qvlm_export.calibrate.calibrators.candidate import QuantizedBlock
 from qvlm_export.calibrate.calibrators.partial_forward import (
     drop_inside,
     is_cached,
@@ -40,6 +39,7 @@ from qvlm_export.calibrate.calibrators.partial_forward import (
     run_until,
     split_rows,
 )
+from qvlm_export.calibrate.calibrators.quantized_block import QuantizedBlock
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.numerics.matmul import apply_linear, matmul
@@ -74,7 +74,7 @@ class BlockSearch:
     module: nn.Module
     schemes: Mapping[str, LinearScheme]
     run: Run
-    method: SearchConfig
+    config: SearchConfig
     token_weights: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     sample_numbers: Sequence[torch.Tensor] | None = None
     labels: Sequence[torch.Tensor] | None = None
@@ -110,7 +110,7 @@ class BlockSearch:
         self.quantized = QuantizedBlock(self.module, self.module, hooks, dict(self.output_hessians))
         # Equalization leaves the function of the float module as it is, so its outputs are the float model's.
         float_outputs = self._quantize_module(self.quantized, shared_inputs, float_inputs, inputs)
-        if not self.method.learn_steps:
+        if not self.config.learn_steps:
             outputs = self._run_from_cached(self.quantized, inputs)
             self.quantized.outputs.clear()
             return float_outputs, outputs
@@ -141,7 +141,7 @@ class BlockSearch:
         for shared in shared_inputs:
             self._check_rows(shared, float_rows[shared], float_inputs)
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
-        if self.method.learn_steps:  # learning starts from the float weights, so they are kept
+        if self.config.learn_steps:  # learning starts from the float weights, so they are kept
             block.rounded = copy.deepcopy(block.module)
         for shared in shared_inputs:
             quantized_rows = self._run_to_input(block, shared, inputs)
@@ -159,14 +159,14 @@ class BlockSearch:
         module = block.module
         if shared.preceding is None:
             return torch.ones(rows.shape[1], device=rows.device)
-        scheme, names = _deciding(shared, self.schemes)
+        scheme, names = _find_deciding_scheme(shared, self.schemes)
         weight = torch.cat([get_linear(module, name).weight for name in names])
-        if self.method.by_output():  # a factor should suit the outputs whose errors matter to the model's output
+        if self.config.by_output():  # a factor should suit the outputs whose errors matter to the model's output
             hessians = [block.output_hessians[name] for name in names]
             weight.mul_(root_output_importance(hessians, weight.device)[:, None])
         statistics = gather_inputs(rows, select_rows(rows), self._row_weights(shared))
         sharing = find_channel_sharing(module, shared)
-        factors = choose_factors(self.method.equalization, shared.preceding, statistics, weight, scheme, sharing=sharing)
+        factors = choose_factors(self.config.equalization, shared.preceding, statistics, weight, scheme, sharing=sharing)
         if factors is None:
             return torch.ones(rows.shape[1], device=rows.device)
         if shared.preceding in block.output_hessians:
@@ -192,7 +192,7 @@ class BlockSearch:
             name: (quantized_rows[chosen], matmul(float_rows[chosen], weight.T)) for name, weight in weights.items()
         }
         rows = LayerInputs(float_rows, quantized_rows, self._row_weights(shared))
-        block.set_(quantize_linears(weights, self.schemes, self.method.linear, rows, block.output_hessians))
+        block.set_(quantize_linears(weights, self.schemes, self.config.linear, rows, block.output_hessians))
         self._compute_outputs(block, shared, quantized_rows, inputs)
         labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
         block.inputs[shared.linears[0]] = observe_rows(shared.linears[0], quantized_rows, labels)
@@ -216,7 +216,7 @@ class BlockSearch:
 
     def _learn_rounding(self, block: QuantizedBlock, inputs: list[torch.Tensor], float_outputs: list[torch.Tensor]) -> None:
         """Learns the rounding of the whole block and writes it into the block."""
-        method, run = self.method, self.run
+        config, run = self.config, self.run
         if "" in self.output_hessians:
             directions = error_directions(self.output_hessians[""], inputs[0].device)
             float_outputs = [matmul(y, directions) for y in float_outputs]
@@ -225,7 +225,7 @@ class BlockSearch:
                 return matmul(self.run(module, x), directions)
 
         batches = make_learning_batches(inputs, float_outputs, self.token_weights.get(""), self.sample_numbers)
-        self.learned = learn_block(block.module, block.linears, run, batches, steps=method.learn_steps, seed=method.seed)
+        self.learned = learn_block(block.module, block.linears, run, batches, steps=config.learn_steps, seed=config.seed)
         block.set_(self.learned.linears)
         for name, tensor in self.learned.floats.items():
             block.rounded.get_parameter(name).copy_(tensor)
@@ -290,7 +290,7 @@ def weighted_relative_error(
     return error / max(sum(squared_sum(b) for b in float_outputs), 1e-30)
 
 
-def _deciding(shared: SharedInput, schemes: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:
+def _find_deciding_scheme(shared: SharedInput, schemes: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:
     """Returns the scheme with the fewest bits, of activations first, and its linears: equalization is chosen for these.
 
     The other linears, and those that stay float, are multiplied by the same factors.

@@ -54,5 +54,5 @@ def make_linear_record(linear: QuantizedLinear, sqnr: LinearSqnr, amax: float | 
         "sqnr_db": sqnr.output_db,
         "weight_sqnr_db": sqnr.weight_db,
         "input_scale": scale,
-        "covered": covered,
+        "range_coverage": covered,
     }

@@ -17,7 +17,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
-from qvlm_export.calibrate.calibrators.rtn_baseline import RtnBaseline
+from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
@@ -31,7 +31,7 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
     results: of every input, the block's output in the float model and in the quantized one, float32 [n, tokens, width], and
     the TokenLabel of its tokens, int64 [tokens].
     compared: errors by label on the baseline's inputs, of round-to-nearest and of the search.
-    held_back_errors: before and after learned rounding, on the samples held out from it, with its token weights; None where
+    held_out_errors: before and after learned rounding, on the samples held out from it, with its token weights; None where
     nothing was learned.
     """
     learned = search.learned
@@ -39,14 +39,14 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
     compared_floats, compared_outputs, compared_labels = ([part[n] for n in baseline.numbers] for part in results)
     compared = {
         "inputs": len(baseline.numbers),
-        "nearest": compute_errors_by_label(baseline.outputs, compared_floats, compared_labels),
+        "rtn": compute_errors_by_label(baseline.outputs, compared_floats, compared_labels),
         "searched": compute_errors_by_label(compared_outputs, compared_floats, compared_labels),
     }
     return {
         "name": block.prefix,
         "searched": search.quantized is not None,
         "compared": compared,
-        "held_back_errors": None if learned is None else [learned.error_before, learned.error_after],
+        "held_out_errors": None if learned is None else [learned.error_before, learned.error_after],
         "error": weighted_relative_error(outputs, float_outputs),
         "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),

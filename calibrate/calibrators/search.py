@@ -39,7 +39,7 @@ from qvlm_export.calibrate.blockwise.offload import CPU, move_tensors, open_bloc
 from qvlm_export.calibrate.blockwise.token_kinds import label_tokens
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
-from qvlm_export.calibrate.calibrators.rtn_baseline import run_rtn_baseline
+from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
@@ -54,39 +54,39 @@ _T = TypeVar("_T")
 
 
 def calibrate_search(
-    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, method: SearchConfig
+    job: CalibrationJob, writer: CalibratedWriter, progress: Progress, config: SearchConfig
 ) -> dict[str, Any]:
     """Quantizes every linear of `job.schemes` into `writer`'s folder; returns the summary for the record.
 
     Raises UserError naming tensor or layer when weights or activations are not finite, or where images are missing.
     """
     _check_images(job)
-    measured = sum(_count_measure_units(method, job).values())  # units of progress before the first block
+    measured = sum(_count_measure_units(config, job).values())  # units of progress before the first block
     total = measured + SEARCH_UNITS * job.blocks.num_blocks()
     shards = BlockWriter(job, writer, lambda done, _, name: progress(measured + SEARCH_UNITS * done, total, name))
-    prompts, sensitivity = _measure(job, method, lambda done, name: progress(done, total, name))
+    prompts, sensitivity = _measure(job, config, lambda done, name: progress(done, total, name))
     texts, samples_of_texts = flatten_prompts(prompts)
-    random_texts = _make_random_word_prompts(job, method)
+    random_texts = _make_random_word_prompts(job, config)
     texts = [*texts, *(text for text, _ in random_texts)]
     samples_of_texts = [*samples_of_texts, *(number for _, number in random_texts)]
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         is_text = block in job.blocks.text_layers
         schemes, half = job.block_schemes(block), len(inputs) // 2
-        block_method, numbers = (method, samples_of_texts) if is_text else (method.for_vision(), job.sample_numbers(block))
+        block_config, numbers = (config, samples_of_texts) if is_text else (config.for_vision(), job.sample_numbers(block))
         with resident(block) as module, torch.no_grad():
             for name in schemes:
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
             check_outputs(block, inputs, numbers)  # catches what came before this block, such as a NaN in an image
             batches = batch_by_length(inputs[:half])
-            plain = block_method.token_weighting == "plain"
+            weights = {} if block_config.token_weighting == "plain" else sensitivity.token_weights
             others = random_texts if is_text else []
-            token_weights = {} if plain else _select_token_weights(sensitivity.tokens, block, batches, others, job.device)
-            hessians = _select_inside(sensitivity.outputs, block) if block_method.needs_output_hessians() else {}
+            token_weights = _select_token_weights(weights, block, batches, others, job.device)
+            hessians = _select_inside(sensitivity.output_hessians, block) if block_config.needs_output_hessians() else {}
             labels = label_block_inputs(block, job.blocks, prompts)
             random_labels = (label_tokens(text, job.blocks.image_token_id) for text, _ in random_texts)
             merged = _merge_numbers_and_labels(batches, inputs[:half], numbers, [*labels, *random_labels][:half])
-            search = BlockSearch(module, schemes, run, block_method, token_weights, *merged, hessians, block.prefix)
+            search = BlockSearch(module, schemes, run, block_config, token_weights, *merged, hessians, block.prefix)
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
             baseline = run_rtn_baseline(module, schemes, run, pairs, job.device)
             both_inputs = (move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
@@ -99,19 +99,19 @@ def calibrate_search(
         return stored
 
     with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
-        features = run_vision_blocks(job.blocks, job.source, [*job.samples, *job.samples], shards.resumable(step))
+        features = run_vision_blocks(job.blocks, job.source, [*job.samples, *job.samples], shards.skip_finished(step))
         halves = (features[: len(job.samples)], features[len(job.samples) :])
         text_features = [image for half in halves for image in image_features_of_prompts(texts, samples_of_texts, half)]
-        run_decoder_blocks(job.blocks, job.source, [*texts, *texts], text_features, shards.resumable(step))
+        run_decoder_blocks(job.blocks, job.source, [*texts, *texts], text_features, shards.skip_finished(step))
     shards.write_rest()
     return {
-        "method": asdict(method),
+        "method": asdict(config),
         "samples": len(job.samples),
         "prompts": len(texts),
-        "undecided": sum(isinstance(text, MixupSample) for text in texts),
-        "scrambled": len(random_texts),
+        "mixup": sum(isinstance(text, MixupSample) for text in texts),
+        "random_words": len(random_texts),
         "tokens": sum(len(s.input_ids) for s in texts),
-        **_summarize_blocks(job, method, prompts, shards.records),
+        **_summarize_blocks(job, config, prompts, shards.records),
     }
 
 
@@ -135,49 +135,49 @@ def _check_images(job: CalibrationJob) -> None:
         raise UserError(f"{name}: no calibration sample has a picture, so nothing reaches it; add samples with pictures")
 
 
-def _count_measure_units(method: SearchConfig, job: CalibrationJob) -> dict[str, int]:
+def _count_measure_units(config: SearchConfig, job: CalibrationJob) -> dict[str, int]:
     """Returns the units of progress of each measurement that comes before the first block."""
     count = job.blocks.num_blocks()
     return {
-        "undecided": MEASURE_UNITS * count if method.mixup_prompts else 0,
-        "influence": MEASURE_UNITS * count if method.token_weighting != "plain" else 0,
+        "mixup": MEASURE_UNITS * count if config.mixup_prompts else 0,
+        "sensitivity": MEASURE_UNITS * count if config.token_weighting != "plain" else 0,
     }
 
 
-def _measure(job: CalibrationJob, method: SearchConfig, progress: Callable[[int, str], None]) -> tuple[Prompts, Sensitivity]:
+def _measure(job: CalibrationJob, config: SearchConfig, progress: Callable[[int, str], None]) -> tuple[Prompts, Sensitivity]:
     """Returns the prompts to search on, and the token sensitivities and output Hessians there.
 
     progress: called with (units done, name of the measurement).
     """
-    units = _count_measure_units(method, job)
+    units = _count_measure_units(config, job)
 
     def report_mixup(share: float) -> None:
-        progress(int(share * units["undecided"]), "undecided")
+        progress(int(share * units["mixup"]), "mixup")
 
     def report_sensitivity(share: float) -> None:
-        progress(units["undecided"] + int(share * units["influence"]), "influence")
+        progress(units["mixup"] + int(share * units["sensitivity"]), "sensitivity")
 
-    pairs = cross_pair_prompts(job.samples, method.questions, job.blocks.image_token_id, method.seed)
+    pairs = cross_pair_prompts(job.samples, config.questions_per_image, job.blocks.image_token_id, config.seed)
     with deterministic_threads(job.blocks):
-        prompts = add_mixup_prompts(job, pairs, method.mixup_prompts, method.seed, report_mixup)
-        return prompts, measure_sensitivity(job, prompts, method, report_sensitivity)
+        prompts = add_mixup_prompts(job, pairs, config.mixup_prompts, config.seed, report_mixup)
+        return prompts, measure_sensitivity(job, prompts, config, report_sensitivity)
 
 
-def _make_random_word_prompts(job: CalibrationJob, method: SearchConfig) -> list[tuple[Sample, int]]:
+def _make_random_word_prompts(job: CalibrationJob, config: SearchConfig) -> list[tuple[Sample, int]]:
     """Returns texts with randomly replaced words, each with the number of the sample whose images it is about."""
-    if not method.random_word_prompts:
+    if not config.random_word_prompts:
         return []
     weights = embedding_norm_weights(load_finite(job.source, EMBEDDING).numpy())
-    return replace_words(job.samples, method.random_word_prompts, weights, job.blocks.image_token_id, method.seed)
+    return replace_words(job.samples, config.random_word_prompts, weights, job.blocks.image_token_id, config.seed)
 
 
 def _summarize_blocks(
-    job: CalibrationJob, method: SearchConfig, prompts: Prompts, records: list[dict[str, Any]]
+    job: CalibrationJob, config: SearchConfig, prompts: Prompts, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the part of the summary that is about all blocks together, and their records."""
     marked, thresholds = mark_partition(records)
-    mixup_forwards = count_mixup_forwards(job, method.mixup_prompts, method.seed)
-    forwards, backwards = count_passes(job, prompts, method)
+    mixup_forwards = count_mixup_forwards(job, config.mixup_prompts, config.seed)
+    forwards, backwards = count_passes(job, prompts, config)
     return {
         "block_forwards": round(sum(b["forwards"] for b in records)) + mixup_forwards + forwards,
         "block_backwards": sum(b["backwards"] for b in records) + backwards,

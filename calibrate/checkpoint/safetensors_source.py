@@ -143,10 +143,10 @@ def shard_files(folder: Path) -> list[Path]:
 
     Raises UserError when the index is damaged, names a file outside the folder, or names one that is missing.
     """
-    return indexed_files(folder, SINGLE_FILE, INDEX_FILE)
+    return list_indexed_files(folder, SINGLE_FILE, INDEX_FILE)
 
 
-def indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
+def list_indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
     """Paths of the weight files that `folder / index_name` names, or of `folder / single` where there is no index.
 
     Raises UserError when there is neither, or when the index is damaged, names a file outside the folder, or names one that

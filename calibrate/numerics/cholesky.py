@@ -11,7 +11,7 @@ import torch
 
 from qvlm_export.calibrate.numerics.threads import map_on_threads, one_thread
 
-LARGE = 2048  # rows from which on the blocked factorization pays
+MIN_BLOCKED_ROWS = 2048  # rows from which on the blocked factorization pays
 BLOCK_COLUMNS = 768
 # Rows of the factor that one thread computes at a time: below a diagonal block, and inside one.
 PANEL_ROWS, DIAGONAL_ROWS = 384, 192
@@ -23,7 +23,7 @@ def cholesky_(lower: torch.Tensor) -> bool:
     Returns False when the matrix is not positive definite; its content is then of no use. Only the entries on and below the
     diagonal are read, and those above become zero. The columns should be contiguous in memory.
     """
-    if lower.device.type != "cpu" or len(lower) < LARGE:
+    if lower.device.type != "cpu" or len(lower) < MIN_BLOCKED_ROWS:
         failed = torch.ones((), dtype=torch.int32, device=lower.device)
         with one_thread():
             torch.linalg.cholesky_ex(lower, out=(lower, failed))

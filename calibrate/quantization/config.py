@@ -21,9 +21,9 @@ WeightRange = Literal["absmax", "covering", "rounded", "output"]
 # The clipping range of a shared input: the largest magnitude, the fraction of it with the least output error, or the range
 # with the least expected error (`expected_error.py`).
 InputRange = Literal["absmax", "output", "expected"]
-# nearest: round-to-nearest (RTN). gptq: by the input Hessian, that is by the error of the linear's output. two-sided: by
+# nearest: round-to-nearest (RTN). gptq: by the input Hessian, that is by the error of the linear's output. kronecker: by
 # input and output Hessian (Kronecker-factored), that is by the error of the model's output (`kronecker_rounding.py`).
-Rounding = Literal["nearest", "gptq", "two-sided"]
+Rounding = Literal["nearest", "gptq", "kronecker"]
 # The weight of a token's error (`sensitivity/measure.py`). plain: equal weights. logits, kl, kl+logits: by how much the
 # error moves the logits of the answer tokens, their KL divergence, or both. modality: the mean of "logits" over the tokens
 # of its kind.
@@ -39,7 +39,7 @@ class LinearConfig:
 
     ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
     by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
-    Hessian. It needs Kronecker-factored rounding ("two-sided"), without which there are no output Hessians.
+    Hessian. It needs Kronecker-factored rounding ("kronecker"), without which there are no output Hessians.
     """
 
     activation_ranges: InputRange = "output"
@@ -56,9 +56,9 @@ class SearchConfig:
     equalization: how outlier channels are moved into weights. linear: how the linears of every shared input are quantized.
     token_weighting: how the errors of tokens are weighted.
     learn_steps: steps of learned rounding for the whole block after that; 0 for none.
-    vision: the objective for vision tower and projector.
+    vision_target: the objective for vision tower and projector.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
-    questions: how many of the samples' prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
+    questions_per_image: how many prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
     mixup_prompts: how many are also paired with mixtures of its images and others (`mixup.py`); 0 for none.
     random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
     for none.
@@ -69,16 +69,16 @@ class SearchConfig:
     linear: LinearConfig = LinearConfig()
     token_weighting: TokenWeighting = "plain"
     learn_steps: int = 0
-    vision: VisionTarget = "language"
+    vision_target: VisionTarget = "language"
     leverage: bool = True
-    questions: int = 1
+    questions_per_image: int = 1
     mixup_prompts: int = 0
     random_word_prompts: int = 0
     seed: int = 0
 
     def needs_output_hessians(self) -> bool:
         """Whether rounding uses the output Hessians of linears (Kronecker-factored rounding)."""
-        return self.linear.rounding == "two-sided"
+        return self.linear.rounding == "kronecker"
 
     def by_output(self) -> bool:
         """Whether equalization and activation ranges weight each output by the diagonal of its output Hessian."""
@@ -90,9 +90,9 @@ class SearchConfig:
 
     def for_vision(self) -> SearchConfig:
         """This configuration for a block of vision tower or projector, changed as `vision` says."""
-        if self.vision == "language":
+        if self.vision_target == "language":
             return self
-        if self.vision == "own":
+        if self.vision_target == "own":
             own = replace(self.linear, rounding="gptq") if self.needs_output_hessians() else self.linear
             return replace(self, token_weighting="plain", linear=own)
         return replace(self, equalization="none", linear=RTN_LINEAR, token_weighting="plain", learn_steps=0)
@@ -105,7 +105,7 @@ EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges
 FAST = SearchConfig("expected", EXPECTED_ERROR_LINEAR)
 # With many times the prompts a smaller ridge is enough. "kl" weights the tokens that decide uncertain answers; as these are
 # little data for so many directions, "logits" is added.
-KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="two-sided", ridge=0.3)
+KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="kronecker", ridge=0.3)
 FULL = SearchConfig(
-    "expected", KRONECKER_LINEAR, "kl+logits", learn_steps=24, questions=8, mixup_prompts=4, random_word_prompts=16
+    "expected", KRONECKER_LINEAR, "kl+logits", learn_steps=24, questions_per_image=8, mixup_prompts=4, random_word_prompts=16
 )

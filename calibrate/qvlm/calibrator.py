@@ -71,7 +71,7 @@ def calibrate_qvlm(job: CalibrationJob, writer: CalibratedWriter, progress: Prog
     """
     inputs, forwards = observe_inputs(job)
     blocks, thresholds = partition_by_entropy(inputs)
-    return _calibrate(job, writer, progress, "printed", PartitionedLayers(inputs, blocks, forwards, thresholds))
+    return _calibrate(job, writer, progress, "qvlm", PartitionedLayers(inputs, blocks, forwards, thresholds))
 
 
 def calibrate_percentile(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def search_block(
     for kind in KINDS:
         candidates = [list_clips(layer, current, kind) for layer, current in zip(layers, clips, strict=True)]
         if any(len(options) > 1 for options in candidates):
-            chain = [SearchLayer(replay.given, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
+            chain = [SearchLayer(replay.layer_input, layer.output, c) for layer, c in zip(layers, candidates, strict=True)]
             searches.append(search_tree(chain, error, before))
             clips = [options[k] for options, k in zip(candidates, searches[-1].choice, strict=True)]
     forwards = sum(search.layer_forwards for search in searches)

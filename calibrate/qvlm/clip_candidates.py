@@ -28,15 +28,15 @@ from qvlm_export.calibrate.qvlm.partition import LayerInput
 
 Kind = Literal["activation", "weight"]
 KINDS: tuple[Kind, Kind] = ("activation", "weight")  # in the order they are searched
-WHOLE = PAPER_CLIPS[0]
+ABSMAX_CLIP = PAPER_CLIPS[0]
 
 
 @dataclass(frozen=True)
 class Clips:
     """The clipping ranges of a layer: of its input, and of the weights of all its linears."""
 
-    activation: Clip = WHOLE
-    weight: Clip = WHOLE
+    activation: Clip = ABSMAX_CLIP
+    weight: Clip = ABSMAX_CLIP
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Replay:
     inputs: Sequence[torch.Tensor]
     taps: Mapping[str, _Tap]
 
-    def given(self, outputs: Outputs) -> torch.Tensor:
+    def layer_input(self, outputs: Outputs) -> torch.Tensor:
         """Returns the input of the layer that follows those whose outputs are `outputs`, float32 [tokens, in]."""
         tap = self.taps[self.layers[len(outputs)][0]]
         return torch.cat([tap.input.flatten(0, -2) for _ in self._run_inputs(outputs)])

@@ -22,7 +22,7 @@ from qvlm_export.calibrate.quantization.quantizer import expand_scales, stored_w
 BLOCK_COLUMNS = 128
 # Lazy batch update: errors are propagated beyond this many columns by one product, large enough for `matmul.py`.
 FAR_COLUMNS = 8 * BLOCK_COLUMNS
-FRACTIONS = (0.93, 0.86, 0.8)  # of a group's whole range, as candidates for its clipping range
+RANGE_FRACTIONS = (0.93, 0.86, 0.8)  # of a group's whole range, as candidates for its clipping range
 
 
 def gptq_round(weight: torch.Tensor, factor: HessianFactor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -72,7 +72,7 @@ def search_gptq_scale(
         return scale
     whole = scale.float()
     least = _measure_row_errors(weight, hessian, gptq_round(weight, factor, scale, scheme), scale)
-    for fraction in FRACTIONS:
+    for fraction in RANGE_FRACTIONS:
         smaller = stored_weight_scale(whole * fraction, scheme)
         errors = _measure_row_errors(weight, hessian, gptq_round(weight, factor, smaller, scheme), smaller)
         scale = torch.where((errors < least)[:, None], smaller, scale)

@@ -140,10 +140,10 @@ def _quantize_same_bits(
     del quantized_rows
     factor = factor_hessian(hessian) if config.rounding != "nearest" else None
     linears = {}
-    for names in _join_for_rounding(weights, schemes, separate=config.rounding == "two-sided"):
+    for names in _join_for_rounding(weights, schemes, separate=config.rounding == "kronecker"):
         scheme, sizes = schemes[names[0]], [len(weights[name]) for name in names]
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        output_hessian = (output_hessians or {})[names[0]] if config.rounding == "two-sided" else None
+        output_hessian = (output_hessians or {})[names[0]] if config.rounding == "kronecker" else None
         codes, scale = _round_weight(weight, hessian, factor, output_hessian, (config, scheme))
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
             linears[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
@@ -208,7 +208,7 @@ def choose_input_scale(
     The other arguments are those of `quantize_linears`.
     """
     joined = torch.cat(list(weights.values()))
-    if config.rounding == "two-sided" and config.by_output and output_hessians is not None:
+    if config.rounding == "kronecker" and config.by_output and output_hessians is not None:
         joined.mul_(root_output_importance([output_hessians[name] for name in weights], joined.device)[:, None])
     return _search_input_scale(config, inputs.quantized_rows, inputs.float_rows, joined, num_bits)
 

@@ -45,8 +45,8 @@ class Sensitivity:
     they were not asked for.
     """
 
-    tokens: TokenWeights = field(default_factory=dict)
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    token_weights: TokenWeights = field(default_factory=dict)
+    output_hessians: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class _Part:
 
     number: int
     first_sample: int
-    method: SearchConfig
+    config: SearchConfig
     report_block: Callable[[], None]
     output_hessians: dict[str, torch.Tensor] | None
     partner_features: Mapping[int, torch.Tensor]
@@ -83,33 +83,33 @@ class _Part:
 
     def make_generator(self, block: int | None = None) -> torch.Generator:
         """The source of random signs for the probe or for a block: one each, so that a resumed run draws the same."""
-        seed = self.method.seed + self.number
+        seed = self.config.seed + self.number
         return torch.Generator().manual_seed(seed if block is None else (seed + 1) * _SEEDS_PER_PART + block)
 
     def make_request(self, block: int) -> BackwardRequest:
         """The request for the backward pass of a block. block: how many blocks up to this one are on the tape."""
         return BackwardRequest(
-            self.output_hessians, self.method.learn_steps > 0, self.method.leverage, self.make_generator(block)
+            self.output_hessians, self.config.learn_steps > 0, self.config.leverage, self.make_generator(block)
         )
 
 
 def measure_sensitivity(
-    job: CalibrationJob, prompts: Prompts, method: SearchConfig, progress: Callable[[float], None] = lambda _: None
+    job: CalibrationJob, prompts: Prompts, config: SearchConfig, progress: Callable[[float], None] = lambda _: None
 ) -> Sensitivity:
-    """Token weights of mean 1 and, where `method` needs them, output Hessians; empty for the token weighting "plain".
+    """Token weights of mean 1 and, where `config` needs them, output Hessians; empty for the token weighting "plain".
 
     Reads the weights twice for every part of the samples, or once where all autograd graphs are kept (`fits_in_memory` in
     `tape.py`). With a work folder, a run that was interrupted continues where it stopped. progress: called with the share
     that is done, 0 to 1. Raises UserError naming the tensor, or the block and the sample, with NaN or infinite values.
     """
-    if method.token_weighting == "plain":
+    if config.token_weighting == "plain":
         return Sensitivity()
     parts = list(_split_into_parts(prompts, job.blocks))
     first, total = _load_total(job.work, len(parts))
     if first:
         delete_tape(job.work, _part_name(first - 1))
         progress(first / len(parts))
-    hessians = total.outputs if method.needs_output_hessians() else None
+    hessians = total.output_hessians if config.needs_output_hessians() else None
     partner_features = _compute_partner_features(job, prompts) if first < len(parts) else {}
     record_graphs = _graphs_fit_in_memory(job, prompts)
     for number in range(first, len(parts)):
@@ -120,15 +120,15 @@ def measure_sensitivity(
 
         trim_heap()
         first_sample = sum(map(len, parts[:number]))
-        part = _Part(number, first_sample, method, report_block, hessians, partner_features, record_graphs)
+        part = _Part(number, first_sample, config, report_block, hessians, partner_features, record_graphs)
         for name, weights in _measure_part(job, parts[number], part).items():
-            total.tokens.setdefault(name, []).extend(weights)
+            total.token_weights.setdefault(name, []).extend(weights)
         _save_total(job.work, number, total)
         progress((number + 1) / len(parts))
-    tokens = total.tokens
-    if method.token_weighting == "modality":
+    tokens = total.token_weights
+    if config.token_weighting == "modality":
         tokens = {name: _average_by_label(weights, _label_tokens(name, job, prompts)) for name, weights in tokens.items()}
-    return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.outputs)
+    return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.output_hessians)
 
 
 def _load_total(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
@@ -151,8 +151,8 @@ def _save_total(work: CalibrationWork | None, number: int, total: Sensitivity) -
 
 def _to_named_tensors(sensitivity: Sensitivity) -> NamedTensors:
     """As the work folder stores it."""
-    tokens = {f"tokens/{name}": weights for name, weights in sensitivity.tokens.items()}
-    return tokens | {f"outputs/{name}": [hessian] for name, hessian in sensitivity.outputs.items()}
+    tokens = {f"tokens/{name}": weights for name, weights in sensitivity.token_weights.items()}
+    return tokens | {f"outputs/{name}": [hessian] for name, hessian in sensitivity.output_hessians.items()}
 
 
 def _from_named_tensors(saved: NamedTensors) -> Sensitivity:
@@ -164,20 +164,20 @@ def _from_named_tensors(saved: NamedTensors) -> Sensitivity:
 
 
 def _part_name(number: int) -> str:
-    return f"influence-{number:04}"
+    return f"sensitivity-{number:04}"
 
 
-def count_passes(job: CalibrationJob, prompts: Prompts, method: SearchConfig) -> tuple[int, int]:
+def count_passes(job: CalibrationJob, prompts: Prompts, config: SearchConfig) -> tuple[int, int]:
     """How many forward passes and how many backward passes `measure_sensitivity` takes, of one prompt or image through one
     block each."""
-    if method.token_weighting == "plain":
+    if config.token_weighting == "plain":
         return 0, 0
     images, partners = (
         (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
         for samples in (job.samples, [job.samples[n] for n in _list_partners(prompts)])
     )
     once = images + len(job.blocks.text_layers) * sum(map(len, prompts))
-    backwards = method.num_backward_passes()
+    backwards = config.num_backward_passes()
     return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * once + partners, backwards * once
 
 
@@ -238,9 +238,9 @@ def _measure_part(job: CalibrationJob, prompts: Prompts, part: _Part) -> TokenWe
             else:
                 result = _from_named_tensors(saved)
                 tape.pop()
-            weights |= result.tokens
+            weights |= result.token_weights
             if part.output_hessians is not None:
-                part.output_hessians.update(result.outputs)
+                part.output_hessians.update(result.output_hessians)
             part.report_block()
     return weights
 
@@ -267,7 +267,7 @@ def _backpropagate_probes(job: CalibrationJob, texts: Sequence[Sample], hidden: 
         first = max(sample.answer_start - 1, 0)
         return head.logits(states[0, first : max(first + 1, len(sample.input_ids) - 1)])
 
-    weighting, generator = part.method.token_weighting, part.make_generator()
+    weighting, generator = part.config.token_weighting, part.make_generator()
     logits_share = 0.0 if weighting == "kl" else 1.0
     if weighting == "kl+logits":
         # The mean trace of diag(p) - p p^T over that of the identity, which is the logits' second derivative.

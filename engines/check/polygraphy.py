@@ -54,7 +54,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedComparison:
     """The verdicts of a comparison and, with --save-polygraphy, what is needed to repeat it by hand.
 
     folder: holds the saved graphs, inputs and outputs, None when nothing was saved. commands: shell command lines that work
@@ -74,7 +74,7 @@ def vision_feed(sample: Sample) -> dict[str, np.ndarray]:
 def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the inputs of the language graph for the prefill of a sample, with empty caches, in the engine's types.
 
-    image_embeds: [n, hidden], the output of the vision graph, or the dummy row of `no_image`.
+    image_embeds: [n, hidden], the output of the vision graph, or the dummy row of `make_empty_image_embeds`.
     """
     text, length = manifest.config.text, len(sample.input_ids)
     # Polygraphy saves numpy arrays, and numpy has no bfloat16.
@@ -89,7 +89,7 @@ def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) 
     }
 
 
-def no_image(manifest: Manifest) -> np.ndarray:
+def make_empty_image_embeds(manifest: Manifest) -> np.ndarray:
     """Returns the dummy row, zeros float32 [1, hidden], that stands for image_embeds in a prompt without images."""
     return np.zeros((1, manifest.config.text.hidden_size), np.float32)
 
@@ -184,7 +184,7 @@ class RunnerPair:
 
     def logits(self, sample: Sample) -> np.ndarray:
         """Returns the logits of a sample at every position, float32 [S, vocab]."""
-        embeds = no_image(self._manifest)
+        embeds = make_empty_image_embeds(self._manifest)
         if len(sample.pixel_values):
             embeds = self._infer("vision", vision_feed(sample))
         logits: np.ndarray = self._infer("language", language_feed(self._manifest, sample, embeds))[0]
@@ -198,7 +198,9 @@ class RunnerPair:
         return np.array(outputs[OUTPUTS[part]], np.float32)  # a copy, because the runner reuses its buffers
 
 
-def save_case(manifest: Manifest, sample: Sample, folder: Path, others: Sequence[Runners], with_engine: bool) -> Saved:
+def save_case(
+    manifest: Manifest, sample: Sample, folder: Path, others: Sequence[Runners], with_engine: bool
+) -> SavedComparison:
     """Saves a comparison: the float32 copies of the graphs, inputs.json and outputs.json, in a subfolder for each graph.
 
     The copies, run without graph optimization, are the reference for `others`. with_engine: whether this export has engines,
@@ -209,7 +211,7 @@ def save_case(manifest: Manifest, sample: Sample, folder: Path, others: Sequence
         write_float32_graph(manifest.file(f"{part}_onnx"), folder / part / "model.onnx", OUTPUTS[part])
     golden, verdicts = compare_runs(manifest, sample, float32_runners(folder), others, folder)
     commands = [c for part, output in golden.items() for c in _shell_commands(manifest, part, folder, output, with_engine)]
-    return Saved(folder, tuple(commands), tuple(verdicts))
+    return SavedComparison(folder, tuple(commands), tuple(verdicts))
 
 
 def parts_of(sample: Sample) -> list[str]:
@@ -231,7 +233,7 @@ def compare_runs(
         from polygraphy.comparator import Comparator
 
         for part in parts_of(sample):
-            embeds = golden.get("vision", no_image(manifest))
+            embeds = golden.get("vision", make_empty_image_embeds(manifest))
             feed = vision_feed(sample) if part == "vision" else language_feed(manifest, sample, embeds)
             part_folder = None if save_to is None else save_to / part
             results = Comparator.run(

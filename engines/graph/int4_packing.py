@@ -16,7 +16,7 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     return packed
 
 
-def transposed_nibbles(stored: np.ndarray) -> np.ndarray:
+def transpose_nibbles(stored: np.ndarray) -> np.ndarray:
     """Transposes packed codes [out, in] without unpacking them; out and in are even.
 
     stored: uint8 [out, in // 2], the even column in the low nibble, 8 added to every code. Returns what `pack_nibbles` makes

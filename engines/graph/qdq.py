@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.graph.int4_packing import pack_nibbles, transposed_nibbles
+from qvlm_export.engines.graph.int4_packing import pack_nibbles, transpose_nibbles
 
 INT8_BITS = 8
 
@@ -114,7 +114,7 @@ def _insert_int4_weight(
         if stored is None or out_features % 2:
             packed = pack_nibbles(np.ascontiguousarray(weights.codes(name).T))
         else:
-            packed = transposed_nibbles(stored)
+            packed = transpose_nibbles(stored)
         return ir.PackedTensor(packed, ir.DataType.INT4, shape=(in_features, out_features))
 
     def scale() -> ir.TensorProtocol:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.families import find_family, find_layout, renamer
+from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
 from qvlm_export.checkpoints.hub import find_folder, read_config
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.checkpoints.weights import open_weights
@@ -51,16 +51,16 @@ def open_checkpoint(model: str) -> Checkpoint:
     where, stored_config = str(folder / "config.json"), read_config(folder)
     layout = find_layout(stored_config)
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
-    hf_config = completed_config(config_json, where)
+    hf_config = complete_config(config_json, where)
     config = model_config(hf_config, where)
-    source = open_weights(folder, renamer(layout))
+    source = open_weights(folder, make_renamer(layout))
     if layout.open_source is not None:
         source = layout.open_source(source, stored_config, folder)
     check_tensors(source, config, folder)
     return Checkpoint(model, folder, config_json, hf_config, config, source)
 
 
-def completed_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def complete_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """Returns the configuration object that transformers makes of a llava-hf config.json, defaults filled in.
 
     where: the path of config.json, for errors. Raises UserError when transformers cannot read it.

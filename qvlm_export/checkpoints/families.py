@@ -125,7 +125,7 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def renamer(layout: Layout) -> Callable[[str], str | None]:
+def make_renamer(layout: Layout) -> Callable[[str], str | None]:
     """Returns a function: stored tensor name -> canonical name, or None for the unused buffers of old checkpoints."""
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in layout.renames]
 

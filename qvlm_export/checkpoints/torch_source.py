@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.checkpoint.safetensors_source import OpenedFile, indexed_files
+from qvlm_export.calibrate.checkpoint.safetensors_source import OpenedFile, list_indexed_files
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 
 SINGLE_FILE, INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -27,7 +27,7 @@ class TorchSource:
     def __init__(self, folder: Path, rename: Callable[[str], str | None]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         self._files: dict[str, OpenedFile] = {}
-        for path in indexed_files(folder, SINGLE_FILE, INDEX_FILE):
+        for path in list_indexed_files(folder, SINGLE_FILE, INDEX_FILE):
             file = OpenedFile(path)
             for stored_name, tensor in _load(path).items():
                 name = rename(stored_name)

@@ -22,14 +22,14 @@ from qvlm_export.engines.config import ModelConfig
 from qvlm_export.evaluation.tasks.task import Answer, Question
 from qvlm_export.inference.model import LoadedModel
 from qvlm_export.inputs.images import open_image
-from qvlm_export.inputs.samples import Encoded, encode_pictures
+from qvlm_export.inputs.samples import Encoded, encode_prompt
 
 CHUNK_BATCHES = 8  # the size of a chunk, in batches; a larger chunk has more prompts of equal length
 MAX_ENCODED_BYTES = 2**29  # of pixels that are kept for encoded questions; an image in tiles may have 65 MB
 
 
 @dataclass(frozen=True)
-class Manner:
+class AskSettings:
     """How questions are put to a model.
 
     max_new_tokens: the longest answer. choices: texts whose likelihoods are compared; empty to generate an answer instead.
@@ -66,7 +66,7 @@ class EncodedQuestion:
         return len(self.encoded.pixel_values)
 
 
-def ask_all(model: LoadedModel, questions: Sequence[Question], manner: Manner) -> Iterator[dict[str, Answer]]:
+def ask_all(model: LoadedModel, questions: Sequence[Question], manner: AskSettings) -> Iterator[dict[str, Answer]]:
     """Yields the answers of one batch after another, by question id.
 
     The answer to a question that cannot be encoded, such as for an unreadable image, holds the reason in `failed`.
@@ -87,7 +87,7 @@ def ask_all(model: LoadedModel, questions: Sequence[Question], manner: Manner) -
 
 
 def _encode_ahead(
-    model: LoadedModel, questions: Sequence[Question], manner: Manner
+    model: LoadedModel, questions: Sequence[Question], manner: AskSettings
 ) -> Iterator[list[tuple[Question, Future[EncodedQuestion]]]]:
     """Yields chunks of questions; each is encoded in a thread while the chunk before it is answered."""
     size = chunk_size(model.manifest.config, manner.batch)
@@ -111,15 +111,15 @@ def chunk_size(config: ModelConfig, batch: int) -> int:
     return max(batch, min(CHUNK_BATCHES * batch, MAX_ENCODED_BYTES // (2 * question_bytes)))
 
 
-def _encode_question(model: LoadedModel, question: Question, manner: Manner) -> EncodedQuestion:
+def _encode_question(model: LoadedModel, question: Question, manner: AskSettings) -> EncodedQuestion:
     """Raises UserError for an image or a prompt that the model cannot take, or that leaves no room for an answer."""
     processor, config, where = model.processor, model.manifest.config, f"question {question.id}"
     images = [] if question.image is None else [open_image(question.image, question.id)]
     if manner.pad_square:
         images = [pad_to_square(image, processor) for image in images]
     text = prompt_text(processor, question.prompt, len(images), manner.conversation)
-    encoded = encode_pictures(processor, config, text, images, where=where)
-    with_choice = [encode_pictures(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
+    encoded = encode_prompt(processor, config, text, images, where=where)
+    with_choice = [encode_prompt(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
     max_length = model.manifest.limits.max_length
     if max(len(encoded.input_ids) + 1, *map(len, with_choice), 0) > max_length:
         raise UserError(f"{where}: is {len(encoded.input_ids)} tokens long, the model takes {max_length} with the answer")

@@ -17,7 +17,7 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import RECORD_FILE, CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, round_rotary_tables
-from qvlm_export.checkpoints.checkpoint import Checkpoint, completed_config, open_checkpoint
+from qvlm_export.checkpoints.checkpoint import Checkpoint, complete_config, open_checkpoint
 from qvlm_export.checkpoints.hub import read_config
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import Limits, ModelConfig
@@ -112,7 +112,7 @@ def _find_export(path: Path, model_form: str) -> EvalModel:
 
 def _open_calibrated_model(folder: Path, processor: Path) -> CalibratedModel:
     float_config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
-    hf_config = completed_config(float_config, str(folder / CONFIG_FILE))
+    hf_config = complete_config(float_config, str(folder / CONFIG_FILE))
     return CalibratedModel(CalibratedCheckpoint(folder), hf_config, processor)
 
 

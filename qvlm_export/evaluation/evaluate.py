@@ -17,7 +17,7 @@ from typing import Any
 from qvlm_export.calibrate.checkpoint.calibrated import write_json
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN
-from qvlm_export.evaluation.ask import Manner, ask_all
+from qvlm_export.evaluation.ask import AskSettings, ask_all
 from qvlm_export.evaluation.distributed import gather, world
 from qvlm_export.evaluation.eval_model import EvalModel, find_eval_model, open_eval_model
 from qvlm_export.evaluation.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
@@ -314,7 +314,7 @@ def _run_model(
     options = job.options
     with open_eval_model(eval_model, options.runtime, options.device, options.fast, options.batch) as model:
         batch = options.batch or model.manifest.limits.max_batch
-        manner = Manner(job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, batch)
+        manner = AskSettings(job.max_new_tokens, job.task.choices, options.conversation, options.pad_square, batch)
         with reporter.stage(job.task.name) as stage:
             done = 0
             for answers in ask_all(model, questions, manner):

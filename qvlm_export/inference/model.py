@@ -22,7 +22,7 @@ from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.engines.runtime.open import open_session
 from qvlm_export.engines.runtime.sampling import Sampling
 from qvlm_export.engines.runtime.session import Sequences, Session
-from qvlm_export.inputs.samples import encode_pictures, load_processor
+from qvlm_export.inputs.samples import encode_prompt, load_processor
 from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
 
 _MARKER = "\u2063answer\u2063"  # invisible separators, which no user types
@@ -155,7 +155,7 @@ class LoadedModel:
         for number, (prompt, prompt_images) in enumerate(zip(prompts, all_images, strict=True), 1):
             text = chat_text(self.processor, [{"role": "user", "text": prompt, "images": len(prompt_images)}])
             rgb, where = [image.convert("RGB") for image in prompt_images], f"prompt {number}"
-            encoded.append(encode_pictures(self.processor, self.manifest.config, text, rgb, where=where))
+            encoded.append(encode_prompt(self.processor, self.manifest.config, text, rgb, where=where))
         pixels = [one.pixel_values for one in encoded if len(one.pixel_values)]
         rows = [len(one.pixel_values) * self.manifest.config.vision.tokens_per_image for one in encoded]
         placement = join_placements([one.placement for one in encoded], rows)
@@ -210,7 +210,7 @@ class Chat:
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
         """Encodes the part of the conversation that is not in the cache yet, and runs it through the model."""
         if self._sequences is None:
-            new = encode_pictures(self._processor, self._config, chat_text(self._processor, turns), images)
+            new = encode_prompt(self._processor, self._config, chat_text(self._processor, turns), images)
             self._sequences = self._session.start([new.input_ids], new.pixel_values, new.placement)
             return
         # With a marker in place of the last answer, the new text is what the template writes after the marker.
@@ -220,7 +220,7 @@ class Chat:
             raise UserError(
                 "the chat template leaves earlier answers out, so this conversation cannot go on; start a new one"
             )
-        new = encode_pictures(self._processor, self._config, added, images, continues=True)
+        new = encode_prompt(self._processor, self._config, added, images, continues=True)
         self._session.extend(self._sequences, [new.input_ids], new.pixel_values, new.placement)
 
     def _decode(self, settings: Generation) -> Iterator[str]:

@@ -79,7 +79,7 @@ def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
     grey = Image.new("RGB", (96, 64), (127, 127, 127))
     try:
         text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
-        encoded = None if text.count(processor.image_token) != 1 else encode_pictures(processor, config, text, [grey])
+        encoded = None if text.count(processor.image_token) != 1 else encode_prompt(processor, config, text, [grey])
     except (*DAMAGED_FILE_ERRORS, TemplateError, UserError) as error:
         raise UserError(f"{where} fails ({first_line(error)}); download the processor files again") from error
     if encoded is None:
@@ -169,12 +169,12 @@ def encode_answered(
     prompt: the whole text, as from `chat_text`. images: RGB. where: begins error messages. Raises UserError when the text
     or its images do not fit the model.
     """
-    encoded = encode_pictures(processor, config, prompt, images, where=where)
+    encoded = encode_prompt(processor, config, prompt, images, where=where)
     ids, answer_start = encoded.input_ids, len(encoded.input_ids)
     if answer is not None:
         # Prompt and answer are encoded as one text, because tokenizers with a dummy prefix, such as Llama's, give the answer
         # other tokens when it is encoded alone. The answer starts behind the tokens that both texts begin with.
-        whole = encode_pictures(processor, config, f"{prompt} {answer}", images, where=where).input_ids
+        whole = encode_prompt(processor, config, f"{prompt} {answer}", images, where=where).input_ids
         answer_start = int((ids == whole[:answer_start]).cumprod().sum()) if len(whole) >= answer_start else 0
         ids = np.append(whole, processor.tokenizer.eos_token_id)
     _check_encoded(replace(encoded, input_ids=ids), config, where)
@@ -197,7 +197,7 @@ class Encoded:
 def encode(
     processor: Any, text: str, images: list[Image.Image], where: str = "the prompt", continues: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pixel_values float32 [n, 3, R, R] and input_ids int64 [S]: `encode_pictures` for a model without tiles."""
+    """Returns pixel_values float32 [n, 3, R, R] and input_ids int64 [S]: `encode_prompt` for a model without tiles."""
     _check_text(processor, text, len(images), where)
     encoded = _run_processor(processor, text, images, continues)
     ids = np.asarray(encoded["input_ids"], np.int64)[0]
@@ -206,7 +206,7 @@ def encode(
     return np.asarray(encoded["pixel_values"], np.float32), ids
 
 
-def encode_pictures(
+def encode_prompt(
     processor: Any,
     config: ModelConfig,
     text: str,

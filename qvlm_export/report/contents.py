@@ -190,7 +190,7 @@ def component_of(tensor: str) -> str:
 
 
 def _inspect_file(manifest: Manifest, role: str, verified: Collection[Path]) -> File:
-    entry, recorded = manifest.files[role], manifest.recorded(role)
+    entry, recorded = manifest.files[role], manifest.recorded_files(role)
     size = sum(facts["bytes"] for facts in recorded.values()) if recorded else None
     path = manifest.path.parent / entry["name"]
     if not path.exists():

@@ -86,9 +86,9 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
         BlockRow(
             place=place_of(block["name"]),
             error=block["error"],
-            rtn_errors=block["compared"]["nearest"],
+            rtn_errors=block["compared"]["rtn"],
             errors=block["compared"]["searched"],
-            held_out_errors=block["held_back_errors"],
+            held_out_errors=block["held_out_errors"],
             cost=(block["forwards"], block["backwards"]),
         )
         for block in calibration.get("blocks", ())

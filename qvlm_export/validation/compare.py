@@ -32,7 +32,13 @@ from qvlm_export.calibrate.quantization.fake_quantized import (
 from qvlm_export.checkpoints.checkpoint import Checkpoint
 from qvlm_export.engines.check.graph_weights import WrongWeight, run_blocks, wrong_weights
 from qvlm_export.engines.check.metrics import Sums, measure, sqnr_db
-from qvlm_export.engines.check.polygraphy import RunnerPair, engine_runners, language_feed, no_image, vision_feed
+from qvlm_export.engines.check.polygraphy import (
+    RunnerPair,
+    engine_runners,
+    language_feed,
+    make_empty_image_embeds,
+    vision_feed,
+)
 from qvlm_export.engines.manifest import Manifest, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session, embed_tiles
@@ -218,7 +224,7 @@ def _find_wrong_weights(manifest: Manifest, calibrated: CalibratedCheckpoint) ->
 
 def _run_graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session) -> dict[str, np.ndarray]:
     """Returns the output of every block of the graph on the traced sample: block -> float32 [tokens, width]."""
-    sample, embeds = job.samples[find_traced_sample(job.samples)], no_image(job.manifest)
+    sample, embeds = job.samples[find_traced_sample(job.samples)], make_empty_image_embeds(job.manifest)
     feeds = {}
     if len(sample.pixel_values):
         feeds["vision"] = vision_feed(sample)

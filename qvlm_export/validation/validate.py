@@ -18,7 +18,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.engines.check.metrics import Sums
-from qvlm_export.engines.check.polygraphy import Saved, compare_runs, engine_runners, save_case, session_runners
+from qvlm_export.engines.check.polygraphy import SavedComparison, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
@@ -61,7 +61,7 @@ class Validation:
     samples: int
     chain: ComparisonChain
     checks: Sequence[Check]
-    polygraphy: Saved | None
+    polygraphy: SavedComparison | None
 
     @property
     def passed(self) -> bool:
@@ -116,7 +116,7 @@ def _summarize_sums(sums: Sums) -> dict[str, Any]:
     }
 
 
-def _summarize_polygraphy(saved: Saved) -> dict[str, Any]:
+def _summarize_polygraphy(saved: SavedComparison) -> dict[str, Any]:
     verdicts = [{**dataclasses.asdict(v), "snr_db": _finite(v.snr_db)} for v in saved.verdicts]
     folder = None if saved.folder is None else str(saved.folder)
     return {"folder": folder, "commands": list(saved.commands), "verdicts": verdicts}
@@ -195,7 +195,7 @@ def _prepare_folder(folder: Path, manifest: Manifest) -> None:
 
 def _run_polygraphy(
     manifest: Manifest, sample: Sample, chain: ComparisonChain, folder: Path | None, reporter: Reporter
-) -> Saved | None:
+) -> SavedComparison | None:
     """Compares the session's graphs and, where they run, the engines in Polygraphy, and writes its files to `folder`.
 
     None when there is nothing to compare: no folder is given, and graph and engine did not both run.
@@ -209,4 +209,4 @@ def _run_polygraphy(
             with_engine = {"vision_plan", "language_plan"} <= set(manifest.files)
             return save_case(manifest, sample, folder, [session_runners(manifest), *engines], with_engine)
         _, verdicts = compare_runs(manifest, sample, session_runners(manifest), engines)
-    return Saved(None, (), tuple(verdicts))
+    return SavedComparison(None, (), tuple(verdicts))

@@ -1,4 +1,4 @@
-"""Runs the commands in this process, and says what a refusal must look like."""
+"""Runs the commands in this process and asserts what a refusal looks like."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_model(plan: Path, *arguments: object) -> Result:
 
 
 def export_to(model: Path, out: Path, *arguments: object) -> dict[str, Any]:
-    """An export that must succeed, with --json; returns the result on stdout."""
+    """Runs an export that must succeed, with --json; returns the JSON on stdout."""
     result = run_export(model, out, "--json", *arguments)
     assert result.exit_code == 0, result.stderr
     content: dict[str, Any] = json.loads(result.stdout)
@@ -38,7 +38,7 @@ def export_to(model: Path, out: Path, *arguments: object) -> dict[str, Any]:
 
 
 def assert_refused(result: Result, *words: str) -> None:
-    """Exit code 2 and a single line on stderr that holds all of `words`; nothing on stdout."""
+    """Asserts exit code 2, a single line on stderr that contains all of `words`, and nothing on stdout."""
     assert result.exit_code == 2, (result.exit_code, result.stderr, result.exception)
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
@@ -48,7 +48,7 @@ def assert_refused(result: Result, *words: str) -> None:
 
 
 def write_calibration(folder: Path, count: int = 2) -> Path:
-    """A JSONL of `count` questions about one of the package's pictures."""
+    """Writes a JSONL calibration set of `count` questions about an image of the package; returns its path."""
     path = folder / "calibration.jsonl"
     line = {"image": str(PICTURE), "prompt": "How many objects are there?", "answer": "2"}
     path.write_text(f"{json.dumps(line)}\n" * count, encoding="utf-8")
@@ -56,7 +56,7 @@ def write_calibration(folder: Path, count: int = 2) -> Path:
 
 
 def copy_checkpoint(source: Path, folder: Path, config: Edit | None = None) -> Path:
-    """A copy of the checkpoint that may be written to; `config` changes its config.json in place."""
+    """Makes a copy of the checkpoint that a test may change. config: edits the content of config.json in place."""
     shutil.copytree(source, folder)
     if config is not None:
         path = folder / "config.json"
@@ -67,23 +67,23 @@ def copy_checkpoint(source: Path, folder: Path, config: Edit | None = None) -> P
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Content of every file under `folder`, hidden ones included, by relative path."""
+    """Content of every file under `folder`, including hidden ones, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def export_onnx(model: Path | str, out: Path, *arguments: object) -> Result:
-    """`qvlm-export` without engines, calibrated with two samples that are written beside the folder of `out`."""
+    """Runs `qvlm-export` without engines on two samples, which are written beside the folder of `out`."""
     data = write_calibration(out.parent.parent)
     return run_export(model, out, "--backend", "onnx", "--calib-data", data, *arguments)
 
 
 def set_weight(checkpoint: Path, name: str, value: float, dtype: str = "float16") -> None:
-    """Writes `value` into one place of the tensor `name`, all tensors stored as `dtype`."""
+    """Sets one element of the tensor `name` and stores all tensors as `dtype`."""
     tensors = {key: array.astype(dtype) for key, array in load_file(checkpoint / "model.safetensors").items()}
     tensors[name].reshape(-1)[5] = value
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
 
 
 def put(section: str, key: str, value: object) -> Edit:
-    """An edit of config.json."""
+    """An edit of config.json that sets `key` in `section`, or at the top level if the section is empty."""
     return lambda config: (config[section] if section else config).update({key: value})

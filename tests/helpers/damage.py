@@ -1,4 +1,4 @@
-"""Copies of an export, and changes to the weights in its ONNX files that nothing but a comparison can notice."""
+"""Copies exports and changes their weights or scales so that only a comparison of values can notice."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from qvlm_export.engines.manifest import describe_file, describe_folder, seal
 
 
 def copy_export(plan: Path, folder: Path) -> Path:
-    """A copy of an export in a new folder; returns its plan (which need not exist)."""
+    """Copies an export into a new folder; returns the path of its plan, which need not exist."""
     shutil.copytree(plan.parent, folder)
     return folder / plan.name
 
 
 def edit_weight(graph: Path, name: str, dtype: type, change: Callable[[np.ndarray], object]) -> None:
-    """Changes the stored data of an initializer in place; `change` gets it flat, as `dtype` (uint8: its bytes)."""
+    """Changes the stored data of an initializer.
+
+    change: edits the flat array of `dtype` in place; uint8 stands for the raw bytes.
+    """
     tensor = ir.load(graph).graph.initializers[name].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     path = graph.parent / tensor.location
-    stored = bytearray(path.read_bytes())
-    change(np.frombuffer(stored, np.uint8)[tensor.offset : tensor.offset + tensor.length].view(dtype))
-    path.write_bytes(stored)
+    data = bytearray(path.read_bytes())
+    change(np.frombuffer(data, np.uint8)[tensor.offset : tensor.offset + tensor.length].view(dtype))
+    path.write_bytes(data)
     reseal(path)
 
 
 def reseal(path: Path) -> None:
-    """Makes the manifest beside `path` agree with it again, as if the export itself had gone wrong."""
+    """Updates the hash of `path` in the manifest beside it, as if the export itself had written the wrong data."""
     manifest = path.parent / (path.name.split(".")[0] + ".json")
     if not manifest.exists():  # files that --save-polygraphy wrote have none
         return
@@ -44,14 +47,14 @@ def reseal(path: Path) -> None:
 
 
 def edit_scale(path: Path, name: str, factor: float) -> None:
-    """Multiplies a tensor of a safetensors file; the manifest is left as it is."""
+    """Multiplies a tensor of a safetensors file by `factor`, without an update of the manifest."""
     tensors = load_file(path)
     tensors[name] = (tensors[name] * factor).astype(tensors[name].dtype)
     save_file(tensors, path, {"format": "pt"})
 
 
 def reseal_folder(folder: Path) -> None:
-    """As `reseal`, for a folder of the export."""
+    """Updates the hash of a folder of the export in the manifest, as `reseal` does for a file."""
     manifest = folder.with_suffix(".json")
     content = json.loads(manifest.read_text(encoding="utf-8"))
     for role, entry in content["files"].items():

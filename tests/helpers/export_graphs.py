@@ -15,7 +15,7 @@ from qvlm_export.engines.runtime.session import Session
 
 
 def export_session(checkpoint: Path, folder: Path, dtype: str, limits: Limits) -> Session:
-    """Graphs of `dtype` in `folder`, opened on ONNX Runtime with one thread."""
+    """Writes the float graphs of a checkpoint in `dtype` into `folder` and opens them on ONNX Runtime with one thread."""
     opened = open_checkpoint(str(checkpoint))
     kind = FLOAT_TYPES[dtype]
     graphs = {"vision": vision_graph(opened.config, kind), "language": language_graph(opened.config, limits, kind)}

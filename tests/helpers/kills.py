@@ -1,4 +1,4 @@
-"""Exports in processes of their own that are killed at a chosen file operation."""
+"""Runs exports in child processes that kill themselves at a chosen file operation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qvlm_export.pipeline.export import export
 from qvlm_export.pipeline.preparation.prepare import ExportOptions
 from qvlm_export.pipeline.progress import Reporter
 
-# What Python says of file operations before it does them. Renames are where unfinished becomes finished.
+# Audit events that Python raises before file operations; a rename is what makes an unfinished file a finished one.
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
 def run_and_kill(options: ExportOptions, operation: int | None) -> int:
-    """Runs an export and kills it at its n-th operation on files of the output's folder.
+    """Runs an export in a child process and kills it at its n-th operation on files in the folder of the output.
 
-    Returns 0 for an export that came to its end before that, -9 for a killed one.
+    operation: n, or None to let the export finish. Returns 0 if the export finished before that, -9 if it was killed.
     """
     child = os.fork()
     if child == 0:
@@ -38,15 +38,15 @@ def run_and_kill(options: ExportOptions, operation: int | None) -> int:
 
 
 def _kill_at(operation: int, folder: str) -> None:
-    left = operation
+    remaining = operation
 
-    def watch(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
+    def count_down(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal remaining
         if event == "open" and str(arguments[0]).endswith(".safetensors") and arguments[1] == "r":
-            return  # reading a tensor leaves nothing behind, and there are hundreds
+            return  # reading a tensor changes no file, and there are hundreds of such reads
         if event in WATCHED and any(str(a).startswith(folder) for a in arguments if isinstance(a, str | Path)):
-            left -= 1
-            if left <= 0:
+            remaining -= 1
+            if remaining <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(watch)
+    sys.addaudithook(count_down)

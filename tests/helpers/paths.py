@@ -1,4 +1,4 @@
-"""Where things lie in the repository."""
+"""Paths of the repository and of the tiny model."""
 
 from __future__ import annotations
 

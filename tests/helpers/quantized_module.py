@@ -1,4 +1,4 @@
-"""A module with some of its linears quantized in place: the slow reference of searches that replay it in pieces."""
+"""Quantizes linears of a whole module in place: the slow reference for searches that replay a module in pieces."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from qvlm_export.calibrate.qvlm.joint_search import record_linear_outputs
 
 
 def quantized_output(module, batches, run, *, layers, chosen, last):
-    """Output of the linears `last` with these ranges: rounded weights and fake-quantized inputs in the module itself."""
-    kept, quantizers = {}, {}
+    """Outputs of the linears `last` if `layers` have the clipping ranges `chosen`.
+
+    The weights are rounded in the module and its inputs are fake-quantized; the weights are restored afterwards.
+    """
+    weights, quantizers = {}, {}
     for layer, clips in zip(layers, chosen, strict=True):
         for name, scheme in layer.schemes.items():
             linear = get_linear(module, name)
-            kept[name] = linear.weight.clone()
+            weights[name] = linear.weight.clone()
             rows = linear.weight.reshape(linear.out_features, -1, scheme.group_size or linear.in_features)
             amax = torch.from_numpy(np.quantile(rows.abs(), clips.weight.percentile, axis=2, method="inverted_cdf"))
             scale = weight_scale(amax if scheme.group_size else amax[:, 0], scheme)
@@ -28,6 +31,6 @@ def quantized_output(module, batches, run, *, layers, chosen, last):
                 quantizers[name] = activation_scale(amax, scheme.activation_bits), scheme.activation_bits
     with fake_quantize_inputs(module, quantizers):
         _, outputs = record_linear_outputs(module, last, run, batches)
-    for name, weight in kept.items():
+    for name, weight in weights.items():
         get_linear(module, name).weight.copy_(weight)
     return outputs

@@ -14,7 +14,7 @@ _PROCESSOR: list[Any] = []
 
 
 def processor() -> Any:
-    """The tiny model's processor, with a tokenizer trained on few scenes; made once."""
+    """The processor of the tiny model with a tokenizer that is trained on few scenes; cached."""
     if not _PROCESSOR:
         _PROCESSOR.append(tiny_model.make_processor(tiny_model.train_tokenizer(num_scenes=50)))
     return _PROCESSOR[0]
@@ -32,7 +32,10 @@ def write_random_llava(
     vision: dict[str, Any] | None = None,
     **top: Any,
 ) -> None:
-    """A checkpoint folder as `save_pretrained` makes it. text, vision: changes to the inner configs."""
+    """Writes a checkpoint as `save_pretrained` does.
+
+    text, vision, top: changes to the configurations of decoder and tower, and to that of the whole model.
+    """
     config = tiny_model.make_config(processor().tokenizer)
     config.text_config.num_hidden_layers = 2
     config.text_config.num_key_value_heads = kv_heads
@@ -47,7 +50,7 @@ def write_random_llava(
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Large enough that attention attends and logits differ; the default initialisation is nearly constant.
+            # Large enough for attention and logits to vary; the default initialization is nearly constant.
             if parameter.ndim > 1:
                 parameter.normal_(std=0.08)
             elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""Running a line of shell as a user pastes it."""
+"""Runs shell commands as a user would paste them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run_shell(command, **environment):
-    """A line as a user pastes it, from another folder; polygraphy is the one of this environment."""
+    """Runs a command in bash in the root folder, with the programs of this environment first in PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],

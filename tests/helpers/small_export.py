@@ -1,4 +1,4 @@
-"""The stages of an export over a small checkpoint, one by one, for the tests of single modules."""
+"""The stages of an export on a small checkpoint as separate functions, for the tests of single modules."""
 
 from __future__ import annotations
 
@@ -33,72 +33,72 @@ Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, An
 
 
 def make_sample(checkpoint: Checkpoint, *, words: int, images: int, seed: int) -> Sample:
-    """Random text and pictures: `words` text tokens, with every picture's tokens after the first of them."""
+    """A sample of random text and images: `words` text tokens, with the tokens of all images after the first of them."""
     rng = np.random.default_rng(seed)
     config = checkpoint.config
     text = rng.integers(5, config.text.vocab_size, words)
-    shown = np.full(images * config.vision.tokens_per_image, config.image_token_id)
-    ids = np.concatenate([text[:1], shown, text[1:]]).astype(np.int64)
+    image_tokens = np.full(images * config.vision.tokens_per_image, config.image_token_id)
+    ids = np.concatenate([text[:1], image_tokens, text[1:]]).astype(np.int64)
     side = config.vision.image_size if images else 1
     return Sample(ids, rng.standard_normal((images, 3, side, side)).astype(np.float32), len(ids))
 
 
 def mixed_samples(checkpoint: Checkpoint) -> list[Sample]:
-    """Samples of different lengths with no, one and two pictures."""
+    """Samples of different lengths with no, one and two images."""
     return [
         make_sample(checkpoint, words=words, images=images, seed=seed)
         for seed, (words, images) in enumerate([(9, 1), (5, 0), (17, 2), (12, 1)])
     ]
 
 
-def plan_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
-    """The schemes that `--scheme preset` plans."""
+def schemes_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
+    """The scheme of each linear under `--scheme preset`."""
     shapes = expected_shapes(checkpoint.config)
     names = make_blocks(checkpoint.hf_config).quantizable()
     return assign_schemes(recipe_of_preset(preset), {name: shapes[f"{name}.weight"] for name in names})
 
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Every step of `--effort full`, fewer of each."""
-    brief = replace(FULL, questions=2, mixup_prompts=1, random_word_prompts=1, learn_steps=4)
+    """Calibrates with every step of `--effort full`, but with fewer prompts and iterations."""
+    brief = replace(FULL, questions_per_image=2, mixup_prompts=1, random_word_prompts=1, learn_steps=4)
     return calibrate_search(job, writer, progress, brief)
 
 
 def calibrate(
     checkpoint: Checkpoint,
-    plan: Mapping[str, LinearScheme],
+    schemes: Mapping[str, LinearScheme],
     folder: Path,
     samples: Sequence[Sample] | None = None,
     calibrator: Calibrator = calibrate_rtn,
 ) -> CalibratedCheckpoint:
-    """Runs the calibrator over the mixed samples, or those given."""
+    """Runs the calibrator on `samples`, by default on `mixed_samples`; returns the calibrated checkpoint in `folder`."""
     writer = CalibratedWriter(folder)
-    chosen = mixed_samples(checkpoint) if samples is None else samples
-    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan, chosen)
+    calibration_set = mixed_samples(checkpoint) if samples is None else samples
+    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, calibration_set)
     writer.finish(checkpoint.config_json, calibrator(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 
 
 def module_of(model: LlavaForConditionalGeneration, name: str) -> nn.Module:
-    """The module of a canonical name, in the naming of the installed transformers."""
+    """The module with a canonical name, which the installed transformers may name otherwise."""
     inner = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
     return model.model.get_submodule(inner)
 
 
-def of_part(plan: Mapping[str, LinearScheme], part: str) -> dict[str, LinearScheme]:
-    """The planned linears of the graph `part`."""
-    return {name: scheme for name, scheme in plan.items() if name.startswith("language_model.") == (part == "language")}
+def of_part(schemes: Mapping[str, LinearScheme], part: str) -> dict[str, LinearScheme]:
+    """The schemes of the linears in the graph `part`."""
+    return {name: scheme for name, scheme in schemes.items() if name.startswith("language_model.") == (part == "language")}
 
 
 def make_graph(checkpoint: Checkpoint, part: str, dtype: ir.DataType) -> ir.Model:
-    """The float graph, without weights."""
+    """The float graph of `part` without weights."""
     if part == "vision":
         return vision_graph(checkpoint.config, dtype)
     return language_graph(checkpoint.config, LIMITS, dtype)
 
 
 def quantized_graph(checkpoint: Checkpoint, calibrated: CalibratedCheckpoint, part: str, dtype: ir.DataType) -> ir.Model:
-    """The graph with Q/DQ and weights, as an export writes it."""
+    """The graph of `part` with Q/DQ and weights, as an export writes it."""
     model = make_graph(checkpoint, part, dtype)
     insert_qdq(model, of_part(calibrated.schemes, part), calibrated, dtype)
     fill_weights(model, calibrated.floats)
@@ -117,5 +117,5 @@ def write_quantized(
 
 
 def open_small(folder: Path) -> Checkpoint:
-    """Opens a checkpoint that the `llava` fixture made."""
+    """Opens a checkpoint in a folder, such as one of the `llava` fixture."""
     return open_checkpoint(str(folder))

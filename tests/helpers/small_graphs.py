@@ -1,4 +1,4 @@
-"""One-node graphs in the forms TensorRT fuses and in those it does not, for the tests of builds and plans."""
+"""Graphs of one linear or one attention, in forms that TensorRT fuses and in forms that it does not, for tests of builds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PROFILE: Profile = {"x": ((1, INPUTS), (4, INPUTS), (8, INPUTS))}
 
 
 def tensor(name: str, dtype: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    """Declaration of a graph input or output."""
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
@@ -28,21 +29,23 @@ def make_model(
     outputs: list[onnx.ValueInfoProto],
     weights: dict[str, np.ndarray | onnx.TensorProto],
 ) -> onnx.ModelProto:
-    """A checked model; weights are arrays, or tensors where numpy has no such type."""
-    stored = [w if isinstance(w, onnx.TensorProto) else numpy_helper.from_array(w, name) for name, w in weights.items()]
-    graph = helper.make_graph(nodes, "small", inputs, outputs, stored)
+    """A checked ONNX model. weights: arrays, or ONNX tensors of types that numpy does not have."""
+    initializers = [
+        w if isinstance(w, onnx.TensorProto) else numpy_helper.from_array(w, name) for name, w in weights.items()
+    ]
+    graph = helper.make_graph(nodes, "small", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=12)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 def linear_model(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray | onnx.TensorProto]) -> onnx.ModelProto:
-    """x [rows, INPUTS] -> y [rows, OUTPUTS], both float16."""
+    """A model that maps x [rows, INPUTS] to y [rows, OUTPUTS], both float16."""
     return make_model(nodes, [tensor("x", HALF, ["rows", INPUTS])], [tensor("y", HALF, ["rows", OUTPUTS])], weights)
 
 
 def int4_model(block_size: int | None) -> onnx.ModelProto:
-    """A linear named LINEAR with INT4 weights, a scale for each block, or without blocks one for each output."""
+    """A linear named LINEAR with INT4 weights: a scale per block of inputs, or per output channel if block_size is None."""
     codes = np.random.default_rng(0).integers(-7, 8, (INPUTS, OUTPUTS))
     if block_size is None:
         scale, attributes = np.full(OUTPUTS, 0.01, np.float16), {"axis": 1}
@@ -58,7 +61,7 @@ def int4_model(block_size: int | None) -> onnx.ModelProto:
 
 
 def int8_model(*, activation_scales: int = 1, dequantize_type: type = np.float32) -> onnx.ModelProto:
-    """A linear named LINEAR with INT8 on both sides; activation_scales: 1, or one for each of the INPUTS."""
+    """A linear named LINEAR with INT8 weights and activations. activation_scales: 1, or one for each of the INPUTS."""
     shape, axis = ((), {}) if activation_scales == 1 else ((activation_scales,), {"axis": 1})
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["x_q"], **axis),
@@ -78,7 +81,7 @@ def int8_model(*, activation_scales: int = 1, dequantize_type: type = np.float32
 
 
 def attention_model(*, with_lengths: bool) -> tuple[onnx.ModelProto, Profile]:
-    """A lone Attention, with or without the nonpad_kv_seqlen that TensorRT drops; and its profile."""
+    """A model of one Attention node and its profile; with_lengths adds the nonpad_kv_seqlen that TensorRT ignores."""
     inputs = [tensor(name, HALF, ["batch", 4, rows, 64]) for name, rows in (("q", "rows"), ("k", 32), ("v", 32))]
     inputs.append(tensor("mask", HALF, ["batch", 1, "rows", 32]))
     names = ["q", "k", "v", "mask"]
@@ -96,7 +99,7 @@ def attention_model(*, with_lengths: bool) -> tuple[onnx.ModelProto, Profile]:
 def build(
     model: onnx.ModelProto | bytes, folder: Path, profile: Profile = PROFILE, target: str = "sm89", name: str = "small"
 ) -> BuildReport:
-    """Builds `folder / name.plan` from the model with TensorRT-RTX."""
+    """Builds `folder / name.plan` from the model with TensorRT-RTX; returns the report of the build."""
     path = folder / f"{name}.onnx"
     path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     job = BuildJob(str(path), str(folder / f"{name}.plan"), profile)

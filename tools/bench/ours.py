@@ -59,8 +59,8 @@ class OurRow:
     main: tuple[str, ...] = ALL
 
 
-def _make_calibrator(method: SearchConfig) -> Calibrator:
-    return functools.partial(calibrate_search, method=method)
+def _make_calibrator(config: SearchConfig) -> Calibrator:
+    return functools.partial(calibrate_search, config=config)
 
 
 def _change_linear(config: SearchConfig, **settings: Any) -> SearchConfig:
@@ -84,8 +84,8 @@ ROWS = (
     OurRow("fast", "ours, fast", _make_calibrator(FAST)),
     OurRow("full", "ours, full", _make_calibrator(FULL)),
     *(
-        OurRow(f"fast: {name}", f"fast, {name}", _make_calibrator(method), main=())
-        for name, method in {
+        OurRow(f"fast: {name}", f"fast, {name}", _make_calibrator(config), main=())
+        for name, config in {
             "no equalization": replace(FAST, equalization="none"),
             "equalization by one exponent": replace(FAST, equalization="search"),
             "tokens by logits": replace(FAST, token_weighting="logits"),
@@ -98,12 +98,12 @@ ROWS = (
         }.items()
     ),
     *(
-        OurRow(f"full: {name}", f"full, {name}", _make_calibrator(method), main=())
-        for name, method in {
+        OurRow(f"full: {name}", f"full, {name}", _make_calibrator(config), main=())
+        for name, config in {
             "rounded by GPTQ": _change_linear(FULL, rounding="gptq"),
             "round-to-nearest": _change_linear(FULL, rounding="nearest"),
             "no mixup prompts": replace(FULL, mixup_prompts=0),
-            "own questions only": replace(FULL, questions=1, mixup_prompts=0, random_word_prompts=0),
+            "own questions only": replace(FULL, questions_per_image=1, mixup_prompts=0, random_word_prompts=0),
             "no random words": replace(FULL, random_word_prompts=0),
             "no leverage": replace(FULL, leverage=False),
             "no gradients": replace(_change_linear(FULL, rounding="gptq"), token_weighting="plain"),
@@ -111,8 +111,8 @@ ROWS = (
             "tokens by logits": replace(FULL, token_weighting="logits"),
             "tokens by KL": replace(FULL, token_weighting="kl"),
             "factors and ranges without output Hessians": _change_linear(FULL, by_output=False),
-            "tower for its own output": replace(FULL, vision="own"),
-            "tower round-to-nearest": replace(FULL, vision="none"),
+            "tower for its own output": replace(FULL, vision_target="own"),
+            "tower round-to-nearest": replace(FULL, vision_target="none"),
             "no equalization": replace(FULL, equalization="none"),
             "equalization by one exponent": replace(FULL, equalization="search"),
             "absmax activation ranges": _change_linear(FULL, activation_ranges="absmax"),

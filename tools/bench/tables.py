@@ -23,28 +23,29 @@ HEAD = """# Quantization methods compared
 `python -m tools.bench.methods --docs docs` runs the cells that are missing and writes this page. (`python
 tools/peers/make_envs.py build/peers` first makes the environments of the peers, the released tools compared with.)
 
-**Task.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint, on the answer tokens of
-1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in nats a token / SQNR of the
-logits in dB: medians over {seeds} calibration seeds, or over the number of seeds in brackets. KL's standard error is 15 to 30 %, so
-smaller differences mean nothing. Rows that are close to each other are also evaluated on more questions (`--questions 10000`),
-with the same calibration.
+**Task.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint, on the answer
+tokens of 1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in nats a
+token / SQNR of the logits in dB: medians over {seeds} calibration seeds, or over the number of seeds in brackets. KL's
+standard error is 15 to 30 %, so smaller differences mean nothing. Rows that are close to each other are also evaluated on
+more questions (`--questions 10000`), with the same calibration.
 
-**Quantization.** All linears except lm_head, symmetric. Weights of 3 and 4 bits have scales for groups of 64, weights of 6 and 8
-bits a scale per output channel; activations have one static scale per tensor. All rows are fake-quantized in torch in float32.
+**Quantization.** All linears except lm_head, symmetric. Weights of 3 and 4 bits have scales for groups of 64, weights of
+6 and 8 bits a scale per output channel; activations have one static scale per tensor. All rows are fake-quantized in
+torch in float32.
 
-**Cost.** One thread. Seconds are CPU seconds without loading; memory is the peak of the process during calibration, torch and the
-model included. Seconds measured on one day are comparable with each other; another day's may be those of another processor. The
-last bits of results differ between processors and change the KL of one seed by up to a factor of two, as a value that lies
-between two codes is rounded the other way.
+**Cost.** One thread. Seconds are CPU seconds without loading; memory is the peak of the process during calibration, torch
+and the model included. Seconds measured on one day are comparable with each other; another day's may be those of another
+processor. The last bits of results differ between processors and change the KL of one seed by up to a factor of two, as a
+value that lies between two codes is rounded the other way.
 
-**Peers** run as released, each in its own environment with the same torch. A line shows the recipe that did best in that column.
-modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be folded into the
-preceding layer (after GELU, across grouped heads); the factors of ours and of llmcompressor are folded and cost nothing. A
-recipe "by hand" is not one that the package offers in one pass.
+**Peers** run as released, each in its own environment with the same torch. A line shows the recipe that did best in that
+column. modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be
+folded into the preceding layer (after GELU, across grouped heads); the factors of ours and of llmcompressor are folded
+and cost nothing. A recipe "by hand" is not one that the package offers in one pass.
 
 **Models.** `tiny` is the model that ships; equalization undoes its planted outliers. `tiny-hard` (`python -m
-tools.tiny.plant_hard_outliers`, then `--model-dir build/tiny-hard`) computes the same function with outliers that equalization
-cannot undo: after GELU, in the residual stream of a few tokens, and in sheared value heads.
+tools.tiny.plant_hard_outliers`, then `--model-dir build/tiny-hard`) computes the same function with outliers that
+equalization cannot undo: after GELU, in the residual stream of a few tokens, and in sheared value heads.
 
 What the tables show, and why: [study.md](study.md).
 """

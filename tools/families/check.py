@@ -32,7 +32,7 @@ from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.engines.check.graph_weights import wrong_weights
 from qvlm_export.engines.runtime.session import Session
-from qvlm_export.inputs.samples import encode_pictures, load_processor
+from qvlm_export.inputs.samples import encode_prompt, load_processor
 from tools.families.random_families import KINDS, write_family
 from tools.families.random_original import ORIGINALS, write_original
 
@@ -86,7 +86,7 @@ def make_cases(checkpoint: Checkpoint) -> list[Question]:
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
         text = chat_text(processor, [{"role": "user", "text": "What color is it?", "images": len(images)}])
         inputs = processor(images=[images], text=[text], return_tensors="pt")
-        encoded = encode_pictures(processor, checkpoint.config, text, images)
+        encoded = encode_prompt(processor, checkpoint.config, text, images)
         sample = Sample(encoded.input_ids, encoded.pixel_values, len(encoded.input_ids), encoded.placement)
         cases.append(Question(dict(inputs), sample))
     return cases

@@ -2,9 +2,9 @@
 
     python -m tools.families.make_random_llava --like llava-13b --out /big/disk/llava-13b-random
 
-config.json, tensor names and shapes are those of the llava-hf 1.5 repositories. The weights have a spread like that of trained
-ones and a few outlier channels, so that quantizers meet realistic ranges. The tokenizer is that of the tiny model: it can
-encode any text, and random weights do not need a better one.
+config.json, tensor names and shapes are those of the llava-hf 1.5 repositories. The weights have a spread like that of
+trained ones and a few outlier channels, so that quantizers meet realistic ranges. The tokenizer is that of the tiny model,
+which can encode any text; random weights do not need a better one.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def write_family(folder: Path, kind: str, seed: int = 0) -> None:
 
 
 def randomize_(model: torch.nn.Module) -> None:
-    """Draws weights that are large enough for attention and logits to vary; the default initialization is nearly constant."""
+    """Draws weights large enough for attention and logits to vary, unlike those of the default initialization."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

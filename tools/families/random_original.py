@@ -1,8 +1,8 @@
 """Small random checkpoints in the file layout of LLaVA's authors, as in the repositories of liuhaotian.
 
 The model is first made in transformers' form, as llava-hf would have converted it, and then split into the authors' layout:
-the language model with `mm_*` keys in its configuration and other names for the projector, CLIP in a separate folder unless it
-was trained, too, the tokenizer as a sentencepiece model, and no embedding rows for an image token.
+the language model with `mm_*` keys in its configuration and other names for the projector, CLIP in a separate folder unless
+it was trained, too, the tokenizer as a sentencepiece model, and no embedding rows for an image token.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 class Original:
     """A kind of checkpoint.
 
-    keys: further keys of config.json. tokens: added to the tokenizer. inside: whether the checkpoint holds the weights of the
-    tower. side: of an image, in pixels. legacy: as in tokenizer_config.json, None for no such key. text_keys: further keys of
-    the decoder's configuration.
+    keys: further keys of config.json. tokens: added to the tokenizer. inside: whether the checkpoint holds the weights of
+    the tower. side: of an image, in pixels. legacy: as in tokenizer_config.json, None for no such key. text_keys: further
+    keys of the decoder's configuration.
     """
 
     repositories: str
@@ -107,7 +107,7 @@ def sentencepiece_model() -> bytes:
 
 
 def make_config(kind: Original, vocabulary: int) -> PreTrainedConfig:
-    """The configuration that llava-hf would convert: tables of a multiple of 64 rows, the image token after the vocabulary."""
+    """The configuration that llava-hf would have: tables of a multiple of 64 rows, the image token after the vocabulary."""
     sizes = {"vocab_size": (vocabulary // 64 + 1) * 64, "pad_token_id": 0, **kind.text_keys}
     common = {
         "vision_config": clip(image_size=kind.side),

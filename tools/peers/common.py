@@ -1,6 +1,6 @@
-"""What the peers' programs share: reading samples, the columns' schemes, measuring, writing the result.
+"""Code shared by the peers' programs: reads samples, defines the schemes, measures cost, writes the result of a cell.
 
-Runs in a peer's own virtual environment: numpy, torch and transformers only, nothing of this project.
+It runs in the virtual environment of each peer, so it imports numpy, torch and transformers only, nothing of this project.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ EVALUATION_BATCH = 32
 
 @dataclass(frozen=True)
 class Scheme:
-    """Symmetric. Grouped weights have a scale per `group_size` inputs, others one per output; activations one a tensor."""
+    """A symmetric quantization scheme.
+
+    Weights have a scale per `group_size` inputs, or per output channel if it is None; activations have one static scale per
+    tensor, or stay float if `activation_bits` is None.
+    """
 
     weight_bits: int
     activation_bits: int | None
@@ -45,7 +49,7 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of the benchmark. out: `.npy` for the logits; what was measured goes beside it as `.json`."""
+    """One cell of the benchmark. out: the `.npy` file of the logits; the record is written to `.json` beside it."""
 
     model: Path
     calibration: Path
@@ -56,12 +60,16 @@ class Job:
 
     @property
     def scheme(self) -> Scheme:
+        """The scheme of the cell's column."""
         return SCHEMES[self.column]
 
 
 @dataclass
 class Measured:
-    """Filled when the measured part ends. seconds: of the processor, which other work on the machine does not lengthen."""
+    """Cost of the code in a `with measured()` block, set when it ends.
+
+    seconds: processor seconds, which other load on the machine does not lengthen. settings: of the method, for the record.
+    """
 
     seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -70,6 +78,7 @@ class Measured:
 
 
 def parse_job(description: str) -> Job:
+    """The job that the command line describes."""
     parser = argparse.ArgumentParser(description=description)
     for name in ("model", "calibration", "evaluation", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -84,20 +93,20 @@ def load_model(folder: Path) -> LlavaForConditionalGeneration:
 
 
 def quantizable(model: LlavaForConditionalGeneration) -> list[str]:
-    """Names of the linears that are to be quantized: all that run, without lm_head."""
+    """Names of the linears to quantize: all that the model uses, without lm_head."""
     vision = model.config.vision_config
-    used = model.config.vision_feature_layer % (vision.num_hidden_layers + 1)
+    used_layers = model.config.vision_feature_layer % (vision.num_hidden_layers + 1)
     names = []
     for name, module in model.named_modules():
         layer = re.search(r"vision_tower.*\.layers\.(\d+)\.", name)
-        unused = layer is not None and int(layer[1]) >= used
+        unused = layer is not None and int(layer[1]) >= used_layers
         if isinstance(module, torch.nn.Linear) and not unused and not name.endswith("lm_head"):
             names.append(name)
     return names
 
 
 def inputs_of(path: Path) -> list[dict[str, torch.Tensor]]:
-    """One sample a dictionary, batch 1, nothing padded: what the model's forward takes."""
+    """Keyword arguments of the model's forward for each sample: batch 1, without padding."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     ids, offsets = torch.from_numpy(arrays["input_ids"]), arrays["offsets"]
@@ -113,39 +122,39 @@ def inputs_of(path: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def batches_of(path: Path) -> list[dict[str, torch.Tensor]]:
-    """The samples again, those of equal length together; nothing is padded."""
+    """Keyword arguments of the model's forward for batches of samples of equal length, without padding."""
     inputs = inputs_of(path)
-    groups = equal_lengths([i["input_ids"].shape[1] for i in inputs])
-    return [{key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]} for numbers in groups]
+    batches = equal_lengths([i["input_ids"].shape[1] for i in inputs])
+    return [{key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]} for numbers in batches]
 
 
 def run_all(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> None:
-    """The calibration pass that most peers ask for."""
+    """Forward passes over all inputs without gradients, as most peers calibrate."""
     with torch.no_grad():
-        for given in inputs:
-            model(**given, use_cache=False)
+        for batch in inputs:
+            model(**batch, use_cache=False)
 
 
 def answer_logits(model: torch.nn.Module, path: Path) -> np.ndarray:
-    """Logits that predict the answers and their end tokens, question after question. float32 [tokens, vocab].
+    """Logits that predict the answers and their end tokens, question after question, float32 [tokens, vocab].
 
-    Questions of equal length go together; nothing is padded.
+    Questions of equal length form a batch, without padding.
     """
     inputs = inputs_of(path)
     with np.load(path, allow_pickle=False) as file:
         starts = file["answer_start"]
-    found: dict[int, np.ndarray] = {}
+    by_question: dict[int, np.ndarray] = {}
     for numbers in equal_lengths([i["input_ids"].shape[1] for i in inputs]):
         batch = {key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]}
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits.float()
         for row, number in enumerate(numbers):
-            found[number] = logits[row, starts[number] - 1 : -1].numpy().copy()
-    return np.concatenate([found[number] for number in range(len(inputs))])
+            by_question[number] = logits[row, starts[number] - 1 : -1].numpy().copy()
+    return np.concatenate([by_question[number] for number in range(len(inputs))])
 
 
 def equal_lengths(lengths: list[int]) -> Iterator[list[int]]:
-    """Numbers of samples of one length, at most EVALUATION_BATCH together."""
+    """Yields the numbers of samples of equal length, at most EVALUATION_BATCH at a time, shorter ones first."""
     for length in sorted(set(lengths)):
         numbers = [n for n, other in enumerate(lengths) if other == length]
         for start in range(0, len(numbers), EVALUATION_BATCH):
@@ -154,9 +163,9 @@ def equal_lengths(lengths: list[int]) -> Iterator[list[int]]:
 
 @contextmanager
 def measured() -> Iterator[Measured]:
-    """Seconds and peak resident memory of what is inside."""
+    """Measures seconds and peak resident memory of the code in the `with` block."""
     result = Measured()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is resident now
     began, wall_began = time.process_time(), time.perf_counter()
     yield result
     result.seconds, result.wall_seconds = time.process_time() - began, time.perf_counter() - wall_began
@@ -164,18 +173,19 @@ def measured() -> Iterator[Measured]:
 
 
 def peak_resident_bytes() -> int:
+    """Peak resident memory of this process since the last reset."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def weight_levels(weight: torch.Tensor, scheme: Scheme) -> int:
-    """The most distinct values in any group (or row) of a fake-quantized weight."""
+    """Largest number of distinct values in any group (or row, without groups) of a fake-quantized weight."""
     rows = weight.reshape(-1, scheme.group_size or weight.shape[1])
     return max(len(row.unique()) for row in rows)
 
 
 def check_levels(weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], scheme: Scheme) -> None:
-    """Raises ValueError when a fake-quantized weight or input has more values than its bits allow."""
+    """Raises ValueError if a fake-quantized weight or input has more distinct values than its bits allow."""
     for name, weight in weights.items():
         if weight_levels(weight, scheme) > 2**scheme.weight_bits:
             raise ValueError(
@@ -187,7 +197,11 @@ def check_levels(weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tenso
 
 
 def run_cell(calibrate: Callable[[Job, Any], tuple[Any, Measured]], packages: list[str]) -> None:
-    """Loads the model, lets `calibrate` quantize it, which measures and checks itself, evaluates, writes."""
+    """Runs the cell of the command line: loads the model, quantizes it with `calibrate`, evaluates it, writes the result.
+
+    calibrate: quantizes a model and measures itself; its docstring describes the program. packages: whose versions are
+    recorded.
+    """
     job = parse_job(calibrate.__doc__ or "")
     torch.manual_seed(0)
     model, result = calibrate(job, load_model(job.model))

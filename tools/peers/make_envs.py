@@ -1,8 +1,8 @@
-"""Makes the peers' virtual environments, each with the project's own torch version.
+"""Creates a virtual environment for each peer, with the torch version of this project.
 
-    python tools/peers/make_envs.py build/peers
+    python -m tools.peers.make_envs build/peers
 
-One environment a peer: their requirements exclude each other. What is there already is left alone.
+Each peer needs its own environment, because their requirements conflict. Environments that exist are left as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PEERS = ("modelopt", "llmcompressor", "autoround")
 
 
 def make_env(folder: Path, peer: str) -> None:
-    """Creates and fills one environment; a marker file, written last, says that it is whole."""
+    """Creates the environment of a peer, unless it is complete, which a marker file says that is written last."""
     requirements, marker = HERE / f"{peer}.txt", folder / ".installed"
     if marker.exists() and marker.read_text() == requirements.read_text():
         return

@@ -1,8 +1,9 @@
-"""auto-round, in its own environment: one cell of tools/bench/methods.py.
+"""auto-round as a peer: runs one cell of tools/bench/methods.py in its own environment.
 
-It tunes blocks, of tower and decoder. The projector is no block and stays float, so it is rounded to nearest afterwards,
-in the same scheme. Samples are fed one by one and eight gradients added up: batches of padded samples break it. amp is off:
-else it turns the whole model into bfloat16, which costs more than the rounding.
+auto-round tunes the blocks of tower and decoder. The projector is not a block and stays float, so it is rounded to nearest
+afterwards, in the same scheme. Samples are processed one at a time and eight gradients are accumulated, because auto-round
+fails on batches of padded samples. amp is off, because it converts the whole model to bfloat16, which costs more accuracy
+than the rounding.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ BATCH = 8
 
 
 def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
-    """auto-round as a peer: calibrates one cell and writes its logits."""
+    """Runs one cell of the benchmark with auto-round and writes its logits."""
     if job.scheme.activation_bits is not None:
         raise ValueError(f"{job.column}: auto-round's row is for weights only")
     processor = LlavaProcessor.from_pretrained(job.model)
     inputs, names = inputs_of(job.calibration), quantizable(model)
-    before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    float_weights = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     unused = [
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in names and "lm_head" not in n
     ]
@@ -54,20 +55,20 @@ def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
         model, _ = rounder.quantize()
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise ValueError("auto-round changed the type of the model's floats")
-        left = [name for name in names if torch.equal(model.get_submodule(name).weight, before[name])]
-        for name in left:
+        unchanged = [name for name in names if torch.equal(model.get_submodule(name).weight, float_weights[name])]
+        for name in unchanged:
             weight = model.get_submodule(name).weight
             with torch.no_grad():
-                weight.copy_(rounded(weight, job.scheme))
-    result.settings = {**settings, "rounded_to_nearest_afterwards": left}
-    if any("multi_modal_projector" not in name for name in left):
-        raise ValueError(f"auto-round left {left} in float")
+                weight.copy_(round_to_nearest(weight, job.scheme))
+    result.settings = {**settings, "rounded_to_nearest_afterwards": unchanged}
+    if any("multi_modal_projector" not in name for name in unchanged):
+        raise ValueError(f"auto-round left {unchanged} in float")
     check_levels({name: model.get_submodule(name).weight for name in names}, {}, job.scheme)
     return model, result
 
 
-def rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Round to nearest with the largest magnitude of each group."""
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The weight [out, in], rounded to nearest with the absmax range of each group."""
     qmax = 2 ** (scheme.weight_bits - 1) - 1
     groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])
     scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-9) / qmax

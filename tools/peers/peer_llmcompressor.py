@@ -1,11 +1,11 @@
-"""llmcompressor, in its own environment: one cell of tools/bench/methods.py.
+"""llmcompressor as a peer: runs one cell of tools/bench/methods.py in its own environment.
 
-A recipe is a list of calls of oneshot. Tower and projector are one call and the decoder another: the sequential pipeline,
-the default, in which a layer sees the quantized ones before it, does not step into the tower (its modules get hooks, but
-no ranges, and GPTQ fails on them), and the basic one does not carry errors on. Smoothing is a call of its own, as static
-activation ranges must be taken after it; AWQ needs the sequential pipeline, since under the basic one it searches with
-uncalibrated quantizers on and sees outputs of zero. The mappings name every pair that can be folded in this model, the
-tower's and up_proj -> down_proj included, which the SmoothQuant defaults leave out.
+A recipe is a list of calls of oneshot. Tower and projector are quantized in one call, the decoder in another. The sequential
+pipeline, the default, in which a layer's inputs come from already quantized layers, does not step into the tower: its
+modules get hooks but no ranges, and GPTQ fails on them. The basic pipeline does not propagate errors. Smoothing is its own
+call, because static activation ranges must be observed after it. AWQ does not work with the basic pipeline: it would search
+with uncalibrated quantizers enabled and get outputs of zero. The mappings name every pair of layers that can be equalized in
+this model, including those of the tower and up_proj -> down_proj, which the SmoothQuant defaults leave out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 
-# (what makes the activation, what reads it); grouped-query v_proj -> o_proj cannot be matched: its widths differ.
+# (layer that produces the activation, linears that read it, scope). Under grouped-query attention v_proj and o_proj differ
+# in width, so they cannot be paired.
 PAIRS = (
     (r"re:.*language_model.*\.input_layernorm$", ("q_proj", "k_proj", "v_proj"), "language_model"),
     (r"re:.*language_model.*\.post_attention_layernorm$", ("gate_proj", "up_proj"), "language_model"),
@@ -39,7 +40,10 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """smoothing: None, "smoothquant" or "awq"; then rounding "rtn" or "gptq" with the observer of the ranges."""
+    """A method of the benchmark.
+
+    smoothing: None, "smoothquant" or "awq". rounding: "rtn" or "gptq". observer: of the clipping ranges.
+    """
 
     smoothing: str | None
     rounding: str
@@ -75,7 +79,7 @@ class AWQWithoutAccelerator(AWQModifier):
 
 
 def scheme_of(names: list[str], scheme: Scheme, observer: str, activations: bool = True) -> QuantizationScheme:
-    """llmcompressor's form of the column's scheme on these linears."""
+    """The scheme on the linears `names`, in llmcompressor's form."""
     strategy = {"strategy": "channel"}
     if scheme.group_size is not None:
         strategy = {"strategy": "group", "group_size": scheme.group_size}
@@ -86,38 +90,40 @@ def scheme_of(names: list[str], scheme: Scheme, observer: str, activations: bool
     return QuantizationScheme(targets=names, weights=weights, input_activations=inputs)
 
 
-def mappings(scope_of: type | None = None) -> list[Any]:
-    """PAIRS as SmoothQuant takes them, or as AWQ does."""
+def mappings(mapping: type | None = None) -> list[Any]:
+    """PAIRS in the form of SmoothQuant, or of the mapping type `mapping`, such as AWQMapping."""
     pairs = [([rf"re:.*{scope}.*\.{name}$" for name in readers], maker) for maker, readers, scope in PAIRS]
-    if scope_of is None:
+    if mapping is None:
         return [[readers, maker] for readers, maker in pairs]
-    return [scope_of(smooth_layer=maker, balance_layers=readers) for readers, maker in pairs]
+    return [mapping(smooth_layer=maker, balance_layers=readers) for readers, maker in pairs]
 
 
 def passes_of(recipe: Recipe, names: list[str], scheme: Scheme) -> list[tuple[str, list[Any]]]:
-    """Pipeline and modifiers of each call of oneshot."""
+    """Pipeline and modifiers of each call of oneshot for a recipe."""
 
-    def rounding(modifier: type, part: list[str]) -> Any:
+    def make_modifier(modifier: type, part: list[str]) -> Any:
         return modifier(config_groups={"all": scheme_of(part, scheme, recipe.observer)})
 
     passes: list[tuple[str, list[Any]]] = []
     if recipe.smoothing == "smoothquant":
         passes.append(("basic", [SmoothQuantModifier(smoothing_strength=0.5, mappings=mappings())]))
     elif recipe.smoothing == "awq":
-        # AWQ judges its factors with the weights' scheme, which a modifier of the same call declares.
-        declared = QuantizationModifier(config_groups={"all": scheme_of(names, scheme, recipe.observer, activations=False)})
+        # AWQ evaluates its factors with the scheme of the weights, which a modifier of the same call must declare.
+        scheme_modifier = QuantizationModifier(
+            config_groups={"all": scheme_of(names, scheme, recipe.observer, activations=False)}
+        )
         awq = AWQWithoutAccelerator(mappings=mappings(AWQMapping), duo_scaling="both")
-        passes.append(("independent", [awq, declared]))
+        passes.append(("independent", [awq, scheme_modifier]))
     if recipe.rounding == "rtn":
-        return [*passes, ("basic", [rounding(QuantizationModifier, names)])]
+        return [*passes, ("basic", [make_modifier(QuantizationModifier, names)])]
     vision = [name for name in names if "language_model" not in name]
-    passes.append(("basic", [rounding(GPTQModifier, vision)]))
-    passes.append(("sequential", [rounding(GPTQModifier, [name for name in names if name not in vision])]))
+    passes.append(("basic", [make_modifier(GPTQModifier, vision)]))
+    passes.append(("sequential", [make_modifier(GPTQModifier, [name for name in names if name not in vision])]))
     return passes
 
 
 def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
-    """llmcompressor as a peer: calibrates one cell and writes its logits."""
+    """Runs one cell of the benchmark with llmcompressor and writes its logits."""
     recipe, names = RECIPES[job.row], quantizable(model)
     inputs = batches_of(job.calibration)
     passes = passes_of(recipe, names, job.scheme)
@@ -136,12 +142,12 @@ def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
 
 
 def check(model: Any, names: list[str], job: Job, sample: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError when a linear is not in the scheme, or anything else is quantized."""
+    """Raises ValueError if a linear is not quantized as its scheme says, or if anything else is quantized."""
     quantized = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
     if set(quantized) != set(names):
         raise ValueError(f"quantized {len(quantized)} of {len(names)} linears")
-    seen: dict[str, torch.Tensor] = {}
-    handles = [module.register_forward_pre_hook(keeper(seen, name)) for name, module in quantized.items()]
+    observed: dict[str, torch.Tensor] = {}
+    handles = [module.register_forward_pre_hook(make_hook(observed, name)) for name, module in quantized.items()]
     run_all(model, [sample])
     for handle in handles:
         handle.remove()
@@ -150,17 +156,17 @@ def check(model: Any, names: list[str], job: Job, sample: dict[str, torch.Tensor
         scheme = module.quantization_scheme
         weights[name] = forward_quantize(module, module.weight, "weight", scheme.weights)
         if scheme.input_activations is not None:
-            inputs[name] = forward_quantize(module, seen[name], "input", scheme.input_activations)
+            inputs[name] = forward_quantize(module, observed[name], "input", scheme.input_activations)
             if module.input_scale.numel() != 1 or bool(module.input_zero_point.any()):
                 raise ValueError(f"{name}: its activations have more than one scale, or are not symmetric")
     check_levels(weights, inputs, job.scheme)
 
 
-def keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    """A hook that keeps a linear's input."""
+def make_hook(inputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    """A hook that stores a copy of a linear's input in `inputs`."""
 
     def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-        kept[name] = args[0].clone()
+        inputs[name] = args[0].clone()
 
     return hook
 

@@ -1,9 +1,9 @@
-"""nvidia-modelopt, in its own environment: one cell of tools/bench/methods.py.
+"""nvidia-modelopt as a peer: runs one cell of tools/bench/methods.py in its own environment.
 
-A recipe is the list of algorithms that run one after the other, as mtq.quantize takes them. `two-step` recipes are made by
-hand: modelopt smooths at W8A8 only, so there the model is smoothed at 8 bits, the bits are lowered, and the last algorithm
-calibrates again. Quantizers are enabled by name on the planned linears only: modelopt's presets would leave out the tower
-and the projector, and "*input_quantizer" would quantize LayerNorm inputs.
+A recipe is a list of algorithms that run one after the other, in the form of mtq.quantize. The `two-step` recipes are not
+offered by modelopt, which smooths at W8A8 only: here the model is smoothed at 8 bits, the number of bits is lowered, and the
+last algorithm calibrates again. Quantizers are enabled by name on the linears of the scheme only, because modelopt's presets
+would leave out the tower and the projector, and "*input_quantizer" would quantize the inputs of LayerNorms.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ FINE_MSE = {"method": "mse", "step_size": 0.02, "start_multiplier": 0.4, "stop_m
 
 @dataclass(frozen=True)
 class Recipe:
-    """algorithms: run at the column's bits. smooth_alpha: smooth at W8A8 first, by hand."""
+    """A method of the benchmark.
+
+    algorithms: run at the bits of the column. smooth_alpha: if set, the model is smoothed at W8A8 before.
+    """
 
     algorithms: tuple[str | dict[str, Any], ...]
     smooth_alpha: float | None = None
 
 
 def smoothquant(alpha: float) -> dict[str, Any]:
+    """The SmoothQuant algorithm in the form of mtq.quantize."""
     return {"method": "smoothquant", "alpha": alpha}
 
 
@@ -51,7 +55,7 @@ RECIPES = {
 
 
 def quantizer_config(names: list[str], scheme: Scheme) -> list[dict[str, Any]]:
-    """modelopt's entries for these linears, everything else off."""
+    """modelopt's configuration that quantizes the linears `names` and nothing else."""
     weight: dict[str, Any] = {"num_bits": scheme.weight_bits, "axis": 0}
     if scheme.group_size is not None:
         weight = {"num_bits": scheme.weight_bits, "block_sizes": {-1: scheme.group_size, "type": "static"}}
@@ -66,7 +70,7 @@ def quantizer_config(names: list[str], scheme: Scheme) -> list[dict[str, Any]]:
 
 
 def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
-    """nvidia-modelopt as a peer: calibrates one cell and writes its logits."""
+    """Runs one cell of the benchmark with nvidia-modelopt and writes its logits."""
     recipe, names = RECIPES[job.row], quantizable(model)
     inputs = batches_of(job.calibration)
     config = quantizer_config(names, job.scheme)
@@ -79,21 +83,24 @@ def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
         if recipe.smooth_alpha is None:
             model = mtq.quantize(model, {"quant_cfg": config, "algorithm": list(recipe.algorithms)}, forward_loop)
         else:
-            eight = quantizer_config(names, Scheme(8, 8, None))
-            smooth = {"quant_cfg": eight, "algorithm": smoothquant(recipe.smooth_alpha)}
+            w8a8 = quantizer_config(names, Scheme(8, 8, None))
+            smooth = {"quant_cfg": w8a8, "algorithm": smoothquant(recipe.smooth_alpha)}
             model = lower_bits_(mtq.quantize(model, smooth, forward_loop), names, config)
             for algorithm in recipe.algorithms:
                 model = mtq.calibrate(model, algorithm, forward_loop)
     result.settings = {"algorithms": recipe.algorithms, "smoothed_at_w8a8": recipe.smooth_alpha, "quant_cfg": config[1:3]}
-    said = {str(w.message) for w in caught if "skip" in str(w.message)}
-    if skipped := [name for name in names if any(name in line for line in said)]:
+    messages = {str(w.message) for w in caught if "skip" in str(w.message)}
+    if skipped := [name for name in names if any(name in message for message in messages)]:
         raise ValueError(f"modelopt left out {len(skipped)} linears, the first {skipped[0]}")
     check(model, names, job, inputs[0])
     return model, result
 
 
 def lower_bits_(model: Any, names: list[str], config: list[dict[str, Any]]) -> Any:
-    """Gives the smoothed model's quantizers the column's bits and forgets the ranges of 8 bits; the smoothing stays."""
+    """Sets the bits of the smoothed model's quantizers to those of the column and resets their ranges, in place.
+
+    The smoothing stays; raises ValueError if it does not.
+    """
     smoothing = {name: model.get_submodule(name).input_quantizer.pre_quant_scale.clone() for name in names}
     for name in names:
         for quantizer in (model.get_submodule(name).input_quantizer, model.get_submodule(name).weight_quantizer):
@@ -106,7 +113,7 @@ def lower_bits_(model: Any, names: list[str], config: list[dict[str, Any]]) -> A
 
 
 def check(model: Any, names: list[str], job: Job, sample: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError when a linear is not in the scheme, or anything else is quantized."""
+    """Raises ValueError if a linear is not quantized as its scheme says, or if anything else is quantized."""
     weights: dict[str, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
     handles = []
@@ -122,21 +129,21 @@ def check(model: Any, names: list[str], job: Job, sample: dict[str, torch.Tensor
             with torch.no_grad():
                 weights[linear] = quantizer(model.get_submodule(linear).weight)
         else:
-            handles.append(quantizer.register_forward_hook(keeper(inputs, linear)))
+            handles.append(quantizer.register_forward_hook(make_hook(inputs, linear)))
     run_all(model, [sample])
     for handle in handles:
         handle.remove()
-    wanted = set(names)
-    if set(weights) != wanted or (job.scheme.activation_bits and set(inputs) != wanted):
-        raise ValueError(f"quantized {len(weights)} weights and {len(inputs)} inputs of {len(wanted)} linears")
+    expected = set(names)
+    if set(weights) != expected or (job.scheme.activation_bits and set(inputs) != expected):
+        raise ValueError(f"quantized {len(weights)} weights and {len(inputs)} inputs of {len(expected)} linears")
     check_levels(weights, inputs, job.scheme)
 
 
-def keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    """A hook that keeps a quantizer's output."""
+def make_hook(outputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    """A hook that stores a copy of a quantizer's output in `outputs`."""
 
     def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-        kept[name] = output.clone()
+        outputs[name] = output.clone()
 
     return hook
 

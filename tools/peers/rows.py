@@ -1,4 +1,4 @@
-"""The peers' rows of the benchmark, as data. Imported by tools/bench/methods.py; needs nothing but Python."""
+"""Rows of the methods benchmark for released peers: recipe, line of the summary table, and schemes of each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ COMPRESSOR, ROUND = "llmcompressor, best", "auto-round, 200 steps"
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One recipe of one peer. line: the table's line that shows the best of its recipes in each column.
+    """One recipe of one peer.
 
-    columns: where it applies. main: the columns in which it came first or close to it on the first calibration seed, which
-    are run without being asked for, as is llmcompressor's plain GPTQ, which `fast` is timed against; the others run with
-    --extra.
+    line: the line of the summary table, which shows the best of its recipes in each column. columns: the schemes that the
+    recipe supports. main: the columns that are run by default, in which the recipe was the best or close to it on the first
+    calibration seed; llmcompressor's plain GPTQ is run in all columns, because the time of `fast` is compared with it. The
+    other columns are run with --extra only.
     """
 
     peer: str
@@ -30,6 +31,7 @@ class PeerRow:
 
     @property
     def name(self) -> str:
+        """Name of the row, such as "llmcompressor: gptq"."""
         return f"{self.peer}: {self.recipe}"
 
 

@@ -22,7 +22,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import fit_scheme, parse_scheme_bits
 from qvlm_export.calibrate.quantization.observers import make_histogram
-from qvlm_export.calibrate.qvlm.clip_candidates import WHOLE, Clips, QuantizableLayer
+from qvlm_export.calibrate.qvlm.clip_candidates import ABSMAX_CLIP, Clips, QuantizableLayer
 from qvlm_export.calibrate.qvlm.joint_search import (
     Clip,
     Outputs,
@@ -61,9 +61,9 @@ class Chain:
         outputs = (*self._preceding_in_block(first), *window)
         replay = self.replays[block]
         if target == block:
-            return replay.given(outputs)
+            return replay.layer_input(outputs)
         inputs = self.bridges[target](replay.finish(outputs[: len(replay.layers)]))
-        return replace(self.replays[target], inputs=inputs).given(outputs[len(replay.layers) :])
+        return replace(self.replays[target], inputs=inputs).layer_input(outputs[len(replay.layers) :])
 
     def answer_logits(self, first: int, window: Outputs) -> torch.Tensor:
         """Logits of the answer tokens, [tokens, vocab], if the layers from `first` on have the outputs `window`.
@@ -74,7 +74,7 @@ class Chain:
         replay, outputs, number = self.replays[block], (*self._preceding_in_block(first), *window), first + len(window)
         while True:
             while len(outputs) < len(replay.layers):
-                outputs = (*outputs, {n: x(replay.given(outputs)) for n, x in self.layers[number].linears.items()})
+                outputs = (*outputs, {n: x(replay.layer_input(outputs)) for n, x in self.layers[number].linears.items()})
                 number += 1
             hidden = replay.finish(outputs[: len(replay.layers)])
             outputs, block = outputs[len(replay.layers) :], block + 1
@@ -181,7 +181,7 @@ class _ChainBuilder:
         schemes = {
             name: fit_scheme(name, tuple(x.weight.shape), *parse_scheme_bits(self._scheme)) for name, x in linears.items()
         }
-        weights = {(name, WHOLE): WHOLE.weight_amax(x.weight, schemes[name]) for name, x in linears.items()}
+        weights = {(name, ABSMAX_CLIP): ABSMAX_CLIP.weight_amax(x.weight, schemes[name]) for name, x in linears.items()}
         return QuantizableLayer(linears, schemes, {clip: clip.activation_amax(histogram) for clip in self._grid}, weights)
 
     def chain(self, logits: Logits) -> Chain:

@@ -92,7 +92,9 @@ def calibration_peaks(source: TensorSource, blocks: ModelBlocks, samples: Sequen
     """
     features = features_of(source, blocks, samples)
     sets = {"own questions": (list(samples), list(range(len(samples))))}
-    sets["and cross-paired questions"] = flatten_prompts(cross_pair_prompts(samples, FULL.questions, blocks.image_token_id))
+    sets["and cross-paired questions"] = flatten_prompts(
+        cross_pair_prompts(samples, FULL.questions_per_image, blocks.image_token_id)
+    )
     word_weights = embedding_norm_weights(load_finite(source, EMBEDDING).numpy())
     random_texts = replace_words(samples, FULL.random_word_prompts, word_weights, blocks.image_token_id, FULL.seed)
     texts, numbers = sets["and cross-paired questions"]
@@ -129,8 +131,8 @@ def new_words(model: Path, data: Path) -> list[str]:
         known = np.unique(np.concatenate([sample.input_ids for sample in samples]))
         new = np.array([not np.isin(question.input_ids, known).all() for question in unseen])
         job, entries = CalibrationJob(blocks, checkpoint.source, schemes_of(checkpoint, blocks, "W4A16"), samples), []
-        for method in (FAST, replace(FAST, random_word_prompts=FULL.random_word_prompts)):
-            logits, _, _ = calibrate_and_run(job, checkpoint, functools.partial(calibrate_search, method=method), unseen)
+        for config in (FAST, replace(FAST, random_word_prompts=FULL.random_word_prompts)):
+            logits, _, _ = calibrate_and_run(job, checkpoint, functools.partial(calibrate_search, config=config), unseen)
             divergence = kl_divergence(reference, logits)
             entries.append(f"{divergence[new[question_of_token]].sum() / divergence.sum():.0%} ({divergence.mean():.1e})")
         lines.append(f"| {seed} | {new.sum()} | {' | '.join(entries)} |")

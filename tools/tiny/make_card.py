@@ -1,6 +1,6 @@
 """Writes the model card of the tiny LLaVA from the record of its training and its measured accuracy.
 
-    python -m tools.tiny.make_card --training build/tiny/training.json --accuracy docs/tiny_accuracy.json \
+    python -m tools.tiny.make_card --training build/tiny/training.json --accuracy docs/tiny_accuracy.json \\
         --out qvlm_export/tiny/README.md
 """
 

@@ -6,14 +6,14 @@ The outliers of tools/tiny/plant_outliers.py are channels that are scaled up in 
 equalization removes them exactly. This program plants four kinds that equalization does not remove. Each leaves the function
 of the model unchanged, or nearly so:
 
-after GELU      Rows of fc1 (tower) and linear_1 (projector) are scaled by 8 to 32. GELU(s z) / s differs from GELU(z), so the
-                factor cannot be moved into the preceding layer. A least-squares refit of the next linear on training images
-                compensates for the change (nearly exact). Only a multiplication at run time or clipping helps.
-residual        The residual stream is rotated by an orthogonal matrix, which commutes with RMSNorm without a gain (exact). The
-                first axes are the directions of the beginning-of-sequence token and of the tokens around the image. So these
-                tokens have all their energy in one channel, 16 times the root mean square after a norm, like the massive
-                activations of real models. The other tokens use the same channel at ordinary size: a factor that makes the
-                few tokens small makes the weights that all tokens need large.
+after GELU      Rows of fc1 (tower) and linear_1 (projector) are scaled by 8 to 32. GELU(s z) / s differs from GELU(z), so
+                the factor cannot be moved into the preceding layer. A least-squares refit of the next linear on training
+                images compensates for the change (nearly exact). Only a multiplication at run time or clipping helps.
+residual        The residual stream is rotated by an orthogonal matrix, which commutes with RMSNorm without a gain (exact).
+                The first axes are the directions of the beginning-of-sequence token and of the tokens around the image. So
+                these tokens have all their energy in one channel, 16 times the root mean square after a norm, like the
+                massive activations of real models. The other tokens use the same channel at ordinary size: a factor that
+                makes the few tokens small makes the weights that all tokens need large.
 values          In each key-value head a multiple of one value channel is added to another, and o_proj subtracts it again
                 (exact, because attention mixes tokens, not channels). Scaling channels cannot undo a shear: the sum is
                 large, and the small summand carries the information. Several query heads read each key-value head.
@@ -58,7 +58,7 @@ def plant_hard_(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Te
 
 
 def after_gelu(model: LlavaForConditionalGeneration) -> Iterator[tuple[nn.Linear, nn.Linear]]:
-    """The linears before and after each GELU, in the order of the forward pass, without layers that the model does not use."""
+    """The linears before and after each GELU, in the order of the forward pass, without unused layers of the tower."""
     tower, feature = model.model.vision_tower, model.config.vision_feature_layer
     for layer in tower.encoder.layers[: feature % (len(tower.encoder.layers) + 1)]:
         yield layer.mlp.fc1, layer.mlp.fc2

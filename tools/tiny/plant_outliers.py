@@ -42,7 +42,7 @@ def scale_down_(linears: list[torch.nn.Linear], scale: torch.Tensor) -> None:
 
 
 def plant_(model: LlavaForConditionalGeneration, seed: int) -> None:
-    """Plants outlier channels at the outputs of all norms, up projections and value projections, in place.
+    """Plants outlier channels at the outputs of the layers' norms, up projections and value projections, in place.
 
     The outliers after norms are in the same channels in all layers.
     """

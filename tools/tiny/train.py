@@ -2,10 +2,10 @@
 
     python -m tools.tiny.train --work build/tiny
 
-The tower is pretrained alone to classify what each patch shows, since a real LLaVA starts from a trained CLIP; then the whole
-model is trained. A training row is one image followed by many questions. A question attends to the image and to itself only
-(block mask; positions restart after the image), so a row is equivalent to that many single-turn prompts, at the cost of one
-image.
+The tower is pretrained alone to classify what each patch shows, since a real LLaVA starts from a trained CLIP; then the
+whole model is trained. A training row is one image followed by many questions. A question attends to the image and to itself
+only (block mask; positions restart after the image), so a row is equivalent to that many single-turn prompts, at the cost of
+one image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.tiny import scenes
 class Stage:
     """A number of steps with one mix of questions.
 
-    The learning rate warms up to `lr`, then follows a cosine over `cosine_steps`. row_kinds: kinds of the questions of a row.
+    The learning rate warms up to `lr`, then follows a cosine over `cosine_steps`. row_kinds: of the questions of a row.
     """
 
     steps: int
@@ -77,7 +77,7 @@ class RowMaker:
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self._processor.tokenizer.encode(text, add_special_tokens=False))
 
-    def image(, index: int) -> tuple[scenes.Scene, np.ndarray]:
+    def image(self, index: int) -> tuple[scenes.Scene, np.ndarray]:
         """The scene and its pixel values, float32 [3, H, W]."""
         scene = scenes.make_scene("train", index, self._seed)
         return scene, self._processor.image_processor(scenes.draw(scene), return_tensors="np")["pixel_values"][0]

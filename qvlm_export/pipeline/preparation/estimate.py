@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qvlm_export.calibrate.blockwise.resume import MEMORY_BYTES
-from qvlm_export.calibrate.calibrators.cost import Cost
+from qvlm_export.calibrate.calibrators.block_cost import Cost
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import Backend

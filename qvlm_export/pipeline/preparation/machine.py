@@ -27,7 +27,7 @@ from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
-from qvlm_export.engines.graph.int4_packing import transposed_nibbles
+from qvlm_export.engines.graph.int4_packing import transpose_nibbles
 from qvlm_export.pipeline.preparation.preflight import nearest_folder
 
 TOKENS, WIDTH, OUT = 512, 4096, 2048
@@ -103,7 +103,7 @@ def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu") 
         stored = torch.randn(ROUNDED, ROUNDED, generator=generator).half().numpy()
         rounded = stored.size / _measure_seconds(round_weight)
     nibbles = np.zeros((OUT, WIDTH // 2), np.uint8)
-    packed = nibbles.size * 2 / _measure_seconds(lambda: transposed_nibbles(nibbles))
+    packed = nibbles.size * 2 / _measure_seconds(lambda: transpose_nibbles(nibbles))
     hashed = nibbles.nbytes / _measure_seconds(lambda: hashlib.sha256(nibbles.tobytes()).digest())
     cached_share, free = _measure_cached_share(weights), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     large = sum(path.stat().st_size for path in weights) > LARGE_BYTES

@@ -12,7 +12,8 @@ from typing import Any
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
-from qvlm_export.calibrate.calibrators.cost import Cost, activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
+from qvlm_export.calibrate.calibrators.block_cost import Cost
+from qvlm_export.calibrate.calibrators.cost import activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme

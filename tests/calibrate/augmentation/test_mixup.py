@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_export import make_sample, mixed_samples, open_small, plan_of
+from small_export import make_sample, mixed_samples, open_small, schemes_of
 
 from qvlm_export.calibrate.augmentation import mixup
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
@@ -24,7 +24,7 @@ def job(llava) -> CalibrationJob:
     checkpoint = open_small(llava(dtype="float32"))
     samples = [make_sample(checkpoint, words=8 + seed, images=1, seed=seed) for seed in range(4)]
     samples = [replace(sample, answer_start=len(sample.input_ids) - 3) for sample in samples]
-    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, "int4"), samples)
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes_of(checkpoint, "int4"), samples)
 
 
 def uncertainty_of(job: CalibrationJob, text, image: torch.Tensor) -> float:

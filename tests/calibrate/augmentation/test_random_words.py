@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_export import mixed_samples, open_small, plan_of
+from small_export import mixed_samples, open_small, schemes_of
 
 from qvlm_export.calibrate.augmentation.random_words import REPLACED_SHARE, embedding_norm_weights, replace_words
 from qvlm_export.calibrate.blockwise.blocks import load_finite, make_blocks
@@ -89,7 +89,7 @@ def test_no_prompts_are_made_of_identical_texts_or_for_a_count_of_zero() -> None
 def test_activation_ranges_cover_words_that_no_sample_has(llava, tmp_path, monkeypatch) -> None:
     """Prompts with random words count for the ranges. Here the embeddings of other words have a single nonzero channel."""
     checkpoint = open_small(llava())
-    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int8"), mixed_samples(checkpoint)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, "int8"), mixed_samples(checkpoint)
     words = torch.randint(10, 60, (len(samples), 6), generator=torch.Generator().manual_seed(0)).numpy()
     samples = [
         replace(s, input_ids=np.concatenate([s.input_ids, own]), answer_start=len(s.input_ids) + 3)
@@ -114,10 +114,10 @@ def test_activation_ranges_cover_words_that_no_sample_has(llava, tmp_path, monke
             job, writer, lambda *_: None, replace(FAST, equalization="none", random_word_prompts=count)
         )
         writer.finish(checkpoint.config_json, summary)
-        assert summary["scrambled"] == len(replace_words(samples, count, weights, blocks.image_token_id, 0))
-        assert summary["prompts"] == len(samples) + summary["scrambled"]
+        assert summary["random_words"] == len(replace_words(samples, count, weights, blocks.image_token_id, 0))
+        assert summary["prompts"] == len(samples) + summary["random_words"]
         calibrated = CalibratedCheckpoint(tmp_path / str(count))
         scales[count] = calibrated.input_scale("language_model.model.layers.0.self_attn.q_proj")
-    assert summary["scrambled"] > 0
+    assert summary["random_words"] > 0
     assert scales[6] > 1.3 * scales[0]
     assert FULL.random_word_prompts > 0

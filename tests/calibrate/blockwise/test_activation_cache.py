@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_export import mixed_samples, open_small, plan_of
+from small_export import mixed_samples, open_small, schemes_of
 
 from qvlm_export.calibrate.blockwise.activation_cache import (
     CachedActivations,
@@ -74,7 +74,7 @@ def test_16_bit_activations_change_block_errors_by_at_most_10_percent(llava, tmp
         job = CalibrationJob(
             make_blocks(checkpoint.hf_config),
             checkpoint.source,
-            plan_of(checkpoint, "int4"),
+            schemes_of(checkpoint, "int4"),
             mixed_samples(checkpoint),
             CalibrationWork(folder, narrow=narrow, memory_bytes=0),
         )

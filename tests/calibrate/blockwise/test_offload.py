@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pretend_gpu import GPU, PretendGpu
-from small_export import mixed_samples, open_small, plan_of
+from small_export import mixed_samples, open_small, schemes_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qvlm_export.calibrate.blockwise import offload
@@ -74,7 +74,7 @@ def calibrate_on_both(
 
 def calibrate_model(model: Path, folder: Path, device: torch.device, calibrate: Any) -> CalibratedCheckpoint:
     checkpoint = open_small(model)
-    blocks, schemes = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4")
+    blocks, schemes = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, "int4")
     job = CalibrationJob(blocks, checkpoint.source, schemes, mixed_samples(checkpoint)[:2], device=device)
     writer = CalibratedWriter(folder)
     writer.finish(checkpoint.config_json, calibrate(job, writer, lambda *_: None))
@@ -101,13 +101,13 @@ def test_search_on_a_gpu_gives_the_results_of_the_cpu(llava: Llava, tmp_path: Pa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false")
 def test_token_weighted_search_on_a_real_gpu_agrees_with_the_cpu(llava: Llava, tmp_path: Path) -> None:
     """The pretended GPU cannot compute gradients."""
-    model, calibrate = llava(**SMALL), partial(calibrate_search, method=replace(FAST, token_weighting="logits"))
+    model, calibrate = llava(**SMALL), partial(calibrate_search, config=replace(FAST, token_weighting="logits"))
     on_cpu, on_gpu = (calibrate_model(model, tmp_path / name, torch.device(name), calibrate) for name in ("cpu", "cuda"))
     for name in on_cpu.schemes:
         assert (on_cpu.linear(name).codes == on_gpu.linear(name).codes).mean() > 0.98, name
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "two-sided"])
+@pytest.mark.parametrize("rounding", ["gptq", "kronecker"])
 def test_gptq_and_kronecker_rounding_on_a_gpu_give_the_results_of_the_cpu(rounding: Rounding) -> None:
     """The rest of what a search computes. Output Hessians stay in host memory."""
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from commands import read_files
-from small_export import plan_of
+from small_export import schemes_of
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
@@ -40,7 +40,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
 def test_interrupted_after_every_block_and_resumed(make_checkpoint, tmp_path: Path, kind: str, calibrate) -> None:
     """The families have several tower features, and tiles that are placed, between their blocks."""
     family = make_checkpoint(kind)
-    schemes = plan_of(family.checkpoint, "int8")
+    schemes = schemes_of(family.checkpoint, "int8")
     samples = [question.sample for question in family.questions[:2]]
 
     def run(folder: Path, last: int | None) -> dict[str, Any]:

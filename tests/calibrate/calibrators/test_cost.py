@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from small_export import mixed_samples, open_small, plan_of
+from small_export import mixed_samples, open_small, schemes_of
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
-from qvlm_export.calibrate.calibrators import cost
-from qvlm_export.calibrate.calibrators.cost import Cost, estimate_calibration_cost, is_narrow
+from qvlm_export.calibrate.calibrators import block_cost
+from qvlm_export.calibrate.calibrators.block_cost import Cost
+from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost, is_narrow
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RTN_LINEAR, LinearConfig, SearchConfig
@@ -21,20 +22,20 @@ from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RT
     [
         FAST,
         SearchConfig(equalization="expected", token_weighting="modality"),
-        SearchConfig(equalization="none", token_weighting="logits", questions=3),
-        SearchConfig(equalization="search", token_weighting="logits", vision="own"),
-        SearchConfig(equalization="search", token_weighting="logits", vision="none"),
+        SearchConfig(equalization="none", token_weighting="logits", questions_per_image=3),
+        SearchConfig(equalization="search", token_weighting="logits", vision_target="own"),
+        SearchConfig(equalization="search", token_weighting="logits", vision_target="none"),
         SearchConfig(equalization="none", linear=LinearConfig(rounding="nearest", ridge=None)),
         SearchConfig("none", KRONECKER_LINEAR, "kl+logits", leverage=False),
         SearchConfig("none", token_weighting="logits", random_word_prompts=3),
         SearchConfig(
-            "none", KRONECKER_LINEAR, "kl+logits", questions=2, mixup_prompts=2
+            "none", KRONECKER_LINEAR, "kl+logits", questions_per_image=2, mixup_prompts=2
         ),  # random models are always uncertain
     ],
 )
 def test_estimated_forwards_equal_those_of_the_search(llava, tmp_path, method):
     checkpoint = open_small(llava())
-    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int8"), mixed_samples(checkpoint)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, "int8"), mixed_samples(checkpoint)
     job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
     summary = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
     estimate = estimate_calibration_cost(blocks, schemes, samples, method)
@@ -46,7 +47,7 @@ def test_estimated_forwards_of_learned_rounding_equal_those_of_the_search(llava,
     checkpoint = open_small(llava())
     blocks, schemes, samples = (
         make_blocks(checkpoint.hf_config),
-        plan_of(checkpoint, "int8"),
+        schemes_of(checkpoint, "int8"),
         mixed_samples(checkpoint)[:1] * 64,
     )
     job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
@@ -63,7 +64,7 @@ def test_cost_of_round_to_nearest_equals_the_sum_worked_out_by_hand(llava):
     """int8: every block runs once. int4: the decoder does not run at all, as its activations stay float."""
     checkpoint = open_small(llava())
     blocks, samples, config = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint), checkpoint.config
-    int8 = estimate_calibration_cost(blocks, plan_of(checkpoint, "int8"), samples, None)
+    int8 = estimate_calibration_cost(blocks, schemes_of(checkpoint, "int8"), samples, None)
     text, vision = config.text, config.vision
     decoder = text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     decoder += text.hidden_size * text.num_heads * text.head_dim + 3 * text.hidden_size * text.intermediate_size
@@ -76,7 +77,7 @@ def test_cost_of_round_to_nearest_equals_the_sum_worked_out_by_hand(llava):
     vision_flops += 2 * projector * patches * images
     assert int8.flops == decoder_flops + vision_flops
     assert int8.rounded == 2 * decoder + 3 * tower + projector
-    int4 = estimate_calibration_cost(blocks, plan_of(checkpoint, "int4"), samples, None)
+    int4 = estimate_calibration_cost(blocks, schemes_of(checkpoint, "int4"), samples, None)
     assert (int4.flops, int4.rounded) == (vision_flops, int8.rounded)
     assert int4.forwards == 4 * images
 
@@ -87,9 +88,9 @@ def test_memory_of_a_sum_is_that_of_the_larger_part():
 
 def test_large_factorizations_are_shared_by_threads_and_small_ones_are_not(llava, monkeypatch):
     checkpoint = open_small(llava())
-    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, "int4"), mixed_samples(checkpoint)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, "int4"), mixed_samples(checkpoint)
     small = estimate_calibration_cost(blocks, schemes, samples, FAST)
-    monkeypatch.setattr(cost, "LARGE", 1)
+    monkeypatch.setattr(block_cost, "MIN_BLOCKED_ROWS", 1)
     large = estimate_calibration_cost(blocks, schemes, samples, FAST)
     assert small.single_flops > 0 == large.single_flops
     assert large.shared_flops == pytest.approx(small.shared_flops + small.single_flops)

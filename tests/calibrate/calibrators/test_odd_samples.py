@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_export import mixed_samples, plan_of
+from small_export import mixed_samples, schemes_of
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
@@ -66,7 +66,7 @@ def checkpoint(llava: Callable[..., Path]) -> Checkpoint:
 def job_of(
     checkpoint: Checkpoint, samples: Sequence[Sample], work: Path | None = None, vision: bool = True
 ) -> CalibrationJob:
-    schemes = {n: s for n, s in plan_of(checkpoint, "int8").items() if vision or n.startswith("language_model.")}
+    schemes = {n: s for n, s in schemes_of(checkpoint, "int8").items() if vision or n.startswith("language_model.")}
     calibration_work = None if work is None else CalibrationWork(work)
     return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, samples, calibration_work)
 

@@ -18,8 +18,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from qvlm_export.calibrate.blockwise.forward import Run
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
-from qvlm_export.calibrate.calibrators.candidate import QuantizedBlock
 from qvlm_export.calibrate.calibrators.partial_forward import replace_with_cached
+from qvlm_export.calibrate.calibrators.quantized_block import QuantizedBlock
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize

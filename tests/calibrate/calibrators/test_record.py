@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_export import make_sample, plan_of
+from small_export import make_sample, schemes_of
 
 from qvlm_export.calibrate.augmentation.prompts import label_block_inputs
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
@@ -21,8 +21,7 @@ from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr, make_linear_record
 from qvlm_export.calibrate.calibrators.record import compute_errors_by_label, mark_partition
-from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
-from qvlm_export.calibrate.calibrators.rtn_baseline import RtnBaseline, run_rtn_baseline
+from qvlm_export.calibrate.calibrators.rtn import RtnBaseline, calibrate_rtn, run_rtn_baseline
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.samples import Sample
@@ -45,7 +44,7 @@ def samples_with_answers(checkpoint: Checkpoint) -> list[Sample]:
 
 
 def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> CalibrationJob:
-    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, preset), samples)
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes_of(checkpoint, preset), samples)
 
 
 def calibrated(checkpoint: Checkpoint, preset: str, folder: Path, method: Any) -> CalibratedCheckpoint:
@@ -64,7 +63,7 @@ def checkpoint(llava: Any) -> Checkpoint:
 def int4(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> CalibratedCheckpoint:
     """A searched checkpoint without equalization, so that its weights can be compared with the source."""
     folder = tmp_path_factory.mktemp("record")
-    return calibrated(checkpoint, "int4", folder, lambda *arguments: calibrate_search(*arguments, method=SIMPLE))
+    return calibrated(checkpoint, "int4", folder, lambda *arguments: calibrate_search(*arguments, config=SIMPLE))
 
 
 def layers_of(checkpoint: CalibratedCheckpoint) -> list[dict[str, Any]]:
@@ -97,7 +96,7 @@ def test_the_rtn_baseline_is_what_calibrate_rtn_writes(checkpoint: Checkpoint, t
     """Compared on the first block, whose inputs are the same; of so few samples all are compared."""
     samples = samples_with_answers(checkpoint)
     searched = calibrated(
-        checkpoint, "int8", tmp_path / "searched", lambda *arguments: calibrate_search(*arguments, method=FAST)
+        checkpoint, "int8", tmp_path / "searched", lambda *arguments: calibrate_search(*arguments, config=FAST)
     )
     rtn = calibrated(checkpoint, "int8", tmp_path / "rtn", calibrate_rtn)
     blocks, rtn_source = make_blocks(checkpoint.hf_config), DequantizedSource(rtn)
@@ -111,7 +110,7 @@ def test_the_rtn_baseline_is_what_calibrate_rtn_writes(checkpoint: Checkpoint, t
     expected = compute_errors_by_label(outputs[f"rtn {first}"], outputs[f"float {first}"], labels)
     compared = searched.summary["blocks"][0]["compared"]
     assert compared["inputs"] == 2
-    assert compared["nearest"] == pytest.approx(expected, rel=1e-4)
+    assert compared["rtn"] == pytest.approx(expected, rel=1e-4)
     assert compared["searched"]["image"] > 0
     assert compared["searched"] == searched.summary["blocks"][0]["errors"]
 
@@ -136,7 +135,7 @@ def test_the_rtn_baseline_runs_few_inputs_spread_evenly() -> None:
 
 def test_output_sqnr_compares_a_linear_with_its_float_output(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Compared on the first block, whose input is exact; of so few rows all are measured."""
-    searched = calibrated(checkpoint, "int8", tmp_path, lambda *arguments: calibrate_search(*arguments, method=SIMPLE))
+    searched = calibrated(checkpoint, "int8", tmp_path, lambda *arguments: calibrate_search(*arguments, config=SIMPLE))
     blocks, inputs = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
     first = blocks.vision_layers[0]
     layer = first.module.get_submodule("self_attn.q_proj")
@@ -194,7 +193,7 @@ def test_records_of_linears_agree_with_the_checkpoint(int4: CalibratedCheckpoint
         assert record["bits_per_weight"] == pytest.approx(stored / linear.codes.size)
         assert record["input_scale"] == linear.input_scale
         assert record["scheme"].split(" ")[0] == linear.scheme.name
-        assert (record["covered"] is None) == (linear.scheme.activation_bits is None)
+        assert (record["range_coverage"] is None) == (linear.scheme.activation_bits is None)
     assert {record["scheme"] for record in linears_of(int4).values()} == {"W8A8", "W4A16 g128"}
 
 
@@ -221,10 +220,10 @@ def test_coverage_and_entropy_are_those_of_the_inputs(checkpoint: Checkpoint, mo
         ((first, x),) = rows.items()
         name, record = next(iter(layer["linears"].items()))
         assert name.endswith(first)
-        assert record["covered"] == pytest.approx(127 * record["input_scale"] / float(x.abs().max()))
+        assert record["range_coverage"] == pytest.approx(127 * record["input_scale"] / float(x.abs().max()))
         assert layer["bits"] == 8
         assert layer["entropy"] == pytest.approx(entropy_nats(soft_code_distribution(x, record["input_scale"], 8)), abs=0.01)
-    assert any(linear["covered"] < 0.99 for layer in layers for linear in layer["linears"].values())
+    assert any(linear["range_coverage"] < 0.99 for layer in layers for linear in layer["linears"].values())
 
 
 def test_largest_inputs_are_recorded_by_kind_of_token(int4: CalibratedCheckpoint, checkpoint: Checkpoint) -> None:
@@ -275,7 +274,7 @@ def test_sqnr_of_a_zero_and_of_an_exact_weight_is_none() -> None:
 def test_coverage_of_an_input_that_is_all_zero_is_none() -> None:
     linear = QuantizedLinear(LinearScheme(8, 8, None), np.ones((2, 4), np.int8), np.ones(2, np.float32), 2.0**-14)
     record = make_linear_record(linear, LinearSqnr(None, None), 0.0)
-    assert (record["covered"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
+    assert (record["range_coverage"], record["sqnr_db"], record["bits_per_weight"]) == (None, None, 8 + 8)
     json.dumps(record, allow_nan=False)
 
 
@@ -286,9 +285,9 @@ def test_the_record_is_json_without_infinities(int4: CalibratedCheckpoint) -> No
 def test_the_record_holds_the_ranges_after_learning(checkpoint: Checkpoint, tmp_path: Path) -> None:
     method = SearchConfig(equalization="none", linear=RTN_LINEAR, learn_steps=32)
     learned = calibrated(
-        checkpoint, "sim-w4a4", tmp_path / "c", lambda *arguments: calibrate_search(*arguments, method=method)
+        checkpoint, "sim-w4a4", tmp_path / "c", lambda *arguments: calibrate_search(*arguments, config=method)
     )
-    assert any(block["held_back_errors"][0] > block["held_back_errors"][1] for block in learned.summary["blocks"])
+    assert any(block["held_out_errors"][0] > block["held_out_errors"][1] for block in learned.summary["blocks"])
     for name, record in linears_of(learned).items():
         assert record["input_scale"] == learned.input_scale(name)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from small_export import calibrate, make_sample, mixed_samples, module_of, of_part, open_small, plan_of
+from small_export import calibrate, make_sample, mixed_samples, module_of, of_part, open_small, schemes_of
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
@@ -22,7 +22,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.quantizer import activation_scale, quantize_linear, sqnr_db
-from qvlm_export.checkpoints.families import find_layout, renamer
+from qvlm_export.checkpoints.families import find_layout, make_renamer
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
 Q_PROJ = "language_model.model.layers.1.self_attn.q_proj"
@@ -56,7 +56,7 @@ def input_amax(folder, names, samples):
 )
 def test_input_scales_are_those_of_the_whole_model(llava, tmp_path, changes):
     checkpoint = open_small(llava(**changes))
-    schemes = plan_of(checkpoint, "int8")
+    schemes = schemes_of(checkpoint, "int8")
     samples = mixed_samples(checkpoint)
     calibrated = calibrate(checkpoint, schemes, tmp_path, samples)
     amax = input_amax(checkpoint.folder, schemes, samples)
@@ -81,7 +81,7 @@ def test_the_sample_with_the_largest_values_sets_the_scale_wherever_it_is_in_the
 
 def test_codes_are_the_rounded_source_weights(llava, tmp_path):
     checkpoint = open_small(llava())
-    calibrated = calibrate(checkpoint, plan_of(checkpoint, "int4"), tmp_path)
+    calibrated = calibrate(checkpoint, schemes_of(checkpoint, "int4"), tmp_path)
     for name, scheme in calibrated.schemes.items():
         weight = torch.from_numpy(checkpoint.source.load(f"{name}.weight").astype(np.float32))
         expected = quantize_linear(weight, scheme, 1.0)
@@ -106,7 +106,7 @@ def test_tensors_that_are_not_quantized_stay_as_in_the_source(llava, tmp_path, d
 def damage(folder, source, name, value):
     """Copies the checkpoint `source` and replaces the last value of the tensor of this canonical name."""
     shutil.copytree(source, folder)
-    path, rename = folder / "model.safetensors", renamer(find_layout({}))
+    path, rename = folder / "model.safetensors", make_renamer(find_layout({}))
     tensors = load_file(path)
     (stored,) = [key for key in tensors if rename(key) == name]
     array = tensors[stored].copy()
@@ -152,7 +152,7 @@ def test_texts_without_images_are_refused_for_the_vision_tower(llava, tmp_path):
 def test_texts_without_images_calibrate_the_decoder(llava, tmp_path):
     checkpoint = open_small(llava())
     samples = [make_sample(checkpoint, words=words, images=0, seed=words) for words in (8, 3)]
-    schemes = of_part(plan_of(checkpoint, "int8"), "language")
+    schemes = of_part(schemes_of(checkpoint, "int8"), "language")
     calibrated = calibrate(checkpoint, schemes, tmp_path, samples)
     for name, largest in input_amax(checkpoint.folder, schemes, samples).items():
         low, high = activation_scale(largest * (1 - 1e-5), 8), activation_scale(largest * (1 + 1e-5), 8)
@@ -177,7 +177,7 @@ def test_activations_that_are_not_finite_are_refused_by_block_and_sample(llava, 
 def test_blocks_behind_the_last_quantized_activation_are_not_run(llava, tmp_path):
     """Their codes are the same as if they had been run."""
     checkpoint = open_small(llava())
-    decoder = {name: scheme for name, scheme in plan_of(checkpoint, "int4").items() if name.startswith("language_model.")}
+    decoder = {name: scheme for name, scheme in schemes_of(checkpoint, "int4").items() if name.startswith("language_model.")}
     runs = {
         "neither": ({Q_PROJ: W4A16}, 0),
         "vision": ({FC1: W8A8, **decoder}, 3 + 1),
@@ -204,7 +204,7 @@ def test_the_same_run_twice_writes_the_same_bytes(llava, tmp_path, preset):
     checkpoint = open_small(llava())
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        calibrate(checkpoint, plan_of(checkpoint, preset), folder)
+        calibrate(checkpoint, schemes_of(checkpoint, preset), folder)
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert one == two
     assert len(one) == 3 + 1 + 2 + 3 + 2  # vision layers, projector, decoder layers, JSON files, a rest shard of either part
@@ -220,7 +220,7 @@ def test_progress_counts_the_blocks_and_the_summary_names_them(llava, tmp_path):
     assert steps[3][2] == "multi_modal_projector"
     assert steps[5][2] == "language_model.model.layers.1"
     totals = {key: value for key, value in summary.items() if key != "blocks"}
-    assert totals == {"method": "absmax", "samples": 4, "tokens": 9 + 36 + 5 + 17 + 72 + 12 + 36, "block_forwards": 0}
+    assert totals == {"method": "rtn", "samples": 4, "tokens": 9 + 36 + 5 + 17 + 72 + 12 + 36, "block_forwards": 0}
     assert [(block["name"], block["linears"].keys()) for block in summary["blocks"]] == [
         (step[2], {Q_PROJ} & {f"{step[2]}.self_attn.q_proj"}) for step in steps
     ]
@@ -230,7 +230,7 @@ def test_progress_counts_the_blocks_and_the_summary_names_them(llava, tmp_path):
 def test_the_record_of_every_linear_agrees_with_the_checkpoint(llava, tmp_path, preset, monkeypatch):
     monkeypatch.setattr(linear_record, "SQNR_CHANNELS", 16)
     checkpoint = open_small(llava())
-    blocks, schemes, samples = make_blocks(checkpoint.hf_config), plan_of(checkpoint, preset), mixed_samples(checkpoint)
+    blocks, schemes, samples = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, preset), mixed_samples(checkpoint)
     calibrated = calibrate(checkpoint, schemes, tmp_path, samples)
     records = {name: record for block in calibrated.summary["blocks"] for name, record in block["linears"].items()}
     assert records.keys() == schemes.keys()
@@ -246,9 +246,9 @@ def test_the_record_of_every_linear_agrees_with_the_checkpoint(llava, tmp_path, 
         assert record["input_scale"] == linear.input_scale
         assert record["sqnr_db"] is None
         if scheme.activation_bits is None:
-            assert record["covered"] is None
+            assert record["range_coverage"] is None
         else:
-            assert 1.0 <= record["covered"] < 1.001
+            assert 1.0 <= record["range_coverage"] < 1.001
     estimated = estimate_calibration_cost(blocks, schemes, samples, None).forwards
     assert calibrated.summary["block_forwards"] == estimated > 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_export
 import torch
-from small_export import mixed_samples, plan_of
+from small_export import mixed_samples, schemes_of
 
 from qvlm_export.calibrate.blockwise import blocks
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
@@ -19,13 +19,13 @@ from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
-from qvlm_export.calibrate.numerics.cholesky import LARGE
+from qvlm_export.calibrate.numerics.cholesky import MIN_BLOCKED_ROWS
 from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.calibrate.rounding.output_hessian import SKETCH_ROWS
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 
-calibrate_fast = partial(calibrate_search, method=FAST)
+calibrate_fast = partial(calibrate_search, config=FAST)
 
 
 def compute_logits(checkpoint, samples, source, step) -> torch.Tensor:
@@ -40,7 +40,7 @@ def calibrated(checkpoint, preset, folder, method, samples=None) -> CalibratedCh
     job = CalibrationJob(
         make_blocks(checkpoint.hf_config),
         checkpoint.source,
-        plan_of(checkpoint, preset),
+        schemes_of(checkpoint, preset),
         samples or mixed_samples(checkpoint),
     )
     writer = CalibratedWriter(folder)
@@ -55,7 +55,7 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     answers = torch.cat([torch.arange(len(s.input_ids)) >= s.answer_start - 1 for s in samples])
     float_logits = compute_logits(checkpoint, samples, checkpoint.source, float_step(checkpoint.source))
     all_errors, answer_errors = [], []
-    for number, method in enumerate((calibrate_rtn, calibrate_fast, partial(calibrate_search, method=FULL))):
+    for number, method in enumerate((calibrate_rtn, calibrate_fast, partial(calibrate_search, config=FULL))):
         quantized = calibrated(checkpoint, preset, tmp_path / str(number), method, samples)
         source = DequantizedSource(quantized)
         error = compute_logits(checkpoint, samples, source, fake_quantized_step(quantized, source)) - float_logits
@@ -74,8 +74,8 @@ def test_the_vision_target_decides_what_the_tower_is_optimized_for(llava, tmp_pa
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
     codes = {}
     for vision in ("language", "own", "none"):
-        method = SearchConfig(token_weighting="logits", vision=vision)
-        calibrator = partial(calibrate_search, method=method)
+        method = SearchConfig(token_weighting="logits", vision_target=vision)
+        calibrator = partial(calibrate_search, config=method)
         quantized = calibrated(checkpoint, "int8", tmp_path / vision, calibrator, samples)
         codes[vision] = {name: quantized.linear(name).codes for name in quantized.schemes}
     rtn = calibrated(checkpoint, "int8", tmp_path / "rtn", calibrate_rtn, samples)
@@ -90,7 +90,7 @@ def test_the_vision_target_decides_what_the_tower_is_optimized_for(llava, tmp_pa
 @pytest.mark.parametrize("token_weighting", ["plain", "logits"])
 def test_the_same_search_twice_writes_the_same_bytes_and_counts_its_passes(llava, tmp_path, token_weighting):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
-    method = partial(calibrate_search, method=replace(FAST, token_weighting=token_weighting))
+    method = partial(calibrate_search, config=replace(FAST, token_weighting=token_weighting))
     one, two = (calibrated(checkpoint, "int4", tmp_path / name, method) for name in ("one", "two"))
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
@@ -111,7 +111,7 @@ def test_the_search_removes_all_hooks(llava, tmp_path, steps):
     """A hook would hold the codes of its block in memory for as long as the model lives."""
     checkpoint = open_checkpoint(str(llava()))
     blocks, samples = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint)
-    job = CalibrationJob(blocks, checkpoint.source, plan_of(checkpoint, "int8"), samples)
+    job = CalibrationJob(blocks, checkpoint.source, schemes_of(checkpoint, "int8"), samples)
     calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, SearchConfig(learn_steps=steps))
     for block in blocks.all():
         assert not any(layer._forward_pre_hooks for layer in block.module.modules())
@@ -145,9 +145,9 @@ def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
 @pytest.mark.parametrize(("preset", "count"), [("int4", 2), ("int8", 3)])
 def test_same_bytes_on_any_threads_where_threads_share_large_blocks(llava, tmp_path, preset, count, calibrator):
     """Threads share matrix products, those of five rows too, and a factorization by blocks of columns."""
-    text = {"hidden_size": 768, "intermediate_size": LARGE + 128, "num_hidden_layers": 1}
+    text = {"hidden_size": 768, "intermediate_size": MIN_BLOCKED_ROWS + 128, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))
-    assert 3 * 768 * (LARGE + 128) > blocks.SMALL_BLOCK
+    assert 3 * 768 * (MIN_BLOCKED_ROWS + 128) > blocks.SMALL_BLOCK
     assert_same_bytes_on_any_threads(checkpoint, preset, tmp_path, calibrator, count)
 
 

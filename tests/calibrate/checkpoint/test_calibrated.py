@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import decompress_module
 from safetensors import safe_open
-from small_export import briefly_full, calibrate, module_of, open_small, plan_of
+from small_export import briefly_full, calibrate, module_of, open_small, schemes_of
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
@@ -243,7 +243,7 @@ def every_scheme(checkpoint):
         for activation in ACTIVATION_BITS
         for group in ((128, 64) if weight <= GROUPED_BITS else (None,))
     ]
-    names = plan_of(checkpoint, "int8")
+    names = schemes_of(checkpoint, "int8")
     assert len(names) >= len(schemes)
     return dict(zip(names, itertools.cycle(schemes), strict=False))
 
@@ -256,7 +256,7 @@ def loaded(request, llava, tmp_path_factory):
     checkpoint = open_small(llava())
     folder = tmp_path_factory.mktemp("calibrated")
     preset = request.param.removesuffix(" full")
-    schemes = every_scheme(checkpoint) if preset == "every scheme" else plan_of(checkpoint, preset)
+    schemes = every_scheme(checkpoint) if preset == "every scheme" else schemes_of(checkpoint, preset)
     calibrator = calibrate_rtn if preset == request.param else briefly_full
     calibrated = calibrate(checkpoint, schemes, folder, calibrator=calibrator)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

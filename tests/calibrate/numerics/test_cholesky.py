@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qvlm_export.calibrate.numerics import cholesky
-from qvlm_export.calibrate.numerics.cholesky import BLOCK_COLUMNS, LARGE, cholesky_
+from qvlm_export.calibrate.numerics.cholesky import BLOCK_COLUMNS, MIN_BLOCKED_ROWS, cholesky_
 
 # Below and above LARGE; among them sizes that blocks and tiles do not divide.
-SIZES = [5, LARGE - 1, LARGE, LARGE + BLOCK_COLUMNS + 77]
+SIZES = [5, MIN_BLOCKED_ROWS - 1, MIN_BLOCKED_ROWS, MIN_BLOCKED_ROWS + BLOCK_COLUMNS + 77]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_the_factor_equals_lapacks(size: int, dtype: torch.dtype, rtol: float) -
 
 @pytest.mark.usefixtures("_threads")
 def test_the_factor_has_the_same_bits_on_one_thread_and_on_two() -> None:
-    matrix, factors = random_hessian(LARGE + 3 * BLOCK_COLUMNS + 5), []
+    matrix, factors = random_hessian(MIN_BLOCKED_ROWS + 3 * BLOCK_COLUMNS + 5), []
     for count in (1, 2):
         torch.set_num_threads(count)
         factors.append(matrix.clone())
@@ -52,15 +52,15 @@ def test_the_factor_has_the_same_bits_on_one_thread_and_on_two() -> None:
 
 
 def test_entries_above_the_diagonal_are_not_read() -> None:
-    matrix = random_hessian(LARGE)
+    matrix = random_hessian(MIN_BLOCKED_ROWS)
     spoiled = matrix.clone()
-    spoiled.mT[torch.ones(LARGE, LARGE).tril(-1).bool()] = torch.nan
+    spoiled.mT[torch.ones(MIN_BLOCKED_ROWS, MIN_BLOCKED_ROWS).tril(-1).bool()] = torch.nan
     assert cholesky_(matrix)
     assert cholesky_(spoiled)
     assert torch.equal(matrix, spoiled)
 
 
-@pytest.mark.parametrize("size", [64, LARGE + 100])
+@pytest.mark.parametrize("size", [64, MIN_BLOCKED_ROWS + 100])
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_matrix_that_is_not_positive_definite_is_reported(size: int, place: int) -> None:
     matrix = random_hessian(size)
@@ -70,7 +70,7 @@ def test_a_matrix_that_is_not_positive_definite_is_reported(size: int, place: in
 
 def test_the_factor_does_not_depend_on_the_sizes_of_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes reach every kind of tile with a small matrix."""
-    monkeypatch.setattr(cholesky, "LARGE", 2)
+    monkeypatch.setattr(cholesky, "MIN_BLOCKED_ROWS", 2)
     monkeypatch.setattr(cholesky, "BLOCK_COLUMNS", 7)
     monkeypatch.setattr(cholesky, "PANEL_ROWS", 3)
     matrix = random_hessian(50)

@@ -15,7 +15,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import (
     find_channel_sharing,
     find_shared_inputs,
 )
-from qvlm_export.calibrate.calibrators.block_search import BlockSearch, _deciding
+from qvlm_export.calibrate.calibrators.block_search import BlockSearch, _find_deciding_scheme
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.quantization.config import LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.equalize import apply_equalization_, gather_inputs, search_factors
@@ -78,9 +78,12 @@ def test_a_gain_that_would_not_fit_float16_is_not_divided(llava):
 def test_equalization_is_chosen_for_the_linears_with_the_fewest_bits():
     """Linears that share the input but stay float or have more bits are only multiplied by the factors."""
     shared_input = SharedInput(("q", "k", "v"), "input_layernorm")
-    assert _deciding(shared_input, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
-    assert _deciding(shared_input, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (LinearScheme(3, None, 64), ["v"])
-    assert _deciding(shared_input, {"v": INT4}) == (INT4, ["v"])
+    assert _find_deciding_scheme(shared_input, {"q": INT4, "k": W8A8, "v": INT4}) == (W8A8, ["k"])
+    assert _find_deciding_scheme(shared_input, {"q": INT4, "v": LinearScheme(3, None, 64)}) == (
+        LinearScheme(3, None, 64),
+        ["v"],
+    )
+    assert _find_deciding_scheme(shared_input, {"v": INT4}) == (INT4, ["v"])
 
 
 def test_equalization_works_if_only_some_linears_of_a_shared_input_are_quantized():

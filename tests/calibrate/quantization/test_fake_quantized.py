@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from simulated import Case, make_case, relative, run_graphs, simulate
-from small_export import calibrate, make_sample, mixed_samples, open_small, plan_of
+from small_export import calibrate, make_sample, mixed_samples, open_small, schemes_of
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -42,7 +42,9 @@ def calibrated_as(checkpoint, tmp_path_factory):
 
     def make(preset):
         if preset not in checkpoints:
-            checkpoints[preset] = calibrate(checkpoint, plan_of(checkpoint, preset), tmp_path_factory.mktemp("calibrated"))
+            checkpoints[preset] = calibrate(
+                checkpoint, schemes_of(checkpoint, preset), tmp_path_factory.mktemp("calibrated")
+            )
         return checkpoints[preset]
 
     return make
@@ -72,7 +74,7 @@ def test_the_dequantized_source_has_the_tensors_of_the_original_checkpoint(check
 
 def test_float_tensors_are_rounded_to_the_type_of_the_graph(llava, tmp_path):
     checkpoint = open_small(llava(dtype="float32"))
-    schemes = plan_of(checkpoint, "int4")
+    schemes = schemes_of(checkpoint, "int4")
     source = DequantizedSource(calibrate(checkpoint, schemes, tmp_path), "float16")
     name = "language_model.model.embed_tokens.weight"
     original = checkpoint.source.load(name)
@@ -164,7 +166,7 @@ def test_transformers_computes_the_same_from_the_calibrated_checkpoint(checkpoin
 
 def test_without_quantized_activations_only_the_rotary_tables_differ(checkpoint, sample, tmp_path):
     """In int4 with a float tower and projector the graph stores only its rotary tables in float16."""
-    schemes = {n: s for n, s in plan_of(checkpoint, "int4").items() if n.startswith("language_model.")}
+    schemes = {n: s for n, s in schemes_of(checkpoint, "int4").items() if n.startswith("language_model.")}
     case = make_case(checkpoint, schemes, tmp_path, mixed_samples(checkpoint))
     expected, _ = run_graphs(case, sample, marked=False)
     assert relative(simulate(case, sample), expected) <= 1e-5

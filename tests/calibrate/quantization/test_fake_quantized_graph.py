@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 from simulated import make_case, relative, run_graphs, simulate
-from small_export import PARTS, briefly_full, make_sample, mixed_samples, of_part, open_small, plan_of
+from small_export import PARTS, briefly_full, make_sample, mixed_samples, of_part, open_small, schemes_of
 
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
@@ -57,7 +57,7 @@ def model(request, llava):
 )
 def test_the_graph_computes_what_the_fake_quantized_model_computes(model, tmp_path, preset, calibrator):
     checkpoint, calibration, samples = model
-    case = make_case(checkpoint, plan_of(checkpoint, preset), tmp_path, calibration, calibrator)
+    case = make_case(checkpoint, schemes_of(checkpoint, preset), tmp_path, calibration, calibrator)
     for part in PARTS:
         assert list(wrong_weights(case.graphs[part], case.calibrated, list(of_part(case.calibrated.schemes, part)))) == []
     without_ties = 0

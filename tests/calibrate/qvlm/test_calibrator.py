@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_module import quantized_output
-from small_export import make_sample, mixed_samples, plan_of
+from small_export import make_sample, mixed_samples, schemes_of
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear, load_block, make_blocks
@@ -80,8 +80,8 @@ def test_a_block_replayed_layer_by_layer_equals_the_whole_block(llava, kind):
         with replay_module(module, [tuple(layer.linears) for layer in layers], run, batches) as replay:
             layer_outputs = ()
             for layer, rows in zip(layers, inputs.values(), strict=True):
-                np.testing.assert_allclose(replay.given(layer_outputs), rows, atol=1e-5)
-                layer_outputs = (*layer_outputs, layer.output(replay.given(layer_outputs), Clips()))
+                np.testing.assert_allclose(replay.layer_input(layer_outputs), rows, atol=1e-5)
+                layer_outputs = (*layer_outputs, layer.output(replay.layer_input(layer_outputs), Clips()))
             assert not any(isinstance(m, nn.Linear) for m in module.modules())
             replayed = replay.finish(layer_outputs)
         assert dict(module.named_modules()) == modules
@@ -129,7 +129,7 @@ def calibrated(checkpoint, schemes, folder, *, method=calibrate_qvlm, samples=No
 @pytest.mark.parametrize(("preset", "method"), [("sim-w4a4", calibrate_qvlm), ("int4", calibrate_percentile)])
 def test_the_record_agrees_with_the_checkpoint(llava, tmp_path, preset, method):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    quantized = calibrated(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", method=method)
+    quantized = calibrated(checkpoint, schemes_of(checkpoint, preset), tmp_path / "c", method=method)
     blocks = quantized.summary["blocks"]
     layers = [layer for block in blocks for layer in block["layers"]]
     assert sorted(n for layer in layers for n in layer["linears"]) == sorted(make_blocks(checkpoint.hf_config).quantizable())
@@ -161,7 +161,7 @@ def test_the_record_agrees_with_the_checkpoint(llava, tmp_path, preset, method):
 
 def test_the_same_calibration_twice_writes_the_same_bytes_and_counts_its_forwards(llava, tmp_path):
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
-    schemes = {n: s for n, s in plan_of(checkpoint, "int8").items() if n.startswith(LAST)}
+    schemes = {n: s for n, s in schemes_of(checkpoint, "int8").items() if n.startswith(LAST)}
     samples = mixed_samples(checkpoint)[1:3]
     one, two = (calibrated(checkpoint, schemes, tmp_path / name, samples=samples) for name in ("one", "two"))
     for path in one.folder.iterdir():
@@ -203,9 +203,9 @@ def test_missing_images_and_values_that_are_not_finite_are_refused_by_layer(llav
     checkpoint = open_checkpoint(str(llava(dtype="float32")))
     texts = [sample for sample in mixed_samples(checkpoint) if not len(sample.pixel_values)]
     with pytest.raises(UserError, match=r"^vision_tower.*no calibration sample reached it"):
-        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=texts)
+        calibrated(checkpoint, schemes_of(checkpoint, "int4"), tmp_path / "c", samples=texts)
     good, bad = (make_sample(checkpoint, words=8, images=1, seed=seed) for seed in range(2))
     bad.pixel_values[0, 0, 0, 0] = np.nan
     message = r"^vision_tower\.vision_model\.encoder\.layers\.0\.self_attn\.q_proj: activations of batch 1 are not finite"
     with pytest.raises(UserError, match=message):
-        calibrated(checkpoint, plan_of(checkpoint, "int4"), tmp_path / "c", samples=[good, bad])
+        calibrated(checkpoint, schemes_of(checkpoint, "int4"), tmp_path / "c", samples=[good, bad])

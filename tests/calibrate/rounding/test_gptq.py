@@ -17,7 +17,7 @@ from qvlm_export.calibrate.quantization.quantizer import (
     weight_scale,
 )
 from qvlm_export.calibrate.rounding import gptq
-from qvlm_export.calibrate.rounding.gptq import FRACTIONS, gptq_round, search_gptq_scale
+from qvlm_export.calibrate.rounding.gptq import RANGE_FRACTIONS, gptq_round, search_gptq_scale
 from qvlm_export.calibrate.rounding.output_matching import SOLVED_ROWS, match_outputs, match_outputs_by_tokens
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -158,7 +158,7 @@ def test_the_range_of_each_output_is_the_one_with_the_least_error_after_gptq(bit
     def errors(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (((codes.float() * expand_scales(scale, 128)) - weight) @ inputs.T).square().sum(1)
 
-    candidates = [stored_weight_scale(full_scale.float() * fraction, scheme) for fraction in (1.0, *FRACTIONS)]
+    candidates = [stored_weight_scale(full_scale.float() * fraction, scheme) for fraction in (1.0, *RANGE_FRACTIONS)]
     each = torch.stack([errors(gptq_round(weight, factor, s, scheme), s) for s in candidates])
     torch.testing.assert_close(errors(codes, scale), each.amin(0), rtol=1e-3, atol=1e-6)
     chosen = {int(n) for n in each.argmin(0)}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_export import mixed_samples, open_small, plan_of
+from small_export import mixed_samples, open_small, schemes_of
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
 from qvlm_export.calibrate.augmentation.prompts import flatten_prompts, label_block_inputs
@@ -39,7 +39,7 @@ from qvlm_export.calibrate.sensitivity.tape import Tape, TapeEntry
 def job(llava) -> CalibrationJob:
     checkpoint = open_small(llava(dtype="float32"))
     samples = [replace(sample, answer_start=len(sample.input_ids) - 4) for sample in mixed_samples(checkpoint)]
-    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, plan_of(checkpoint, "int4"), samples)
+    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes_of(checkpoint, "int4"), samples)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def own_prompts(job: CalibrationJob) -> list[list[Sample]]:
 
 
 def measure_tokens(job: CalibrationJob, weighting: TokenWeighting, seed: int = 0) -> TokenWeights:
-    return measure_sensitivity(job, own_prompts(job), SearchConfig(token_weighting=weighting, seed=seed)).tokens
+    return measure_sensitivity(job, own_prompts(job), SearchConfig(token_weighting=weighting, seed=seed)).token_weights
 
 
 def sum_squared_gradients(job: CalibrationJob) -> dict[str, list[torch.Tensor]]:
@@ -174,7 +174,7 @@ def test_an_image_gets_the_gradients_of_all_questions_about_it(job: CalibrationJ
     prompts = cross_pair_prompts(job.samples, 2, job.blocks.image_token_id)
     texts = flatten_prompts(prompts)[0]
     assert len(texts) == 2 * len(job.samples)
-    together = measure_sensitivity(job, prompts, SearchConfig(token_weighting="logits")).tokens
+    together = measure_sensitivity(job, prompts, SearchConfig(token_weighting="logits")).token_weights
     apart = measure_tokens(replace(job, samples=texts), "logits")
     for name, weights in together.items():
         assert len(weights) == (len(texts) if name.startswith("language_model") else len(job.samples)), name
@@ -224,11 +224,11 @@ def tensor_files(folder: Path) -> list[str]:
 
 
 def assert_equal(actual: Sensitivity, expected: Sensitivity) -> None:
-    assert actual.tokens.keys() == expected.tokens.keys()
-    for name, weights in expected.tokens.items():
-        assert all(torch.equal(*pair) for pair in zip(actual.tokens[name], weights, strict=True)), name
-    assert actual.outputs.keys() == expected.outputs.keys()
-    assert all(torch.equal(actual.outputs[name], hessian) for name, hessian in expected.outputs.items())
+    assert actual.token_weights.keys() == expected.token_weights.keys()
+    for name, weights in expected.token_weights.items():
+        assert all(torch.equal(*pair) for pair in zip(actual.token_weights[name], weights, strict=True)), name
+    assert actual.output_hessians.keys() == expected.output_hessians.keys()
+    assert all(torch.equal(actual.output_hessians[name], hessian) for name, hessian in expected.output_hessians.items())
 
 
 @pytest.mark.usefixtures("recompute_blocks")
@@ -265,7 +265,7 @@ def test_an_interrupted_measurement_resumes_after_its_last_block(
         resumed = measure_sensitivity(replace(job, source=second, work=CalibrationWork(folder)), own_prompts(job), method)  # type: ignore[arg-type]
         assert first.count_block_loads(job) + second.count_block_loads(job) == visits
         assert_equal(resumed, whole)
-        assert tensor_files(folder) == [f"influence-{parts - 1:04}.safetensors"]  # the sums of all parts, and no tape
+        assert tensor_files(folder) == [f"sensitivity-{parts - 1:04}.safetensors"]  # the sums of all parts, and no tape
 
 
 @pytest.mark.usefixtures("recompute_blocks")
@@ -319,7 +319,7 @@ def test_output_hessians_weight_gradients_by_the_leverage_of_inputs(
         inverse = torch.linalg.inv(input_hessian)
         leverage = torch.stack([row @ inverse @ row for row in x])
         for name, g in by_linear.items():
-            measured = sensitivity.outputs[f"{block.prefix}.{name}"].double()
+            measured = sensitivity.output_hessians[f"{block.prefix}.{name}"].double()
             torch.testing.assert_close(
                 measured, (g * leverage[:, None]).T @ g, rtol=1e-3, atol=1e-4 * float(measured.abs().max())
             )

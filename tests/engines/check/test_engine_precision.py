@@ -7,7 +7,7 @@ import re
 
 import onnx_ir as ir
 import pytest
-from small_export import LIMITS, PARTS, calibrate, of_part, open_small, plan_of, write_quantized
+from small_export import LIMITS, PARTS, calibrate, of_part, open_small, schemes_of, write_quantized
 from small_graphs import INPUTS, LINEAR, build, int4_model, int8_model
 
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
@@ -32,7 +32,7 @@ def built(llava, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
     plans, jobs = {}, []
     for preset in ("int4", "int8"):
-        calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), folder / f"{preset}.calibrated")
+        calibrated = calibrate(checkpoint, schemes_of(checkpoint, preset), folder / f"{preset}.calibrated")
         for part in PARTS if preset == "int4" else ("language",):
             onnx_file = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / preset)
             jobs.append(BuildJob(str(onnx_file), str(onnx_file.with_suffix(".plan")), profiles[part]))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from damage import double_first, edit_weight, zero
-from small_export import PARTS, calibrate, of_part, open_small, plan_of, write_quantized
+from small_export import PARTS, calibrate, of_part, open_small, schemes_of, write_quantized
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
@@ -34,7 +34,7 @@ def checkpoint(llava):
 def written(request, checkpoint, tmp_path_factory):
     """(preset, calibrated checkpoint, folder of both graphs)."""
     folder = tmp_path_factory.mktemp("probe")
-    calibrated = calibrate(checkpoint, plan_of(checkpoint, request.param), folder / "calibrated")
+    calibrated = calibrate(checkpoint, schemes_of(checkpoint, request.param), folder / "calibrated")
     for part in PARTS:
         write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / "graphs")
     return request.param, calibrated, folder / "graphs"

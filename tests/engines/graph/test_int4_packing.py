@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import TensorProto, numpy_helper
 
 from qvlm_export.calibrate.checkpoint.packing import pack_codes
-from qvlm_export.engines.graph.int4_packing import pack_nibbles, transposed_nibbles
+from qvlm_export.engines.graph.int4_packing import pack_nibbles, transpose_nibbles
 
 CODES = arrays(np.int8, array_shapes(max_dims=3, max_side=12), elements=st.integers(-8, 7))
 
@@ -57,4 +57,4 @@ def test_nibbles_are_transposed_without_unpacking(shape):
     """Shapes with full and with partial tiles, against packing of the transposed codes."""
     codes = np.random.default_rng(0).integers(-8, 8, shape, np.int8)
     stored = pack_codes(codes, 4).view(np.uint8)
-    np.testing.assert_array_equal(transposed_nibbles(stored), pack_nibbles(np.ascontiguousarray(codes.T)))
+    np.testing.assert_array_equal(transpose_nibbles(stored), pack_nibbles(np.ascontiguousarray(codes.T)))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from small_export import PARTS, calibrate, make_graph, of_part, open_small, plan_of, quantized_graph, write_quantized
+from small_export import PARTS, calibrate, make_graph, of_part, open_small, quantized_graph, schemes_of, write_quantized
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
@@ -54,7 +54,7 @@ def checkpoint(llava):
 
 @pytest.fixture(scope="module", params=["int4", "int8", "sim-w4a4", *SCHEMES])
 def calibrated(request, checkpoint, tmp_path_factory):
-    schemes = SCHEMES.get(request.param) or plan_of(checkpoint, request.param)
+    schemes = SCHEMES.get(request.param) or schemes_of(checkpoint, request.param)
     return calibrate(checkpoint, schemes, tmp_path_factory.mktemp("calibrated"))
 
 
@@ -121,7 +121,7 @@ def test_linears_that_read_one_value_share_one_quantizer(written):
 
 
 def test_a_decoder_layer_needs_four_quantizers(checkpoint, tmp_path):
-    calibrated = calibrate(checkpoint, of_part(plan_of(checkpoint, "int8"), "language"), tmp_path)
+    calibrated = calibrate(checkpoint, of_part(schemes_of(checkpoint, "int8"), "language"), tmp_path)
     model = quantized_graph(checkpoint, calibrated, "language", ir.DataType.FLOAT16)
     readers = {}
     for node in model.graph:

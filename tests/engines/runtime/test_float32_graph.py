@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from small_export import LIMITS, calibrate, of_part, open_small, plan_of, quantized_graph, write_quantized
+from small_export import LIMITS, calibrate, of_part, open_small, quantized_graph, schemes_of, write_quantized
 
 from qvlm_export.engines.graph.write import write_graph
 from qvlm_export.engines.runtime import onnx_runner
@@ -31,7 +31,7 @@ def exported(request, checkpoint, tmp_path_factory):
     """(part, the schemes of its linears, the float16 graph, the float32 graph of the same calibrated checkpoint)."""
     preset, part = request.param
     folder = tmp_path_factory.mktemp("float32")
-    calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), folder / "calibrated")
+    calibrated = calibrate(checkpoint, schemes_of(checkpoint, preset), folder / "calibrated")
     narrow = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / "float16")
     model = quantized_graph(checkpoint, calibrated, part, ir.DataType.FLOAT)
     for name in {"rope.cos", "rope.sin"} & set(model.graph.initializers):  # the exported graph has float16 tables

@@ -23,7 +23,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints import hub
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
-from qvlm_export.checkpoints.families import find_layout, renamer
+from qvlm_export.checkpoints.families import find_layout, make_renamer
 from qvlm_export.checkpoints.hub import find_folder
 from qvlm_export.checkpoints.torch_source import TorchSource
 from qvlm_export.engines.graph.float_graphs import expected_shapes
@@ -177,7 +177,7 @@ def test_buffers_of_old_checkpoints_are_ignored(llava: Llava, tmp_path: Path) ->
 
 def test_every_expected_tensor_is_named_by_the_real_model(llava: Llava) -> None:
     """The graphs need all parameters of transformers' model, except those of tower layers behind the feature."""
-    rename = renamer(find_layout({}))
+    rename = make_renamer(find_layout({}))
     opened = open_checkpoint(str(llava()))
     model = LlavaForConditionalGeneration.from_pretrained(llava())
     unused = ("vision_tower.vision_model.encoder.layers.3.", "vision_tower.vision_model.post_layernorm.")

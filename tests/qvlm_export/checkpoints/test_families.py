@@ -23,10 +23,10 @@ from qvlm_export.calibrate.numerics import matmul
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.families import FAMILIES
 from qvlm_export.engines.config import Limits
-from qvlm_export.evaluation.ask import Manner, ask_all
+from qvlm_export.evaluation.ask import AskSettings, ask_all
 from qvlm_export.evaluation.eval_model import find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.task import Answer, Question
-from qvlm_export.inputs.samples import encode_pictures, load_processor
+from qvlm_export.inputs.samples import encode_prompt, load_processor
 from qvlm_export.inputs.tiles import tile_counts
 from qvlm_export.pipeline.preparation.prepare import ExportOptions, prepare_export
 from tools.families import check
@@ -162,7 +162,7 @@ def test_batched_answers_are_those_of_transformers(make: Make, kind: str, tmp_pa
         tokens = case.reference.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         expected[str(number)] = Answer(processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     with open_eval_model(find_eval_model(str(case.checkpoint.folder), "float"), device="cpu", batch=4) as model:
-        batches = list(ask_all(model, questions, Manner(max_new_tokens=6, batch=4)))
+        batches = list(ask_all(model, questions, AskSettings(max_new_tokens=6, batch=4)))
     tiled = case.checkpoint.config.tiles is not None  # then images of another shape have another number of tokens
     assert sorted(map(len, batches)) == ([1, 1, 1, 3] if tiled else [1, 1, 4])
     assert {one: answer for batch in batches for one, answer in batch.items()} == expected
@@ -221,7 +221,7 @@ def test_a_conversation_about_tiled_images_equals_one_long_prompt(make: Make) ->
             answer,
             {"role": "user", "text": "And this?", "images": 1},
         ]
-        new = encode_pictures(model.processor, model.manifest.config, chat_text(model.processor, turns), [red, wide])
+        new = encode_prompt(model.processor, model.manifest.config, chat_text(model.processor, turns), [red, wide])
         expected = model.session.logits(new.input_ids[None], new.pixel_values, new.placement)[0, -1]
         first_token = model.processor.tokenizer.decode([int(expected.argmax())], skip_special_tokens=True).lstrip()
         assert second.startswith(first_token)
@@ -264,6 +264,6 @@ def test_a_saved_processor_gives_the_same_inputs(make: Make, tmp_path: Path) -> 
             {"role": "user", "text": "Sure?"},
         ]
         assert chat_text(saved, turns) == chat_text(original, turns)
-        new, old = (encode_pictures(p, config, chat_text(p, turns), [image]) for p in (saved, original))
+        new, old = (encode_prompt(p, config, chat_text(p, turns), [image]) for p in (saved, original))
         np.testing.assert_array_equal(new.input_ids, old.input_ids)
         np.testing.assert_array_equal(new.pixel_values, old.pixel_values)

@@ -16,7 +16,7 @@ from transformers import LlavaImageProcessorPil
 from qvlm_export.checkpoints.aliases import ALIASES
 from qvlm_export.checkpoints.chat_templates import prompt_text
 from qvlm_export.evaluation import ask
-from qvlm_export.evaluation.ask import EncodedQuestion, Manner, ask_all, chunk_size, pad_to_square
+from qvlm_export.evaluation.ask import AskSettings, EncodedQuestion, ask_all, chunk_size, pad_to_square
 from qvlm_export.evaluation.eval_model import find_eval_model, open_eval_model
 from qvlm_export.evaluation.tasks.task import Answer, Question
 from qvlm_export.inputs.samples import Encoded, encode
@@ -44,7 +44,7 @@ def questions(tmp_path_factory):
 
 def answers_of(model, questions, **changes):
     """All answers by question id, and the batches in which they came."""
-    batches = list(ask_all(model, questions, Manner(**{"max_new_tokens": 8, "batch": 4, **changes})))
+    batches = list(ask_all(model, questions, AskSettings(**{"max_new_tokens": 8, "batch": 4, **changes})))
     return {question_id: answer for batch in batches for question_id, answer in batch.items()}, batches
 
 
@@ -90,7 +90,7 @@ def test_images_are_decoded_in_a_thread_one_chunk_ahead(model, questions, monkey
 
     monkeypatch.setattr(ask, "open_image", record_and_open)
     monkeypatch.setattr(ask, "CHUNK_BATCHES", 2)
-    for answers in ask_all(model, questions, Manner(max_new_tokens=1, batch=1)):
+    for answers in ask_all(model, questions, AskSettings(max_new_tokens=1, batch=1)):
         answered += list(answers)
         assert len(opened) <= len(answered) + 4  # the images of this chunk and of the next one
     assert threads == {"pictures_0"}

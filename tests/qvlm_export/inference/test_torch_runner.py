@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import copy_checkpoint, set_weight
-from small_export import calibrate, make_sample, open_small, plan_of
+from small_export import calibrate, make_sample, open_small, schemes_of
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
@@ -109,7 +109,7 @@ def test_a_growing_cache_keeps_its_content():
 @pytest.mark.parametrize("preset", ["int8", "sim-w4a8"])
 def test_fake_quantized_logits_are_those_of_the_block_by_block_pass(folder, samples, tmp_path, preset):
     checkpoint = open_small(folder)
-    calibrated = calibrate(checkpoint, plan_of(checkpoint, preset), tmp_path / "c", samples)
+    calibrated = calibrate(checkpoint, schemes_of(checkpoint, preset), tmp_path / "c", samples)
     load_processor(folder).save_pretrained(tmp_path / "c")
     blocks, source = make_blocks(checkpoint.hf_config), DequantizedSource(calibrated)
     step = fake_quantized_step(calibrated, source)
@@ -131,7 +131,7 @@ def test_fake_quantized_logits_are_those_of_the_block_by_block_pass(folder, samp
 
 def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
     checkpoint = open_small(folder)
-    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "x.calibrated", samples)
+    calibrate(checkpoint, schemes_of(checkpoint, "int8"), tmp_path / "x.calibrated", samples)
     with pytest.raises(UserError, match="no processor is in it or beside it"):
         open_eval_model(find_eval_model(str(tmp_path / "x.calibrated"), "auto"))
     load_processor(folder).save_pretrained(tmp_path / "x.processor")
@@ -141,7 +141,7 @@ def test_a_calibrated_checkpoint_needs_a_processor(folder, samples, tmp_path):
 
 def test_a_calibrated_checkpoint_with_a_wrong_config_or_processor_is_refused(folder, samples, tmp_path):
     checkpoint = open_small(folder)
-    calibrate(checkpoint, plan_of(checkpoint, "int8"), tmp_path / "c", samples)
+    calibrate(checkpoint, schemes_of(checkpoint, "int8"), tmp_path / "c", samples)
     processor = load_processor(folder)
     processor.image_processor.crop_size = {"height": 64, "width": 64}
     processor.save_pretrained(tmp_path / "c")

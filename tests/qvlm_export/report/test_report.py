@@ -148,7 +148,7 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
         compared = record["compared"]
         for name in ("image", "prompt", "answer"):
             assert row[name] == (f"{compared['searched'][name]:.2e}" if name in compared["searched"] else "-")
-            assert row[f"{name}, nearest"] == (f"{compared['nearest'][name]:.2e}" if name in compared["nearest"] else "-")
+            assert row[f"{name}, nearest"] == (f"{compared['rtn'][name]:.2e}" if name in compared["rtn"] else "-")
         assert (row["held back, before"], row["after"]) == ("-", "-")  # nothing is learned
         assert float(row["forwards"]) == record["forwards"]
         assert row["backwards"] == str(record["backwards"])
@@ -168,7 +168,7 @@ def test_linears_are_those_of_the_record(fast: Manifest) -> None:
         assert row["bits per weight"] == f"{record['bits_per_weight']:.3f}"
         assert row["SQNR, dB"] == f"{record['sqnr_db']:.1f}"
         assert row["weight SQNR, dB"] == f"{record['weight_sqnr_db']:.1f}"
-        assert row["range"] == ("" if record["covered"] is None else f"{100 * record['covered']:.1f} %")
+        assert row["range"] == ("" if record["range_coverage"] is None else f"{100 * record['range_coverage']:.1f} %")
     assert len({row["SQNR, dB"] for row in by_linear.values()}) > 5
 
 
@@ -262,7 +262,7 @@ def test_a_record_of_the_q_vlm_baseline_has_its_entropies(fast: Manifest) -> Non
     names = list(fast.linears)[:3]
     layers = [{"linears": [n], "bits": 8, "entropy": e} for n, e in zip(names, (1.0, 2.0, 3.0), strict=True)]
     blocks = [{"layers": layers[:2], "error_before": 0.2}, {"layers": layers[2:], "error_before": 0.1}]
-    manifest = replace(fast, calibration={"method": "printed", "samples": 2, "blocks": blocks})
+    manifest = replace(fast, calibration={"method": "qvlm", "samples": 2, "blocks": blocks})
     assert [(row.entropy, row.starts_block) for row in layer_rows(manifest.calibration)] == [
         (1.0, True),
         (2.0, False),
@@ -294,9 +294,9 @@ def test_names_are_escaped(fast: Manifest) -> None:
 def test_zero_and_missing_errors_do_not_break_the_report(fast: Manifest) -> None:
     block = {
         **fast.calibration["blocks"][0],
-        "compared": {"inputs": 1, "nearest": {"image": 0.0}, "searched": {"image": 0.0}},
+        "compared": {"inputs": 1, "rtn": {"image": 0.0}, "searched": {"image": 0.0}},
         "error": 0.0,
-        "held_back_errors": [0.5, 0.25],
+        "held_out_errors": [0.5, 0.25],
     }
     without_layers = {**block, "layers": []}
     page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, without_layers]})))

@@ -1,4 +1,4 @@
-"""The benchmarks of whole exports and of one block: what they measure is what ran."""
+"""Benchmarks of whole exports and of one block: they measure the process that ran."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.bench import block, export
 
 SCRIPT = """
 import json, os
-held = bytearray(200 * 2**20)
+memory = bytearray(200 * 2**20)
 with open({path!r}, "wb") as file:
     file.write(bytes(30 * 2**20))
     os.fsync(file.fileno())
@@ -22,21 +22,20 @@ print(json.dumps({{"total": total}}))
 """
 
 
-def test_a_command_is_measured_as_a_whole(tmp_path):
-    found = export.measured([sys.executable, "-c", SCRIPT.format(path=str(tmp_path / "written"))])
-    assert found["said"] == {"total": sum(range(3_000_000))}
-    assert found["peak_bytes"] > 200 * 2**20
-    assert 0 < found["cpu_seconds"] <= found["wall_seconds"] * 1.2 + 0.2
-    assert found["written_bytes"] <= 31 * 2**20
+def test_time_memory_and_storage_of_a_command_are_measured(tmp_path):
+    cost = export.measured([sys.executable, "-c", SCRIPT.format(path=str(tmp_path / "written"))])
+    assert cost["output"] == {"total": sum(range(3_000_000))}
+    assert cost["peak_bytes"] > 200 * 2**20
+    assert 0 < cost["cpu_seconds"] <= cost["wall_seconds"] * 1.2 + 0.2
+    assert cost["written_bytes"] <= 31 * 2**20
 
 
-def test_a_command_that_fails_ends_the_benchmark():
+def test_a_failing_command_ends_the_benchmark():
     with pytest.raises(SystemExit, match="ended with code 3"):
         export.measured([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
-    """A line for each kind of processor, from the smallest model to the largest."""
+def test_plot_has_a_line_for_each_kind_of_processor_sorted_by_size(tmp_path, monkeypatch):
     rows = [{"effort": "rtn", "parameters": n * 10**9, "cpu_seconds": 30.0 * n, "peak_bytes": n * 2**30} for n in (13, 1, 7)]
     machines = ["2 cores, x86_64", "2 cores, x86_64", "2 cores, x86_64, AVX512"]
     drawn, plot = [], Axes.plot
@@ -46,7 +45,7 @@ def test_the_plot_is_drawn_from_the_rows(tmp_path, monkeypatch):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_block_of_a_geometry_is_searched(monkeypatch):
+def test_block_benchmark_searches_one_block_and_reports_its_cost(monkeypatch):
     monkeypatch.setitem(block.GEOMETRIES, "small", block.replace(block.GEOMETRIES["100m"], **SMALL))
     monkeypatch.setattr(block, "WIDTH", 64)
     row = block.bench("small", "fast", samples=2, tokens=40)

@@ -1,4 +1,4 @@
-"""docs/entropy.md and what tools/study/entropy.py makes for it from the stored figures."""
+"""docs/entropy.md agrees with its data, and tools/study/entropy.py redraws figure and table from that."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tools.study import entropy as study_entropy
 DOCS = ROOT / "docs"
 
 
-def test_the_page_has_the_tables_of_its_data() -> None:
+def test_page_shows_the_tables_of_its_data() -> None:
     page = (DOCS / "entropy.md").read_text(encoding="utf-8")
     tables = [part for part in page.split("\n\n") if part.startswith("| proxy")]
-    stored = [json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("entropy", "entropy-hard")]
-    assert tables == ["\n".join(study_entropy.table_lines(content["correlations"])) for content in stored]
+    contents = [json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("entropy", "entropy-hard")]
+    assert tables == ["\n".join(study_entropy.table_lines(content["correlations"])) for content in contents]
 
 
-def test_a_redraw_measures_nothing_and_prints_the_page_s_table(
+def test_redraw_does_not_measure_and_prints_the_table_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(DOCS / "entropy.json", tmp_path)
-    monkeypatch.setattr(study_entropy, "measured", None)
-    monkeypatch.setattr(sys, "argv", ["study_entropy.py", "--out", str(tmp_path / "entropy"), "--redraw"])
+    monkeypatch.setattr(study_entropy, "measure", None)
+    monkeypatch.setattr(sys, "argv", ["entropy.py", "--out", str(tmp_path / "entropy"), "--redraw"])
     study_entropy.main()
     assert "| entropy | -0.10 [-0.28, 0.14] / -0.33 |" in capsys.readouterr().out
     assert (tmp_path / "entropy.png").exists()
     assert (tmp_path / "entropy.json").read_bytes() == (DOCS / "entropy.json").read_bytes()
 
 
-def test_the_figure_shows_the_prefix_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_and_table_show_the_same_preceding_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads((DOCS / "entropy-hard.json").read_text(encoding="utf-8"))
     figures = []
     monkeypatch.setattr(study_entropy.plt, "close", figures.append)

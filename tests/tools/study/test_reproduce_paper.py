@@ -1,4 +1,4 @@
-"""The tools around qvlm-eval: small sets in official layouts, the paper's table, the table of scores."""
+"""Tools around qvlm-eval: small evaluation sets in official layouts, the table of the paper, the tables of scores."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ def sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_sets_are_read_and_have_all_their_pictures(sets, task):
-    found = TASKS[task].read(Request(sets / task, TASKS[task].splits[0], "v1.3"))
-    assert len(found.questions) == len(found.truth) == 20
-    for question in found.questions:
+def test_evaluation_sets_are_read_with_all_their_images(sets, task):
+    evaluation_set = TASKS[task].read(Request(sets / task, TASKS[task].splits[0], "v1.3"))
+    assert len(evaluation_set.questions) == len(evaluation_set.truth) == 20
+    for question in evaluation_set.questions:
         if question.image is not None:
-            with Image.open(question.image) as picture:
-                assert picture.size == (192, 192)
+            with Image.open(question.image) as image:
+                assert image.size == (192, 192)
 
 
-def test_scienceqa_asks_what_the_model_was_trained_on(sets):
-    """Prompts, letters and pictures of the form v1.3 are those of training, word for word."""
-    found = TASKS["scienceqa"].read(Request(sets / "scienceqa", "test", "v1.3"))
-    for index, question in enumerate(found.questions):
-        scene, (asked,) = scenes.questions("test", index, kinds=("choice",))
-        assert f"The answer is {LETTERS[found.truth[question.id].answer]}." == asked.answer
+def test_scienceqa_prompts_have_the_form_of_training(sets):
+    """Prompts, letters and images of the form v1.3 are those of training, word for word."""
+    test = TASKS["scienceqa"].read(Request(sets / "scienceqa", "test", "v1.3"))
+    for index, question in enumerate(test.questions):
+        scene, (expected,) = scenes.questions("test", index, kinds=("choice",))
+        assert f"The answer is {LETTERS[test.truth[question.id].answer]}." == expected.answer
         if question.image is not None:
-            assert question.prompt == asked.text
-            with Image.open(question.image) as picture:
-                assert picture.tobytes() == scenes.draw(scene).tobytes()
+            assert question.prompt == expected.text
+            with Image.open(question.image) as image:
+                assert image.tobytes() == scenes.draw(scene).tobytes()
     train = TASKS["scienceqa"].read(Request(sets / "scienceqa", "train", "v1.3"))
     assert len(train.questions) == 64
-    assert not {q.id for q in train.questions} & {q.id for q in found.questions}
+    assert not {q.id for q in train.questions} & {q.id for q in test.questions}
 
 
-def test_a_memes_label_says_whether_its_object_is_there(sets):
-    found = TASKS["hateful-memes"].read(Request(sets / "hateful-memes", "dev"))
-    for index, question in enumerate(found.questions):
+def test_label_of_a_meme_says_whether_the_named_object_is_in_the_image(sets):
+    memes = TASKS["hateful-memes"].read(Request(sets / "hateful-memes", "dev"))
+    for index, question in enumerate(memes.questions):
         named = re.search("with: '(.*)' written", question.prompt)[1]
         names = {thing.name for thing in scenes.make_scene("test", index, seed=3).things}
-        assert found.truth[question.id] == int(named in names)
+        assert memes.truth[question.id] == int(named in names)
 
 
 def run_tool(monkeypatch, *arguments):
@@ -62,8 +62,8 @@ def run_tool(monkeypatch, *arguments):
     reproduce_paper.main()
 
 
-def test_the_papers_table_on_the_tiny_model(sets, tmp_path, monkeypatch, capsys):
-    """Two cells, whole; the second run finds everything done."""
+def test_table_of_the_paper_for_the_tiny_model(sets, tmp_path, monkeypatch, capsys):
+    """Two cells are measured; a second run reuses their calibrated checkpoints."""
     arguments = ["--data", sets / "scienceqa", "--work", tmp_path / "w", "--methods", "rtn", "--columns", "W8A8", "W4A4"]
     arguments += ["--samples", 6, "--limit", 12, "--max-new-tokens", 8, "--device", "cpu", "--out", tmp_path / "cells.json"]
     run_tool(monkeypatch, *arguments)
@@ -91,21 +91,21 @@ def test_the_papers_table_on_the_tiny_model(sets, tmp_path, monkeypatch, capsys)
 FEW = ("--columns", "W4A4", "--samples", 2, "--limit", 2, "--max-new-tokens", 2, "--device", "cpu")
 
 
-def test_a_tower_can_stay_float(sets, tmp_path, monkeypatch):
+def test_float_vision_quantizes_the_decoder_only(sets, tmp_path, monkeypatch):
     run_tool(monkeypatch, "--data", sets / "scienceqa", "--work", tmp_path, *FEW, "--methods", "rtn", "--float-vision")
     record = json.loads(next(tmp_path.glob("rtn-W4A4-*/calibration.json")).read_text())
     assert record["linears"]
     assert all(name.startswith("language_model.") for name in record["linears"])
 
 
-def test_the_papers_table_on_a_checkpoint_of_the_papers_kind(sets, tmp_path, monkeypatch, capsys):
-    """v1.3 in the authors' layout: CLIP apart, one linear, sentencepiece. Another tower is another checkpoint."""
+def test_table_of_the_paper_for_a_checkpoint_in_the_authors_layout(sets, tmp_path, monkeypatch, capsys):
+    """v1.3 has CLIP in a separate folder, a projector of one linear, and sentencepiece. Another tower is another cell."""
     write_original(tmp_path / "v1.3", "v1.3")
     arguments = ["--data", sets / "scienceqa", "--model", tmp_path / "v1.3", "--work", tmp_path / "w", *FEW]
     run_tool(monkeypatch, *arguments, "--methods", "rtn")
     assert "| round-to-nearest, absmax |  | 0.00 |" in capsys.readouterr().out
-    (made,) = (tmp_path / "w").glob("rtn-W4A4-*/config.json")
-    assert json.loads(made.read_text())["model_type"] == "llava"  # as transformers knows it
+    (config,) = (tmp_path / "w").glob("rtn-W4A4-*/config.json")
+    assert json.loads(config.read_text())["model_type"] == "llava"  # as in transformers
     tower = tmp_path / f"v1.3-{TOWER}" / "model.safetensors"
     tensors = load_file(tower)
     save_file({name: array + (name.endswith("class_embedding")) for name, array in tensors.items()}, tower)
@@ -114,7 +114,7 @@ def test_the_papers_table_on_a_checkpoint_of_the_papers_kind(sets, tmp_path, mon
     assert len(list((tmp_path / "w").glob("float-*.jsonl"))) == 2
 
 
-def test_mistakes_cost_one_line(sets, tmp_path, monkeypatch):
+def test_wrong_arguments_end_with_one_line(sets, tmp_path, monkeypatch):
     for arguments, words in (
         (["--data", tmp_path], "holds no problems.json"),
         (["--data", sets / "scienceqa", "--samples", 65, "--limit", 1, "--work", tmp_path], "the train split has 64"),
@@ -126,7 +126,7 @@ def test_mistakes_cost_one_line(sets, tmp_path, monkeypatch):
         assert words in str(caught.value)
 
 
-def test_tables_of_scores():
+def test_tables_of_scores_show_metrics_and_rows_that_were_not_run():
     metrics = {task: {row.main: 0.5, "other": None} for task, row in TASKS.items()}
     counts = {task: {row.main: 4, "other": 0} for task, row in TASKS.items()}
     rows = [

@@ -1,4 +1,4 @@
-"""The shipped tiny model: what its card claims, and that it survives the whole way to a quantized graph."""
+"""The tiny model that ships: the claims of its card hold, in torch and as exported graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan(request, tmp_path_factory):
     return out
 
 
-def test_size_and_structure(tiny):
+def test_model_is_small_and_has_the_structure_of_llava(tiny):
     model, processor = tiny
     assert 3e6 <= sum(p.numel() for p in model.parameters()) <= 10e6
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 20e6
@@ -44,16 +44,16 @@ def test_size_and_structure(tiny):
     assert processor.chat_template
 
 
-def test_accuracy_on_unseen_scenes(tiny):
+def test_model_answers_unseen_scenes(tiny):
     model, processor = tiny
     items = unseen_items(ITEMS)
     got = rates(items, torch_answers(model, processor, items))
     assert got["overall"] >= 0.95
-    # 50 questions a kind: 0.90 claimed on 400 each, less what chance may take
+    # 50 questions of each kind: the claim is 0.90 on 400 questions each, less a margin for chance
     assert min(got[kind] for kind in scenes.KINDS) >= 0.86
 
 
-def test_the_committed_table_holds_what_was_asked_for():
+def test_committed_accuracies_meet_their_targets():
     table = json.loads((ROOT / "docs" / "tiny_accuracy.json").read_text())["exact_match"]
     assert table["torch float32"]["overall"] >= 0.95
     assert min(table["torch float32"].values()) >= 0.90
@@ -61,14 +61,14 @@ def test_the_committed_table_holds_what_was_asked_for():
     assert table["torch, W4A4 round-to-nearest"]["overall"] <= 0.05
 
 
-def test_four_bits_on_both_sides_collapse():
+def test_round_to_nearest_at_w4a4_fails():
     model, processor = load_torch(TINY)
     quantize_crudely_(model, processor, 4, 4)
     items = unseen_items(70)
     assert rates(items, torch_answers(model, processor, items))["overall"] <= 0.05
 
 
-def test_planting_outliers_does_not_change_the_function(llava):
+def test_planting_outliers_does_not_change_the_logits(llava):
     folder = llava(dtype="float32", text={"num_hidden_layers": 3})
     plain, planted = (LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
     rng = np.random.default_rng(0)
@@ -82,20 +82,20 @@ def test_planting_outliers_does_not_change_the_function(llava):
     assert float(gains.abs().max() / gains.abs().median()) >= 16
 
 
-def test_exported_graph_answers(plan):
+def test_exported_graphs_answer_unseen_scenes(plan):
     items = unseen_items(140)
     assert rates(items, graph_answers(plan, items))["overall"] >= 0.93
 
 
-def test_float_graph_says_what_transformers_says(tiny, tmp_path):
+def test_float_graph_generates_the_answers_of_transformers(tiny, tmp_path):
     model, processor = tiny
     out = tmp_path / "tiny.plan"
     qvlm_export.export("tiny", out, scheme="fp16", backend="onnx")
     with qvlm_export.load(out) as loaded:
         for item in unseen_items(28):
-            given = processor(images=item.image, text=f"USER: <image>\n{item.prompt} ASSISTANT:", return_tensors="pt")
-            wanted = model.generate(**given, max_new_tokens=48, do_sample=False)[0, given["input_ids"].shape[1] :]
+            inputs = processor(images=item.image, text=f"USER: <image>\n{item.prompt} ASSISTANT:", return_tensors="pt")
+            expected = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             assert (
                 loaded.generate(item.prompt, [item.image], max_new_tokens=48)
-                == processor.decode(wanted, skip_special_tokens=True).strip()
+                == processor.decode(expected, skip_special_tokens=True).strip()
             )

@@ -1,4 +1,4 @@
-"""The drawn scenes: same everywhere, splits apart, and every answer checked by an independent reading of the question."""
+"""Scenes of the tiny model: deterministic, in separate splits, with answers that an independent parser confirms."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ COUNT = 300
 SINGULAR = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross", "rings": "ring"}
 
 
-def asked(split: str = "train") -> list[tuple[Scene, scenes.Question]]:
+def ask_all(split: str = "train") -> list[tuple[Scene, scenes.Question]]:
     """One question of each kind about each of the first scenes of a split."""
     return [(scene, q) for scene, qs in (scenes.questions(split, i) for i in range(COUNT)) for q in qs]
 
 
-# The same everywhere
+# Determinism
 
 
-def test_same_index_same_scene_picture_and_questions() -> None:
+def test_an_index_always_gives_the_same_scene_image_and_questions() -> None:
     for index in range(20):
         one, two = scenes.questions("val", index), scenes.questions("val", index)
         assert one == two
         assert scenes.draw(one[0]).tobytes() == scenes.draw(two[0]).tobytes()
 
 
-def test_another_process_with_other_hashes_sees_the_same() -> None:
+def test_a_process_with_another_hash_seed_gives_the_same_scenes() -> None:
     script = (
         "import hashlib; from tools.tiny import scenes; made = [scenes.questions('test', i) for i in range(10)]; "
         "print(hashlib.sha256(repr(made).encode() + b''.join(scenes.draw(s).tobytes() for s, _ in made)).hexdigest())"
@@ -52,7 +52,7 @@ def test_another_process_with_other_hashes_sees_the_same() -> None:
     assert there.stdout.strip() == here
 
 
-def test_index_split_and_seed_each_matter() -> None:
+def test_index_split_and_seed_each_change_the_scene() -> None:
     base = scenes.make_scene("train", 0)
     others = [scenes.make_scene("train", 1), scenes.make_scene("val", 0), scenes.make_scene("train", 0, seed=1)]
     assert all(other != base for other in others)
@@ -61,13 +61,13 @@ def test_index_split_and_seed_each_matter() -> None:
 # Splits
 
 
-def test_splits_share_the_buckets_without_overlap() -> None:
+def test_splits_divide_the_hash_buckets_among_them() -> None:
     buckets = [bucket for numbers in SPLITS.values() for bucket in numbers]
     assert sorted(buckets) == list(range(100))
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_scenes_are_of_their_split(split: str) -> None:
+def test_scenes_belong_to_their_split(split: str) -> None:
     assert {scenes.scene_split(scenes.make_scene(split, index).things) for index in range(COUNT)} == {split}
 
 
@@ -77,15 +77,15 @@ def test_no_scene_is_in_two_splits() -> None:
         assert not contents[one] & contents[two]
 
 
-def test_single_objects_are_split_like_all_others() -> None:
-    """270 of them: most are for training, and some for every other split."""
+def test_scenes_of_a_single_object_are_in_all_splits() -> None:
+    """Of the 270 such scenes most are for training, and some are in each other split."""
     singles = [(Thing(c, color, shape),) for c in range(9) for color in COLORS for shape in SHAPES]
-    found = collections.Counter(scenes.scene_split(things) for things in singles)
-    assert set(found) == set(SPLITS)
-    assert found["train"] > 0.8 * len(singles)
+    counts = collections.Counter(scenes.scene_split(things) for things in singles)
+    assert set(counts) == set(SPLITS)
+    assert counts["train"] > 0.8 * len(singles)
 
 
-def test_split_depends_on_content_only() -> None:
+def test_split_depends_on_the_objects_only() -> None:
     scene = scenes.make_scene("test", 5)
     assert scenes.scene_split(tuple(Thing(t.cell, t.color, t.shape) for t in scene.things)) == "test"
 
@@ -93,7 +93,7 @@ def test_split_depends_on_content_only() -> None:
 # Scenes
 
 
-def test_scenes_are_one_to_four_things_in_cells_of_their_own() -> None:
+def test_scenes_have_one_to_four_objects_in_different_cells() -> None:
     made = [scenes.make_scene("train", index) for index in range(1200)]
     for scene in made:
         cells = [thing.cell for thing in scene.things]
@@ -105,17 +105,17 @@ def test_scenes_are_one_to_four_things_in_cells_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(("attribute", "values"), [("color", tuple(COLORS)), ("shape", SHAPES), ("position", POSITIONS)])
-def test_colors_shapes_and_positions_are_even(attribute: str, values: tuple[str, ...]) -> None:
+def test_colors_shapes_and_positions_are_uniform(attribute: str, values: tuple[str, ...]) -> None:
     things = [thing for index in range(1200) for thing in scenes.make_scene("train", index).things]
-    found = collections.Counter(getattr(thing, attribute) for thing in things)
-    assert set(found) == set(values)
+    counts = collections.Counter(getattr(thing, attribute) for thing in things)
+    assert set(counts) == set(values)
     for value in values:
-        assert found[value] / len(things) == pytest.approx(1 / len(values), abs=0.04)
+        assert counts[value] / len(things) == pytest.approx(1 / len(values), abs=0.04)
 
 
 @pytest.mark.parametrize("size", [48, 192])
-def test_the_picture_shows_what_the_scene_says(size: int) -> None:
-    """Each cell holds its thing's colour and no other; empty cells and the ring's middle are background."""
+def test_image_shows_the_objects_of_the_scene(size: int) -> None:
+    """Each cell has the color of its object and no other; empty cells have none."""
     for index in range(60):
         scene = scenes.make_scene("train", index)
         pixels = np.asarray(scenes.draw(scene, size), np.int32)
@@ -132,7 +132,7 @@ def test_the_picture_shows_what_the_scene_says(size: int) -> None:
 
 
 def test_shapes_differ_in_how_they_fill_their_cell() -> None:
-    """Of one size: a square is fuller than a circle, that than a cross or a triangle; only a ring is open inside."""
+    """A square fills its bounding box, a circle less of it, cross and triangle still less; only a ring is open inside."""
     share, middle = {}, {}
     for shape in SHAPES:
         pixels = np.asarray(scenes.draw(Scene((Thing(4, "red", shape),), seed=3), 300))
@@ -147,11 +147,11 @@ def test_shapes_differ_in_how_they_fill_their_cell() -> None:
     assert middle == {shape: shape != "ring" for shape in SHAPES}
 
 
-# Answers, by an independent reading of the question
+# Answers, by an independent parser of the questions
 
 
 def things_meant(scene: Scene, subject: str) -> list[Thing]:
-    """Those that "the red object", "the circle", "the red circle" or "the object at the top" may mean."""
+    """The objects that a phrase such as "red object", "circle", "red circle" or "object at the top" can refer to."""
     position = re.fullmatch(r"object at the (.+)", subject)
     if position:
         return [t for t in scene.things if POSITIONS[t.cell] == position.group(1)]
@@ -160,23 +160,25 @@ def things_meant(scene: Scene, subject: str) -> list[Thing]:
 
 
 def related(one: Thing, relation: str, two: Thing) -> bool:
-    """Rows count from the top, columns from the left."""
+    """Whether a relation such as "above" or "left of" holds between two objects."""
     (row_1, column_1), (row_2, column_2) = divmod(one.cell, 3), divmod(two.cell, 3)
     holds = {"above": row_1 < row_2, "below": row_1 > row_2, "left of": column_1 < column_2, "right of": column_1 > column_2}
     return holds[relation]
 
 
-def attributes(scene: Scene, wanted: str, subject: str) -> set[str]:
-    return {getattr(thing, wanted) for thing in things_meant(scene, subject)}
+def attributes(scene: Scene, attribute: str, subject: str) -> set[str]:
+    """Values of an attribute of the objects that the phrase `subject` can refer to."""
+    return {getattr(thing, attribute) for thing in things_meant(scene, subject)}
 
 
 def relations(scene: Scene, one: str, relation: str, two: str) -> set[str]:
+    """Answers to whether the relation holds, for all objects that the two phrases can refer to."""
     pairs = itertools.product(things_meant(scene, one), things_meant(scene, two))
     return {"yes" if related(first, relation, second) else "no" for first, second in pairs}
 
 
-# pattern of a question -> every answer that is right for some reading of it
-READINGS: tuple[tuple[str, Callable[..., set[str]]], ...] = (
+# pattern of a question -> all answers that are right for some interpretation of it
+PARSERS: tuple[tuple[str, Callable[..., set[str]]], ...] = (
     (r"Describe the picture\.|What does the picture show\?", lambda scene: {scenes.describe(scene)}),
     (r"How many objects are there\?", lambda scene: {str(len(scene.things))}),
     (r"Where is the first object\?", lambda scene: {POSITIONS[min(t.cell for t in scene.things)]}),
@@ -194,23 +196,23 @@ READINGS: tuple[tuple[str, Callable[..., set[str]]], ...] = (
 
 def answers(scene: Scene, text: str) -> set[str]:
     """Every answer that is right for the first pattern that fits the question."""
-    found = ((read, re.fullmatch(pattern, text)) for pattern, read in READINGS)
-    read, match = next((read, match) for read, match in found if match)
-    return read(scene, *match.groups())
+    matches = ((parse, re.fullmatch(pattern, text)) for pattern, parse in PARSERS)
+    parse, match = next((parse, match) for parse, match in matches if match)
+    return parse(scene, *match.groups())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "choice"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_question_has_one_answer_and_that_is_given(kind: str, split: str) -> None:
-    of_kind = [(scene, q) for scene, q in asked(split) if q.kind == kind]
+def test_every_question_has_exactly_its_one_right_answer(kind: str, split: str) -> None:
+    of_kind = [(scene, q) for scene, q in ask_all(split) if q.kind == kind]
     assert len(of_kind) == COUNT
     for scene, question in of_kind:
         assert answers(scene, question.text) == {question.answer}, (scene, question)
 
 
-def test_choices_hold_the_right_answer_once() -> None:
+def test_options_contain_the_right_answer_exactly_once() -> None:
     letters: collections.Counter[str] = collections.Counter()
-    for scene, question in (pair for pair in asked() if pair[1].kind == "choice"):
+    for scene, question in (pair for pair in ask_all() if pair[1].kind == "choice"):
         inner, context, options = question.text.split("\n")
         assert context.removeprefix("Context: ") in scenes.HINTS
         offered = dict(re.findall(r"\(([A-D])\) ([a-z ]+?)(?= \(|$)", options.removeprefix("Options: ")))
@@ -220,24 +222,24 @@ def test_choices_hold_the_right_answer_once() -> None:
         letter = question.answer.removeprefix("The answer is ").removesuffix(".")
         assert [name for name, option in offered.items() if option == right] == [letter]
         letters[letter] += 1
-    # Two, three or four options, the right one anywhere: A and B in 13 of 36 cases, C in 7, D in 3.
+    # With two, three or four options in random order the right one is A or B in 13 of 36 cases each, C in 7, D in 3.
     for letter, share in {"A": 13 / 36, "B": 13 / 36, "C": 7 / 36, "D": 3 / 36}.items():
         assert letters[letter] / COUNT == pytest.approx(share, abs=0.08)
 
 
-def test_descriptions_name_everything_in_reading_order() -> None:
+def test_descriptions_name_all_objects_row_by_row() -> None:
     for index in range(COUNT):
         scene = scenes.make_scene("train", index)
         text = scenes.describe(scene)
-        found = re.findall(r"a (\w+) (\w+) at the ([a-z ]+?)(?=,| and |\.)", text)
-        assert found == [(t.color, t.shape, POSITIONS[t.cell]) for t in scene.things]
+        parts = re.findall(r"a (\w+) (\w+) at the ([a-z ]+?)(?=,| and |\.)", text)
+        assert parts == [(t.color, t.shape, POSITIONS[t.cell]) for t in scene.things]
         assert text.startswith("The picture shows ")
         assert text.endswith(".")
         assert text.count(" and ") == (len(scene.things) > 1)
 
 
 def test_descriptions_are_at_least_ten_tokens_long() -> None:
-    """Words and punctuation; the shortest describe a single object."""
+    """Tokens are words and punctuation here; the shortest descriptions are those of a single object."""
     lengths = [len(re.findall(r"\w+|[^\w\s]", scenes.describe(scenes.make_scene("train", i)))) for i in range(COUNT)]
     assert min(lengths) >= 10
     assert max(lengths) >= 25
@@ -246,24 +248,24 @@ def test_descriptions_are_at_least_ten_tokens_long() -> None:
 # Questions
 
 
-def test_one_question_of_each_kind_in_order() -> None:
+def test_questions_follow_the_order_of_kinds() -> None:
     assert [q.kind for q in scenes.questions("train", 0)[1]] == list(KINDS)
     chosen = ("count", "yesno", "count")
     assert [q.kind for q in scenes.questions("train", 0, kinds=chosen)[1]] == list(chosen)
 
 
 def test_yes_and_no_are_balanced_and_relations_are_among_them() -> None:
-    """So that always saying yes is no skill, over all and among relations."""
-    pairs = [q for _, q in asked() if q.kind == "yesno"]
+    """Always answering yes must not pay off, neither over all questions nor over relations."""
+    pairs = [q for _, q in ask_all() if q.kind == "yesno"]
     relations = [q for q in pairs if re.search("above|below|left of|right of", q.text)]
     assert sum(q.answer == "yes" for q in pairs) / len(pairs) == pytest.approx(0.5, abs=0.08)
     assert sum(q.answer == "yes" for q in relations) / len(relations) == pytest.approx(0.5, abs=0.12)
     assert len(relations) / len(pairs) == pytest.approx(0.3, abs=0.1)
 
 
-def test_half_of_the_wrong_names_only_mix_what_is_there() -> None:
-    """A model that knows colours and shapes, but not which belong together, says yes to them."""
-    wrong = [(s, q) for s, q in asked() if q.kind == "yesno" and q.text.startswith("Is there") and q.answer == "no"]
+def test_half_of_the_wrong_names_combine_attributes_of_the_scene() -> None:
+    """A model that knows colors and shapes, but not which belong together, answers yes to such names."""
+    wrong = [(s, q) for s, q in ask_all() if q.kind == "yesno" and q.text.startswith("Is there") and q.answer == "no"]
     several = [(s, q) for s, q in wrong if len({t.color for t in s.things}) > 1 and len({t.shape for t in s.things}) > 1]
     mixed = 0
     for scene, question in several:
@@ -273,13 +275,13 @@ def test_half_of_the_wrong_names_only_mix_what_is_there() -> None:
 
 
 def test_counts_reach_zero_and_more_than_one() -> None:
-    found = collections.Counter(q.answer for _, q in asked() if q.kind == "count")
-    assert set(found) == {"0", "1", "2", "3", "4"}
-    assert max(found.values()) < 0.75 * COUNT
+    counts = collections.Counter(q.answer for _, q in ask_all() if q.kind == "count")
+    assert set(counts) == {"0", "1", "2", "3", "4"}
+    assert max(counts.values()) < 0.75 * COUNT
 
 
 def test_attributes_are_asked_by_position_and_by_the_other_attribute() -> None:
-    texts = [q.text for _, q in asked() if q.kind in ("color", "shape")]
+    texts = [q.text for _, q in ask_all() if q.kind in ("color", "shape")]
     by_position = sum("object at the" in text for text in texts) / len(texts)
     assert 0.4 < by_position < 0.7
 
