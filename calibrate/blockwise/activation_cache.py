@@ -42,7 +42,7 @@ class _CachedTensor:
             return torch.zeros(self.shape, dtype=dtype)
         content = np.fromfile(self.path, np.uint8, count * dtype.itemsize, offset=self.offset)
         if content.size != count * dtype.itemsize:
-            raise UserError(f"{self.path}: is shorter than it was written; delete the work folder and begin anew")
+            raise UserError(f"{self.path}: is shorter than it was written; delete the work folder and start over")
         return torch.from_numpy(content).view(dtype).reshape(self.shape)
 
 

@@ -73,7 +73,7 @@ class CalibrationWork:
         try:
             stored = load_file(path)
         except SafetensorError as error:
-            raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and begin anew") from error
+            raise UserError(f"{path}: is damaged ({error}); delete {self._folder.parent} and start over") from error
         tensors: NamedTensors = {}
         for key in sorted(stored):
             tensors.setdefault(key.rpartition("/")[0], []).append(stored[key])
@@ -149,6 +149,6 @@ def _read_entries(folder: Path) -> list[FinishedBlock]:
             content = json.loads(path.read_text(encoding="utf-8"))
             entry = FinishedBlock(*(content[key] for key in ("name", "shard", "outputs", "record")))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path}: is damaged ({error!r}); delete {folder.parent} and begin anew") from error
+            raise UserError(f"{path}: is damaged ({error!r}); delete {folder.parent} and start over") from error
         entries.append(entry)
     return entries

@@ -139,10 +139,10 @@ class CalibratedWriter:
             with safe_open(path, "np") as file:
                 names = list(file.keys())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete the work folder and begin anew") from error
+            raise UserError(f"{path}: cannot be read ({error}); delete the work folder and start over") from error
         missing = {f"{name}.weight_scale" for name in schemes} - set(names)
         if missing:
-            raise UserError(f"{path}: lacks {min(missing)}; delete the work folder and begin anew")
+            raise UserError(f"{path}: lacks {min(missing)}; delete the work folder and start over")
         self._weight_map |= dict.fromkeys(names, file_name)
         self._linears |= schemes
         return names

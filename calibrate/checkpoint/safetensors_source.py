@@ -126,7 +126,7 @@ class OpenedFile:
     def check_unchanged(self) -> None:
         """Raises UnfinishedError when the file was written to, replaced or deleted since it was opened."""
         if _read_file_state(self.path) != self._state:
-            raise UnfinishedError(f"{self.path}: was changed while it was read; put the file back as it was, or begin anew")
+            raise UnfinishedError(f"{self.path}: was changed while it was read; put the file back as it was, or start over")
 
 
 def _read_file_state(path: Path) -> tuple[int, ...]:

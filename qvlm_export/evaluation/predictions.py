@@ -59,7 +59,7 @@ class PredictionWriter:
         self._file: IO[str] | None = None
         self._existing = read_predictions(path) if path.exists() else None
         if self._existing is not None:
-            remedy = "give another --predictions, or delete the file to begin anew"
+            remedy = "give another --predictions, or delete the file to start over"
             _check_same_run(path, self._existing.header, header, remedy)
         existing_answers = {} if self._existing is None else self._existing.answers
         # Questions that could not be asked are tried again.

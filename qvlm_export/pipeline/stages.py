@@ -70,7 +70,7 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             prepared.blocks, checkpoint.source, prepared.linears, prepared.samples, state, torch.device(prepared.device)
         )
         if finished := work.count_finished_blocks():
-            reporter.note(f"going on behind block {finished} of {prepared.blocks.num_blocks()}")
+            reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         writer.finish(checkpoint.config_json, summary)

@@ -102,7 +102,7 @@ class WorkFolder:
         elif not resume:
             raise UserError(
                 f"{self.work_dir}: holds the unfinished work of an earlier export ({self.count_finished_blocks()} blocks "
-                "are calibrated); add --resume to go on with it, or delete the folder to begin anew"
+                "are calibrated); add --resume to continue with it, or delete the folder to start over"
             )
         else:
             self._check_fingerprint(fingerprint)
@@ -118,7 +118,7 @@ class WorkFolder:
         if changed:
             raise UserError(
                 f"--resume: {changed[0]} changed since the work in {self.work_dir} was begun; "
-                "run the command as it was, or delete the folder to begin anew"
+                "run the command as it was, or delete the folder to start over"
             )
 
     def _clear(self) -> None:
@@ -219,7 +219,7 @@ def explain_failure(error: BaseException, disk_bytes: int, work: WorkFolder) -> 
     if (isinstance(reported, UserError) and not isinstance(reported, UnfinishedError)) or not work.has_unfinished_work():
         work.remove()
         return reported
-    hint = f"what was finished is kept in {work.work_dir}; the same command with --resume goes on from there"
+    hint = f"what was finished is kept in {work.work_dir}; the same command with --resume continues from there"
     if isinstance(reported, KeyboardInterrupt):
         return KeyboardInterrupt(f"interrupted; {hint}")
     return UnfinishedError(f"{reported}; {hint}") if isinstance(reported, UserError) else reported
@@ -245,5 +245,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete {path.parent.parent} and begin anew") from error
+        raise UserError(f"{path}: is damaged ({error}); delete {path.parent.parent} and start over") from error
     return content if isinstance(content, dict) else {}

@@ -258,7 +258,7 @@ def test_interrupted_export_can_be_resumed(llava: Llava, tmp_path: Path, monkeyp
     result = export_onnx(llava(), tmp_path / "new" / "x.plan")
     assert result.exit_code == 130
     assert result.stderr.startswith("interrupted; what was finished is kept in ")
-    assert result.stderr.endswith("the same command with --resume goes on from there\n")
+    assert result.stderr.endswith("the same command with --resume continues from there\n")
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".x.work"]
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_run_says_that_it_can_be_continued(sets, tmp_path, monkey
     monkeypatch.setattr("qvlm_export.evaluation.evaluate.ask_all", interrupt)
     result = run_eval("tiny", *of_task(sets, "vqav2"), "--predictions", tmp_path / "p.jsonl")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert result.stderr.splitlines()[-1] == "interrupted; the same command continues where it stopped"
 
 
 def test_predictions_of_another_run_are_refused(sets, uninterrupted):

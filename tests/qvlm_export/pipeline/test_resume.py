@@ -102,7 +102,7 @@ def test_real_command_killed_while_calibrating(llava: Llava, tmp_path: Path) -> 
     assert_refused(refused, str(work.parent), "unfinished work", "blocks are calibrated", "--resume", "delete the folder")
     done = run_export(llava(**SMALL), out, *arguments, "--resume")
     assert done.exit_code == 0, done.stderr
-    assert "going on behind block" in done.stderr
+    assert "resuming after block" in done.stderr
     export_to(llava(**SMALL), tmp_path / "whole" / "x.plan", *arguments)
     assert read_files(out.parent) == read_files(tmp_path / "whole")
 
@@ -216,7 +216,7 @@ def test_damaged_work_is_refused_in_one_line(llava: Llava, tmp_path: Path, damag
     assert path.exists()
     path.write_text("{")
     refused = run_export(options.model, options.out, "--backend", "onnx", "--calib-data", data, "--resume")
-    assert_refused(refused, str(path), "is damaged", "begin anew")
+    assert_refused(refused, str(path), "is damaged", "start over")
 
 
 def test_missing_shard_of_a_finished_block_is_refused(llava: Llava, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_missing_shard_of_a_finished_block_is_refused(llava: Llava, tmp_path: Pa
     assert refused.exit_code == 2
     (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "layers.0.safetensors: cannot be read" in error
-    assert "begin anew" in error
+    assert "start over" in error
 
 
 def test_resume_without_unfinished_work_starts_an_export(llava: Llava, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_running_out_of_memory_is_reported(
 
     monkeypatch.setattr(stages, "write_graph", fail)
     refused = export_onnx(llava(), tmp_path / "out" / "x.plan")
-    assert_refused(refused, "memory ran out", "--memory", "--samples", "--resume goes on")
+    assert_refused(refused, "memory ran out", "--memory", "--samples", "--resume continues")
 
 
 def test_damaged_checkpoint_leaves_no_work(llava: Llava, absent: Path, tmp_path: Path) -> None:
