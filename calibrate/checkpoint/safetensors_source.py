@@ -147,16 +147,17 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def list_indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
-    """Paths of the weight files that `folder / index_name` names, or of `folder / single` where there is no index.
+    """Paths of the weight files of a folder: `folder / single`, or where there is none those that `index_name` names.
 
-    Raises UserError when there is neither, or when the index is damaged, names a file outside the folder, or names one that
-    is missing.
+    A single file wins over an index, which is then a leftover of an older, sharded save: transformers does the same. Raises
+    UserError when there is neither, or when the index is damaged, names a file outside the folder, or names one that is
+    missing.
     """
     index = folder / index_name
-    if not index.exists():
-        if not (folder / single).exists():
-            raise UserError(f"{folder}: holds neither {single} nor {index_name}; give a folder with model weights")
+    if (folder / single).exists():
         return [folder / single]
+    if not index.exists():
+        raise UserError(f"{folder}: holds neither {single} nor {index_name}; give a folder with model weights")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))

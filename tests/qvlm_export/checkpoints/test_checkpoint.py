@@ -158,6 +158,29 @@ def write_torch_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("gone", [True, False], ids=["shards gone", "older shards there"])
+def test_a_single_file_wins_over_an_older_index(llava: Llava, tmp_path: Path, kind: str, gone: bool) -> None:
+    """As transformers loads it; the index is a leftover of an earlier, sharded save."""
+    model = copy_checkpoint(llava(dtype="float32"), tmp_path / "checkpoint")
+    older = {name: tensor + 1 for name, tensor in weights(model).items()}
+    if kind == "bin":
+        torch.save(weights(model), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+        write_torch_shards(model, older)
+    else:
+        shard = "model-00001-of-00001.safetensors"
+        save_file(older, model / shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(older, shard)}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    if gone:
+        for path in model.glob("*-0000?-of-0000?.*"):
+            path.unlink()
+    expected = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)  # the reference
+    actual = open_checkpoint(str(model)).source.load(UP_PROJ)
+    assert np.array_equal(actual, expected.model.language_model.layers[1].mlp.up_proj.weight.detach().numpy())
+
+
 def test_safetensors_come_before_torch_files(llava: Llava, tmp_path: Path) -> None:
     """A pickle is not opened where there are safetensors."""
     model = copy_checkpoint(llava(), tmp_path / "checkpoint")
