@@ -7,7 +7,6 @@ qvlm_export.load("engine.plan").generate("How many objects are there?", [image])
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ __all__ = ["UserError", "__version__", "export", "load"]
 def __getattr__(name: str) -> str:
     """Returns `__version__` from the installed package's metadata, which is read only when it is asked for."""
     if name == "__version__":
+        import importlib.metadata
+
         return importlib.metadata.version("qvlm-export")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

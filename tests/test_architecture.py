@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 
@@ -40,8 +40,7 @@ def imports(name: str) -> frozenset[str]:
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: a relative import"
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             modules |= {module if module in MODULES else str(node.module) for module in full}
     return frozenset(modules)
@@ -55,6 +54,10 @@ def roots(name: str) -> set[str]:
 def inside(name: str, *packages: str) -> bool:
     """Whether a module is one of the packages or lies in one of them."""
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def is_package(name: str) -> bool:
+    return MODULES[name].name == "__init__.py"
 
 
 def folder_of(name: str) -> str:
@@ -111,16 +114,33 @@ def test_package_imports_no_tools_no_tests_and_no_package_by_its_folder() -> Non
     assert {name: wrong for name in MODULES if (wrong := roots(name) & (NOT_SHIPPED | helpers))} == {}
 
 
-def test_imports_between_folders_have_no_circles() -> None:
-    edges = folder_imports()
+def reachable(edges: Mapping[str, Set[str]], start: str, visited: set[str]) -> Iterator[str]:
+    """All nodes that can be reached from `start`, itself only through a circle."""
+    for other in edges[start] - visited:
+        visited.add(other)
+        yield other
+        yield from reachable(edges, other, visited)
 
-    def reachable(folder: str, visited: set[str]) -> Iterator[str]:
-        for other in edges[folder] - visited:
-            visited.add(other)
-            yield other
-            yield from reachable(other, visited)
 
-    assert {folder for folder in edges if folder in set(reachable(folder, set()))} == set()
+def test_imports_between_folders_and_between_modules_have_no_circles() -> None:
+    folders = folder_imports()
+    modules = {name: {other for other in imports(name) & MODULES.keys() if not is_package(other)} for name in MODULES}
+    for edges in (folders, modules):
+        assert {node for node in edges if node in set(reachable(edges, node, set()))} == set()
+
+
+def test_every_import_can_be_seen() -> None:
+    """No relative imports, none by name of a module of ours, and no folder that packaging would leave out."""
+    relative, by_name = [], []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                relative.append(name)
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func) and "qvlm_export" in ast.unparse(node):
+                by_name.append(name)
+    assert relative == []
+    assert by_name == ["qvlm_export.cli.commands"]  # which starts the commands
+    assert {str(path.parent) for path in MODULES.values() if not (path.parent / "__init__.py").exists()} == set()
 
 
 def test_folders_have_few_entries() -> None:

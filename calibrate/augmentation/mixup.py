@@ -19,9 +19,9 @@ import torch
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
 from qvlm_export.calibrate.augmentation.prompts import MixupSample, Prompts, group_by_image_tokens
 from qvlm_export.calibrate.blockwise.batching import split_by_size
+from qvlm_export.calibrate.blockwise.block_loader import batched_step, open_block_loader
 from qvlm_export.calibrate.blockwise.forward import load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
-from qvlm_export.calibrate.blockwise.offload import batched_step, open_block_loader
 from qvlm_export.calibrate.checkpoint.samples import Sample
 
 MIXING_SHARES = tuple(n / 9 for n in range(1, 9))  # candidate weights of the other sample's image features

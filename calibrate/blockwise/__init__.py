@@ -1,1 +1,1 @@
-"""The model one block at a time: forward pass, offloading, activation cache, resuming."""
+"""The model one block at a time: forward pass, loading weights, keeping activations, resuming."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qvlm_export.calibrate.blockwise.block_loader import CPU
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
-from qvlm_export.calibrate.blockwise.offload import CPU
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import MAX_FLOAT16, LinearScheme

@@ -103,7 +103,7 @@ def estimate_calibration_cost(
 ) -> Cost:
     """Returns the cost of a calibration.
 
-    schemes: by canonical name, of the linears to quantize. method: of the block-wise search; None for round-to-nearest.
+    schemes: by canonical name, of the linears to quantize. config: of the block-wise search; None for round-to-nearest.
     """
     texts = _text_lengths(blocks, samples, config)
     patches = blocks.num_patches()

@@ -1,15 +1,18 @@
-"""Table of the calibration efforts: every value of `--effort` and the quantization method that it stands for."""
+"""The efforts of `--effort`, a row each: the one table of what a user can choose and what is then done.
+
+The table loads no torch, so that the command's help can be made of it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
-from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
-from qvlm_export.calibrate.calibrators.search import calibrate_search
-from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+
+if TYPE_CHECKING:
+    from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
+    from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 
 
 @dataclass(frozen=True)
@@ -37,5 +40,8 @@ def run_effort(name: str, job: CalibrationJob, writer: CalibratedWriter, progres
 
     Raises UserError naming tensor or layer when weights or activations are not finite.
     """
+    from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
+    from qvlm_export.calibrate.calibrators.search import calibrate_search
+
     config = EFFORTS[name].config
     return calibrate_rtn(job, writer, progress) if config is None else calibrate_search(job, writer, progress, config)

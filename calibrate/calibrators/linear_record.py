@@ -39,20 +39,20 @@ def make_linear_record(linear: QuantizedLinear, sqnr: LinearSqnr, amax: float | 
     """Returns the record of one linear. amax: largest magnitude of its input, None where that was not observed.
 
     bits_per_weight: storage of the codes as the scheme packs them, and of the scales.
-    covered: the clipping range of the input divided by its largest magnitude, above 1 where the range is wider; None, as
-    input_scale, for float activations.
+    range_coverage: the clipping range of the input divided by its largest magnitude, above 1 where the range is wider; None,
+    as input_scale, for float activations.
     sqnr_db: SQNR of the output, which includes errors of the input, and with them those of the blocks before.
     weight_sqnr_db: weights that were moved to compensate for other errors count as errors here, though they are not.
     """
     scheme, scale = linear.scheme, linear.input_scale
-    covered = None
+    coverage = None
     if scale is not None and scheme.activation_bits is not None and amax:
-        covered = scale * (2 ** (scheme.activation_bits - 1) - 1) / amax
+        coverage = scale * (2 ** (scheme.activation_bits - 1) - 1) / amax
     return {
         "scheme": scheme.name + (f" g{scheme.group_size}" if scheme.group_size else ""),
         "bits_per_weight": scheme.weight_bits + 8 * scheme.scale_bytes * linear.scale.size / linear.codes.size,
         "sqnr_db": sqnr.output_db,
         "weight_sqnr_db": sqnr.weight_db,
         "input_scale": scale,
-        "range_coverage": covered,
+        "range_coverage": coverage,
     }

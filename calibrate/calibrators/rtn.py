@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvlm_export.calibrate.blockwise.block_loader import CPU, open_block_loader
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, as_tensor, check_finite, get_linear
 from qvlm_export.calibrate.blockwise.forward import Run, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, check_weight
-from qvlm_export.calibrate.blockwise.offload import CPU, open_block_loader
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record, measure_weight_sqnr
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme

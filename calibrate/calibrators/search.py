@@ -25,6 +25,7 @@ from qvlm_export.calibrate.augmentation.prompts import (
 )
 from qvlm_export.calibrate.augmentation.random_words import embedding_norm_weights, replace_words
 from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
+from qvlm_export.calibrate.blockwise.block_loader import CPU, move_tensors, open_block_loader
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
 from qvlm_export.calibrate.blockwise.blocks import Block, deterministic_threads, get_linear, load_finite
 from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
@@ -35,7 +36,6 @@ from qvlm_export.calibrate.blockwise.job import (
     check_weight,
     find_linear_needing_images,
 )
-from qvlm_export.calibrate.blockwise.offload import CPU, move_tensors, open_block_loader
 from qvlm_export.calibrate.blockwise.token_kinds import label_tokens
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
@@ -132,7 +132,9 @@ def _check_images(job: CalibrationJob) -> None:
     """Raises UserError where images are missing; called before anything is measured, as measuring takes long."""
     name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
     if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
-        raise UserError(f"{name}: no calibration sample has a picture, so nothing reaches it; add samples with pictures")
+        raise UserError(
+            f"{name}: no calibration sample has a picture, so no input of it can be observed; add samples with pictures"
+        )
 
 
 def _count_measure_units(config: SearchConfig, job: CalibrationJob) -> dict[str, int]:

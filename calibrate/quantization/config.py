@@ -89,7 +89,7 @@ class SearchConfig:
         return 2 if self.needs_output_hessians() and self.leverage else 1
 
     def for_vision(self) -> SearchConfig:
-        """This configuration for a block of vision tower or projector, changed as `vision` says."""
+        """This configuration for a block of vision tower or projector, changed as `vision_target` says."""
         if self.vision_target == "language":
             return self
         if self.vision_target == "own":

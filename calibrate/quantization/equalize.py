@@ -1,4 +1,4 @@
-"""Equalization: moves outlier channels of activations into the preceding layer's weights (SmoothQuant, AWQ).
+"""Equalization: moves outlier channels of activations into the weights that read them (SmoothQuant, AWQ).
 
 The preceding layer (a norm's gain, the rows of v_proj or up_proj) computes x / s, and the linears that read x use W * s, so
 the float model does not change while its quantizers see smaller outliers. Source: SmoothQuant (Xiao et al. 2022, section 4)

@@ -1,8 +1,9 @@
 """GPTQ: rounds a weight column by column for the least output error (Frantar et al. 2022, arXiv 2210.17323, section 3).
 
 The error of each rounded column is compensated by the columns that are not rounded yet. What goes in is a float weight, the
-factor of its input Hessian H = X_q X_q^T and the scales; what comes out are the codes. The inputs X_q are those of the
-quantized model, so the weight is moved by `output_matching.py` first: the target is the *float* layer's output.
+factor of its input Hessian H = X_q X_q^T (tokens as columns, as in the paper) and the scales; what comes out are the codes.
+The inputs X_q are those of the quantized model, so the weight is moved by `output_matching.py` first: the target is the
+*float* layer's output.
 
 The paper takes the Cholesky factor U of the inverse of H. Here H = L L^T itself is factored, with its columns in the reverse
 of the order of rounding; U is the inverse of L, read backwards. With e the error of all columns rounded so far, (e L)_j is
@@ -62,7 +63,7 @@ def gptq_round(weight: torch.Tensor, factor: HessianFactor, scale: torch.Tensor,
 def search_gptq_scale(
     weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, scale: torch.Tensor, scheme: LinearScheme
 ) -> torch.Tensor:
-    """Scales as stored: for each output those of the whole range, or FRACTIONS of it, that leave the least error e H e^T.
+    """Scales as stored: for each output that of the whole range, or of one of RANGE_FRACTIONS, with the least error e H e^T.
 
     weight: float32 [out, in]; hessian: H [in, in]; factor: of H; scale: of the whole range, as stored. What clipping costs
     depends on what the other columns can compensate, so the weight is rounded by GPTQ at every candidate before they are

@@ -56,5 +56,5 @@ def _solve(system: torch.Tensor, regularization: float, rows: torch.Tensor) -> t
     factor = system.mT  # column-major, so that LAPACK needs no copy
     factor.diagonal().add_(regularization)
     if not cholesky_(factor):
-        raise RuntimeError("a damped Gram matrix is not positive definite")
+        raise RuntimeError("the regularized Hessian is not positive definite")
     return torch.cat(map_on_threads(lambda part: torch.cholesky_solve(part.mT, factor).mT, rows.split(SOLVED_ROWS)))

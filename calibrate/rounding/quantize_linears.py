@@ -1,7 +1,8 @@
 """Quantizes the linears that share an input: input range, output matching (ridge regression), weight scales and rounding.
 
 What goes in are their float weights and their shared input in the float and in the quantized model; what comes out are codes
-and scales. They are quantized together because they have one input range and one input Hessian H = X_q^T X_q.
+and scales. They are quantized together because they have one input range and one input Hessian H = X_q^T X_q
+(tokens as rows).
 """
 
 from __future__ import annotations

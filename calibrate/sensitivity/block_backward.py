@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from qvlm_export.calibrate.blockwise.block_loader import BlockLoader
 from qvlm_export.calibrate.blockwise.blocks import Block
-from qvlm_export.calibrate.blockwise.offload import BlockLoader
 from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput, find_shared_inputs, list_linears
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
@@ -39,10 +39,10 @@ _T = TypeVar("_T")
 class Sensitivity:
     """How much errors at tokens and in output directions matter for the logits of the answer tokens.
 
-    tokens: token weights, one tensor float32 [n, tokens] for each input of a block; by canonical name of the first linear of
+    token_weights: one tensor float32 [n, tokens] for each input of a block; by canonical name of the first linear of
     each shared input, and by block for the block's output. `measure_sensitivity` scales them to mean 1 over all tokens.
-    outputs: output Hessians as `output_hessian.py` stores them, by linear, and by block for the block's output; empty where
-    they were not asked for.
+    output_hessians: as `output_hessian.py` stores them, by linear, and by block for the block's output; empty
+    unless they were requested.
     """
 
     token_weights: TokenWeights = field(default_factory=dict)

@@ -32,10 +32,10 @@ from qvlm_export.calibrate.augmentation.prompts import (
     label_block_inputs,
 )
 from qvlm_export.calibrate.blockwise.batching import batch_by_length, split_by_size
+from qvlm_export.calibrate.blockwise.block_loader import open_block_loader
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
 from qvlm_export.calibrate.blockwise.forward import Run, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, check_outputs
-from qvlm_export.calibrate.blockwise.offload import open_block_loader
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork, NamedTensors
 from qvlm_export.calibrate.blockwise.shared_inputs import list_linears
 from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel

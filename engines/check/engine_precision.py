@@ -45,12 +45,12 @@ class Gemm:
 class LinearCheck:
     """The result of the check of one linear.
 
-    planned: name of its scheme, such as W4A16. executed: types that the engine computes with, such as
+    scheme: name of its scheme, such as W4A16. executed: types that the engine computes with, such as
     "half x int4 -> half" or "int8 x int8 -> float". passed: whether these are the types that the scheme asks for.
     """
 
     linear: str
-    planned: str
+    scheme: str
     executed: str
     passed: bool
 
@@ -76,8 +76,8 @@ def read_gemms(plan: Path) -> list[Gemm]:
     return gemms
 
 
-def check_engine_precision(plan: Path, planned: Mapping[str, LinearScheme]) -> list[LinearCheck]:
-    """Compares what the plan executes with `planned` (linear -> scheme); returns one check of each, in the same order.
+def check_engine_precision(plan: Path, schemes: Mapping[str, LinearScheme]) -> list[LinearCheck]:
+    """Compares what the plan executes with `schemes` (linear -> scheme); returns one check of each, in the same order.
 
     Raises UserError when the plan holds no readable program.
     """
@@ -85,7 +85,7 @@ def check_engine_precision(plan: Path, planned: Mapping[str, LinearScheme]) -> l
     for gemm in read_gemms(plan):
         for linear in gemm.linears:
             executed.setdefault(linear, []).append(gemm)
-    return [_check_linear(name, scheme, executed.get(name, [])) for name, scheme in planned.items()]
+    return [_check_linear(name, scheme, executed.get(name, [])) for name, scheme in schemes.items()]
 
 
 def require_integer_products(plan: Path, checks: list[LinearCheck]) -> None:
@@ -94,8 +94,8 @@ def require_integer_products(plan: Path, checks: list[LinearCheck]) -> None:
     if failed:
         first = failed[0]
         raise UserError(
-            f"{plan.name}: {len(failed)} of {len(checks)} planned linears do not run as planned; {first.linear} was planned "
-            f"{first.planned} but the engine executes {first.executed}; report this with the TensorRT version"
+            f"{plan.name}: {len(failed)} of {len(checks)} quantized linears do not run as they should; {first.linear} is "
+            f"{first.scheme} but the engine executes {first.executed}; report this with the TensorRT version"
         )
 
 
@@ -132,9 +132,9 @@ def _parse_gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
 def _check_linear(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
     if not gemms:
         return LinearCheck(name, scheme.name, "nothing under this name", False)
-    runs_as_planned = _is_int8 if scheme.group_size is None else _is_int4
-    passed = scheme.deployable and all(runs_as_planned(g) for g in gemms)
-    reported = next((g for g in gemms if not runs_as_planned(g)), gemms[0])
+    as_it_should = _is_int8 if scheme.group_size is None else _is_int4
+    passed = scheme.deployable and all(as_it_should(g) for g in gemms)
+    reported = next((g for g in gemms if not as_it_should(g)), gemms[0])
     return LinearCheck(name, scheme.name, _describe(reported), passed)
 
 

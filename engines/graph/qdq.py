@@ -52,19 +52,19 @@ def find_linears(model: ir.Model) -> dict[str, FloatLinear]:
     return linears
 
 
-def insert_qdq(model: ir.Model, planned: Collection[str], weights: CalibratedCheckpoint, dtype: ir.DataType) -> list[str]:
-    """Pass: rewrites the linears named in `planned` to Q/DQ patterns, in place; returns their names in graph order.
+def insert_qdq(model: ir.Model, quantized: Collection[str], weights: CalibratedCheckpoint, dtype: ir.DataType) -> list[str]:
+    """Pass: rewrites the linears named in `quantized` to Q/DQ patterns, in place; returns their names in graph order.
 
     weights: the calibrated checkpoint; its integers are read when the graph is written. dtype: the graph's float type.
     Raises UserError when a linear is not in the graph, or when `dtype` cannot hold an input scale exactly.
     """
     linears = find_linears(model)
-    missing = sorted(set(planned) - set(linears))
+    missing = sorted(set(quantized) - set(linears))
     if missing:
-        raise UserError(f"{missing[0]}: planned to be quantized, but the graph has no such linear; check the recipe")
+        raise UserError(f"{missing[0]}: should be quantized, but the graph has no such linear; check the recipe")
     activations: dict[tuple[str, float, int], ir.Value] = {}
     # In graph order, because the first reader of a value inserts its QuantizeLinear.
-    rewritten = [name for name in linears if name in planned]
+    rewritten = [name for name in linears if name in quantized]
     for name in rewritten:
         linear, scheme = linears[name], weights.schemes[name]
         if scheme.group_size is None:

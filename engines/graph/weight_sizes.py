@@ -13,18 +13,18 @@ from qvlm_export.calibrate.checkpoint.scheme import GROUPED_BITS, LinearScheme
 class Sizes:
     """Bytes of a set of weights.
 
-    float16_bytes: all in float16. planned_bytes: quantized as their schemes say, with scales. int4_bytes: the part of
-    planned_bytes that is INT4 codes.
+    float16_bytes: all in float16. quantized_bytes: quantized as their schemes say, with scales. int4_bytes: the part of
+    quantized_bytes that is INT4 codes.
     """
 
     float16_bytes: int
-    planned_bytes: int
+    quantized_bytes: int
     int4_bytes: int = 0
 
     @property
     def compression(self) -> float:
         """How many times smaller the quantized weights are than float16 ones."""
-        return self.float16_bytes / self.planned_bytes
+        return self.float16_bytes / self.quantized_bytes
 
 
 def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, LinearScheme]) -> Sizes:
@@ -32,15 +32,15 @@ def estimate_sizes(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, 
 
     Scales are included; tensors without a scheme count as float16.
     """
-    float16_bytes = planned_bytes = int4_bytes = 0
+    float16_bytes = quantized_bytes = int4_bytes = 0
     for name, shape in shapes.items():
         num_weights = math.prod(shape)
         float16_bytes += 2 * num_weights
         scheme = schemes.get(name.removesuffix(".weight"))
         if scheme is None:
-            planned_bytes += 2 * num_weights
+            quantized_bytes += 2 * num_weights
         else:
             num_scales = math.prod(scheme.scale_shape((shape[0], shape[1])))
-            planned_bytes += num_weights * scheme.stored_bits // 8 + scheme.scale_bytes * num_scales
+            quantized_bytes += num_weights * scheme.stored_bits // 8 + scheme.scale_bytes * num_scales
             int4_bytes += num_weights // 2 if scheme.stored_bits == GROUPED_BITS else 0
-    return Sizes(float16_bytes, planned_bytes, int4_bytes)
+    return Sizes(float16_bytes, quantized_bytes, int4_bytes)

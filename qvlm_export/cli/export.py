@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.cli.common import OneLineErrors, errors_as_lines
 
 EXAMPLES = """
@@ -30,6 +31,8 @@ Examples:
 """
 
 LIST_WIDTH = 140  # least width of the table of --list-models, so that no name is cut off
+
+EFFORT_HELP = "; ".join(f"{effort.name}: {effort.summary}" for effort in EFFORTS.values())
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -59,9 +62,7 @@ def main(
     recipe: Annotated[Path | None, typer.Option(help="YAML file of schemes for single modules, instead of --scheme")] = None,
     calib_data: Annotated[Path | None, typer.Option(help="JSONL calibration set: image, prompt, answer (optional)")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="number of calibration samples; default: up to 128")] = None,
-    effort: Annotated[
-        str, typer.Option(help="rtn (nearest), fast (equalization, GPTQ) or full (augmentation, K-FAC, learned rounding)")
-    ] = "rtn",
+    effort: Annotated[str, typer.Option(help=EFFORT_HELP)] = DEFAULT_EFFORT,
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
     target: Annotated[list[str] | None, typer.Option(help="GPU architecture, e.g. sm89; repeat for more")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens, with image and answer")] = None,
@@ -131,7 +132,7 @@ def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
         "parts": {
             part: {
                 "float16_bytes": sizes.float16_bytes,
-                "weights_bytes": sizes.planned_bytes,
+                "weights_bytes": sizes.quantized_bytes,
                 "compression": round(sizes.compression, 2),
             }
             for part, sizes in prepared.sizes.items()
@@ -179,7 +180,7 @@ def result_summary(result: Any) -> dict[str, Any]:
         "files": files,
         "compression": compression(manifest),
         "schemes": {part: dict(_count_schemes(manifest.linears, part)) for part in ("language", "vision")},
-        "linears": {"planned": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
+        "linears": {"quantized": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
         "plan_check": [dict(check) for check in manifest.plan_check],
         "seconds": {stage: round(seconds, 2) for stage, seconds in result.seconds.items()},
         "processor_seconds": {stage: round(seconds, 2) for stage, seconds in result.processor_seconds.items()},
@@ -221,7 +222,7 @@ def show_result(content: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
     console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
-    if content["backend"]["version"] is not None and content["linears"]["planned"]:
+    if content["backend"]["version"] is not None and content["linears"]["quantized"]:
         _show_engine_check(content, console)
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in content["seconds"].items())
     console.print(f"seconds: {stages}; peak memory {format_bytes(content['peak_bytes'])}")
@@ -230,10 +231,10 @@ def show_result(content: dict[str, Any], console: Console) -> None:
 def _show_engine_check(content: dict[str, Any], console: Console) -> None:
     """Prints how many linears the engines execute in which precision; X.json lists every linear."""
     linears = content["linears"]
-    console.print(f"engine check: {linears['checked_integer']} of {linears['planned']} planned linears run on integers")
-    kinds = Counter((check["planned"], check["executed"]) for check in content["plan_check"])
-    for (planned, executed), count in sorted(kinds.items()):
-        console.print(f"  {count} {planned}: {executed}")
+    console.print(f"engine check: {linears['checked_integer']} of {linears['quantized']} quantized linears run on integers")
+    kinds = Counter((check["scheme"], check["executed"]) for check in content["plan_check"])
+    for (scheme, executed), count in sorted(kinds.items()):
+        console.print(f"  {count} {scheme}: {executed}")
 
 
 def format_bytes(count: int) -> str:

@@ -130,7 +130,7 @@ def loss_line(loss: dict[str, Any] | None) -> str:
     """Returns a line that names the form, and the layers if known, at which accuracy is lost."""
     if loss is None:
         return "no form loses accuracy"
-    cost = "" if loss["kl"] is None else f", {format_number(loss['kl'])} nats a token against the form below"
+    cost = "" if loss["kl"] is None else f", {format_number(loss['kl'])} nats a token against the form before it"
     layers = f"; most in {', '.join(loss['layers'])}" if loss["layers"] else "; --per-layer looks for the layers"
     return f"accuracy is lost at: {loss['form']}{cost}{layers}"
 

@@ -18,7 +18,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import write_atomically
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.evaluation.tasks.task import Answer
 
-FORMAT, VERSION = "qvlm-eval predictions", 1
+FORMAT, VERSION = "qvlm-eval predictions", 2  # 1 called the form of the model "rung"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def _parse_header(path: Path, line: bytes) -> Header:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is no file of predictions of qvlm-eval; give another --predictions") from error
     if content.get("version") != VERSION:
-        raise UserError(f"{path}: version {content.get('version')}, this program writes {VERSION}; delete the file")
+        raise UserError(
+            f"{path}: version {content.get('version')}, this program writes {VERSION}; delete the file, and ask again"
+        )
     return header
 
 

@@ -118,7 +118,7 @@ def _insert_weights(
         schemes = select_part(prepared.linears, part)
         rewritten = insert_qdq(model, schemes, calibrated, dtype)
         if set(rewritten) != set(schemes):
-            raise RuntimeError(f"{part}: rewrote {len(rewritten)} linears of {len(schemes)} planned")
+            raise RuntimeError(f"{part}: rewrote {len(rewritten)} linears of {len(schemes)} that are quantized")
         fill_weights(model, calibrated.floats)
     transpose_float_weights(model)
 

@@ -146,7 +146,7 @@ def component_sizes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -
         tensors = {name: shape for name, shape in shapes.items() if component_of(name) == component}
         sizes = estimate_sizes(tensors, schemes)
         copied = component_of(TIED_HEAD) == component and TIED_HEAD not in shapes
-        stored = sizes.planned_bytes + (2 * math.prod(shapes[TIED_TABLE]) if copied else 0)
+        stored = sizes.quantized_bytes + (2 * math.prod(shapes[TIED_TABLE]) if copied else 0)
         components.append(Component(component, sum(map(math.prod, tensors.values())), sizes.float16_bytes, stored))
     return tuple(components)
 

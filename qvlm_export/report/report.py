@@ -92,7 +92,7 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
             cost=(block["forwards"], block["backwards"]),
         )
         for block in calibration.get("blocks", ())
-        if "compared" in block
+        if "rtn" in block.get("compared", ())  # records before 0.9 have other keys
     ]
 
 
@@ -149,9 +149,9 @@ def _draw_plots(
     plots = []
     if any(error > 0 for row in blocks for error in row.errors.values()):  # a logarithmic axis cannot show zeros
         text = (
-            "Squared error of each block's output against the float model's, relative to it, by the kind of token: rounded "
-            "to nearest (dashed) and as it is now, on the same inputs. They come from the quantized blocks before, so "
-            "errors grow along the model."
+            "Squared error of each block's output against the float model's, relative to it, by the kind of token: with "
+            "round-to-nearest (dashed) and as quantized, on the same inputs. These come from the preceding quantized "
+            "blocks, so errors grow along the model."
         )
         plots.append({"title": "Error of each block", "text": text, "svg": report_plots.plot_errors(blocks)})
     if layers:

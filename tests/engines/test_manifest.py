@@ -43,7 +43,7 @@ def manifest(llava, tmp_path):
         linears={"a.b": "W4A16 g128", "é": "W8A8"},
         calibration={"method": "rtn", "samples": 4},
         backend={"name": "tensorrt-rtx", "version": "1.7", "targets": ["sm89"]},
-        plan_check=({"linear": "a.b", "planned": "W4A16", "executed": "half x int4 -> half", "passed": True},),
+        plan_check=({"linear": "a.b", "scheme": "W4A16", "executed": "half x int4 -> half", "passed": True},),
         interface={"language": {"inputs": [{"name": "input_ids", "type": "int64", "shape": ["batch", 1]}]}},
         versions={"python": "3.11"},
         files={"language_onnx": describe_file(tmp_path / "engine.onnx")},

@@ -20,8 +20,8 @@ METRICS = ("kl", "sqnr_db", "top1", "exact_match", "seconds", "peak_bytes")
 
 HEAD = """# Quantization methods compared
 
-`python -m tools.bench.methods --docs docs` runs the cells that are missing and writes this page. (`python
-tools/peers/make_envs.py build/peers` first makes the environments of the peers, the released tools compared with.)
+`python -m tools.bench.methods --docs docs` runs the cells that are missing and writes this page. (`python -m
+tools.peers.make_envs build/peers` first makes the environments of the peers, the released tools compared with.)
 
 **Task.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint, on the answer
 tokens of 1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in nats a

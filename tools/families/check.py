@@ -67,7 +67,7 @@ class Row:
     """Results of one kind of checkpoint.
 
     torch, fp16, int4: relative errors of the block-by-block model, of the float16 graph, and of the INT4 graph against fake
-    quantization in torch. integer: linears that run on integers in the engine, of `planned` quantized ones.
+    quantization in torch. quantized: quantized linears. integer: those of them that run on integers in the engine.
     """
 
     kind: str
@@ -76,7 +76,7 @@ class Row:
     fp16: float
     int4: float
     integer: int
-    planned: int
+    quantized: int
 
 
 def make_cases(checkpoint: Checkpoint) -> list[Question]:
@@ -183,8 +183,8 @@ def _select_part(linears: Iterable[str], part: str) -> list[str]:
 
 def check(kind: str, case: Kept) -> Row:
     """Runs all checks of one kind of checkpoint."""
-    planned, integer = build_engine(case)
-    return Row(kind, ALL[kind], torch_error(case), fp16_error(case), int4_error(case), integer, planned)
+    quantized, integer = build_engine(case)
+    return Row(kind, ALL[kind], torch_error(case), fp16_error(case), int4_error(case), integer, quantized)
 
 
 ALL = {**{name: kind.repositories for name, kind in KINDS.items()}, **{n: o.repositories for n, o in ORIGINALS.items()}}
@@ -210,7 +210,7 @@ def table(rows: list[Row]) -> str:
     ]
     for row in rows:
         errors = " | ".join(f"{error:.1e}" for error in (row.torch, row.fp16, row.int4))
-        lines.append(f"| {row.repositories} | {errors} | {row.integer} of {row.planned} |")
+        lines.append(f"| {row.repositories} | {errors} | {row.integer} of {row.quantized} |")
     return "\n".join(lines) + "\n"
 
 

@@ -90,23 +90,25 @@ def estimate(
         forwards = floor + ELEMENT_FLOPS * cost.elements / machine.shared_flops
         rounding = cost.rounded / (machine.rounded * machine.threads)
         read_bytes = (1 - machine.cached_share) * sizes.float16_bytes
-        transfers = read_bytes / machine.read_bytes + sizes.planned_bytes / machine.written_bytes
+        transfers = read_bytes / machine.read_bytes + sizes.quantized_bytes / machine.written_bytes
         # Each thread makes the system provide memory of its own.
-        transfers += min(machine.free_bytes, read_bytes + sizes.planned_bytes) / (machine.allocated_bytes * machine.threads)
+        transfers += min(machine.free_bytes, read_bytes + sizes.quantized_bytes) / (
+            machine.allocated_bytes * machine.threads
+        )
         seconds["calibrate"] = (forwards + rounding) / machine.cpu_share + transfers
-    gib = sizes.planned_bytes / 2**30
+    gib = sizes.quantized_bytes / 2**30
     packing = 2 * sizes.int4_bytes / (machine.packed * machine.threads) + GRAPH_SECONDS_PER_GIB * gib
-    seconds["graph"] = packing / machine.cpu_share + sizes.planned_bytes / machine.written_bytes
+    seconds["graph"] = packing / machine.cpu_share + sizes.quantized_bytes / machine.written_bytes
     if builds:
-        weights_bytes = sizes.int4_bytes + BUILD_OTHER * (sizes.planned_bytes - sizes.int4_bytes)
+        weights_bytes = sizes.int4_bytes + BUILD_OTHER * (sizes.quantized_bytes - sizes.int4_bytes)
         fixed = BUILD_SECONDS + BUILD_SECONDS_PER_LINEAR * len(linears)
         seconds["build"] = (fixed + weights_bytes / machine.built_bytes) / machine.cpu_share
     copies = 1 if builds else 1 + int(bool(linears))  # graphs and calibrated checkpoint are hashed while engines are built
     reading = CHECK_SECONDS_PER_GIB * gib if builds else 0.0
-    seconds["check"] = (copies * sizes.planned_bytes / machine.hashed_bytes + reading) / machine.cpu_share
+    seconds["check"] = (copies * sizes.quantized_bytes / machine.hashed_bytes + reading) / machine.cpu_share
     memory = memory_needed(cost, largest_bytes)
     if builds:  # the check maps the plan into memory; the system reclaims its pages when it needs them
-        memory = max(memory, PROGRAM_BYTES + max(part.planned_bytes for part in parts.values()))
+        memory = max(memory, PROGRAM_BYTES + max(part.quantized_bytes for part in parts.values()))
     build = build_memory(parts) if builds else 0
     return Estimate({name: round(value, 1) for name, value in seconds.items()}, round(floor, 1), memory, build)
 
@@ -117,14 +119,14 @@ def measure_build_rate(backend: Backend, parts: Mapping[str, Sizes]) -> float:
     For small exports, and where no engines are built, that is a constant, as measuring would not pay.
     """
     sizes = total_sizes(parts)
-    if backend.module is None or sizes.planned_bytes < BUILD_MEASURED_BYTES:
+    if backend.module is None or sizes.quantized_bytes < BUILD_MEASURED_BYTES:
         return BUILT_BYTES
     return build_rate(backend, int4=True) if sizes.int4_bytes else BUILD_OTHER * build_rate(backend, int4=False)
 
 
 def build_memory(parts: Mapping[str, Sizes]) -> int:
     """Returns the resident bytes of the process that builds the engines, one after the other."""
-    return PROGRAM_BYTES + int(BUILD_COPIES * max(part.planned_bytes for part in parts.values()))
+    return PROGRAM_BYTES + int(BUILD_COPIES * max(part.quantized_bytes for part in parts.values()))
 
 
 def check_memory(calibrating_bytes: int, building_bytes: int) -> None:
@@ -144,7 +146,7 @@ def check_memory(calibrating_bytes: int, building_bytes: int) -> None:
 
 def total_sizes(sizes: Mapping[str, Sizes]) -> Sizes:
     """Returns the sizes of all parts together."""
-    return Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "planned_bytes", "int4_bytes")))
+    return Sizes(*(sum(getattr(s, f) for s in sizes.values()) for f in ("float16_bytes", "quantized_bytes", "int4_bytes")))
 
 
 def largest_bytes(config: ModelConfig) -> int:

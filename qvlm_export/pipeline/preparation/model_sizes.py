@@ -41,7 +41,7 @@ def model_sizes() -> list[ModelSize]:
         weights = estimate_sizes(shapes, assign_schemes(recipe_of_preset("int4"), linears))
         count = sum(map(math.prod, shapes.values()))
         tokens = alias.config.most_image_tokens
-        sizes.append(ModelSize(name, alias.repository, count, weights.float16_bytes, weights.planned_bytes, tokens))
+        sizes.append(ModelSize(name, alias.repository, count, weights.float16_bytes, weights.quantized_bytes, tokens))
     return sizes
 
 

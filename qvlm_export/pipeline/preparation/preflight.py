@@ -47,9 +47,9 @@ def disk_needed(
     activations_bytes: of the activation cache on disk. sensitivity_bytes: of what is on disk while sensitivities are
     measured, which is before the first block is calibrated.
     """
-    plans = sizes.planned_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
-    work = max(sizes.planned_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
-    return Disk(sizes.planned_bytes + plans, work)
+    plans = sizes.quantized_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
+    work = max(sizes.quantized_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
+    return Disk(sizes.quantized_bytes + plans, work)
 
 
 def check_out(out: Path) -> None:

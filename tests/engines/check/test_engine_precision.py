@@ -50,10 +50,10 @@ EXECUTED = {
 
 @pytest.mark.parametrize("case", EXECUTED, ids="-".join)
 def test_every_linear_with_a_scheme_runs_on_integers(built, case):
-    plan, planned = built[case]
+    plan, schemes = built[case]
     scheme, executed, count = EXECUTED[case]
-    checks = check_engine_precision(plan, planned)
-    assert checks == [LinearCheck(name, scheme, executed, True) for name in planned]
+    checks = check_engine_precision(plan, schemes)
+    assert checks == [LinearCheck(name, scheme, executed, True) for name in schemes]
     assert len(checks) == count
     require_integer_products(plan, checks)
 
@@ -65,20 +65,22 @@ def test_linears_without_a_scheme_run_in_float16(built):
 
 
 def test_linears_of_another_scheme_fail(built):
-    plan, planned = built["int4", "language"]
-    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, W8A8)))
-    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(4, 8, 128))))
-    plan, planned = built["int8", "language"]
-    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, W4A16)))
-    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(planned, LinearScheme(6, 6, None))))
+    plan, schemes = built["int4", "language"]
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, W8A8)))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, LinearScheme(4, 8, 128))))
+    plan, schemes = built["int8", "language"]
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, W4A16)))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, LinearScheme(6, 6, None))))
 
 
 def test_a_linear_that_is_missing_from_the_plan_fails(built):
-    plan, planned = built["int4", "language"]
+    plan, schemes = built["int4", "language"]
     name = "language_model.model.layers.7.mlp.up_proj"
-    checks = check_engine_precision(plan, planned | {name: W4A16})
+    checks = check_engine_precision(plan, schemes | {name: W4A16})
     assert checks[-1] == LinearCheck(name, "W4A16", "nothing under this name", False)
-    with pytest.raises(UserError, match=re.escape(f"language.plan: 1 of 15 planned linears do not run as planned; {name}")):
+    with pytest.raises(
+        UserError, match=re.escape(f"language.plan: 1 of 15 quantized linears do not run as they should; {name}")
+    ):
         require_integer_products(plan, checks)
 
 
@@ -99,9 +101,7 @@ def test_a_linear_that_builds_but_runs_on_other_types_fails(tmp_path, case):
     with pytest.raises(UserError) as caught:
         require_integer_products(tmp_path / "small.plan", checks)
     message = str(caught.value)
-    assert message.startswith(
-        f"small.plan: 1 of 1 planned linears do not run as planned; {LINEAR} was planned {scheme.name}"
-    )
+    assert message.startswith(f"small.plan: 1 of 1 quantized linears do not run as they should; {LINEAR} is {scheme.name}")
     assert executed in message
     assert "\n" not in message
 
@@ -122,8 +122,8 @@ def test_a_file_without_programs_is_an_error(tmp_path, content):
 
 
 def test_a_truncated_plan_does_not_pass(built, tmp_path):
-    plan, planned = built["int8", "language"]
+    plan, schemes = built["int8", "language"]
     content = plan.read_bytes()
     (tmp_path / "cut.plan").write_bytes(content[: content.index(b"fully_connected=")])
     with pytest.raises(UserError, match=r"cut\.plan"):
-        require_integer_products(tmp_path / "cut.plan", check_engine_precision(tmp_path / "cut.plan", planned))
+        require_integer_products(tmp_path / "cut.plan", check_engine_precision(tmp_path / "cut.plan", schemes))

@@ -90,22 +90,22 @@ def every_linear(checkpoint, part):
 
 
 def test_exactly_the_linears_with_a_scheme_are_quantized(checkpoint, written):
-    part, planned, _, model, _ = written
+    part, schemes, _, model, _ = written
     producer_of, stored = producers(model), initializers(model)
     names_by_kind = {"DequantizeLinear": set(), "float": set()}
     for name, node in matmuls(model).items():
         weight = node.input[1]
         names_by_kind["float" if weight in stored else producer_of[weight].op_type].add(name)
-    assert names_by_kind["DequantizeLinear"] == set(planned)
-    assert names_by_kind["float"] == every_linear(checkpoint, part) - set(planned)
-    activations = [scheme.activation_bits for scheme in planned.values() if scheme.activation_bits]
-    assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == len(planned) + len(activations)
+    assert names_by_kind["DequantizeLinear"] == set(schemes)
+    assert names_by_kind["float"] == every_linear(checkpoint, part) - set(schemes)
+    activations = [scheme.activation_bits for scheme in schemes.values() if scheme.activation_bits]
+    assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == len(schemes) + len(activations)
 
 
 def test_linears_that_read_one_value_share_one_quantizer(written):
-    _, planned, _, model, _ = written
+    _, schemes, _, model, _ = written
     producer_of, quantizers, clipped = producers(model), {}, set()
-    for name, scheme in planned.items():
+    for name, scheme in schemes.items():
         if scheme.activation_bits:
             quantizer = producer_of[producer_of[matmuls(model)[name].input[0]].input[0]]
             if scheme.activation_bits < 8:
@@ -137,9 +137,9 @@ def test_a_decoder_layer_needs_four_quantizers(checkpoint, tmp_path):
 
 
 def test_w8a8_linears_have_the_form_that_tensorrt_fuses(written):
-    _, planned, calibrated, model, float_type = written
+    _, schemes, calibrated, model, float_type = written
     producer_of, stored = producers(model), initializers(model)
-    for name in (n for n, scheme in planned.items() if scheme == W8A8):
+    for name in (n for n, scheme in schemes.items() if scheme == W8A8):
         activation, weight = (producer_of[value] for value in matmuls(model)[name].input)
         quantizer = producer_of[activation.input[0]]
         assert [n.op_type for n in (quantizer, activation, weight)] == ["QuantizeLinear", *2 * ["DequantizeLinear"]]
@@ -166,21 +166,21 @@ def test_w8a8_linears_have_the_form_that_tensorrt_fuses(written):
 
 
 def test_activations_of_few_bits_are_clipped_as_integers(written):
-    _, planned, calibrated, model, _ = written
+    _, schemes, calibrated, model, _ = written
     producer_of, stored = producers(model), initializers(model)
-    for name in (n for n, scheme in planned.items() if scheme.activation_bits and scheme.activation_bits < 8):
+    for name in (n for n, scheme in schemes.items() if scheme.activation_bits and scheme.activation_bits < 8):
         clip = producer_of[producer_of[matmuls(model)[name].input[0]].input[0]]
         low, high = (numpy_helper.to_array(stored[value]) for value in clip.input[1:])
-        half = 2 ** (planned[name].activation_bits - 1)
+        half = 2 ** (schemes[name].activation_bits - 1)
         assert (low.dtype, low.shape, int(low), int(high)) == (np.int8, (), -half, half - 1)
         scales = [stored[producer_of[value].input[1]] for value in (clip.input[0], matmuls(model)[name].input[0])]
         assert [float(numpy_helper.to_array(scale)) for scale in scales] == [calibrated.input_scale(name)] * 2
 
 
 def test_grouped_weights_have_the_form_that_tensorrt_fuses(written):
-    _, planned, _, model, float_type = written
+    _, schemes, _, model, float_type = written
     producer_of, stored = producers(model), initializers(model)
-    for name, scheme in planned.items():
+    for name, scheme in schemes.items():
         if scheme.group_size is None:
             continue
         x, weight = matmuls(model)[name].input
@@ -196,9 +196,9 @@ def test_grouped_weights_have_the_form_that_tensorrt_fuses(written):
 
 
 def test_the_stored_integers_and_scales_are_the_calibrated_ones(written):
-    _, planned, calibrated, model, _ = written
+    _, schemes, calibrated, model, _ = written
     producer_of, stored = producers(model), initializers(model)
-    for name in planned:
+    for name in schemes:
         node = producer_of[matmuls(model)[name].input[1]]
         codes = numpy_helper.to_array(stored[node.input[0]]).astype(np.int8)
         np.testing.assert_array_equal(codes, calibrated.codes(name).T)
@@ -207,9 +207,9 @@ def test_the_stored_integers_and_scales_are_the_calibrated_ones(written):
 
 
 def test_float_weights_are_stored_transposed(checkpoint, written):
-    part, planned, _, model, float_type = written
+    part, schemes, _, model, float_type = written
     stored = initializers(model)
-    for name in every_linear(checkpoint, part) - set(planned):
+    for name in every_linear(checkpoint, part) - set(schemes):
         weight = stored[matmuls(model)[name].input[1]]
         assert weight.data_type == float_type
         np.testing.assert_array_equal(numpy_helper.to_array(weight), checkpoint.source.load(f"{name}.weight").T)
@@ -227,10 +227,10 @@ def test_the_written_file_passes_the_full_checker(checkpoint, calibrated, tmp_pa
 
 def test_the_rewritten_linears_are_returned_in_graph_order(checkpoint, calibrated):
     model = make_graph(checkpoint, "language", ir.DataType.FLOAT16)
-    planned = of_part(calibrated.schemes, "language")
-    order = [name for name in find_linears(model) if name in planned]
-    assert insert_qdq(model, planned, calibrated, ir.DataType.FLOAT16) == order
-    assert sorted(order) == sorted(planned)
+    schemes = of_part(calibrated.schemes, "language")
+    order = [name for name in find_linears(model) if name in schemes]
+    assert insert_qdq(model, schemes, calibrated, ir.DataType.FLOAT16) == order
+    assert sorted(order) == sorted(schemes)
 
 
 def test_without_linears_to_quantize_the_graph_is_unchanged(checkpoint, calibrated):
@@ -243,7 +243,7 @@ def test_without_linears_to_quantize_the_graph_is_unchanged(checkpoint, calibrat
 def test_a_linear_that_the_graph_lacks_is_named(checkpoint, calibrated):
     model = make_graph(checkpoint, "vision", ir.DataType.FLOAT16)
     name = f"{TEXT}.0.self_attn.q_proj"
-    with pytest.raises(UserError, match=f"^{re.escape(name)}: planned to be quantized, but the graph has no such linear"):
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: should be quantized, but the graph has no such linear"):
         insert_qdq(model, [name], calibrated, ir.DataType.FLOAT16)
 
 

@@ -71,9 +71,9 @@ def test_int4_graph_logits_are_those_of_fake_quantization(make: Make, kind: str)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_the_engine_runs_every_planned_linear_on_the_calibrated_integers(make: Make, kind: str) -> None:
-    planned, integer = check.build_engine(make(kind))
-    assert planned == integer >= 33
+def test_the_engine_runs_every_quantized_linear_on_the_calibrated_integers(make: Make, kind: str) -> None:
+    quantized, integer = check.build_engine(make(kind))
+    assert quantized == integer >= 33
 
 
 def test_the_error_measure_notices_a_wrong_placement(make: Make) -> None:

@@ -215,6 +215,7 @@ def test_missing_shard(llava: Llava, absent: Path, tmp_path: Path) -> None:
     ],
 )
 def test_damaged_index(checkpoint: Path, absent: Path, index: str, words: list[str]) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")  # it would win over an index
     (checkpoint / "model.safetensors.index.json").write_text(index)
     assert_refused(export_onnx(checkpoint, absent), *words)
 

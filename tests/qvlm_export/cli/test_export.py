@@ -94,10 +94,10 @@ def test_plan_check_covers_every_quantized_linear(int4: tuple[Path, dict[str, An
     assert set(checked) == set(manifest["linears"])
     assert len(checked) == 34
     assert all(check["passed"] for check in checked.values())
-    assert stdout["linears"] == {"planned": 34, "checked_integer": 34}
+    assert stdout["linears"] == {"quantized": 34, "checked_integer": 34}
     q_proj = checked["language_model.model.layers.0.self_attn.q_proj"]
     fc1 = checked["vision_tower.vision_model.encoder.layers.0.mlp.fc1"]
-    assert (q_proj["planned"], fc1["planned"]) == ("W4A16", "W8A8")
+    assert (q_proj["scheme"], fc1["scheme"]) == ("W4A16", "W8A8")
     assert "int4" in q_proj["executed"]
     assert "int8 x int8" in fc1["executed"]
 

@@ -101,7 +101,8 @@ def test_the_file_of_another_run_is_refused_and_left_unchanged(tmp_path, header,
         (HEADER.line().encode() + b'{"id": 1}\n', ["p.jsonl:2", "no prediction"]),
         (HEADER.line().encode() + b'{"id": "1", "text": 3}\n', ["p.jsonl:2", "no prediction"]),
         (HEADER.line().encode() + b'{"id": "1", "choices": ["x"]}\n', ["p.jsonl:2", "no prediction"]),
-        (HEADER.line().replace('"version": 1', '"version": 9').encode(), ["version 9"]),
+        (HEADER.line().replace('"version": 2', '"version": 9').encode(), ["version 9"]),
+        (HEADER.line().replace('"version": 2', '"version": 1').encode(), ["version 1", "writes 2", "ask again"]),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, content, words):

@@ -103,9 +103,7 @@ def page_beside(manifest: Manifest) -> Page:
 
 def engine_checks(manifest: Manifest) -> list[dict[str, Any]]:
     """The records that an engine check would have added: for half of the linears, one of which failed."""
-    checked = [
-        {"linear": n, "planned": "W4A16", "executed": "half x int4 -> half", "passed": True} for n in manifest.linears
-    ]
+    checked = [{"linear": n, "scheme": "W4A16", "executed": "half x int4 -> half", "passed": True} for n in manifest.linears]
     checked[1] = {**checked[1], "executed": "half x half -> half", "passed": False}
     return checked[: len(checked) // 2]
 
@@ -148,8 +146,8 @@ def test_blocks_are_those_of_the_record(fast: Manifest) -> None:
         compared = record["compared"]
         for name in ("image", "prompt", "answer"):
             assert row[name] == (f"{compared['searched'][name]:.2e}" if name in compared["searched"] else "-")
-            assert row[f"{name}, nearest"] == (f"{compared['rtn'][name]:.2e}" if name in compared["rtn"] else "-")
-        assert (row["held back, before"], row["after"]) == ("-", "-")  # nothing is learned
+            assert row[f"{name}, RTN"] == (f"{compared['rtn'][name]:.2e}" if name in compared["rtn"] else "-")
+        assert (row["held out, before"], row["after"]) == ("-", "-")  # nothing is learned
         assert float(row["forwards"]) == record["forwards"]
         assert row["backwards"] == str(record["backwards"])
     vision = [f"vision_tower {n}" for n in range(3)]
@@ -220,7 +218,7 @@ def test_kernels_come_from_the_engine_check(fast: Manifest) -> None:
     kernels = {cells[0]: cells[-1] for cells in page.tables["linears"]}
     assert kernels.pop("linear") == "kernel operands"
     assert {name: text for name, text in kernels.items() if text} == {c["linear"]: c["executed"] for c in checks}
-    assert f"{len(checks) - 1} of {len(checks)} planned linears run on integers" in report_html(
+    assert f"{len(checks) - 1} of {len(checks)} quantized linears run on integers" in report_html(
         replace(fast, plan_check=tuple(checks))
     )
     assert page_beside(fast).tables["linears"][0][-1] == "weight SQNR, dB"
@@ -302,7 +300,7 @@ def test_zero_and_missing_errors_do_not_break_the_report(fast: Manifest) -> None
     page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, without_layers]})))
     assert [row[0] for row in page.tables["blocks"][1:]] == ["vision_tower 0", "vision_tower 0"]
     head, row = page.tables["blocks"][0], page.tables["blocks"][1]
-    assert [row[head.index(name)] for name in ("held back, before", "after")] == ["5.00e-01", "2.50e-01"]
+    assert [row[head.index(name)] for name in ("held out, before", "after")] == ["5.00e-01", "2.50e-01"]
     assert PLOTS[0] not in page.headings
 
 

@@ -179,7 +179,7 @@ def test_sizes_counted_by_hand() -> None:
     shapes = {f"{Q_PROJ}.weight": (256, 256), f"{FC1}.weight": (300, 100), f"{FC1}.bias": (300,)}
     sizes = estimate_sizes(shapes, {Q_PROJ: int4(128), FC1: W8A8})
     assert sizes.float16_bytes == 2 * (256 * 256 + 300 * 100 + 300)
-    assert sizes.planned_bytes == (256 * 256 // 2 + 2 * 256 * 2) + (300 * 100 + 4 * 300) + 2 * 300
+    assert sizes.quantized_bytes == (256 * 256 // 2 + 2 * 256 * 2) + (300 * 100 + 4 * 300) + 2 * 300
     assert sizes.int4_bytes == 256 * 256 // 2
     assert estimate_sizes(shapes, {}) == Sizes(sizes.float16_bytes, sizes.float16_bytes)
     assert Sizes(300, 100).compression == 3.0
@@ -188,8 +188,8 @@ def test_sizes_counted_by_hand() -> None:
 def test_simulated_codes_are_stored_in_whole_int4_and_int8() -> None:
     shapes = {f"{Q_PROJ}.weight": (256, 256)}
     three, six = (estimate_sizes(shapes, {Q_PROJ: s}) for s in (LinearScheme(3, 8, 128), LinearScheme(6, 6, None)))
-    assert three.planned_bytes == estimate_sizes(shapes, {Q_PROJ: int4(128)}).planned_bytes
-    assert six.planned_bytes == estimate_sizes(shapes, {Q_PROJ: W8A8}).planned_bytes
+    assert three.quantized_bytes == estimate_sizes(shapes, {Q_PROJ: int4(128)}).quantized_bytes
+    assert six.quantized_bytes == estimate_sizes(shapes, {Q_PROJ: W8A8}).quantized_bytes
 
 
 def test_a_large_int4_linear_is_almost_four_times_smaller() -> None:

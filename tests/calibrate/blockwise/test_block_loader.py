@@ -16,7 +16,7 @@ from pretend_gpu import GPU, PretendGpu
 from small_export import mixed_samples, open_small, schemes_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qvlm_export.calibrate.blockwise import offload
+from qvlm_export.calibrate.blockwise import block_loader
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
@@ -65,7 +65,7 @@ def calibrate_on_both(
     """The model calibrated on the CPU, and on the pretended GPU."""
     with sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU uses, too
         on_cpu = calibrate_model(model, folder / "cpu", torch.device("cpu"), calibrate)
-    monkeypatch.setattr(offload, "ThreadPoolExecutor", SameThread)
+    monkeypatch.setattr(block_loader, "ThreadPoolExecutor", SameThread)
     with PretendGpu() as gpu:
         on_gpu = calibrate_model(model, folder / "gpu", GPU, calibrate)
     assert gpu.on_gpu > 100
@@ -139,7 +139,7 @@ class RecordingSource:
 @pytest.fixture
 def blocks_and_source(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelBlocks, RecordingSource]:
     """Blocks and source of a small model; uploads are done at once when they are submitted."""
-    monkeypatch.setattr(offload, "ThreadPoolExecutor", SameThread)
+    monkeypatch.setattr(block_loader, "ThreadPoolExecutor", SameThread)
     checkpoint = open_small(llava(**SMALL))
     return make_blocks(checkpoint.hf_config), RecordingSource(checkpoint.source, [])
 
@@ -149,7 +149,7 @@ def test_the_next_block_is_prefetched_before_this_one_computes(
 ) -> None:
     blocks, source = blocks_and_source
     order = blocks.all()
-    with PretendGpu(), offload.open_block_loader(blocks, source, GPU) as load:  # type: ignore[arg-type]
+    with PretendGpu(), block_loader.open_block_loader(blocks, source, GPU) as load:  # type: ignore[arg-type]
         for number, block in enumerate(order):
             with load(block) as module:
                 assert all(p.device == GPU for p in module.parameters())
@@ -161,7 +161,7 @@ def test_the_next_block_is_prefetched_before_this_one_computes(
 def test_backwards_the_preceding_block_is_prefetched(blocks_and_source: tuple[ModelBlocks, RecordingSource]) -> None:
     blocks, source = blocks_and_source
     last, preceding = blocks.text_layers[-1], blocks.projector
-    loader = offload.open_block_loader(blocks, source, GPU, backwards=True)  # type: ignore[arg-type]
+    loader = block_loader.open_block_loader(blocks, source, GPU, backwards=True)  # type: ignore[arg-type]
     with PretendGpu(), loader as load, load(last):
         assert set(source.loaded) == {*last.tensor_names(), *preceding.tensor_names()}
 
@@ -177,7 +177,7 @@ def test_a_damaged_prefetched_weight_is_named_when_its_block_is_loaded(llava: Ll
             array = checkpoint.source.load(name)
             return np.full_like(array, np.nan) if name == bad else array
 
-    with offload.open_block_loader(blocks, DamagedSource(), torch.device("meta")) as load:  # type: ignore[arg-type]
+    with block_loader.open_block_loader(blocks, DamagedSource(), torch.device("meta")) as load:  # type: ignore[arg-type]
         with load(first):
             pass
         with pytest.raises(UserError, match=f"{bad}: holds NaN"), load(second):
