@@ -17,6 +17,8 @@ from qvlm_export.inputs.samples import default_calibration
 
 Edit = Callable[[dict[str, Any]], object]
 PICTURE = default_calibration().parent / "images" / "000.png"
+ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")  # for qvlm-run
+RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"  # what qvlm-run says of an export without engines
 
 
 def run_export(model: Path | str, out: Path | str, *arguments: object) -> Result:

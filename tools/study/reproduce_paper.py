@@ -145,7 +145,8 @@ def ask(setting: Setting, model: str, name: str) -> dict[str, Any]:
         device=setting.device, predictions=setting.work / f"{name}.jsonl",
     )  # fmt: skip
     evaluation = evaluate(options, Reporter())
-    assert evaluation is not None
+    if evaluation is None:  # in all processes of torchrun but the first
+        raise UserError("start this program without torchrun: it runs in one process")
     return evaluation.summary()
 
 

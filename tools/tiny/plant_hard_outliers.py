@@ -26,7 +26,6 @@ The weights are computed in float64 and stored in float16, so that the checkpoin
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +37,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tools.tiny import scenes
 from tools.tiny.accuracy import load_torch
-from tools.tiny.plant_outliers import FACTORS
+from tools.tiny.plant_outliers import FACTORS, save_planted
 
 IMAGES = 256
 SHEARS = (8.0, 8.0, 4.0)  # the largest at which W8A8 round-to-nearest still works
@@ -204,11 +203,7 @@ def main() -> None:
     inputs = training_samples(processor)
     with torch.inference_mode():
         plant_hard_(model.double(), {**inputs, "pixel_values": inputs["pixel_values"].double()}, args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(args.out)
-    for path in args.model.iterdir():
-        if path.suffix in (".json", ".jinja") and not (args.out / path.name).exists():
-            shutil.copy(path, args.out / path.name)
+    save_planted(model, args.model, args.out)
 
 
 if __name__ == "__main__":

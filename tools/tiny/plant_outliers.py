@@ -74,6 +74,15 @@ def plant_(model: LlavaForConditionalGeneration, seed: int) -> None:
         scale_down_([layer.mlp.fc1], patch)
 
 
+def save_planted(model: LlavaForConditionalGeneration, source: Path, out: Path) -> None:
+    """Writes the model in float16 into the folder `out`, with the tokenizer, processor and chat template of `source`."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(out)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja") and not (out / path.name).exists():
+            shutil.copy(path, out / path.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trained", type=Path, required=True)
@@ -83,11 +92,7 @@ def main() -> None:
     model = LlavaForConditionalGeneration.from_pretrained(args.trained, dtype=torch.float32)
     with torch.no_grad():
         plant_(model, args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(args.out)
-    for path in args.trained.iterdir():
-        if path.suffix in (".json", ".jinja") and not (args.out / path.name).exists():
-            shutil.copy(path, args.out / path.name)
+    save_planted(model, args.trained, args.out)
 
 
 if __name__ == "__main__":

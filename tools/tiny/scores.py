@@ -54,7 +54,8 @@ def measure(data: Path, work: Path) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"model_form": name, "task": task}
             try:
                 evaluation = evaluate(options, Reporter())
-                assert evaluation is not None
+                if evaluation is None:  # in all processes of torchrun but the first
+                    raise UserError("start this program without torchrun: it runs in one process")
                 keys = ("metrics", "counts", "unparsed", "questions")
                 row |= {key: value for key, value in evaluation.summary().items() if key in keys}
             except UserError as error:

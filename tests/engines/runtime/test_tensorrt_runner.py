@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_tensorrt import CAPABILITY, VERSION, FakeDevice, FakeTensorRT, Validity
 from small_export import open_small
 
 from qvlm_export.calibrate.errors import UserError
@@ -17,132 +18,8 @@ from qvlm_export.engines.runtime.device import Device, UnusableEngineError
 from qvlm_export.engines.runtime.open import Machine, open_session
 from qvlm_export.engines.runtime.tensorrt_runner import TensorRTRunner
 
-VERSION, CAPABILITY = "1.7.1.116", "sm89"
 PLANS = (b"vision", b"language")
 LIMITS = Limits(max_length=16, max_batch=2, max_images=1)
-
-
-class Validity(IntEnum):
-    """EngineInvalidityDiagnostics with TensorRT-RTX's numbers."""
-
-    VERSION_MISMATCH = 1
-    UNSUPPORTED_CC = 2
-    OLD_CUDA_DRIVER = 4
-    INSUFFICIENT_GPU_MEMORY = 16
-    MALFORMED_ENGINE = 32
-
-
-class FakeDevice:
-    """Device memory as a dictionary, address -> bytes. `unfreed`: addresses that were not freed."""
-
-    stream = 7
-
-    def __init__(self):
-        self.memory, self.next, self.closed = {}, 1000, False
-
-    @property
-    def unfreed(self):
-        return sorted(self.memory)
-
-    def allocate(self, count_bytes):
-        self.next += 1000
-        self.memory[self.next] = count_bytes
-        return self.next
-
-    def holds(self, pointer):
-        return pointer in self.memory
-
-    def free(self, pointer):
-        del self.memory[pointer]
-
-    def upload(self, pointer, array):
-        assert self.memory[pointer] >= array.nbytes
-
-    def download(self, array, pointer):
-        assert self.memory[pointer] >= array.nbytes
-        array[...] = 0
-
-    def synchronize(self):
-        pass
-
-    def capability(self):
-        return CAPABILITY
-
-    def close(self):
-        self.memory.clear()
-        self.closed = True
-
-
-class FakeContext:
-    """An execution context that stores shapes and addresses; `runs` holds the addresses of every execution."""
-
-    def __init__(self, config, accepts=True):
-        self.config, self.accepts, self.shapes, self.addresses, self.runs = config, accepts, {}, {}, []
-
-    def set_input_shape(self, name, shape):
-        self.shapes[name] = shape
-        return self.accepts
-
-    def set_tensor_address(self, name, address):
-        self.addresses[name] = address
-
-    def get_tensor_shape(self, name):
-        text = self.config.text
-        return (*self.shapes["input_ids"], text.vocab_size) if name == "logits" else (1, text.hidden_size)
-
-    def execute_async_v3(self, stream):
-        assert stream == FakeDevice.stream
-        self.runs.append(dict(self.addresses))
-        return True
-
-
-class FakeEngine:
-    """An engine in float16 with float32 logits. context: its execution context, None when memory is short."""
-
-    def __init__(self, context):
-        self._context = context
-
-    def get_tensor_dtype(self, name):
-        half = name.startswith(("past_", "image_embeds", "pixel"))
-        return SimpleNamespace(name="HALF" if half else "FLOAT" if name == "logits" else "INT64")
-
-    def create_execution_context(self):
-        return self._context
-
-
-class FakeTensorRT:
-    """The TensorRT module.
-
-    plans: content of the plans it accepts. validity: result of its check of a plan, None for a TensorRT without that check.
-    says: the error it logs. memory: whether there is memory for execution contexts.
-    """
-
-    __version__ = VERSION
-    EngineInvalidityDiagnostics = Validity
-
-    class ILogger:
-        ERROR, INFO = 1, 3
-
-    def __init__(self, config, plans=(), validity=None, says="Error Code 6: engine is not compatible", memory=True):
-        self.contexts = [FakeContext(config) for _ in plans]
-        engines = dict(zip(plans, map(FakeEngine, self.contexts if memory else [None] * len(plans)), strict=True))
-
-        class Runtime:
-            def __init__(self, logger):
-                self._logger = logger
-
-            def deserialize_cuda_engine(self, data):
-                if data not in engines:
-                    self._logger.log(FakeTensorRT.ILogger.INFO, "Loaded engine size: 0 MiB")
-                    if says:
-                        self._logger.log(FakeTensorRT.ILogger.ERROR, says)
-                return engines.get(data)
-
-        class CheckingRuntime(Runtime):
-            def get_engine_validity(self, _):
-                return None, validity
-
-        self.Runtime = Runtime if validity is None else CheckingRuntime
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import PICTURE, copy_checkpoint, export_to, run_model
+from commands import PICTURE, RUNTIME, copy_checkpoint, export_to, run_model
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -25,17 +25,7 @@ import qvlm_export
 from qvlm_export.cli.run import app
 
 Llava = Callable[..., Path]
-ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")
 SCRIPT = Path(sys.executable).with_name("qvlm-run")
-RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"
-
-
-@pytest.fixture(scope="module")
-def exported(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plan path of a float16 export without engines. Do not write beside it."""
-    plan = tmp_path_factory.mktemp("run") / "x.plan"
-    export_to(llava(), plan, "--backend", "onnx", "--scheme", "fp16", "--max-length", "256")
-    return plan
 
 
 def test_chat_goes_on_after_bad_turns(exported: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import PICTURE, assert_refused, export_to, run_model
+from commands import ASK, PICTURE, RUNTIME, assert_refused, run_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,17 +19,7 @@ from qvlm_export.cli.run import app
 from qvlm_export.engines.manifest import seal
 
 Llava = Callable[..., Path]
-ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")
 SCRIPT = Path(sys.executable).with_name("qvlm-run")
-RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"
-
-
-@pytest.fixture(scope="module")
-def exported(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plan path of a float16 export without engines. Do not write beside it."""
-    plan = tmp_path_factory.mktemp("run") / "x.plan"
-    export_to(llava(), plan, "--backend", "onnx", "--scheme", "fp16", "--max-length", "256")
-    return plan
 
 
 @pytest.fixture
