@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -117,11 +116,6 @@ class InputObserver:
         """The histogram of all channels together."""
         indices = list(labels)
         return Histogram(self._counts[indices].sum(0), 2.0**self._exponent / BINS, float(self._amax[indices].max()))
-
-
-def make_histogram(values: np.ndarray | torch.Tensor) -> Histogram:
-    """The histogram of float32 values of any shape."""
-    return observe_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram()
 
 
 def observe_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = None) -> InputObserver:

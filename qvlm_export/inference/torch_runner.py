@@ -90,24 +90,21 @@ class TorchRunner:
         """
         self.device, self._dtype = device, DTYPES[device]
         self._blocks, self._source = blocks, source
-        self._resources = ExitStack()
-        try:
+        with ExitStack() as resources:
             for block in blocks.all():
-                self._load_block(block, quantizers)
+                self._load_block(block, quantizers, resources)
             self._embedding = self._load_tensor(EMBEDDING)
             head_weight = self._load_tensor(HEAD) if HEAD in source else self._embedding
             self._head = LanguageHead(self._load_tensor(FINAL_NORM), head_weight, config.text.rms_norm_eps)
             self._newline = None if config.tiles is None else load_finite(source, NEWLINE)[None].numpy()
-        except BaseException:
-            self._resources.close()
-            raise
+            self._resources = resources.pop_all()  # kept open; closed above if anything failed
         self._rotary = blocks.rotary.to(device)
 
-    def _load_block(self, block: Block, quantizers: Quantizers) -> None:
-        module = self._resources.enter_context(load_block(block, self._source)).to(self.device, self._dtype)
+    def _load_block(self, block: Block, quantizers: Quantizers, resources: ExitStack) -> None:
+        module = resources.enter_context(load_block(block, self._source)).to(self.device, self._dtype)
         names = [name for name in block.linear_names() if name in quantizers]
         block_quantizers = {name.removeprefix(f"{block.prefix}."): quantizers[name] for name in names}
-        self._resources.enter_context(fake_quantize_inputs(module, block_quantizers))
+        resources.enter_context(fake_quantize_inputs(module, block_quantizers))
 
     def _load_tensor(self, name: str) -> torch.Tensor:
         return load_finite(self._source, name).to(self.device, self._dtype)

@@ -21,7 +21,7 @@ from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, embed_tokens
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import fit_scheme, parse_scheme_bits
-from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.qvlm.clip_candidates import ABSMAX_CLIP, Clips, QuantizableLayer
 from qvlm_export.calibrate.qvlm.joint_search import (
     Clip,
@@ -177,7 +177,7 @@ class _ChainBuilder:
         return outputs
 
     def _make_layer(self, linears: dict[str, nn.Linear], inputs: torch.Tensor) -> QuantizableLayer:
-        histogram = make_histogram(inputs)
+        histogram = observe_rows("inputs", inputs.reshape(-1, 1)).histogram()
         schemes = {
             name: fit_scheme(name, tuple(x.weight.shape), *parse_scheme_bits(self._scheme)) for name, x in linears.items()
         }

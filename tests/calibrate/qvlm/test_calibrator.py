@@ -20,7 +20,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, Ca
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
-from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm, observe_inputs, search_block
 from qvlm_export.calibrate.qvlm.clip_candidates import Clips, QuantizableLayer
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, record_linear_outputs, relative_error, replay_module
@@ -61,7 +61,7 @@ def make_layers(module, batches, run, schemes):
         handle.remove()
     layers = []
     for shared in shared_inputs:
-        histogram = make_histogram(torch.cat(inputs[shared]))
+        histogram = observe_rows("inputs", torch.cat(inputs[shared]).reshape(-1, 1)).histogram()
         linears = {name: get_linear(module, name) for name in shared.linears}
         ranges = {c: c.activation_amax(histogram) for c in PAPER_CLIPS}
         own_schemes = {name: schemes[name] for name in shared.linears if name in schemes}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, histogram_entropy, soft_code_distribution
 
 BITS = st.sampled_from([3, 4, 6, 8])
@@ -76,9 +76,9 @@ def test_a_histogram_has_the_entropy_of_its_values(seed, num_bits, fraction):
     values = draw_values(seed, 300)
     scale = float(np.abs(values).max()) * fraction / (2 ** (num_bits - 1) - 1)
     # Its bins are at least 64 times finer than a step of 8 bits that covers the largest value.
-    assert histogram_entropy(make_histogram(values), scale, num_bits) == pytest.approx(
-        code_entropy(torch.tensor(values), scale, num_bits), abs=2e-3
-    )
+    assert histogram_entropy(
+        observe_rows("values", torch.as_tensor(values).reshape(-1, 1)).histogram(), scale, num_bits
+    ) == pytest.approx(code_entropy(torch.tensor(values), scale, num_bits), abs=2e-3)
 
 
 def test_values_assigned_in_several_chunks_give_the_same_distribution():

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
-from qvlm_export.calibrate.quantization.observers import make_histogram
+from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, SearchLayer, search_tree
 
 
@@ -108,7 +108,7 @@ def test_clipping_ranges_are_percentiles_of_the_values_that_share_them(seed, per
         amax = clip.weight_amax(torch.from_numpy(weight), scheme)
         np.testing.assert_allclose(amax, exact * np.float32(fraction), rtol=1e-6)
     exact = np.quantile(np.abs(weight), percentile, method="inverted_cdf") * fraction
-    histogram = make_histogram(weight)
+    histogram = observe_rows("weight", torch.as_tensor(weight).reshape(-1, 1)).histogram()
     slack = 1e-6 * exact  # of float32
     assert exact - slack <= clip.activation_amax(histogram) <= exact + histogram.width + slack
 
