@@ -18,8 +18,8 @@ import numpy as np
 
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.hub import find_folder, read_config
-from qvlm_export.checkpoints.weights import open_weights
+from qvlm_export.checkpoints.files.hub import find_folder, read_config
+from qvlm_export.checkpoints.files.weights import open_weights
 
 CONFIG_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer")
 DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # model_type -> model_type of the decoder

@@ -24,7 +24,7 @@ from transformers import (
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, find_tower_folder, read_tower_name
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, Conversation, chat_template
-from qvlm_export.checkpoints.hub import first_line, read_config
+from qvlm_export.checkpoints.files.hub import first_line, read_config
 
 MIN_TOKEN_SHARE = 0.9  # of vocab_size: some models pad their tables to more rows than the tokenizer has tokens
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"

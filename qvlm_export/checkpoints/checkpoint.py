@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
-from qvlm_export.checkpoints.hub import find_folder, read_config
+from qvlm_export.checkpoints.files.hub import find_folder, read_config
+from qvlm_export.checkpoints.files.weights import open_weights
 from qvlm_export.checkpoints.model_config import model_config
-from qvlm_export.checkpoints.weights import open_weights
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.graph.float_graphs import TIED_HEAD, expected_shapes
 

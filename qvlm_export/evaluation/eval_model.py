@@ -18,7 +18,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import RECORD_FILE, CalibratedC
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, round_rotary_tables
 from qvlm_export.checkpoints.checkpoint import Checkpoint, complete_config, open_checkpoint
-from qvlm_export.checkpoints.hub import read_config
+from qvlm_export.checkpoints.files.hub import read_config
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.manifest import Manifest, describe_file, read_manifest, verify_file

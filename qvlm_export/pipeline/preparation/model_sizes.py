@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qvlm_export.checkpoints.aliases import ALIASES
+from qvlm_export.checkpoints.files.aliases import ALIASES
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from qvlm_export.checkpoints import hub
 from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, read_tower_config
 from qvlm_export.checkpoints.author_processor import find_conversation
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
+from qvlm_export.checkpoints.files import hub
 from qvlm_export.inputs.samples import encode, load_processor
 from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
 

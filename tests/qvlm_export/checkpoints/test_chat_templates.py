@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qvlm_export.checkpoints.chat_templates import CHOICES, CONVERSATIONS, chat_template, image_text, prompt_text
-from qvlm_export.checkpoints.hub import find_folder
+from qvlm_export.checkpoints.files.hub import find_folder
 from qvlm_export.inputs.samples import load_processor
 
 HUMAN = "A chat between a curious human and an artificial intelligence assistant. "

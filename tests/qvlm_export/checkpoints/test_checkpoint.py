@@ -20,12 +20,12 @@ from transformers import LlavaForConditionalGeneration
 import qvlm_export
 from qvlm_export.calibrate.checkpoint.safetensors_source import SafetensorsSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints import hub
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.families import find_layout, make_renamer
-from qvlm_export.checkpoints.hub import find_folder
-from qvlm_export.checkpoints.torch_source import TorchSource
+from qvlm_export.checkpoints.files import hub
+from qvlm_export.checkpoints.files.hub import find_folder
+from qvlm_export.checkpoints.files.torch_source import TorchSource
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.inputs.samples import encode, load_processor
 

@@ -36,7 +36,7 @@ def test_model_cannot_be_downloaded(absent: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("Name or service not known")
 
-    monkeypatch.setattr("qvlm_export.checkpoints.hub.snapshot_download", fail)
+    monkeypatch.setattr("qvlm_export.checkpoints.files.hub.snapshot_download", fail)
     words = ("--model someone/llava: cannot be downloaded", "Name or service not known", "give a local folder")
     assert_refused(export_onnx("someone/llava", absent), *words)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
-from qvlm_export.checkpoints.aliases import ALIASES
 from qvlm_export.checkpoints.chat_templates import prompt_text
+from qvlm_export.checkpoints.files.aliases import ALIASES
 from qvlm_export.evaluation import ask
 from qvlm_export.evaluation.ask import AskSettings, EncodedQuestion, ask_all, chunk_size, pad_to_square
 from qvlm_export.evaluation.eval_model import find_eval_model, open_eval_model

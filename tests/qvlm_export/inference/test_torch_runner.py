@@ -17,7 +17,7 @@ from qvlm_export.calibrate.blockwise.forward import load_head, run_decoder_block
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
-from qvlm_export.checkpoints.aliases import ALIASES
+from qvlm_export.checkpoints.files.aliases import ALIASES
 from qvlm_export.evaluation import eval_model
 from qvlm_export.evaluation.eval_model import find_eval_model, folder_identity, open_eval_model
 from qvlm_export.inference import torch_runner

@@ -16,7 +16,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from qvlm_export.calibrate.blockwise.forward import place_image_features
 from qvlm_export.calibrate.checkpoint.samples import Placement, join_placements, place_features
-from qvlm_export.checkpoints.aliases import ALIASES
+from qvlm_export.checkpoints.files.aliases import ALIASES
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.inputs.processors import LlavaOnevisionProcessor
 from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.aliases import ALIASES, TINY
+from qvlm_export.checkpoints.files.aliases import ALIASES, TINY
 
 _DOWNLOAD = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 _DOWNLOAD_TORCH = ["pytorch_model*.bin"]  # only where a repository has no safetensors

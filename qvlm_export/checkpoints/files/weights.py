@@ -8,9 +8,9 @@ from pathlib import Path
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.torch_source import INDEX_FILE as TORCH_INDEX
-from qvlm_export.checkpoints.torch_source import SINGLE_FILE as TORCH_SINGLE
-from qvlm_export.checkpoints.torch_source import TorchSource
+from qvlm_export.checkpoints.files.torch_source import INDEX_FILE as TORCH_INDEX
+from qvlm_export.checkpoints.files.torch_source import SINGLE_FILE as TORCH_SINGLE
+from qvlm_export.checkpoints.files.torch_source import TorchSource
 
 # Files that often stand in a folder without model weights: name, what it is, what to do.
 _INCOMPLETE_MODELS = (

@@ -1,0 +1,1 @@
+"""Finds a checkpoint's files, locally or on the Hugging Face Hub, and opens its weights."""
