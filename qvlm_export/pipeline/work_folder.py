@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qvlm_export.calibrate.blockwise.resume import count_finished_blocks, holds_work
-from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.checkpoint.files import write_json
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.engines.manifest import Manifest, read_manifest
