@@ -221,6 +221,19 @@ def verify_file(manifest: Manifest, role: str) -> Path:
     return path
 
 
+def check_intact(manifest: Manifest, role: str) -> None:
+    """Raises UserError unless a file or folder is as it was written: in names and sizes, and if it is small, in hashes."""
+    records = manifest.recorded_files(role)
+    if not records and "files" not in manifest.files[role]:
+        raise UserError(f"{manifest.files[role]['name']}: its content was not recorded by that export; export again")
+    manifest.file(role)
+    _check_unlisted_files(manifest, role, hidden=True)
+    if sum(record["bytes"] for record in records.values()) <= VERIFY_AT_OPEN_BYTES:
+        for part, record in records.items():
+            if "sha256" in record:
+                _check_hash(part, record)
+
+
 def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[Path]:
     """Verifies every file that has a sha256 and returns their paths. progress: called with the fraction of files read.
 

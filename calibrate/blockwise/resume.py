@@ -7,6 +7,8 @@ measured before the first block, such as sensitivities, are files of their own b
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from qvlm_export.calibrate.blockwise.activation_cache import (
     open_cached_activations,
     zeros_of_cached_shapes,
 )
-from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_atomically, write_json
+from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_json
 from qvlm_export.calibrate.checkpoint.schema import LARGEST, Bytes, FileName, check_schema, schema_of
 from qvlm_export.calibrate.errors import UserError
 
@@ -80,7 +82,9 @@ class CalibrationWork:
     def __init__(self, folder: Path, *, narrow: bool = False, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder, self._narrow, self._memory_bytes = folder / "blocks", narrow, memory_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._saving = self._folder / "saving"
         clear_leftovers(self._folder)
+        shutil.rmtree(self._saving, ignore_errors=True)
         self.entries = _read_entries(self._folder)
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
 
@@ -106,8 +110,13 @@ class CalibrationWork:
     def save(self, name: str, tensors: NamedTensors) -> NamedTensors:
         """Saves the tensors under `name`, for a later run to load, and returns them."""
         flat = {f"{key}/{n:08}": tensor for key, parts in tensors.items() for n, tensor in enumerate(parts)}
-        contiguous = {key: tensor.contiguous() for key, tensor in flat.items()}
-        write_atomically(self._tensors_path(name), lambda path: save_file(contiguous, path))
+        # The library writes through a hidden file beside this one, which a kill leaves here, for the next run to clear.
+        temporary = self._saving / self._tensors_path(name).name
+        temporary.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self._tensors_path(name))
         return tensors
 
     def delete(self, name: str) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_atomically, write_json
+from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_json, write_tensors
 from qvlm_export.calibrate.checkpoint.packing import pack_codes, unpack_codes
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE, SafetensorsSource
 from qvlm_export.calibrate.checkpoint.schema import check_schema, schema_of
@@ -142,7 +141,7 @@ class CalibratedWriter:
             tensors |= _encode_linear(name, linear)
             self._linears[name] = linear.scheme
         file_name = f"model-{block}.safetensors"
-        write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_tensors(self._folder / file_name, tensors, {"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, file_name)
         return file_name
 

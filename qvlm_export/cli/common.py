@@ -24,7 +24,7 @@ from qvlm_export.pipeline.refusals import REFUSALS, refusal_in_words
 
 BAD_INPUT = 2
 PIPE_CLOSED = 128 + signal.SIGPIPE  # as a program ends that does not handle the signal
-LARGEST_NUMBER = 2**63 - 1  # of an option; what is larger overflows somewhere
+LARGEST_INTEGER = 2**63 - 1
 # click's UsageError. typer does not export it, and depending on its release, click is a dependency or bundled.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -32,7 +32,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 class OneLineErrors(TyperCommand):
     """A command that reports wrong arguments in one line, without the usage text that click would print.
 
-    No option of any command can be infinite, NaN, or an integer of more than 64 bits.
+    No option of any command can be an integer of more than 64 bits, which overflows in one library or the other.
     """
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
@@ -40,7 +40,7 @@ class OneLineErrors(TyperCommand):
         try:
             context = super().make_context(info_name, args, *rest, **extra)
             for parameter in self.params:
-                _check_number(parameter.opts[0], context.params.get(parameter.name or ""))
+                _check_integer(parameter.opts[0], context.params.get(parameter.name or ""))
             return context
         except _UsageError as error:
             message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
@@ -51,12 +51,16 @@ class OneLineErrors(TyperCommand):
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _check_number(option: str, value: object) -> None:
-    """Raises click's error for a number that no computation can be made with."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise typer.BadParameter(f"{option}: {value} is not a finite number")
-    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+def _check_integer(option: str, value: object) -> None:
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise typer.BadParameter(f"{option}: the number is too large")
+
+
+def check_finite(value: float | None) -> float | None:
+    """The callback of options that take a number: returns it. Raises BadParameter when it is infinite or NaN."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 @contextmanager

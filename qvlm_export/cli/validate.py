@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qvlm_export.cli.common import OneLineErrors, errors_as_lines
+from qvlm_export.cli.common import OneLineErrors, check_finite, errors_as_lines
 
 NOT_MET = 1  # exit code when a threshold is not met, or the graph is not what was calibrated
 
@@ -37,9 +37,12 @@ def main(
     samples: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer; default: the built-in scenes")] = None,
     limit: Annotated[int, typer.Option(min=1, help="largest number of samples")] = 64,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="least share of positions with the same top-1 token")
+        float | None,
+        typer.Option(min=0, max=1, callback=check_finite, help="least share of positions with the same top-1 token"),
     ] = None,
-    max_kl: Annotated[float | None, typer.Option(min=0, help="largest mean KL divergence, in nats")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, callback=check_finite, help="largest mean KL divergence, in nats")
+    ] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="compare the output of every block, too")] = False,
     save_polygraphy: Annotated[
         Path | None, typer.Option(help="write files and commands to repeat the comparison with Polygraphy")

@@ -44,6 +44,7 @@ from qvlm_export.pipeline.preparation.recipe import Recipe, assign_schemes, chec
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
+MAX_MEMORY_GIB = 2**20
 MAX_SAMPLES = 128  # used at most when --samples is not given
 
 
@@ -52,6 +53,7 @@ class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
     None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
+    overwrite: whether files that this export did not write may be replaced.
     """
 
     model: str
@@ -69,6 +71,7 @@ class ExportOptions:
     resume: bool = False
     memory: float | None = None
     device: str = "cpu"
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,11 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
 
 def _check_options(options: ExportOptions) -> None:
     """Raises UserError for an option that can be refused without looking at the model."""
-    check_out(options.out)
+    check_out(options.out, options.overwrite)
     if options.work_dir is not None:
-        check_work_dir(options.work_dir)
+        check_work_dir(options.work_dir, options.out, options.overwrite)
+    if options.memory is not None and not 0 <= options.memory <= MAX_MEMORY_GIB:
+        raise UserError(f"--memory {options.memory:g}: must be a number of GiB that a machine can have")
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
