@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
@@ -48,6 +49,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     Raises UserError when it is not a supported LLaVA with complete, well-formed weights.
     """
     folder = find_folder(model)
+    for path in (path for path in folder.glob("*.json") if not path.is_dir()):  # transformers would wait for ever for a pipe
+        check_regular_file(path, "a file of a checkpoint")
     where, stored_config = str(folder / "config.json"), read_config(folder)
     layout = find_layout(stored_config)
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
