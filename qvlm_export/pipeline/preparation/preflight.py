@@ -68,6 +68,8 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         raise UserError(f"{shown}: the path is not UTF-8, which ONNX needs; choose another place or name")
     if printable(out.name) != out.name:  # it goes into the manifest, and into every message
         raise UserError(f"{shown}: the name holds a control character; choose another")
+    if "\\" in out.name or ".." in out.name:
+        raise UserError(f"{shown}: the name holds a backslash or two dots, which ONNX takes for a path; choose another")
     if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
         raise UserError(f"{shown}: the name is too long, as the other files append to it; shorten it")
     check_writable(out.parent, shown)
