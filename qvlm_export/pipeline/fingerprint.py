@@ -32,7 +32,8 @@ def work_fingerprint(
 
     The keys are the words by which an error message names the part that changed.
     """
-    parts = {f"the checkpoint's {path.name} ({path.parent})": file_digest(path) for path in checkpoint.source.files()}
+    files = [path.parent.resolve() / path.name for path in checkpoint.source.files()]  # however --model was typed
+    parts = {f"the checkpoint's {path.name} ({path.parent})": file_digest(path) for path in files}
     parts["the checkpoint's config.json"] = digest(checkpoint.config_json)
     parts["the scheme or recipe"] = digest({name: asdict(scheme) for name, scheme in linears.items()})
     if linears:
