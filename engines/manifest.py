@@ -133,6 +133,8 @@ def _read_model_config(content: Mapping[str, Any]) -> ModelConfig:
     vision, text, tiles = content["vision"], content["text"], content.get("tiles")
     features = vision.get("feature_layers", [vision["num_layers"]])
     text = {"output_bias": text["attention_bias"], **text}
+    text["rope_frequencies"] = tuple(text.get("rope_frequencies", ()))
+    text.pop("rope_theta", None)  # of versions before 0.10; the tables are in the graph
     return ModelConfig(
         vision=VisionConfig(**{**vision, "feature_layers": tuple(features)}),
         projector=ProjectorConfig(**content["projector"]),

@@ -14,11 +14,11 @@ import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
-from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
 from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
+from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 

@@ -36,7 +36,6 @@ from qvlm_export.calibrate.blockwise.job import (
     check_weight,
     find_linear_needing_images,
 )
-from qvlm_export.calibrate.blockwise.token_kinds import label_tokens
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
 from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
@@ -45,6 +44,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.quantization.token_kinds import label_tokens
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
