@@ -50,6 +50,7 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
         "error": weighted_relative_error(outputs, float_outputs),
         "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),
+        "largest_activations": dict(search.largest_activations),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }

@@ -73,6 +73,7 @@ def main(
         float | None, typer.Option(min=0, help="GiB of memory for calibration; activations beyond it go to disk")
     ] = None,
     device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float type of the engines: float16, or bfloat16 for its range")] = "float16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (handled by the callback)
@@ -101,6 +102,7 @@ def main(
             resume=resume,
             memory=memory,
             device=device,
+            dtype=dtype,
         )
         if dry_run:
             prepared = prepare_export(options)

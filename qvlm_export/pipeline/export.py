@@ -26,7 +26,7 @@ from qvlm_export.pipeline.preparation.estimate import total_sizes
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import FOLDER_ROLES, file_names, manifest_path, publish
-from qvlm_export.pipeline.stages import FLOAT_TYPE, build, calibrate, stage_key, write_graphs
+from qvlm_export.pipeline.stages import build, calibrate, stage_key, write_graphs
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
@@ -119,7 +119,7 @@ def _make_manifest(
         model={"name": prepared.checkpoint.name, "model_type": prepared.checkpoint.hf_config.model_type},
         config=prepared.checkpoint.config,
         limits=prepared.limits,
-        float_type=FLOAT_TYPE,
+        float_type=prepared.options.dtype,
         scheme=prepared.options.scheme if prepared.options.recipe is None else prepared.options.recipe.name,
         linears={n: s.name + (f" g{s.group_size}" if s.group_size else "") for n, s in prepared.linears.items()},
         calibration={} if calibrated is None else calibrated.summary,
