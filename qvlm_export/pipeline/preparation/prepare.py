@@ -121,7 +121,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     shapes = expected_shapes(checkpoint.config)
     schemes = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
     linears = {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
-    check_engine_schemes(linears, backend)
+    check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
