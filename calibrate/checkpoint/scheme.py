@@ -44,6 +44,8 @@ class LinearScheme:
             raise SchemeError(f"{self.name}: {_ALLOWED}")
         if (self.weight_bits <= GROUPED_BITS) != (self.group_size is not None):
             raise SchemeError(f"{self.name}: group_size belongs to 3-bit and 4-bit weights and to them only")
+        if self.float_type not in (FLOAT16, BFLOAT16):
+            raise SchemeError(f"{self.name}: float_type is {self.float_type!r}, not {FLOAT16} or {BFLOAT16}")
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qvlm_export.cli.common import OneLineErrors, errors_as_lines
+from qvlm_export.cli.common import OneLineErrors, check_finite, errors_as_lines
 from qvlm_export.inference.forms import FLOAT
 from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
@@ -39,9 +39,12 @@ def main(
     samples: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer; default: the built-in scenes")] = None,
     limit: Annotated[int, typer.Option(min=1, help="largest number of samples")] = 64,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="least share of answer tokens with the same top-1 token")
+        float,
+        typer.Option(min=0, max=1, callback=check_finite, help="least share of answer tokens with the same top-1 token"),
     ] = MIN_AGREEMENT,
-    max_kl: Annotated[float, typer.Option(min=0, help="largest mean KL divergence of answer tokens, in nats")] = MAX_KL,
+    max_kl: Annotated[
+        float, typer.Option(min=0, callback=check_finite, help="largest mean KL divergence of answer tokens, in nats")
+    ] = MAX_KL,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="compare the output of every block, too")] = False,
     save_polygraphy: Annotated[
         Path | None, typer.Option(help="write files and commands to repeat the comparison with Polygraphy")

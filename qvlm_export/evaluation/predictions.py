@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from qvlm_export.calibrate.checkpoint.calibrated import write_atomically
+from qvlm_export.calibrate.checkpoint.files import write_atomically
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.evaluation.tasks.task import Answer
 

@@ -27,9 +27,9 @@ from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, la
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
 from qvlm_export.pipeline.fingerprint import digest
+from qvlm_export.pipeline.preparation.outputs import file_names
 from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.pipeline.publish import file_names
 from qvlm_export.pipeline.work_folder import WorkFolder
 
 

@@ -48,6 +48,7 @@ PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
 DTYPES = (FLOAT16, BFLOAT16)
+MAX_MEMORY_GIB = 2**20
 MAX_SAMPLES = 128  # used at most when --samples is not given
 
 
@@ -57,6 +58,7 @@ class ExportOptions:
 
     None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
     dtype: float type of the graphs.
+    overwrite: whether files that this export did not write may be replaced.
     """
 
     model: str
@@ -75,6 +77,7 @@ class ExportOptions:
     memory: float | None = None
     device: str = "cpu"
     dtype: str = FLOAT16
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,11 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
 
 def _check_options(options: ExportOptions) -> None:
     """Raises UserError for an option that can be refused without looking at the model."""
-    check_out(options.out)
+    check_out(options.out, options.overwrite)
     if options.work_dir is not None:
-        check_work_dir(options.work_dir)
+        check_work_dir(options.work_dir, options.out, options.overwrite)
+    if options.memory is not None and not 0 <= options.memory <= MAX_MEMORY_GIB:
+        raise UserError(f"--memory {options.memory:g}: must be a number of GiB that a machine can have")
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
