@@ -7,6 +7,7 @@ shards merge into the one that a single run would have written.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -144,7 +145,10 @@ def _parse_answer(where: str, line: bytes) -> tuple[str, Answer]:
         texts = {key: content[key] for key in ("text", "failed") if key in content}
         if not all(isinstance(value, str) for value in (content["id"], *texts.values())):
             raise ValueError("a value is no text")
-        return content["id"], Answer(choices=tuple(float(c) for c in content.get("choices", ())), **texts)
+        choices = tuple(float(choice) for choice in content.get("choices", ()))
+        if not all(map(math.isfinite, choices)):
+            raise ValueError("a likelihood is NaN or infinite")
+        return content["id"], Answer(choices=choices, **texts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: is no prediction ({error}); delete the file and run again") from error
 
