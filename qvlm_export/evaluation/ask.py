@@ -69,7 +69,8 @@ class EncodedQuestion:
 def ask_all(model: LoadedModel, questions: Sequence[Question], manner: AskSettings) -> Iterator[dict[str, Answer]]:
     """Yields the answers of one batch after another, by question id.
 
-    The answer to a question that cannot be encoded, such as for an unreadable image, holds the reason in `failed`.
+    The answer to a question that cannot be encoded, such as for an unreadable image, holds the reason in `failed`. Raises
+    UserError when the logits are not finite, as no answer of such a model could be trusted.
     """
     limits, tiled = model.manifest.limits, model.manifest.config.tiles is not None
     for chunk in _encode_ahead(model, questions, manner):
@@ -177,7 +178,7 @@ def _generate(model: LoadedModel, batch: Sequence[EncodedQuestion], max_new_toke
     """Generates an answer to each question by greedy decoding."""
     tokenizer = model.processor.tokenizer
     sequences = model.session.start([q.input_ids for q in batch], *_join_images(model, batch))
-    for _ in model.session.generate(sequences, max_new_tokens, frozenset({tokenizer.eos_token_id})):
+    for _ in model.session.generate(sequences, max_new_tokens, model.end_tokens):
         pass
     new_tokens = [tokens[len(q.input_ids) :] for tokens, q in zip(sequences.tokens, batch, strict=True)]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new_tokens]

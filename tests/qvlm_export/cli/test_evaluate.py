@@ -11,6 +11,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import assert_refused
 from eval_sets import FORM, eval_json, make_sets, of_task, run_eval
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.cli.evaluate import app
+from qvlm_export.engines.runtime.onnx_runner import OnnxRunner
 from qvlm_export.evaluation import distributed
 from qvlm_export.evaluation.predictions import read_predictions
+from qvlm_export.inference.torch_runner import TorchRunner
 
 COUNT = 60
 TASKS = ("scienceqa", "vqav2", "vizwiz", "hateful-memes")
@@ -347,3 +350,16 @@ def test_the_command_shows_examples():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "qvlm-eval engine.plan --task scienceqa --data ScienceQA" in result.stdout
+
+
+@pytest.mark.parametrize("task", ["hateful-memes", "vqav2"])
+def test_logits_that_are_not_finite_end_the_run(sets, plan, tmp_path, monkeypatch, task):
+    """They would make every likelihood NaN, which scores as a guess, and every text empty."""
+    for runner in (OnnxRunner, TorchRunner):
+        step = runner.step
+        monkeypatch.setattr(runner, "step", lambda *arguments, step=step: step(*arguments) * np.inf)
+    for model in ("tiny", plan):
+        result = run_eval(model, *of_task(sets, task), *FORM, "--device", "cpu", "--predictions", tmp_path / "p.jsonl")
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith("error: the logits are NaN or infinite")
+    assert list(tmp_path.iterdir()) == []
