@@ -186,7 +186,7 @@ class Session:
             raise UserError(
                 f"the logits are NaN or infinite ({self.runner.name} on {self.runner.device}), so there is no answer: "
                 f"activations leave the range of {self.manifest.float_type}, or weights are damaged; qvlm-validate "
-                "--per-layer shows where; take another float type or checkpoint"
+                "--per-layer shows where; export with another --dtype, or take another checkpoint"
             )
 
     def _make_sequences(self, batch: int) -> Sequences:

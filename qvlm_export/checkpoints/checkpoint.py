@@ -31,9 +31,9 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
 class Checkpoint:
     """An opened checkpoint, in the layout of llava-hf whatever its own is.
 
-    name: as the user gave it. config_json: config.json in llava-hf's form. hf_config: `config_json` completed by
-    transformers with its defaults. config: the geometry that the graphs need. source: all tensors by canonical names.
-    end_tokens: the ids that end an answer; empty when the checkpoint names none but its tokenizer's.
+    name: as the user gave it. config_json: config.json in llava-hf's form, end tokens included. hf_config: what transformers
+    makes of config.json, with its defaults. config: the geometry that the graphs need. source: all tensors by canonical
+    names. end_tokens: the ids that end an answer; empty when the checkpoint names none but its tokenizer's.
     """
 
     name: str
@@ -57,6 +57,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     hf_config = complete_config(config_json, where)
     config = model_config(hf_config, where)
     end_tokens = read_end_tokens(folder, config.text.vocab_size)
+    if end_tokens:  # so that a calibrated checkpoint, which has no generation_config.json, ends its answers the same
+        config_json = {**config_json, "eos_token_id": list(end_tokens)}
     source = open_weights(folder, make_renamer(layout))
     if layout.open_source is not None:
         source = layout.open_source(source, stored_config, folder)

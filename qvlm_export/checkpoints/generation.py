@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ def read_end_tokens(folder: Path, vocab_size: int) -> tuple[int, ...]:
         if value not in (None, []):
             return _check_ids(value, f"{folder / file}: {key}", vocab_size)
     return ()
-
-
-def copy_generation_config(source: Path, target: Path) -> None:
-    """Copies generation_config.json, if it is there, so that `generate` of transformers does the same in both folders."""
-    if (source / FILE).exists():
-        shutil.copyfile(source / FILE, target / FILE)
 
 
 def _check_ids(value: Any, where: str, vocab_size: int) -> tuple[int, ...]:

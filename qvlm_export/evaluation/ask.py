@@ -119,9 +119,9 @@ def _encode_question(model: LoadedModel, question: Question, manner: AskSettings
     if manner.pad_square:
         images = [pad_to_square(image, processor) for image in images]
     text = prompt_text(processor, question.prompt, len(images), manner.conversation)
-    encoded = encode_prompt(processor, config, text, images, where=where)
-    with_choice = [encode_prompt(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
     max_length = model.manifest.limits.max_length
+    encoded = encode_prompt(processor, config, text, images, where=where, max_length=max_length)
+    with_choice = [encode_prompt(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
     if max(len(encoded.input_ids) + 1, *map(len, with_choice), 0) > max_length:
         raise UserError(f"{where}: is {len(encoded.input_ids)} tokens long, the model takes {max_length} with the answer")
     continuations = tuple((_find_divergence(encoded.input_ids, ids), ids) for ids in with_choice)

@@ -138,7 +138,7 @@ def folder_identity(folder: Path) -> str:
     it.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         if path.suffix in (".json", ".jinja", ".model", ".txt"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix in (".safetensors", ".bin"):

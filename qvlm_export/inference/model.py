@@ -171,14 +171,14 @@ class LoadedModel:
             raise UserError(
                 f"{len(prompts)} prompts with pictures for {len(all_images)}; give as many lists of pictures as prompts"
             )
-        encoded = []
+        encoded, config, max_length = [], self.manifest.config, self.manifest.limits.max_length
         for number, (prompt, prompt_images) in enumerate(zip(prompts, all_images, strict=True), 1):
             where = f"prompt {number}"
             rgb = open_pictures(prompt_images, f"{where}: picture")
             text = chat_text(self.processor, [{"role": "user", "text": _check_text(prompt, where), "images": len(rgb)}])
-            encoded.append(encode_prompt(self.processor, self.manifest.config, text, rgb, where=where))
+            encoded.append(encode_prompt(self.processor, config, text, rgb, where=where, max_length=max_length))
         pixels = [one.pixel_values for one in encoded if len(one.pixel_values)]
-        rows = [len(one.pixel_values) * self.manifest.config.vision.tokens_per_image for one in encoded]
+        rows = [len(one.pixel_values) * config.vision.tokens_per_image for one in encoded]
         placement = join_placements([one.placement for one in encoded], rows)
         input_ids = [one.input_ids for one in encoded]
         sequences = self.session.start(input_ids, np.concatenate(pixels) if pixels else None, placement)
@@ -250,8 +250,10 @@ class Chat:
 
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
         """Encodes the part of the conversation that is not in the cache yet, and runs it through the model."""
+        max_length = self._session.manifest.limits.max_length
         if self._sequences is None:
-            new = encode_prompt(self._processor, self._config, chat_text(self._processor, turns), images)
+            text = chat_text(self._processor, turns)
+            new = encode_prompt(self._processor, self._config, text, images, max_length=max_length)
             self._sequences = self._session.start([new.input_ids], new.pixel_values, new.placement)
             return
         # With a marker in place of the last answer, the new text is what the template writes after the marker.
@@ -261,7 +263,7 @@ class Chat:
             raise UserError(
                 "the chat template leaves earlier answers out, so this conversation cannot go on; start a new one"
             )
-        new = encode_prompt(self._processor, self._config, added, images, continues=True)
+        new = encode_prompt(self._processor, self._config, added, images, continues=True, max_length=max_length)
         self._session.extend(self._sequences, [new.input_ids], new.pixel_values, new.placement)
 
 

@@ -20,7 +20,6 @@ from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
-from qvlm_export.checkpoints.generation import copy_generation_config
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
@@ -74,7 +73,6 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
-        copy_generation_config(checkpoint.folder, folder)
         writer.finish(checkpoint.config_json, summary)
     return CalibratedCheckpoint(folder)
 

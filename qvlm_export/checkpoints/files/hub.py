@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.aliases import ALIASES, TINY
 
@@ -54,6 +55,7 @@ def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") 
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}")
+    check_regular_file(path, "a JSON file of a checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
