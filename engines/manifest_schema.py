@@ -24,6 +24,7 @@ RANGES = {
     "feature_layers": (0, MOST_LAYERS),
     "num_layers": (0, MOST_LAYERS),
     "num_linears": (1, 2),
+    "eos_token_ids": (0, LARGEST),
     "shape": (0, LARGEST),
 }
 
@@ -77,6 +78,11 @@ class _File:
 
 
 @dataclass(frozen=True)
+class _Generation:
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Content:
     """X.json as a whole; the fields are those of `Manifest`, and the mappings among them are read as they are."""
 
@@ -90,6 +96,7 @@ class _Content:
     versions: Mapping[str, str]
     files: Mapping[str, _File]
     calibration: Mapping[str, Any]
+    generation: _Generation = _Generation()
 
 
 CONTENT = TypeAdapter(schema_of(_Content, RANGES, extra="ignore"))

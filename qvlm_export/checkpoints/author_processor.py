@@ -92,9 +92,9 @@ def _load_tokenizer(folder: Path, vocabulary: int, legacy: bool) -> Any:
         raise UserError(f"{folder}: holds no {slow.name}; add it, it belongs to the language model")
     try:
         if slow.exists() and not fast.exists():
-            tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+            tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy, trust_remote_code=False)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # sentencepiece and tokenizers raise nothing narrower for damaged files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}); download it again") from error
     if not MIN_TOKEN_SHARE * vocabulary <= len(tokenizer) <= vocabulary:

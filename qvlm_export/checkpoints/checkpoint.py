@@ -19,6 +19,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
 from qvlm_export.checkpoints.files.hub import find_folder, read_config
 from qvlm_export.checkpoints.files.weights import open_weights
+from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.graph.float_graphs import TIED_HEAD, expected_shapes
@@ -30,8 +31,9 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
 class Checkpoint:
     """An opened checkpoint, in the layout of llava-hf whatever its own is.
 
-    name: as the user gave it. config_json: config.json in llava-hf's form. hf_config: `config_json` completed by
-    transformers with its defaults. config: the geometry that the graphs need. source: all tensors by canonical names.
+    name: as the user gave it. config_json: config.json in llava-hf's form, end tokens included. hf_config: what transformers
+    makes of config.json, with its defaults. config: the geometry that the graphs need. source: all tensors by canonical
+    names. end_tokens: the ids that end an answer; empty when the checkpoint names none but its tokenizer's.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Checkpoint:
     hf_config: PreTrainedConfig
     config: ModelConfig
     source: TensorSource
+    end_tokens: tuple[int, ...] = ()
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -53,11 +56,14 @@ def open_checkpoint(model: str) -> Checkpoint:
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
     hf_config = complete_config(config_json, where)
     config = model_config(hf_config, where)
+    end_tokens = read_end_tokens(folder, config.text.vocab_size)
+    if end_tokens:  # so that a calibrated checkpoint, which has no generation_config.json, ends its answers the same
+        config_json = {**config_json, "eos_token_id": list(end_tokens)}
     source = open_weights(folder, make_renamer(layout))
     if layout.open_source is not None:
         source = layout.open_source(source, stored_config, folder)
     check_tensors(source, config, folder)
-    return Checkpoint(model, folder, config_json, hf_config, config, source)
+    return Checkpoint(model, folder, config_json, hf_config, config, source, end_tokens)
 
 
 def complete_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:

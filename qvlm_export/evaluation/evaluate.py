@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_export.calibrate.checkpoint.files import write_json
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN
 from qvlm_export.evaluation.ask import AskSettings, ask_all
 from qvlm_export.evaluation.distributed import gather, world
 from qvlm_export.evaluation.eval_model import EvalModel, find_eval_model, open_eval_model
-from qvlm_export.evaluation.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
+from qvlm_export.evaluation.predictions import (
+    Header,
+    Predictions,
+    PredictionWriter,
+    lock_predictions,
+    merge_predictions,
+    read_own_predictions,
+    write_predictions,
+)
 from qvlm_export.evaluation.tasks.memes import HATEFUL_MEMES
 from qvlm_export.evaluation.tasks.scienceqa import SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Question, QuestionSet, Request, Score, Task
@@ -140,7 +149,8 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
         merged = merge_predictions(options.merge, [q.id for q in job.questions])
         _check_same_questions(merged.header, job)
         if options.predictions is not None:
-            write_predictions(options.predictions, merged)
+            with lock_predictions(options.predictions):
+                write_predictions(options.predictions, merged)
         return _score_and_submit(job, merged, options.predictions, 0.0)
     if options.model is None:
         raise UserError("give a model or an export, or --merge with the predictions of its shards")
@@ -158,7 +168,8 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
             return None
         predictions = Predictions(Header(predictions.header.fingerprint), {q.id: answers[q.id] for q in job.questions}, 0)
         path = predictions_path(job, eval_model, (1, 1))
-        write_predictions(path, predictions)
+        with lock_predictions(path):
+            write_predictions(path, predictions)
     return _score_and_submit(job, predictions, path, time.monotonic() - start)
 
 
@@ -230,7 +241,8 @@ def _check_submission(job: Job) -> None:
         raise UserError(f"--submission: {job.task.name} has none; leave it out")
     if options.limit is not None or options.shard != (1, 1):
         raise UserError("--submission: needs the answers to all questions; leave --limit and --shard out")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    check_regular_file(path, "a submission")
+    if not path.absolute().parent.is_dir():
         raise UserError(f"--submission {path}: is no file in a folder that is there; name another")
 
 
@@ -282,8 +294,17 @@ def _answer_questions(job: Job, eval_model: EvalModel, shard: tuple[int, int], r
     """Answers the questions of a shard that its file of predictions lacks; returns all answers of the shard, in order."""
     path, header = predictions_path(job, eval_model, shard), Header(_fingerprint(job, eval_model), shard)
     questions = job.questions[shard[0] - 1 :: shard[1]]
-    with PredictionWriter(path, header) as writer:
-        if foreign := set(writer.answers) - {question.id for question in questions}:
+    ids = [question.id for question in questions]
+    existing = read_own_predictions(path, header)
+    if (
+        existing is not None
+        and sorted(existing.answers) == sorted(ids)
+        and not any(a.failed for a in existing.answers.values())
+    ):
+        reporter.note(f"{path}: {len(ids)} of {len(ids)} answers are there already")
+        return Predictions(header, {question_id: existing.answers[question_id] for question_id in ids}, 0)
+    with lock_predictions(path), PredictionWriter(path, header) as writer:
+        if foreign := set(writer.answers) - set(ids):
             raise UserError(f"{path}: answers question {min(foreign)}, which is not asked; delete the file")
         unanswered = [question for question in questions if question.id not in writer.answers]
         if len(unanswered) < len(questions):
@@ -292,7 +313,7 @@ def _answer_questions(job: Job, eval_model: EvalModel, shard: tuple[int, int], r
             _run_model(job, eval_model, unanswered, writer, reporter)
         elif not questions:  # with more shards than questions some are empty, and need a file for --merge
             writer.begin()
-        return Predictions(header, {question.id: writer.answers[question.id] for question in questions}, 0)
+        return Predictions(header, {question_id: writer.answers[question_id] for question_id in ids}, 0)
 
 
 def predictions_path(job: Job, eval_model: EvalModel, shard: tuple[int, int]) -> Path:

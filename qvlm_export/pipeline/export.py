@@ -175,6 +175,7 @@ def _make_manifest(
         interface=interfaces,
         versions=_get_versions(),
         files={},
+        generation={"eos_token_ids": list(prepared.checkpoint.end_tokens)},
     )
 
 

@@ -199,7 +199,7 @@ def _open_graph_run(manifest: Manifest, samples: Sequence[Sample], stack: ExitSt
     def logits(number: int) -> np.ndarray:
         sample = samples[number]
         pixels = sample.pixel_values if len(sample.pixel_values) else None
-        outputs: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
+        outputs: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement, require_finite=False)[0]
         return outputs
 
     return ModelRun(GRAPH, logits), session

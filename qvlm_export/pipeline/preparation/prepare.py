@@ -27,7 +27,14 @@ from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
 from qvlm_export.inference.torch_runner import check_device
-from qvlm_export.inputs.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.inputs.samples import (
+    check_processor,
+    check_saved_processor,
+    default_calibration,
+    encode_entries,
+    load_processor,
+    read_entries,
+)
 from qvlm_export.pipeline.preparation.estimate import (
     Estimate,
     activation_memory_bytes,
@@ -128,6 +135,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
+    check_saved_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
     config, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):

@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.scheme import (
     BFLOAT16,
     FLOAT16,
@@ -107,6 +108,10 @@ def choose_recipe(scheme: str, path: Path | None, backend: str) -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Returns the recipe in a YAML file. Raises UserError naming the file and the field that is wrong."""
+    try:
+        check_regular_file(path, "a recipe")
+    except UserError as error:
+        raise UserError(f"--recipe {error}") from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML's dates raise ValueError
