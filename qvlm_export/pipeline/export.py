@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
 from qvlm_export.engines.manifest import Manifest, describe, describe_file, describe_in_background, write_manifest
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
@@ -57,6 +59,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     such as a full disk, it keeps the work folder, and the message says how to resume.
     """
     prepared = prepare_export(options)
+    prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
     if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
         reporter.note(estimate_export(prepared).in_words())
     with work_folder(options.out, options.work_dir) as work:
@@ -116,7 +119,7 @@ def _make_manifest(
 ) -> Manifest:
     return Manifest(
         path=folder / manifest_path(prepared.options.out).name,
-        model={"name": prepared.checkpoint.name, "model_type": prepared.checkpoint.hf_config.model_type},
+        model=describe_origin(prepared.checkpoint),
         config=prepared.checkpoint.config,
         limits=prepared.limits,
         float_type=FLOAT_TYPE,

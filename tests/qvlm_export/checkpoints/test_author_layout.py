@@ -17,11 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, read_tower_config
 from qvlm_export.checkpoints.author_processor import find_conversation
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.files import hub
+from qvlm_export.checkpoints.files.snapshot import Snapshot
 from qvlm_export.inputs.samples import encode, load_processor
 from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
 
@@ -34,10 +36,10 @@ BOS, IMAGE = 1, "<image>"
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes downloads fail, as no test here may need the network."""
 
-    def fail(*_: object, **__: object) -> str:
-        raise OSError("no network here")
+    def fail(_: str, __: str | None, where: str) -> Snapshot:
+        raise UserError(f"{where}: no network here")
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "find_snapshot", fail)
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +235,14 @@ def test_a_tower_is_downloaded_where_it_is_not_here(
 ) -> None:
     source, requests = make_original("v1.5"), []
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        requests.append((repository, tuple(allow_patterns)))
-        return str(source.parent / f"v1.5-{TOWER}")
+    def find(repository: str, revision: str | None, where: str) -> Snapshot:
+        requests.append((repository, revision, where))
+        return Snapshot(repository, "1" * 40, source.parent / f"v1.5-{TOWER}", {})
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "find_snapshot", find)
     folder = copy_checkpoint(source, tmp_path / "alone", put("", "mm_vision_tower", "someone/her-clip"))
     assert open_checkpoint(str(folder)).config.vision.num_layers == 3
-    assert {repository for repository, _ in requests} == {"someone/her-clip"}
-    assert any("pytorch_model*.bin" in patterns for _, patterns in requests)
+    assert set(requests) == {("someone/her-clip", None, f"{folder / 'config.json'}: mm_vision_tower someone/her-clip")}
 
 
 # What is refused
@@ -303,7 +304,7 @@ def edit_json(path: Path, **changes: object) -> None:
         (lambda f: edit_json(tower(f) / "config.json", model_type="siglip"), ["is a 'siglip'", "supported with CLIP"]),
         (lambda f: edit_json(tower(f) / "config.json", vision_config=None), ["has shape"]),
         (lambda f: (tower(f) / "preprocessor_config.json").unlink(), ["no preprocessor_config.json", "CLIP tower"]),
-        (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: cannot be downloaded"]),
+        (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: no network here"]),
     ],
 )
 def test_missing_and_damaged_files_are_refused(
