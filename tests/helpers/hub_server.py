@@ -34,9 +34,9 @@ class Repository:
 class Hub:
     """The state of the server.
 
-    url, store_url: of the Hub, and of the store that it sends large files from; their hosts differ, as the real
-    ones do, so a token must not go to the store. repositories: by id. tokens: the valid ones. served: bytes of content by file
-    name. requests: "METHOD path" of each. drops: file name -> how many bytes are sent of each of the next answers before the
+    url, store_url: of the Hub, and of the store that it sends large files from. Their hosts differ, as the real ones do, so
+    a token must not go to the store. repositories: by id. tokens: the valid ones. served: bytes of content by file name.
+    requests: "METHOD path" of each. drops: file name -> how many bytes are sent of each of the next answers before the
     connection is cut; each answer uses up one entry. failures: status codes of the next answers. ignore_ranges: whole files
     are sent.
     """

@@ -43,8 +43,9 @@ def _get_size(download: Download) -> int:
 
 
 def download_files(downloads: Sequence[Download], progress: Callable[[int], None]) -> None:
-    """Downloads the files. progress: called with the number of bytes that arrived, from several threads, one at a time.
+    """Downloads the files, of which there is at least one.
 
+    progress: called with the number of bytes that arrived, from several threads, one at a time.
     Raises UnfinishedError when the Hub does not give a file, after a few tries; what arrived until then is kept.
     KeyboardInterrupt ends the download in the same state.
     """
@@ -55,20 +56,21 @@ def download_files(downloads: Sequence[Download], progress: Callable[[int], None
             progress(count)
 
     by_blob = {download.blob: download for download in downloads}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        tasks = {pool.submit(_download, download, report, stop): download for download in by_blob.values()}
-        try:
-            for task in as_completed(tasks):
-                task.result()
-        except BaseException as error:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, HUB_ERRORS):
-                task_repository = next(iter(downloads)).snapshot.repository
-                raise UnfinishedError(_describe_failure(downloads, explain_hub_error(error, task_repository))) from error
-            raise
-    for download in downloads:
-        _link(download)
+    repository = downloads[0].snapshot.repository
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            tasks = {pool.submit(_download, download, report, stop): download for download in by_blob.values()}
+            try:
+                for task in as_completed(tasks):
+                    repository = tasks[task].snapshot.repository
+                    task.result()
+            finally:  # after the first failure, the others are not waited for
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+        for download in downloads:
+            _link(download)
+    except HUB_ERRORS as error:
+        raise UnfinishedError(_describe_failure(downloads, explain_hub_error(error, repository))) from error
 
 
 def _describe_failure(downloads: Sequence[Download], reason: str) -> str:
