@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Hub:
     a token must not go to the store. repositories: by id. tokens: the valid ones. served: bytes of content by file name.
     requests: "METHOD path" of each. drops: file name -> how many bytes are sent of each of the next answers before the
     connection is cut; each answer uses up one entry. failures: status codes of the next answers. ignore_ranges: whole files
-    are sent.
+    are sent. stalls: file name -> after how many bytes its answers wait, until the entry is taken away.
     """
 
     url: str = ""
@@ -50,6 +51,7 @@ class Hub:
     drops: dict[str, list[int]] = field(default_factory=dict)
     failures: list[int] = field(default_factory=list)
     ignore_ranges: bool = False
+    stalls: dict[str, int] = field(default_factory=dict)
 
     def add_folder(self, repository: str, folder: Path, **settings: object) -> Repository:
         """Adds a repository with the files of a folder."""
@@ -204,6 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = content if limit is None else content[:limit]
         for start in range(0, len(body), PIECE_BYTES):
+            while start >= self.state.stalls.get(name, len(body)):
+                time.sleep(0.02)
             piece = body[start : start + PIECE_BYTES]
             try:
                 self.wfile.write(piece)

@@ -47,12 +47,16 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A commit. folder: in the cache, with symbolic links to what is downloaded. files: {} when the Hub was not reached."""
+    """A commit. folder: in the cache, with symbolic links to what is downloaded.
+
+    files: of the repository; {} when the Hub does not list them. obstacle: why it does not, in words; empty when it does.
+    """
 
     repository: str
     commit: str
     folder: Path
     files: Mapping[str, RemoteFile]
+    obstacle: str = ""
 
 
 def find_snapshot(repository: str, revision: str | None, where: str) -> Snapshot:
@@ -86,7 +90,11 @@ def find_snapshot(repository: str, revision: str | None, where: str) -> Snapshot
     except HUB_ERRORS as error:
         cause = unreachable if isinstance(error, LocalEntryNotFoundError) and unreachable is not None else error
         raise UserError(f"{where}: {explain_hub_error(cause, repository, revision)}") from error
-    return Snapshot(repository, folder.name, folder, {} if listing is None else listing[1])
+    if listing is not None:
+        return Snapshot(repository, folder.name, folder, listing[1])
+    return Snapshot(
+        repository, folder.name, folder, {}, "" if unreachable is None else explain_hub_error(unreachable, repository)
+    )
 
 
 class _NoBar(tqdm):

@@ -50,10 +50,16 @@ class Location:
     folder: Path
     snapshot: Snapshot | None = None
 
+    @property
+    def obstacle(self) -> str:
+        """Why only the folder counts although the checkpoint is on the Hub, in words; empty for other checkpoints."""
+        return "" if self.snapshot is None else self.snapshot.obstacle
+
     def has(self, name: str) -> bool:
-        """Returns whether the checkpoint has a file, in the folder or, where the Hub was reached, in the repository."""
-        files = {} if self.snapshot is None else self.snapshot.files
-        return name in files if files else (self.folder / name).exists()
+        """Returns whether the checkpoint has a file, in the folder or, where the Hub lists them, in the repository."""
+        if self.snapshot is None or self.obstacle:
+            return (self.folder / name).exists()
+        return name in self.snapshot.files
 
 
 def open_weights(location: Location, rename: Callable[[str], str | None]) -> TensorSource:
@@ -64,11 +70,24 @@ def open_weights(location: Location, rename: Callable[[str], str | None]) -> Ten
     """
     for format_ in FORMATS:
         if location.has(format_.single) or location.has(format_.index):
-            names = list_indexed_files(location.folder, format_.single, format_.index, location.has)
-            if location.snapshot is None or all(path.exists() for path in names):
-                return format_.open_folder(location.folder, rename)
-            return HeaderSource(location.snapshot, [path.name for path in names], format_.read_header, rename)
+            return _open_format(location, format_, rename)
+    if location.snapshot is not None and location.obstacle:
+        raise UserError(f"{location.snapshot.repository}: {location.obstacle}")
     for name, what, remedy in _INCOMPLETE_MODELS:
         if location.has(name):
             raise UserError(f"{location.folder}: holds {what} ({name}) and no model weights; {remedy}")
     raise UserError(f"{location.folder}: holds config.json but no weights ({SINGLE_FILE}, {INDEX_FILE} or {TORCH_SINGLE})")
+
+
+def _open_format(location: Location, format_: Format, rename: Callable[[str], str | None]) -> TensorSource:
+    def has(name: str) -> bool:
+        is_shard = name not in (format_.single, format_.index)
+        return location.has(name) or (is_shard and location.obstacle != "")  # such a shard is reported below
+
+    names = list_indexed_files(location.folder, format_.single, format_.index, has)
+    missing = [path.name for path in names if not path.exists()]
+    if location.snapshot is None or not missing:
+        return format_.open_folder(location.folder, rename)
+    if location.obstacle:
+        raise UserError(f"{location.snapshot.repository}: {missing[0]}: {location.obstacle}")
+    return HeaderSource(location.snapshot, [path.name for path in names], format_.read_header, rename)

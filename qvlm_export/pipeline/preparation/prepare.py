@@ -173,7 +173,8 @@ def _check_options(options: ExportOptions) -> None:
 
 def estimate_export(prepared: PreparedExport) -> Estimate:
     """Returns the expected time and memory of the export, after measuring the speed of this machine for a few seconds."""
-    machine = measure_machine(prepared.options.out.parent, prepared.checkpoint.source.files(), prepared.device)
+    files, download_bytes = prepared.checkpoint.source.files(), prepared.download_bytes
+    machine = measure_machine(prepared.options.out.parent, files, prepared.device, download_bytes)
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
     return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub, Repository
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from safetensors.numpy import load, save
 
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.files.download import download_files
 from qvlm_export.checkpoints.files.headers import find_downloads, read_safetensors_header, read_torch_header
 from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.checkpoints.files.ranges import BLOCK_BYTES
@@ -130,6 +132,20 @@ def test_the_files_are_those_that_transformers_would_load(hub: Hub, files: dict[
 def test_repositories_without_complete_weights_are_refused(hub: Hub, files: dict[str, bytes], words: str) -> None:
     with pytest.raises(UserError, match=words):
         open_remote(hub, files)
+
+
+@pytest.mark.parametrize("files", [{"model.safetensors": save(BIG)}, {**SHARDS, "model.safetensors.index.json": INDEX}])
+def test_weights_that_are_not_in_the_cache_are_missed_by_name_without_network(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_remote(hub, files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^someone/llava: .*is not completely in the cache .*, and HF_HUB_OFFLINE"):
+        open_weights(find_checkpoint(NAME), str)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    download_files(find_downloads(source), lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_weights(find_checkpoint(NAME), str).load("b").shape == (3, 5)
 
 
 # Damaged headers
