@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, run_hub
 from huggingface_hub import constants
 from random_llava import write_random_llava
+
+from tools.compatibility.hub_server import Hub, run_hub
 
 # The results of tests must not depend on the number of cores of the machine.
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qvlm_export.checkpoints.checkpoint import Checkpoint, reopen_checkpoint
-from qvlm_export.checkpoints.files.download import download_files, remaining_bytes
+from qvlm_export.checkpoints.files.download import download_files, format_size, remaining_bytes
 from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.pipeline.progress import Reporter
 
@@ -21,7 +21,7 @@ def fetch_weights(checkpoint: Checkpoint, reporter: Reporter) -> Checkpoint:
         return checkpoint
     total = remaining_bytes(downloads)
     repositories = " and ".join(dict.fromkeys(download.snapshot.repository for download in downloads))
-    reporter.note(f"downloading {total / 2**30:.2f} GiB of {repositories} to {downloads[0].snapshot.folder.parents[1]}")
+    reporter.note(f"downloading {format_size(total)} of {repositories} to {downloads[0].snapshot.folder.parents[1]}")
     done = 0
     with reporter.stage(DOWNLOAD, total) as stage:
 
@@ -33,8 +33,8 @@ def fetch_weights(checkpoint: Checkpoint, reporter: Reporter) -> Checkpoint:
         try:
             download_files(downloads, report)
         except KeyboardInterrupt as error:
-            missing = remaining_bytes(downloads) / 2**30
+            missing = format_size(remaining_bytes(downloads))
             raise KeyboardInterrupt(
-                f"interrupted; {missing:.2f} GiB of the download are missing, the same command fetches only the rest"
+                f"interrupted; {missing} of the download are missing, the same command fetches only the rest"
             ) from error
     return reopen_checkpoint(checkpoint)

@@ -19,7 +19,7 @@ import httpx2
 
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.checkpoints.files.headers import Download
-from qvlm_export.checkpoints.files.hub_errors import HUB_ERRORS, explain_hub_error
+from qvlm_export.checkpoints.files.hub_errors import HUB_ERRORS, explain_hub_error, first_line
 from qvlm_export.checkpoints.files.ranges import WAITS, is_transient, open_range
 
 WORKERS = 4  # files at a time: one connection does not fill a fast line
@@ -70,18 +70,25 @@ def download_files(downloads: Sequence[Download], progress: Callable[[int], None
         for download in downloads:
             _link(download)
     except HUB_ERRORS as error:
-        raise UnfinishedError(_describe_failure(downloads, explain_hub_error(error, repository))) from error
+        is_lost = isinstance(error, httpx2.TransportError)
+        reason = first_line(error) if is_lost else explain_hub_error(error, repository)
+        raise UnfinishedError(_describe_failure(downloads, reason)) from error
 
 
 def _describe_failure(downloads: Sequence[Download], reason: str) -> str:
     missing = [download for download in downloads if not download.blob.exists()]
     names = ", ".join(f"{download.snapshot.repository}/{download.name}" for download in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    total = sum(download.size for download in downloads)
+    rest, total = remaining_bytes(downloads), sum(download.size for download in downloads)
     return (
-        f"the download stopped, {remaining_bytes(downloads) / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are missing ({names}"
-        f"{more}): {reason}; the same command fetches only the rest"
+        f"the download stopped, {format_size(rest)} of {format_size(total)} are missing ({names}{more}): {reason}; "
+        "the same command fetches only the rest"
     )
+
+
+def format_size(count: int) -> str:
+    """Returns a number of bytes as text."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _download(download: Download, report: Callable[[int], None], stop: Event) -> None:

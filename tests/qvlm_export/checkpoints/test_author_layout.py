@@ -13,7 +13,6 @@ import pytest
 import sentencepiece
 import torch
 from commands import Edit, assert_refused, copy_checkpoint, export_onnx, put
-from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -29,6 +28,7 @@ from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.inputs.samples import encode, load_processor
 from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.progress import Reporter
+from tools.compatibility.hub_server import Hub
 from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
 
 MakeOriginal = Callable[[str], Path]

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hub_server import Hub, Repository
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from qvlm_export.checkpoints.files.headers import find_downloads, read_safetenso
 from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.checkpoints.files.ranges import BLOCK_BYTES
 from qvlm_export.checkpoints.files.weights import open_weights
+from tools.compatibility.hub_server import Hub, Repository
 
 NAME = "someone/llava"
 BIG = {"a.weight": np.zeros((512, 1024), np.float32), "b": np.ones((3, 5), ml_dtypes.bfloat16)}  # two MiB

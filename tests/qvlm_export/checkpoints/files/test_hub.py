@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from hub_server import Hub, Repository
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -16,6 +15,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.checkpoints.files.hub_errors import explain_hub_error
 from qvlm_export.checkpoints.files.snapshot import MAX_SETTINGS_BYTES, find_origin, find_sha256
+from tools.compatibility.hub_server import Hub, Repository
 
 COMMIT, OLDER = "1" * 40, "2" * 40
 FILES = {
@@ -233,7 +233,7 @@ def test_other_answers(hub: Hub, status: int, words: list[str]) -> None:
 
 
 def test_a_server_that_is_no_hub(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub_server._describe_sibling", lambda *_: {"name": "config.json"})
+    monkeypatch.setattr("tools.compatibility.hub_server._describe_sibling", lambda *_: {"name": "config.json"})
     assert_refused([f"{hub.url} does not answer as the Hub does", "HF_ENDPOINT"])
     monkeypatch.undo()
     repository.commit = "main"
