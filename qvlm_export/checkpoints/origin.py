@@ -14,7 +14,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.checkpoints.files.aliases import TINY
 from qvlm_export.checkpoints.files.headers import Download, find_downloads
-from qvlm_export.checkpoints.files.snapshot import find_origin, find_sha256
+from qvlm_export.checkpoints.files.snapshot import SHA256_DIGITS, find_blob, find_origin
 
 PACKAGE, HUB, FOLDER = "package", "hub", "folder"  # where a checkpoint can come from
 
@@ -46,8 +46,8 @@ def _describe_folder(folder: Path, checkpoint: Checkpoint, downloads: Mapping[Pa
 
 def _describe_file(path: Path, download: Download | None) -> dict[str, Any]:
     size = path.stat().st_size if download is None else download.size
-    sha256 = find_sha256(path) if download is None else download.snapshot.files[download.name].sha256
-    return {"name": path.name, "bytes": size} | ({} if sha256 is None else {"sha256": sha256})
+    blob = (find_blob(path) or "") if download is None else download.blob.name
+    return {"name": path.name, "bytes": size} | ({"sha256": blob} if len(blob) == SHA256_DIGITS else {})
 
 
 def open_exported(model: Mapping[str, Any], near: Path) -> Checkpoint:

@@ -59,9 +59,6 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     such as a full disk, it keeps the work folder, and the message says how to resume.
     """
     prepared = prepare_export(options)
-    prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
-    if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
-        reporter.note(estimate_export(prepared).in_words())
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(
             prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device
@@ -70,6 +67,9 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
             return _publish(prepared, work, finished, reporter)
         work.begin(fingerprint, options.resume)
         try:
+            prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
+            if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
+                reporter.note(estimate_export(prepared).in_words())
             return _run_stages(prepared, work, fingerprint, reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error

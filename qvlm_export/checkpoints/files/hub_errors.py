@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def explain_hub_error(error: BaseException, repository: str, revision: str | Non
                 f"cannot be downloaded from {constants.ENDPOINT} ({first_line(cause)}) and is not completely in the cache; "
                 "check the network, or give a local folder"
             )
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            text = f"the disk of the cache {cache} is full; free some, or let HF_HOME name a folder on another disk"
         case OSError() if not isinstance(cause, FileMetadataError):  # which is raised for answers without their headers
             text = f"cannot be stored in the cache {cache} ({first_line(cause)}); HF_HOME can name another place"
         case UnicodeError():

@@ -33,7 +33,8 @@ SETTINGS = (
 MAX_SETTINGS_BYTES = 2**28  # of one such file; the largest tokenizers have a tenth of it
 TIMEOUT_SECONDS = 10.0
 WAITS = (1.0, 4.0)  # seconds before a request is repeated that the Hub was too busy for
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT, BLOB = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,10 @@ def find_origin(folder: Path) -> tuple[str, str] | None:
     return (name.replace(constants.REPO_ID_SEPARATOR, "/"), path.name) if kind == "models" and name else None
 
 
-def find_sha256(path: Path) -> str | None:
-    """Returns the sha256 of a large file in the cache of huggingface_hub, which is named after it; None for other files."""
+def find_blob(path: Path) -> str | None:
+    """Returns the name of a file's content in the cache of huggingface_hub; None for files elsewhere.
+
+    It is the sha256 (64 digits) of large files, and git's name (40 digits) of small ones.
+    """
     blob = path.resolve()
-    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
+    return blob.name if blob.parent.name == "blobs" and BLOB.fullmatch(blob.name) else None

@@ -27,6 +27,7 @@ from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.prepare import ExportOptions, prepare_export
 from qvlm_export.pipeline.progress import Reporter
+from qvlm_export.pipeline.work_folder import work_folder
 from tools.compatibility.hub_server import Hub, sha256
 
 NAME, COMMIT, OLDER = "someone/llava", "1" * 40, "2" * 40
@@ -224,8 +225,10 @@ def test_a_failed_download_is_one_line_and_the_next_run_fetches_the_rest(
 def fingerprint(plan: Path, model: str, revision: str | None = None) -> dict[str, str]:
     """What --resume compares."""
     prepared = prepare_export(ExportOptions(model, plan, revision, "fp16", backend="onnx"))
+    before = work_fingerprint(prepared.checkpoint, prepared.linears, prepared.samples, "rtn", "cpu")
     checkpoint = fetch_weights(prepared.checkpoint, Reporter(quiet=True))
-    return work_fingerprint(checkpoint, prepared.linears, prepared.samples, "rtn", "cpu")
+    assert work_fingerprint(checkpoint, prepared.linears, prepared.samples, "rtn", "cpu") == before
+    return before
 
 
 def test_the_fingerprint_tells_commits_apart_and_not_ways_to_name_one(
@@ -244,6 +247,17 @@ def test_the_fingerprint_tells_commits_apart_and_not_ways_to_name_one(
         == fingerprint(plan, model.name)
         == fingerprint(plan, f"../{model.parent.name}/{model.name}")
     )
+
+
+def test_a_work_folder_that_cannot_be_used_is_refused_before_the_download(hub: Hub, model: Path, plan: Path) -> None:
+    with work_folder(plan, None) as work:
+        assert_refused(export(plan), "another export is at work here")
+        work.begin({"the checkpoint's commit": f"{NAME} {OLDER}"}, resume=False)
+        (work.staging / "a").touch()
+        work.record_stage("a", "key", [work.staging / "a"])
+    assert_refused(export(plan), "holds the unfinished work of an earlier export", "--resume")
+    assert_refused(export(plan, "--resume"), "the checkpoint's commit changed since the work")
+    assert hub.served_weights() < weights_bytes(model)
 
 
 # The manifest, and what reads it

@@ -212,5 +212,5 @@ def test_a_full_disk_is_one_line(downloads: list[Download], monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", refuse)
-    with pytest.raises(UserError, match=r"cannot be stored in the cache .* No space left on device\); .*only the rest"):
+    with pytest.raises(UserError, match=r"the disk of the cache .* is full; .*only the rest"):
         fetch(downloads)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.checkpoints.files.hub_errors import explain_hub_error
-from qvlm_export.checkpoints.files.snapshot import MAX_SETTINGS_BYTES, find_origin, find_sha256
+from qvlm_export.checkpoints.files.snapshot import MAX_SETTINGS_BYTES, find_blob, find_origin
 from tools.compatibility.hub_server import Hub, Repository
 
 COMMIT, OLDER = "1" * 40, "2" * 40
@@ -59,8 +59,9 @@ def test_only_configuration_and_tokenizer_are_downloaded(hub: Hub, repository: R
     assert (location.snapshot.repository, location.snapshot.commit) == ("someone/llava", COMMIT)
     assert location.snapshot.files["model.safetensors"].size == 50_000
     assert find_origin(location.folder) == ("someone/llava", COMMIT)
-    assert find_sha256(location.folder / "tokenizer.model") == location.snapshot.files["tokenizer.model"].sha256
-    assert find_sha256(location.folder / "config.json") is None
+    for name in ("tokenizer.model", "config.json"):
+        assert find_blob(location.folder / name) == location.snapshot.files[name].blob
+    assert location.snapshot.files["tokenizer.model"].sha256 == find_blob(location.folder / "tokenizer.model")
 
 
 def test_an_alias_names_a_repository(hub: Hub) -> None:
