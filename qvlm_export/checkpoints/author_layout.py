@@ -21,8 +21,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from qvlm_export.calibrate.blockwise.blocks import SINGLE_LINEAR
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.files.hub import find_folder, read_config
-from qvlm_export.checkpoints.files.weights import open_weights
+from qvlm_export.checkpoints.files.headers import Download, find_downloads
+from qvlm_export.checkpoints.files.hub import find_checkpoint, read_config
+from qvlm_export.checkpoints.files.weights import Location, open_weights
 
 CONFIG_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer")
 # model_type -> configuration class of the decoder
@@ -108,21 +109,22 @@ def known_tower(name: str) -> str | None:
     return next((tower for tower in TOWERS if Path(name).name == Path(tower).name), None)
 
 
-def find_tower_folder(name: str, folder: Path) -> Path:
-    """Returns the folder of the tower `name`: inside or beside the checkpoint's `folder`, else by path or from Hugging Face.
+def find_tower(name: str, folder: Path) -> Location:
+    """Returns where the tower `name` is: inside or beside the checkpoint's `folder`, else by path or from Hugging Face.
 
     Raises UserError when it is in none of these places.
     """
     nearby = (folder / name, folder / Path(name).name, folder.parent / Path(name).name)
     local = next((path for path in nearby if (path / "config.json").exists()), None)
-    return local or find_folder(known_tower(name) or name, f"{folder / 'config.json'}: mm_vision_tower")
+    option = f"{folder / 'config.json'}: mm_vision_tower"
+    return find_checkpoint(known_tower(name) or name, option=option) if local is None else Location(local)
 
 
 def read_tower_config(name: str, folder: Path) -> dict[str, Any]:
     """Returns the vision_config of the tower `name`. Raises UserError when the tower is not a CLIP."""
     if (known := known_tower(name)) is not None:
         return {**CLIP_LARGE, "image_size": TOWERS[known]}
-    path = find_tower_folder(name, folder)
+    path = find_tower(name, folder).folder
     content = read_config(path, what="a CLIP tower")
     if content.get("model_type") == "clip":
         inner = content.get("vision_config")
@@ -148,7 +150,7 @@ def open_source(own: TensorSource, config: Mapping[str, Any], folder: Path) -> T
     """
     tower: TensorSource | None = None
     if not any(name.startswith("vision_tower.") for name in own):
-        tower = open_weights(find_tower_folder(read_tower_name(config, folder), folder), _rename_tower_tensor)
+        tower = open_weights(find_tower(read_tower_name(config, folder), folder), _rename_tower_tensor)
     vocabulary = int(config["vocab_size"])
     for name in VOCABULARY_TABLES:
         if name in own and own.shape(name)[0] != vocabulary:
@@ -202,6 +204,10 @@ class ConvertedSource:
     def files(self) -> Sequence[Path]:
         """Returns the weight files of both checkpoints."""
         return [*self._own.files(), *(self._tower.files() if self._tower is not None else ())]
+
+    def downloads(self) -> tuple[Download, ...]:
+        """Returns the weight files of both checkpoints that must be downloaded before `load`."""
+        return (*find_downloads(self._own), *(() if self._tower is None else find_downloads(self._tower)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor after the conversion."""

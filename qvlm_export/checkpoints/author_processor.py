@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.author_layout import convert_config, find_tower_folder, known_tower, read_tower_name
+from qvlm_export.checkpoints.author_layout import convert_config, find_tower, known_tower, read_tower_name
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, Conversation, chat_template
-from qvlm_export.checkpoints.files.hub import first_line, read_config
+from qvlm_export.checkpoints.files.hub import read_config
+from qvlm_export.checkpoints.files.hub_errors import first_line
 
 MIN_TOKEN_SHARE = 0.9  # of vocab_size: some models pad their tables to more rows than the tokenizer has tokens
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"
@@ -68,7 +69,7 @@ def _make_image_processor(config: Mapping[str, Any], image_size: int, tower: str
     settings: dict[str, Any] = {}
     if known_tower(tower) is None:
         name = "preprocessor_config.json"
-        stored = read_config(find_tower_folder(tower, folder), name, "a CLIP tower, image processor included")
+        stored = read_config(find_tower(tower, folder).folder, name, "a CLIP tower, image processor included")
         settings = {key: stored[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in stored}
     settings |= {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     aspect = config.get("image_aspect_ratio") or "square"

@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
-from qvlm_export.checkpoints.files.hub import find_folder, read_config
-from qvlm_export.checkpoints.files.weights import open_weights
+from qvlm_export.checkpoints.files.headers import find_downloads
+from qvlm_export.checkpoints.files.hub import find_checkpoint, read_config
+from qvlm_export.checkpoints.files.weights import Location, open_weights
 from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import ModelConfig
@@ -31,26 +32,45 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
 class Checkpoint:
     """An opened checkpoint, in the layout of llava-hf whatever its own is.
 
-    name: as the user gave it. config_json: config.json in llava-hf's form, end tokens included. hf_config: what transformers
-    makes of config.json, with its defaults. config: the geometry that the graphs need. source: all tensors by canonical
-    names. end_tokens: the ids that end an answer; empty when the checkpoint names none but its tokenizer's.
+    name: as the user gave it. location: where its files are. config_json: config.json in llava-hf's form, end tokens
+    included. hf_config: what transformers makes of config.json, with its defaults. config: the geometry that the graphs
+    need. source: all tensors by canonical names; their weights can be loaded when `find_downloads(source)` is empty.
+    end_tokens: the ids that end an answer; empty when the checkpoint names none but its tokenizer's.
     """
 
     name: str
-    folder: Path
+    location: Location
     config_json: dict[str, Any]
     hf_config: PreTrainedConfig
     config: ModelConfig
     source: TensorSource
     end_tokens: tuple[int, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        """The folder of config.json and the processor's files."""
+        return self.location.folder
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """Opens the checkpoint `model`: an alias, a local folder, or a Hugging Face id.
 
-    Raises UserError when it is not a supported LLaVA with complete, well-formed weights.
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Opens the checkpoint `model`: an alias, a local folder, or a Hugging Face id at a `revision`.
+
+    Weights on the Hub that are not in the cache are not downloaded: their headers are read, and `reopen_checkpoint` opens
+    them once they are there. Raises UserError when it is not a supported LLaVA with complete, well-formed weights.
     """
-    folder = find_folder(model)
+    return _open(model, find_checkpoint(model, revision))
+
+
+def reopen_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint after its weights were downloaded, when all that is checked by headers is checked again."""
+    opened = _open(checkpoint.name, checkpoint.location)
+    if missing := find_downloads(opened.source):
+        raise UserError(f"{checkpoint.name}: {missing[0].name} is not in the cache any more; run the same command again")
+    return opened
+
+
+def _open(model: str, location: Location) -> Checkpoint:
+    folder = location.folder
     where, stored_config = str(folder / "config.json"), read_config(folder)
     layout = find_layout(stored_config)
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
@@ -59,11 +79,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     end_tokens = read_end_tokens(folder, config.text.vocab_size)
     if end_tokens:  # so that a calibrated checkpoint, which has no generation_config.json, ends its answers the same
         config_json = {**config_json, "eos_token_id": list(end_tokens)}
-    source = open_weights(folder, make_renamer(layout))
+    source = open_weights(location, make_renamer(layout))
     if layout.open_source is not None:
         source = layout.open_source(source, stored_config, folder)
     check_tensors(source, config, folder)
-    return Checkpoint(model, folder, config_json, hf_config, config, source, end_tokens)
+    return Checkpoint(model, location, config_json, hf_config, config, source, end_tokens)
 
 
 def complete_config(config_json: Mapping[str, Any], where: str) -> PreTrainedConfig:

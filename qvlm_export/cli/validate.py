@@ -36,6 +36,7 @@ def main(
     reference: Annotated[
         str | None, typer.Option(help="checkpoint to compare with; default: the one that was exported")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a --reference on the Hub")] = None,
     samples: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer; default: the built-in scenes")] = None,
     limit: Annotated[int, typer.Option(min=1, help="largest number of samples")] = 64,
     min_agreement: Annotated[
@@ -65,7 +66,9 @@ def main(
         from qvlm_export.pipeline.progress import Reporter
         from qvlm_export.validation.validate import ValidateOptions, validate
 
-        options = ValidateOptions(plan, reference, samples, limit, min_agreement, max_kl, per_layer, save_polygraphy)
+        options = ValidateOptions(
+            plan, reference, revision, samples, limit, min_agreement, max_kl, per_layer, save_polygraphy
+        )
         content = validate(options, Reporter(quiet=as_json)).summary()
         if as_json:
             print(json.dumps(content, indent=1, allow_nan=False))

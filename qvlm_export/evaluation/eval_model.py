@@ -29,6 +29,8 @@ from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH, MODEL_
 from qvlm_export.inference.model import LoadedModel
 from qvlm_export.inference.torch_runner import DTYPES, TorchRunner, check_device
 from qvlm_export.inputs.samples import check_processor, load_processor
+from qvlm_export.pipeline.fetch import fetch_weights
+from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.validation.compare import open_calibrated
 from qvlm_export.validation.validate import open_reference
 
@@ -68,24 +70,30 @@ class CalibratedModel:
     processor: Path
 
 
-def find_eval_model(source: str, model_form: str) -> EvalModel:
+def find_eval_model(
+    source: str, model_form: str, reporter: Reporter | None = None, revision: str | None = None
+) -> EvalModel:
     """Finds the model that `source` names: an export (X.plan or X.json), a calibrated checkpoint, or a float checkpoint.
 
     model_form: one of `MODEL_FORMS`, or "auto" for the natural form of the source; for an export that is the engine where it
-    can run, else the graph. Only headers are read. Raises UserError when the source does not have this form.
+    can run, else the graph. reporter: shows the download of a checkpoint's weights from the Hub, the only ones that are read
+    here. revision: of a checkpoint on the Hub. Raises UserError when the source does not have this form.
     """
+    reporter = reporter or Reporter(quiet=True)
     if model_form not in ("auto", *MODEL_FORMS):
         raise UserError(f"--model-form {model_form}: unknown; choose auto, {', '.join(MODEL_FORMS)}")
     path = Path(source).expanduser()
+    if revision is not None and (path.suffix in (".plan", ".json") or path.exists()):
+        raise UserError(f"--revision {revision}: is of a model on the Hub, and {source} is a file or folder; leave it out")
     if path.suffix in (".plan", ".json"):
-        return _find_export(path, model_form)
+        return _find_export(path, model_form, reporter)
     if (path / RECORD_FILE).is_file():
         _require_form(model_form, (FAKE_QUANT,), f"{source} is a calibrated checkpoint")
         calibrated = _open_calibrated_model(path, _find_processor(path))
         config = model_config(calibrated.hf_config, str(path / CONFIG_FILE))
         return EvalModel(path.name, FAKE_QUANT, folder_identity(path), config, calibrated=calibrated)
     _require_form(model_form, (FLOAT,), f"{source} is no export; export it first, or give X.plan")
-    checkpoint = open_checkpoint(source)
+    checkpoint = fetch_weights(open_checkpoint(source, revision), reporter)
     return EvalModel(path.name or source, FLOAT, checkpoint_identity(checkpoint), checkpoint.config, checkpoint=checkpoint)
 
 
@@ -94,13 +102,13 @@ def _require_form(model_form: str, available: tuple[str, ...], message: str) -> 
         raise UserError(f"--model-form {model_form}: {message}")
 
 
-def _find_export(path: Path, model_form: str) -> EvalModel:
+def _find_export(path: Path, model_form: str, reporter: Reporter) -> EvalModel:
     manifest = read_manifest(path.with_suffix(".json"))
     identity, config = str(describe_file(manifest.path)["sha256"]), manifest.config
     if model_form == "auto":
         model_form = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
     if model_form == FLOAT:
-        checkpoint = open_reference(manifest, None)
+        checkpoint = fetch_weights(open_reference(manifest, None), reporter)
         return EvalModel(path.stem, FLOAT, checkpoint_identity(checkpoint), config, manifest, checkpoint)
     if model_form == FAKE_QUANT:
         calibrated, reason = open_calibrated(manifest)

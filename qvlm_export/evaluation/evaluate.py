@@ -50,7 +50,7 @@ class EvalOptions:
     of `MODEL_FORMS`. form: how prompts are worded, one of `FORMS` in `tasks/task.py`. conversation: the chat format.
     questions: a file of prompts that replaces the task's own. limit: only the first questions. shard: (part, parts), part
     counted from 1. merge: predictions of all shards, which are scored together. runtime, fast: of graph and engine.
-    device: of the torch forms.
+    device: of the torch forms. revision: of a model on the Hub.
     """
 
     model: str | None
@@ -72,6 +72,7 @@ class EvalOptions:
     runtime: str = "auto"
     device: str = "auto"
     fast: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
         raise UserError("give a model or an export, or --merge with the predictions of its shards")
     if process.size > 1 and options.shard != (1, 1):
         raise UserError("--shard: torchrun splits the questions itself; leave --shard out, or torchrun")
-    eval_model = find_eval_model(options.model, options.model_form)
+    eval_model = find_eval_model(options.model, options.model_form, reporter, options.revision)
     _check_model(job, eval_model)
     shard = options.shard if process.size == 1 else (process.rank + 1, process.size)
     start = time.monotonic()

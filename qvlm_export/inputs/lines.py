@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.files.hub import first_line
+from qvlm_export.checkpoints.files.hub_errors import first_line
 
 # Field of a line -> the keys that may hold it. Of several keys, each must say the same.
 KEYS = {

@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
-from qvlm_export.checkpoints.files.hub import first_line
+from qvlm_export.checkpoints.files.hub_errors import first_line
 from qvlm_export.engines.config import ModelConfig
 
 

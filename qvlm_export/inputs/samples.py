@@ -22,7 +22,8 @@ from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.families import find_layout
-from qvlm_export.checkpoints.files.hub import first_line, read_config
+from qvlm_export.checkpoints.files.hub import read_config
+from qvlm_export.checkpoints.files.hub_errors import first_line
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.lines import Line, parse_line

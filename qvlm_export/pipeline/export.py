@@ -19,9 +19,11 @@ from typing import Any
 
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, record_files
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
+from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
 from qvlm_export.engines.manifest import Manifest, describe, describe_file, describe_in_background, write_manifest
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
 from qvlm_export.pipeline.preparation.outputs import (
@@ -69,8 +71,6 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     such as a full disk, it keeps the work folder, and the message says how to resume.
     """
     prepared = prepare_export(options)
-    if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
-        reporter.note(estimate_export(prepared).in_words())
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(
             prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device
@@ -82,6 +82,9 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         try:
             if finished is not None:
                 return _publish(prepared, work, *finished, reporter)
+            prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
+            if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
+                reporter.note(estimate_export(prepared).in_words())
             return _run_stages(prepared, work, fingerprint, reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error
@@ -159,7 +162,7 @@ def _make_manifest(
 ) -> Manifest:
     return Manifest(
         path=folder / manifest_path(prepared.options.out).name,
-        model={"name": prepared.checkpoint.name, "model_type": prepared.checkpoint.hf_config.model_type},
+        model=describe_origin(prepared.checkpoint),
         config=prepared.checkpoint.config,
         limits=prepared.limits,
         float_type=prepared.options.dtype,

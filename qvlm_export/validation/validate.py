@@ -17,12 +17,14 @@ from typing import Any
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.origin import open_exported
 from qvlm_export.engines.check.metrics import Sums
 from qvlm_export.engines.check.polygraphy import SavedComparison, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.validation.accuracy import (
     Check,
@@ -40,7 +42,8 @@ from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 class ValidateOptions:
     """The options of the command line.
 
-    plan: X.plan, or X.json beside it. reference: the float checkpoint; None for the one that was exported. samples: a JSONL
+    plan: X.plan, or X.json beside it. reference: the float checkpoint; None for the one that was exported. revision: of a
+    reference on the Hub. samples: a JSONL
     file; None for the built-in samples. limit: the number of samples at most. min_agreement (0 to 1) and max_kl (nats per
     token): thresholds on answer tokens; None for no threshold. per_layer: score every block of the graph, too.
     save_polygraphy: a folder for the files with which Polygraphy repeats the comparison; None to write none.
@@ -48,6 +51,7 @@ class ValidateOptions:
 
     plan: Path
     reference: str | None = None
+    revision: str | None = None
     samples: Path | None = None
     limit: int = 64
     min_agreement: float | None = MIN_AGREEMENT
@@ -140,12 +144,13 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
     if options.plan.suffix not in (".plan", ".json"):
         raise UserError(f"{options.plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(options.plan.with_suffix(".json"))
-    checkpoint = open_reference(manifest, options.reference)
+    checkpoint = open_reference(manifest, options.reference, options.revision)
     inputs = read_inputs(manifest, options.samples, options.limit)
     if options.save_polygraphy is not None:
         _prepare_folder(options.save_polygraphy, manifest)
     if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
         raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
+    checkpoint = fetch_weights(checkpoint, reporter)
     job = ComparisonJob(manifest, checkpoint, inputs, options.per_layer)
     chain = compare_forms(job, reporter)
     saved = _run_polygraphy(manifest, job.samples[find_traced_sample(job.samples)], chain, options.save_polygraphy, reporter)
@@ -153,14 +158,20 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
     return Validation(manifest, checkpoint.name, len(inputs), chain, checks, saved)
 
 
-def open_reference(manifest: Manifest, reference: str | None) -> Checkpoint:
+def open_reference(manifest: Manifest, reference: str | None, revision: str | None = None) -> Checkpoint:
     """Opens the float checkpoint `reference`, or the one that was exported when it is None.
 
-    Raises UserError when the checkpoint cannot be opened or has another configuration than the export.
+    revision: of a reference on the Hub, whose weights may have to be downloaded. Raises UserError when the checkpoint cannot
+    be opened, or has another configuration than the export.
     """
+    if reference is None and revision is not None:
+        raise UserError(f"--revision {revision}: is of --reference; without it, the exported commit is compared with")
     name = str(manifest.model["name"]) if reference is None else reference
     try:
-        checkpoint = open_checkpoint(name)
+        if reference is None:
+            checkpoint = open_exported(manifest.model, manifest.path.parent)
+        else:
+            checkpoint = open_checkpoint(reference, revision)
     except UserError as error:
         message = str(error).replace("--model", "--reference")  # the name of the option in this command
         remedy = "" if reference else f" ({manifest.path.name} was exported from it; --reference says where it is now)"

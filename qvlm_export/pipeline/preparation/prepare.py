@@ -22,6 +22,8 @@ from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearSch
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.files.download import remaining_bytes
+from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.engines.backend import Backend, choose_backend
 from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.graph.float_graphs import expected_shapes
@@ -63,13 +65,14 @@ MAX_SAMPLES = 128  # used at most when --samples is not given
 class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
-    None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
-    dtype: float type of the graphs.
-    overwrite: whether files that this export did not write may be replaced.
+        None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
+    device: where calibration computes. dtype: float type of the graphs. overwrite: whether files that this export did not
+    write may be replaced.
     """
 
     model: str
     out: Path
+    revision: str | None = None
     scheme: str = "int4"
     recipe: Path | None = None
     calib_data: Path | None = None
@@ -92,11 +95,11 @@ class PreparedExport:
     """Everything that is decided and counted before work begins; `--dry-run` shows it.
 
     processor: the processor of transformers. linears: the quantized linears with their schemes. sizes: of the weights, by
-    part. disk_bytes: the most that is on disk at a time. samples: the calibration set; empty when no linear is quantized.
-    range_samples: a few to run before all else, to see whether activations leave float16's range; empty for a checkpoint in
-    float16, and for other graphs.
-    cost: of calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may
-    hold in memory.
+    part. disk_bytes: the most that is on disk at a time, without the Hub's cache. download_bytes: of weights that the cache
+    lacks. samples: the calibration set; empty when no linear is quantized. range_samples: a few to run before all else, to
+    see whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of
+    calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in
+    memory.
     """
 
     options: ExportOptions
@@ -109,6 +112,7 @@ class PreparedExport:
     linears: Mapping[str, LinearScheme]
     sizes: Mapping[str, Sizes]
     disk_bytes: int
+    download_bytes: int
     samples: tuple[Sample, ...]
     cost: Cost
     activations_bytes: int
@@ -125,7 +129,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     device = check_device(options.device)
     recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model, options.revision)
     limits = _choose_limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
@@ -148,7 +152,9 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         activations_bytes=activation_cache_bytes(blocks, samples, config),
         sensitivity_bytes=sensitivity_bytes(blocks, samples, config),
     )
-    check_disk(disk, options.out, options.work_dir)
+    downloads = find_downloads(checkpoint.source)
+    download_bytes = remaining_bytes(downloads)
+    check_disk(disk, options.out, options.work_dir, checkpoint.folder if downloads else None, download_bytes)
     on_host = cost if device == "cpu" else Cost()
     largest = largest_bytes(checkpoint.config)
     if device == "cuda":
@@ -165,6 +171,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         linears=linears,
         sizes=sizes,
         disk_bytes=disk.bytes,
+        download_bytes=download_bytes,
         samples=samples,
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
@@ -191,7 +198,8 @@ def _check_options(options: ExportOptions) -> None:
 
 def estimate_export(prepared: PreparedExport) -> Estimate:
     """Returns the expected time and memory of the export, after measuring the speed of this machine for a few seconds."""
-    machine = measure_machine(prepared.options.out.parent, prepared.checkpoint.source.files(), prepared.device)
+    files, download_bytes = prepared.checkpoint.source.files(), prepared.download_bytes
+    machine = measure_machine(prepared.options.out.parent, files, prepared.device, download_bytes)
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
     return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from commands import Edit, assert_refused, copy_checkpoint, export_onnx, put, set_weight
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 Llava = Callable[..., Path]
@@ -30,15 +29,6 @@ def checkpoint(llava: Llava, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", ["llava-70b", "./no/such", "~/no-such-folder", "a/b/c"])
 def test_unknown_model_is_refused(absent: Path, model: str) -> None:
     assert_refused(export_onnx(model, absent), "no such folder", "see --list-models", "Hugging Face id")
-
-
-def test_model_cannot_be_downloaded(absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("Name or service not known")
-
-    monkeypatch.setattr("qvlm_export.checkpoints.files.hub.snapshot_download", fail)
-    words = ("--model someone/llava: cannot be downloaded", "Name or service not known", "give a local folder")
-    assert_refused(export_onnx("someone/llava", absent), *words)
 
 
 def test_model_is_a_file(absent: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 
@@ -25,6 +26,13 @@ def plan(llava, tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "int4" / "e.plan"
     qvlm_export.export(str(llava()), path, backend="onnx", samples=4, max_length=128)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_folder_of_the_checkpoint(llava):
+    """Manifests hold no paths, so a checkpoint is found by its name in the current folder."""
+    with contextlib.chdir(llava().parent):
+        yield
 
 
 def run(plan, *arguments):
