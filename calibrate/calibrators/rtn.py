@@ -44,6 +44,8 @@ def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progr
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         with resident(block) as module, torch.inference_mode():
+            for name, scheme in job.block_schemes(block).items():  # else their outputs would be named
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
             with observe_amax(module) as amax, observe_magnitudes(module) as largest:
                 outputs = shards.store_outputs(block, (run(module, x.to(job.device)) for x in inputs))
             check_range(block.prefix, largest, job.float_type)

@@ -94,6 +94,8 @@ def _run_stages(
     prepared: PreparedExport, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
 ) -> ExportResult:
     calibrated = calibrate(prepared, work, reporter)
+    if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
+        prepared.processor.save_pretrained(calibrated.folder)
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:
         reports, checks = build(prepared, work, fingerprint, reporter)

@@ -44,16 +44,23 @@ class Disk:
 
 
 def disk_needed(
-    sizes: Sizes, *, calibrates: bool, builds: bool, activations_bytes: int = 0, sensitivity_bytes: int = 0
+    sizes: Sizes,
+    *,
+    calibrates: bool,
+    builds: bool,
+    activations_bytes: int = 0,
+    sensitivity_bytes: int = 0,
+    dense_bytes: int = 0,
 ) -> Disk:
     """Returns the disk space that an export needs.
 
     sizes: of all weights. calibrates, builds: whether linears are quantized, and whether engines are built.
     activations_bytes: of the activation cache on disk. sensitivity_bytes: of what is on disk while sensitivities are
-    measured, which is before the first block is calibrated.
+    measured, which is before the first block is calibrated. dense_bytes: what the calibrated checkpoint takes more than
+    graphs, because linears of tower and projector are dense in it.
     """
     plans = sizes.quantized_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
-    work = max(sizes.quantized_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
+    work = max(sizes.quantized_bytes + dense_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
     return Disk(sizes.quantized_bytes + plans, work)
 
 

@@ -151,6 +151,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         builds=builds,
         activations_bytes=activation_cache_bytes(blocks, samples, config),
         sensitivity_bytes=sensitivity_bytes(blocks, samples, config),
+        dense_bytes=max(0, 2 * sizes["vision"].float16_bytes - sizes["vision"].quantized_bytes),
     )
     downloads = find_downloads(checkpoint.source)
     download_bytes = remaining_bytes(downloads)
