@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.compatibility import running
 from tools.compatibility.case import Case
 
 # Heading of a section of the table -> its cases.
-SECTIONS: dict[str, Sequence[Case]] = {}
+SECTIONS: dict[str, Sequence[Case]] = {
+    "Pictures, prompts and answers": running.CASES,
+}
 
 INTRODUCTION = """# Compatibility: what users really have
 
