@@ -16,9 +16,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.checkpoint.files import read_json, write_json
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
+from qvlm_export.calibrate.checkpoint.schema import check_schema
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.config import Limits, ModelConfig, ProjectorConfig, TextConfig, TileConfig, VisionConfig
+from qvlm_export.engines.config import Limits, ModelConfig
+from qvlm_export.engines.manifest_schema import CONFIG, CONTENT, LIMITS, check_config
 
 FORMAT, VERSION = "qvlm-export", 2
 READABLE = (1, 2)  # versions; 1 has neither tiles nor several feature layers
@@ -60,6 +63,8 @@ class Manifest:
         for part in dict.fromkeys((path, *self.recorded_files(role))):
             if not part.exists():
                 raise UserError(f"{part}: is missing; it belongs to {self.path.name}, keep the files of an export together")
+            if not part.is_dir():
+                check_regular_file(part, "a file of an export")
         for part, record in self.recorded_files(role).items():
             expected, size = record.get("bytes"), part.stat().st_size
             if expected is not None and size != expected:
@@ -97,52 +102,64 @@ def read_manifest(path: Path) -> Manifest:
     Raises UserError when it is missing, damaged, changed since it was written, or of a newer version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "a readable manifest", "export again")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such manifest; an export writes it beside the plan") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error}); export again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is no manifest of qvlm-export")
-    if content.get("version") not in READABLE:
-        raise UserError(
-            f"{path}: manifest version {content.get('version')}, this program reads {VERSION}; update qvlm-export"
-        )
+    version = content.get("version")
+    if isinstance(version, bool) or version not in READABLE:
+        raise UserError(f"{path}: manifest version {version}, this program reads {VERSION}; update qvlm-export")
     if content.get("sha256") != seal(content)["sha256"]:
         raise UserError(f"{path}: was changed since the export wrote it, or copied in part; export again")
+    return _check_content(path, content)
+
+
+def _check_content(path: Path, content: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest. Raises UserError for a value of another type or range than an export writes."""
+    what, remedy = "the manifest", "export again"
     try:
-        return Manifest(
-            path=path,
-            model=content["model"],
-            config=_read_model_config(content["config"]),
-            limits=Limits(**content["limits"]),
-            float_type=content["float_type"],
-            scheme=content["scheme"],
-            linears=content["linears"],
-            calibration=content["calibration"],
-            backend=content["backend"],
-            plan_check=tuple(content["plan_check"]),
-            interface=content["interface"],
-            versions=content["versions"],
-            files=content["files"],
-            generation=content.get("generation", {}),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: the manifest is damaged ({error!r}); export again") from error
-
-
-def _read_model_config(content: Mapping[str, Any]) -> ModelConfig:
-    """Returns the configuration; in version 1, a tower had one feature layer, and o a bias if q, k and v had one."""
-    vision, text, tiles = content["vision"], content["text"], content.get("tiles")
-    features = vision.get("feature_layers", [vision["num_layers"]])
-    text = {"output_bias": text["attention_bias"], **text}
-    return ModelConfig(
-        vision=VisionConfig(**{**vision, "feature_layers": tuple(features)}),
-        projector=ProjectorConfig(**content["projector"]),
-        text=TextConfig(**text),
-        image_token_id=content["image_token_id"],
-        tiles=None if tiles is None else TileConfig(**{**tiles, "pinpoints": tuple(map(tuple, tiles["pinpoints"]))}),
+        json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path}: {what} is damaged (it holds a number that is not finite); {remedy}") from error
+    checked = check_schema(CONTENT, content, path, what, remedy)
+    config = check_schema(CONFIG, _fill_older_config(content.get("config")), path, what, remedy, inside="config")
+    limits = check_schema(LIMITS, content.get("limits"), path, what, remedy, inside="limits")
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {what} is damaged ({error}); {remedy}") from error
+    files = {role: {k: v for k, v in asdict(entry).items() if v is not None} for role, entry in checked.files.items()}
+    return Manifest(
+        path=path,
+        model=content["model"],
+        config=config,
+        limits=limits,
+        float_type=checked.float_type,
+        scheme=checked.scheme,
+        linears=checked.linears,
+        calibration=checked.calibration,
+        backend=content["backend"],
+        plan_check=tuple(content["plan_check"]),
+        interface=content["interface"],
+        versions=checked.versions,
+        files=files,
+        generation=content.get("generation", {}),
     )
+
+
+def _fill_older_config(content: Any) -> Any:
+    """Returns the configuration of a manifest with what version 1 left out, and without what is no longer read.
+
+    There, a tower had one feature layer, and o a bias if q, k and v had one. rope_theta was there before 0.10. What is no
+    configuration is returned as it is, for the schema to refuse.
+    """
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in ("vision", "text")):
+        return content
+    vision = {"feature_layers": [content["vision"].get("num_layers")], **content["vision"]}
+    text = {"output_bias": content["text"].get("attention_bias"), **content["text"]}
+    text.pop("rope_theta", None)
+    return {**content, "vision": vision, "text": text}
 
 
 def describe_file(path: Path, stop: Event | None = None) -> dict[str, Any]:
@@ -160,7 +177,7 @@ def describe_file(path: Path, stop: Event | None = None) -> dict[str, Any]:
 
 
 def describe_folder(path: Path, stop: Event | None = None) -> dict[str, Any]:
-    """Returns the name of a folder and `files`, path inside (with slashes) -> bytes and sha256, without hidden files."""
+    """Returns the name of a folder and `files`, path inside (with slashes) -> bytes and sha256."""
     described = {name: describe_file(path / name, stop) for name in _list_files(path)}
     return {
         "name": path.name,
@@ -189,9 +206,9 @@ def describe_in_background(paths: Mapping[str, Path]) -> Iterator[Callable[[], d
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Returns the paths of all files inside, sorted, without hidden ones, which desktops and download tools leave."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    """Returns the paths of all files inside, sorted; hidden files and links to folders are among them."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.as_posix() for path in paths)
 
 
 def verify_file(manifest: Manifest, role: str) -> Path:
@@ -201,11 +218,24 @@ def verify_file(manifest: Manifest, role: str) -> Path:
     take seconds; `qvlm-inspect --verify` hashes them too. Raises UserError when anything was changed.
     """
     path = manifest.file(role)
-    _check_unlisted_files(manifest, role)
+    _check_unlisted_files(manifest, role, hidden=False)
     for part, record in manifest.recorded_files(role).items():
         if "sha256" in record and record["bytes"] <= VERIFY_AT_OPEN_BYTES:
             _check_hash(part, record)
     return path
+
+
+def check_intact(manifest: Manifest, role: str) -> None:
+    """Raises UserError unless a file or folder is as it was written: in names and sizes, and if it is small, in hashes."""
+    records = manifest.recorded_files(role)
+    if not records and "files" not in manifest.files[role]:
+        raise UserError(f"{manifest.files[role]['name']}: its content was not recorded by that export; export again")
+    manifest.file(role)
+    _check_unlisted_files(manifest, role, hidden=True)
+    if sum(record["bytes"] for record in records.values()) <= VERIFY_AT_OPEN_BYTES:
+        for part, record in records.items():
+            if "sha256" in record:
+                _check_hash(part, record)
 
 
 def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda _: None) -> list[Path]:
@@ -219,7 +249,7 @@ def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda 
         records = {path: record for path, record in manifest.recorded_files(role).items() if "sha256" in record}
         if records:
             manifest.file(role)
-            _check_unlisted_files(manifest, role)
+            _check_unlisted_files(manifest, role, hidden=True)
         hashed |= records
     if not hashed:
         raise UserError(f"{manifest.path}: lists no sha256, so nothing can be verified; export again")
@@ -229,11 +259,20 @@ def verify_files(manifest: Manifest, progress: Callable[[float], None] = lambda 
     return list(hashed)
 
 
-def _check_unlisted_files(manifest: Manifest, role: str) -> None:
-    """Raises UserError for a file that the manifest does not list: one more file can change what a processor does."""
+def _check_unlisted_files(manifest: Manifest, role: str, *, hidden: bool) -> None:
+    """Raises UserError for a file that the manifest does not list: one more file can change what a processor does.
+
+    hidden: whether hidden files count. Desktops and download tools leave them and no session opens them, so it minds none;
+    but a verified folder holds nothing that the export did not write.
+    """
     entry = manifest.files[role]
     folder = manifest.path.parent / entry["name"]
-    if "files" in entry and (unlisted := set(_list_files(folder)) - set(entry["files"])):
+    if "files" not in entry:
+        return
+    unlisted = set(_list_files(folder)) - set(entry["files"])
+    if not hidden:
+        unlisted = {name for name in unlisted if not any(part.startswith(".") for part in name.split("/"))}
+    if unlisted:
         raise UserError(f"{folder / min(unlisted)}: is not part of this export; take it away, or export again")
 
 

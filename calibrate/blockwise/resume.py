@@ -7,14 +7,15 @@ measured before the first block, such as sensitivities, are files of their own b
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,8 @@ from qvlm_export.calibrate.blockwise.activation_cache import (
     open_cached_activations,
     zeros_of_cached_shapes,
 )
-from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_json
+from qvlm_export.calibrate.checkpoint.schema import LARGEST, Bytes, FileName, check_schema, schema_of
 from qvlm_export.calibrate.errors import UserError
 
 MEMORY_BYTES = 2 * 2**30  # of activations, by default
@@ -46,6 +48,29 @@ class FinishedBlock:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _StoredOutput:
+    """The description of one output, as JSON holds it."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    offset: Bytes
+
+
+@dataclass(frozen=True)
+class _StoredEntry:
+    """An entry as JSON holds it, with the number of the block; what an entry is checked against when it is read."""
+
+    number: Bytes
+    name: str
+    shard: FileName
+    outputs: tuple[_StoredOutput, ...]
+    record: Mapping[str, Any]
+
+
+_ENTRY_SCHEMA = TypeAdapter(schema_of(_StoredEntry, {"shape": (0, LARGEST)}))
+
+
 class CalibrationWork:
     """The work folder of one calibration, with what an interrupted run left in it.
 
@@ -57,6 +82,9 @@ class CalibrationWork:
     def __init__(self, folder: Path, *, narrow: bool = False, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder, self._narrow, self._memory_bytes = folder / "blocks", narrow, memory_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._saving = self._folder / "saving"
+        clear_leftovers(self._folder)
+        shutil.rmtree(self._saving, ignore_errors=True)
         self.entries = _read_entries(self._folder)
         self._by_name = {entry.name: number for number, entry in enumerate(self.entries)}
 
@@ -81,13 +109,14 @@ class CalibrationWork:
 
     def save(self, name: str, tensors: NamedTensors) -> NamedTensors:
         """Saves the tensors under `name`, for a later run to load, and returns them."""
-        path = self._tensors_path(name)
-        temporary = path.with_name(path.name + ".tmp")
         flat = {f"{key}/{n:08}": tensor for key, parts in tensors.items() for n, tensor in enumerate(parts)}
+        # The library writes through a hidden file beside this one, which a kill leaves here, for the next run to clear.
+        temporary = self._saving / self._tensors_path(name).name
+        temporary.parent.mkdir(exist_ok=True)
         save_file({key: tensor.contiguous() for key, tensor in flat.items()}, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, self._tensors_path(name))
         return tensors
 
     def delete(self, name: str) -> None:
@@ -145,10 +174,8 @@ def holds_work(folder: Path) -> bool:
 def _read_entries(folder: Path) -> list[FinishedBlock]:
     entries: list[FinishedBlock] = []
     while (path := folder / f"{len(entries):04}.json").exists():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            entry = FinishedBlock(*(content[key] for key in ("name", "shard", "outputs", "record")))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path}: is damaged ({error!r}); delete {folder.parent} and start over") from error
-        entries.append(entry)
+        remedy = f"delete {folder.parent} and start over"
+        content = read_json(path, "readable: it is damaged", remedy)
+        check_schema(_ENTRY_SCHEMA, content, path, "the entry", remedy)
+        entries.append(FinishedBlock(*(content[key] for key in ("name", "shard", "outputs", "record"))))
     return entries

@@ -8,21 +8,21 @@ program's own record. Shards are written one block at a time and the index last,
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_json, write_tensors
 from qvlm_export.calibrate.checkpoint.packing import pack_codes, unpack_codes
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE, SafetensorsSource
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, SchemeError
+from qvlm_export.calibrate.checkpoint.schema import check_schema, schema_of
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 
 RECORD_FILE = "calibration.json"
@@ -59,8 +59,24 @@ class CalibratedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.schemes, self.summary = _read_record(folder / RECORD_FILE)
+        record = _read_record(folder / RECORD_FILE)
+        self.schemes, self.summary = dict(record.linears), dict(record.summary)
         self.floats = SafetensorsSource(folder)
+        for name, scheme in self.schemes.items():
+            self._check_tensors(name, scheme)
+
+    def _check_tensors(self, name: str, scheme: LinearScheme) -> None:
+        """Raises UserError when a tensor of a quantized linear is missing, or has another type or rank than it must have."""
+        for suffix, (dtype, rank) in _stored_tensors(scheme).items():
+            tensor = f"{name}.{suffix}"
+            if tensor not in self.floats:
+                raise UserError(f"{self.folder}: lacks the tensor {tensor}, which {RECORD_FILE} lists; calibrate again")
+            got = self.floats.dtype(tensor).name, len(self.floats.shape(tensor))
+            if got != (dtype, rank):
+                raise UserError(
+                    f"{self.folder}: {tensor} is {got[0]} of rank {got[1]}, {RECORD_FILE} needs {dtype} of rank {rank}; "
+                    "calibrate again"
+                )
 
     def codes(self, name: str) -> np.ndarray:
         """Codes of the linear `name`, int8 [out, in], read from disk now."""
@@ -110,6 +126,7 @@ class CalibratedWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX_FILE).unlink(missing_ok=True)
+        clear_leftovers(folder)
         self._folder = folder
         self._weight_map: dict[str, str] = {}
         self._linears: dict[str, LinearScheme] = {}
@@ -124,7 +141,7 @@ class CalibratedWriter:
             tensors |= _encode_linear(name, linear)
             self._linears[name] = linear.scheme
         file_name = f"model-{block}.safetensors"
-        write_atomically(self._folder / file_name, lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_tensors(self._folder / file_name, tensors, {"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, file_name)
         return file_name
 
@@ -181,6 +198,15 @@ def _encode_linear(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _stored_tensors(scheme: LinearScheme) -> dict[str, tuple[str, int]]:
+    """End of the name of each tensor that a linear is stored as, see `_encode_linear` -> dtype and rank."""
+    if scheme.group_size is None:
+        tensors = {"weight": ("int8", 2), "weight_scale": ("float32", 2)}
+    else:
+        tensors = {"weight_packed": ("int32", 2), "weight_scale": ("float16", 2), "weight_shape": ("int64", 1)}
+    return tensors if scheme.activation_bits is None else {**tensors, "input_scale": ("float32", 1)}
+
+
 def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors for these linears: one config group per distinct scheme."""
     groups: dict[str, Any] = {}
@@ -229,34 +255,50 @@ def _make_target_pattern(name: str) -> str:
     return rf"re:^(model\.)?{root}\.((model|vision_model)\.)?{re.escape(inner)}$"
 
 
-def _read_record(path: Path) -> tuple[dict[str, LinearScheme], dict[str, Any]]:
-    """The scheme of each quantized linear, and the summary.
+@dataclass(frozen=True)
+class _Record:
+    """The content of calibration.json. files: file in the folder -> bytes, once the checkpoint is published."""
 
-    Raises UserError when the record is missing, damaged, or of another version.
-    """
+    version: int
+    summary: Mapping[str, Any]
+    linears: Mapping[str, LinearScheme]
+    files: Mapping[str, int] = field(default_factory=dict)
+
+
+_RECORD_SCHEMA = TypeAdapter(schema_of(_Record))
+
+
+def _read_record(path: Path) -> _Record:
+    """The record. Raises UserError when it is missing, damaged, or of another version."""
+    remedy = "calibrate again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["version"]
-        if version != RECORD_VERSION:
-            raise UserError(f"{path}: record version {version}, this program reads {RECORD_VERSION}; calibrate again")
-        return {name: LinearScheme(**scheme) for name, scheme in record["linears"].items()}, dict(record["summary"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SchemeError) as error:
-        raise UserError(f"{path}: no readable calibration record ({error!r}); calibrate again") from error
+        record = read_json(path, "a readable calibration record", remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing, so this is no complete calibrated checkpoint; {remedy}") from error
+    version = record.get("version") if isinstance(record, dict) else None
+    if version is not None and version != RECORD_VERSION:
+        raise UserError(f"{path}: record version {version!r}, this program reads {RECORD_VERSION}; {remedy}")
+    return check_schema(_RECORD_SCHEMA, record, path, "the calibration record", remedy)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON in UTF-8, through a temporary file; keys keep their order."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def record_files(folder: Path) -> None:
+    """Adds the sizes of all files to the record of a finished checkpoint, by which `is_as_recorded` knows them again."""
+    path = folder / RECORD_FILE
+    content = read_json(path, "a readable calibration record", "calibrate again")
+    write_json(path, {**content, "files": _list_sizes(folder)})
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls write(temporary path), syncs that file to disk and renames it to `path`.
+def is_as_recorded(folder: Path) -> bool:
+    """Whether a folder holds a calibrated checkpoint with the files that were recorded, in these sizes, and no other."""
+    try:
+        recorded = _read_record(folder / RECORD_FILE).files
+    except UserError:
+        return False
+    return bool(recorded) and recorded == _list_sizes(folder)
 
-    A process that is killed meanwhile leaves no incomplete file at `path`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+def _list_sizes(folder: Path) -> dict[str, int]:
+    """File or link in the folder, hidden ones too -> bytes; without the record itself, whose size the entry changes."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    sizes = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
+    return {name: size for name, size in sizes.items() if name != RECORD_FILE}

@@ -14,6 +14,8 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qvlm_export.calibrate.checkpoint.files import read_json
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -97,6 +99,7 @@ class OpenedFile:
     """A weight file that is read piece by piece; remembers its state at the start, to detect later changes."""
 
     def __init__(self, path: Path) -> None:
+        check_regular_file(path, "a file of weights")
         self.path, self._state = path, _read_file_state(path)
         self._starts: dict[str, int] = {}
 
@@ -159,9 +162,9 @@ def list_indexed_files(folder: Path, single: str, index_name: str) -> list[Path]
     if not index.exists():
         raise UserError(f"{folder}: holds neither {single} nor {index_name}; give a folder with model weights")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, "a weight index", "download it again")["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a weight index ({error!r}); download it again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

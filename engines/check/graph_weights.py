@@ -16,7 +16,8 @@ import onnx_ir as ir
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
-from qvlm_export.engines.runtime.onnx_runner import open_float32_session
+from qvlm_export.engines.runtime.float32_graph import read_graph
+from qvlm_export.engines.runtime.onnx_runner import open_float32_model
 
 PARTS = ("vision", "language")
 _QUANTIZERS = ("DequantizeLinear", "Clip", "QuantizeLinear")
@@ -35,7 +36,7 @@ def wrong_weights(graph: Path, calibrated: CalibratedCheckpoint, linears: list[s
 
     One linear at a time is in memory. Raises UserError when an initializer of the graph has no data.
     """
-    model = ir.load(graph)
+    model = read_graph(graph)
     matmuls = {str(node.name): node for node in model.graph if node.op_type == "MatMul"}
     for name in linears:
         if name not in matmuls or f"{name}.weight_codes" not in model.graph.initializers:
@@ -111,25 +112,17 @@ def run_blocks(
 ) -> dict[str, np.ndarray]:
     """Returns block -> its output, computed in float32 by ONNX Runtime. feeds: part -> inputs of its graph.
 
-    The graph with the added outputs is a small file beside the exported one, whose weights it reads; it is removed again.
-    Raises UserError when it cannot be written there.
+    Raises UserError when ONNX Runtime cannot load a graph.
     """
     outputs: dict[str, np.ndarray] = {}
     for part, feed in feeds.items():
-        graph, data = manifest.file(f"{part}_onnx"), manifest.file(f"{part}_data")
-        model = ir.load(graph)
+        data = manifest.file(f"{part}_data")
+        model = read_graph(manifest.file(f"{part}_onnx"), data)
         block_values = block_outputs(model, last_linears)
         for value in block_values.values():
             value.dtype = value.dtype or ir.DataType[manifest.float_type.upper()]
         model.graph.outputs[:] = list(block_values.values())
-        probe = graph.with_name(f".{graph.stem}.probe.onnx")
-        try:
-            ir.save(model, probe)
-            session = open_float32_session(probe, data)
-        except OSError as error:
-            raise UserError(f"{probe}: cannot be written ({error.strerror}); --per-layer needs to write there") from error
-        finally:
-            probe.unlink(missing_ok=True)
+        session = open_float32_model(model, data)
         wide_feed = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in feed.items()}
         outputs |= dict(zip(block_values, session.run([str(v.name) for v in block_values.values()], wide_feed), strict=True))
     return outputs

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
-from qvlm_export.engines.runtime.float32_graph import to_float32
+from qvlm_export.engines.runtime.float32_graph import read_graph, to_float32
 from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
 OUTPUTS = {"vision": "image_embeds", "language": "logits"}
@@ -96,7 +96,7 @@ def make_empty_image_embeds(manifest: Manifest) -> np.ndarray:
 
 def write_float32_graph(graph: Path, target: Path, output: str) -> None:
     """Writes the float32 copy of an exported graph, with `output` as its only output, to `target` and `target`.data."""
-    model, _ = to_float32(ir.load(graph))
+    model, _ = to_float32(read_graph(graph))
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name == output]
     ir.save(model, target, external_data=f"{target.name}.data")
 

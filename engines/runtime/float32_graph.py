@@ -1,4 +1,4 @@
-"""Pass that turns an exported graph into its float32 copy, for ONNX Runtime on CPU.
+"""Reads exported graphs, and turns them into their float32 copies, for ONNX Runtime on CPU.
 
 ONNX Runtime's CPU kernels are slow or unfused in float16 (INT8 Q/DQ in float16 runs 32 times slower than float32), so the
 session loads the exported file and computes it in float32: same integers, same scales, float weights widened when loaded.
@@ -6,10 +6,41 @@ session loads the exported file and computes it in float32: same integers, same 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
+
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def read_graph(graph: Path, data: Path | None = None) -> ir.Model:
+    """Returns an exported graph, whose weights are read from `data` when they are needed.
+
+    data: by default the file that an export writes beside the graph. Both may be links to files elsewhere that have other
+    names, as in a store of models, which onnx refuses: it cannot know that the file was chosen by us. So every weight is
+    checked to lie in that one file. Raises UserError when it does not, or when the graph is damaged.
+    """
+    data = graph.with_name(f"{graph.name}.data") if data is None else data
+    try:
+        model = ir.from_proto(onnx.load(str(graph), load_external_data=False))
+    except DAMAGED_FILE_ERRORS as error:
+        raise UserError(f"{graph}: not a readable ONNX graph ({type(error).__name__}); export again") from error
+    for name, value in model.graph.initializers.items():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            if str(tensor.location) != data.name:
+                raise UserError(f"{graph}: the weight {name} lies in {tensor.location}, not in {data.name}; export again")
+            value.const_value = locate(tensor, data.resolve())
+    return model
+
+
+def locate(tensor: ir.ExternalTensor, path: Path | str) -> ir.ExternalTensor:
+    """Returns the same tensor in another file: `path` is absolute, or relative to where the graph will be read."""
+    shape = ir.Shape(tensor.shape)
+    return ir.ExternalTensor(str(path), tensor.offset, tensor.length, tensor.dtype, shape=shape, name=tensor.name or "")
 
 
 def to_float32(model: ir.Model) -> tuple[ir.Model, dict[str, np.ndarray]]:

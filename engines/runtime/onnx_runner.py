@@ -20,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import gpu_present
 from qvlm_export.engines.manifest import Manifest, verify_file
-from qvlm_export.engines.runtime.float32_graph import to_float32
+from qvlm_export.engines.runtime.float32_graph import locate, read_graph, to_float32
 
 # Weights up to this size are passed to ONNX Runtime inside the graph, larger ones as arrays.
 INLINE_BYTES = 1024
@@ -211,18 +211,29 @@ def find_ops_outside(assignment: Sequence[Any], provider: str) -> set[str]:
 def open_float32_session(
     graph: Path, data: Path, threads: int | None = None, fast: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """Returns a CPU session over the float32 copy of a written graph.
+    """Returns a CPU session over the float32 copy of a written graph, see `open_float32_model`."""
+    return open_float32_model(read_graph(graph, data), data, threads, fast, profile)
+
+
+def open_float32_model(
+    graph: ir.Model, data: Path, threads: int | None = None, fast: bool = False, profile: Path | None = None
+) -> ort.InferenceSession:
+    """Returns a CPU session over the float32 copy of a graph, which is changed in place.
 
     data: its external data file, which ONNX Runtime maps for the integer weights; float weights are widened and handed over
     in memory. threads: None for all cores of the process. fast: INT4 products round their activations to 8 bits, block by
     block, which decodes faster but is not what an engine computes. profile: prefix of ONNX Runtime's profile file, None for
     no profile. Raises UserError when ONNX Runtime cannot load the graph.
     """
-    model, widened = to_float32(ir.load(graph))
+    real = data.resolve()  # ONNX Runtime opens no file that a link leads to outside the folder it is given
+    model, widened = to_float32(graph)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = locate(value.const_value, real.name)
     large = {name: array for name, array in widened.items() if array.nbytes > INLINE_BYTES}
     for name, array in large.items():
         model.graph.initializers[name].const_value = ir.ExternalTensor(
-            data.name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
+            real.name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
         )
     options = _make_options(fast)
     # x64 processors without VNNI add pairs of INT8 products in 16 bits, which can overflow; this option keeps them exact.
@@ -230,7 +241,7 @@ def open_float32_session(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent.resolve()))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(real.parent))
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
     options.add_external_initializers(list(large), values)
     proto = ir.to_proto(model).SerializeToString()
@@ -243,7 +254,7 @@ def open_float32_session(
             disabled_optimizers=["CommonSubexpressionElimination"],
         )
     except (errors.Fail, errors.InvalidGraph) as error:
-        raise UserError(f"{graph}: ONNX Runtime cannot load it ({_first_line(error)}); export again") from error
+        raise UserError(f"{data}: ONNX Runtime cannot load its graph ({_first_line(error)}); export again") from error
 
 
 def _make_options(fast: bool) -> ort.SessionOptions:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, find_tower_folder, read_tower_name
+from qvlm_export.checkpoints.author_layout import convert_config, find_tower_folder, known_tower, read_tower_name
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, Conversation, chat_template
 from qvlm_export.checkpoints.files.hub import first_line, read_config
 
@@ -66,7 +66,7 @@ def make_processor(folder: Path) -> Any:
 def _make_image_processor(config: Mapping[str, Any], image_size: int, tower: str, folder: Path) -> Any:
     """Returns CLIP's preprocessing, by image_aspect_ratio of the cropped image, the padded image, or its tiles."""
     settings: dict[str, Any] = {}
-    if tower not in TOWERS:
+    if known_tower(tower) is None:
         name = "preprocessor_config.json"
         stored = read_config(find_tower_folder(tower, folder), name, "a CLIP tower, image processor included")
         settings = {key: stored[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in stored}

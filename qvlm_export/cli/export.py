@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
-from qvlm_export.cli.common import OneLineErrors, errors_as_lines
+from qvlm_export.cli.common import OneLineErrors, check_finite, errors_as_lines
 
 EXAMPLES = """
 Examples:
@@ -69,10 +69,18 @@ def main(
     max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
     work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint here")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted export")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="replace files that stand where outputs go, even if qvlm-export did not write them"
+        ),
+    ] = False,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="GiB of memory for calibration; activations beyond it go to disk")
+        float | None,
+        typer.Option(min=0, callback=check_finite, help="GiB of memory for calibration; activations beyond it go to disk"),
     ] = None,
     device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float type of the engines: float16, or bfloat16 for its range")] = "float16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (handled by the callback)
@@ -81,9 +89,7 @@ def main(
 ) -> None:
     """Converts a LLaVA checkpoint to TensorRT INT4/INT8 engines, and checks that their linears run on integers."""
     with errors_as_lines():
-        from qvlm_export.pipeline.export import export
-        from qvlm_export.pipeline.preparation.prepare import ExportOptions, estimate_export, prepare_export
-        from qvlm_export.pipeline.progress import Reporter
+        from qvlm_export.pipeline.preparation.prepare import ExportOptions
 
         options = ExportOptions(
             model=model,
@@ -101,18 +107,29 @@ def main(
             resume=resume,
             memory=memory,
             device=device,
+            dtype=dtype,
+            overwrite=overwrite,
         )
-        if dry_run:
-            prepared = prepare_export(options)
-            content = dry_run_summary(prepared, estimate_export(prepared))
-            show = show_dry_run
-        else:
-            content = result_summary(export(options, Reporter(quiet=as_json)))
-            show = show_result
-        if as_json:
-            print(json.dumps(content, indent=1))
-        else:
-            show(content, Console(markup=False, highlight=False))
+        _export(options, dry_run, as_json)
+
+
+def _export(options: Any, dry_run: bool, as_json: bool) -> None:
+    """Exports, or prepares only, and prints the result. options: ExportOptions."""
+    from qvlm_export.pipeline.export import export
+    from qvlm_export.pipeline.preparation.prepare import estimate_export, prepare_export
+    from qvlm_export.pipeline.progress import Reporter
+
+    if dry_run:
+        prepared = prepare_export(options)
+        content = dry_run_summary(prepared, estimate_export(prepared))
+        show = show_dry_run
+    else:
+        content = result_summary(export(options, Reporter(quiet=as_json)))
+        show = show_result
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        show(content, Console(markup=False, highlight=False))
 
 
 def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
@@ -178,6 +195,7 @@ def result_summary(result: Any) -> dict[str, Any]:
         "manifest": str(manifest.path),
         "scheme": manifest.scheme,
         "files": files,
+        "removed": result.removed,
         "compression": compression(manifest),
         "schemes": {part: dict(_count_schemes(manifest.linears, part)) for part in ("language", "vision")},
         "linears": {"quantized": len(manifest.linears), "checked_integer": sum(c.passed for c in result.checks)},
@@ -221,6 +239,10 @@ def show_result(content: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
+    if content["removed"]:
+        console.print(
+            f"removed, as they belonged to the export that was replaced: {', '.join(content['removed'])}", soft_wrap=True
+        )
     console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
     if content["backend"]["version"] is not None and content["linears"]["quantized"]:
         _show_engine_check(content, console)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from qvlm_export.calibrate.checkpoint.calibrated import write_atomically
+from qvlm_export.calibrate.checkpoint.files import write_atomically
 from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.evaluation.tasks.task import Answer

@@ -11,22 +11,33 @@ import importlib.metadata
 import os
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, record_files
+from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
 from qvlm_export.engines.manifest import Manifest, describe, describe_file, describe_in_background, write_manifest
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
+from qvlm_export.pipeline.preparation.outputs import (
+    ASIDE,
+    CALIBRATED,
+    FOLDER_ROLES,
+    check_outputs,
+    check_work_dir_contents,
+    file_names,
+    find_obsolete,
+    manifest_path,
+)
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.pipeline.publish import FOLDER_ROLES, file_names, manifest_path, publish
-from qvlm_export.pipeline.stages import FLOAT_TYPE, build, calibrate, stage_key, write_graphs
+from qvlm_export.pipeline.publish import Move, publish
+from qvlm_export.pipeline.stages import build, calibrate, stage_key, write_graphs
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
@@ -45,6 +56,7 @@ class ExportResult:
     manifest: Manifest
     checks: list[LinearCheck]
     reports: list[BuildReport]
+    removed: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     processor_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -63,10 +75,13 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         fingerprint = work_fingerprint(
             prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device
         )
-        if options.resume and (finished := read_finished_export(work, stage_key(prepared, fingerprint, PARTS[-1], "build"))):
-            return _publish(prepared, work, finished, reporter)
-        work.begin(fingerprint, options.resume)
+        key = stage_key(prepared, fingerprint, PARTS[-1], "build")
+        finished = read_finished_export(work, key) if options.resume else None
+        if finished is None:
+            work.begin(fingerprint, options.resume)
         try:
+            if finished is not None:
+                return _publish(prepared, work, *finished, reporter)
             return _run_stages(prepared, work, fingerprint, reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error
@@ -80,8 +95,11 @@ def _run_stages(
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:
         reports, checks = build(prepared, work, fingerprint, reporter)
         known = get_descriptions()
-    if calibrated is not None and prepared.options.work_dir is None:
-        calibrated.folder.rename(work.staging / f"{prepared.options.out.stem}.calibrated")
+    if calibrated is not None:
+        if prepared.options.work_dir is None:
+            calibrated.folder.rename(work.staging / f"{prepared.options.out.stem}.calibrated")
+        else:
+            record_files(calibrated.folder)
     prepared.processor.save_pretrained(work.staging / f"{prepared.options.out.stem}.processor")
     with reporter.stage("check"):
         manifest = _make_manifest(prepared, work.staging, calibrated, interfaces, checks)
@@ -92,19 +110,44 @@ def _run_stages(
     key = stage_key(prepared, fingerprint, PARTS[-1], "build")
     details = {"reports": [asdict(report) for report in reports], "checks": [asdict(check) for check in checks]}
     work.record_stage(FINISHED, key, [manifest.path], **details)
-    return _publish(prepared, work, manifest, reporter)
+    return _publish(prepared, work, manifest, details, reporter)
 
 
-def _publish(prepared: PreparedExport, work: WorkFolder, manifest: Manifest, reporter: Reporter) -> ExportResult:
-    """Moves the finished files into place and removes the work folder."""
-    record = work.completed_stages()[FINISHED]
+def _publish(
+    prepared: PreparedExport, work: WorkFolder, manifest: Manifest, record: Mapping[str, Any], reporter: Reporter
+) -> ExportResult:
+    """Moves the finished files into place and removes the work folder. record: of the stage FINISHED.
+
+    Raises UnfinishedError when something stands there by now that is not ours, or cannot be replaced.
+    """
+    options = prepared.options
+    try:  # once more, as hours may have passed
+        check_outputs(options.out, options.overwrite)
+        if options.work_dir is not None:
+            check_work_dir_contents(options.work_dir, options.out, options.overwrite)
+    except UserError as error:
+        raise UnfinishedError(str(error)) from error
     reports, checks = [BuildReport(**r) for r in record["reports"]], [LinearCheck(**c) for c in record["checks"]]
     work.close()
-    publish(work.staging, prepared.options.out, {entry["name"] for entry in manifest.files.values()})
+    names = {entry["name"] for entry in manifest.files.values()}
+    removed = find_obsolete(options.out, names)
+    publish(_list_moves(prepared, work, names, removed))
     work.remove()
     peak = max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(r.peak_bytes for r in reports)])
-    manifest = replace(manifest, path=manifest_path(prepared.options.out))
-    return ExportResult(manifest, checks, reports, dict(reporter.seconds), dict(reporter.processor_seconds), peak)
+    manifest = replace(manifest, path=manifest_path(options.out))
+    return ExportResult(manifest, checks, reports, removed, dict(reporter.seconds), dict(reporter.processor_seconds), peak)
+
+
+def _list_moves(prepared: PreparedExport, work: WorkFolder, names: Collection[str], removed: Collection[str]) -> list[Move]:
+    """Returns the moves that publish an export, the manifest last. names: of its files; removed: of what has to go."""
+    out, moves = prepared.options.out, []
+    if prepared.options.work_dir is not None and prepared.linears:
+        place = prepared.options.work_dir / CALIBRATED
+        moves.append(Move(work.calibrated, place, work.own / ASIDE / CALIBRATED))
+    for name in (*removed, *sorted(names), manifest_path(out).name):
+        source = None if name in removed else work.staging / name
+        moves.append(Move(source, out.parent / name, work.scratch / ASIDE / name))
+    return moves
 
 
 def _make_manifest(
@@ -119,7 +162,7 @@ def _make_manifest(
         model={"name": prepared.checkpoint.name, "model_type": prepared.checkpoint.hf_config.model_type},
         config=prepared.checkpoint.config,
         limits=prepared.limits,
-        float_type=FLOAT_TYPE,
+        float_type=prepared.options.dtype,
         scheme=prepared.options.scheme if prepared.options.recipe is None else prepared.options.recipe.name,
         linears={n: s.name + (f" g{s.group_size}" if s.group_size else "") for n, s in prepared.linears.items()},
         calibration={} if calibrated is None else calibrated.summary,

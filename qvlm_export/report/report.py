@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from qvlm_export.calibrate.checkpoint.calibrated import write_atomically
+from qvlm_export.calibrate.checkpoint.files import write_atomically
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.report.contents import COMPONENTS, Component, Linear, all_linears, component_sizes

@@ -24,8 +24,16 @@ from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation.accuracy import Check, ComparisonChain, check_thresholds, find_accuracy_loss
+from qvlm_export.validation.accuracy import (
+    Check,
+    ComparisonChain,
+    check_same_model,
+    check_thresholds,
+    find_accuracy_loss,
+)
 from qvlm_export.validation.compare import ComparisonJob, compare_forms, find_traced_sample, graph_obstacle
+from qvlm_export.validation.reference import ReferenceInput, reference_inputs
+from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class ValidateOptions:
     reference: str | None = None
     samples: Path | None = None
     limit: int = 64
-    min_agreement: float | None = None
-    max_kl: float | None = None
+    min_agreement: float | None = MIN_AGREEMENT
+    max_kl: float | None = MAX_KL
     per_layer: bool = False
     save_polygraphy: Path | None = None
 
@@ -90,6 +98,7 @@ class Validation:
                 for layer in chain.layers
             ],
             "thresholds": [{**dataclasses.asdict(c), "got": _finite(c.got)} for c in self.checks],
+            "largest_activation": chain.largest_activation,
             "polygraphy": None if self.polygraphy is None else _summarize_polygraphy(self.polygraphy),
             "passed": self.passed,
         }
@@ -132,15 +141,16 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
         raise UserError(f"{options.plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(options.plan.with_suffix(".json"))
     checkpoint = open_reference(manifest, options.reference)
-    samples = read_samples(manifest, options.samples, options.limit)
+    inputs = read_inputs(manifest, options.samples, options.limit)
     if options.save_polygraphy is not None:
         _prepare_folder(options.save_polygraphy, manifest)
     if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
         raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
-    chain = compare_forms(ComparisonJob(manifest, checkpoint, samples, options.per_layer), reporter)
-    saved = _run_polygraphy(manifest, samples[find_traced_sample(samples)], chain, options.save_polygraphy, reporter)
-    checks = check_thresholds(chain, options.min_agreement, options.max_kl)
-    return Validation(manifest, checkpoint.name, len(samples), chain, checks, saved)
+    job = ComparisonJob(manifest, checkpoint, inputs, options.per_layer)
+    chain = compare_forms(job, reporter)
+    saved = _run_polygraphy(manifest, job.samples[find_traced_sample(job.samples)], chain, options.save_polygraphy, reporter)
+    checks = [*check_same_model(chain), *check_thresholds(chain, options.min_agreement, options.max_kl)]
+    return Validation(manifest, checkpoint.name, len(inputs), chain, checks, saved)
 
 
 def open_reference(manifest: Manifest, reference: str | None) -> Checkpoint:
@@ -166,12 +176,13 @@ def _describe_difference(config: ModelConfig, exported: ModelConfig) -> str | No
     for part, value in expected.items():
         for key, expected_value in (value if isinstance(value, dict) else {"": value}).items():
             actual_value = actual[part][key] if key else actual[part]
-            if actual_value != expected_value:
+            is_known = key not in ("rope_frequencies", "rope_scale") or bool(exported.text.rope_frequencies)
+            if is_known and actual_value != expected_value:  # exports before 0.10 do not hold the rotary frequencies
                 return f"{part}{'.' + key if key else ''} is {actual_value}, the export has {expected_value}"
     return None
 
 
-def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Sample]:
+def read_inputs(manifest: Manifest, path: Path | None, limit: int) -> list[ReferenceInput]:
     """Reads the first `limit` samples of a JSONL file (None: the built-in samples) through the export's processor.
 
     Raises UserError for a file that cannot be read, and for samples that the export does not take.
@@ -179,7 +190,8 @@ def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Samp
     processor = load_processor(verify_file(manifest, "processor"))
     try:
         entries = read_entries(path or default_calibration(), None, limit)
-        return encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
+        samples = encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
+        return reference_inputs(processor, entries, samples)
     except UserError as error:
         raise UserError(str(error).replace("--calib-data", "--samples")) from error  # the name of the option here
 

@@ -157,12 +157,26 @@ def test_a_missing_entry_is_refused_by_name(manifest, key):
         {"config": []},
         {"config": {"vision": {}, "projector": {}, "text": {}, "image_token_id": 4}},
         {"plan_check": 7},
+        {"generation": 7},
+        {"generation": {"eos_token_ids": "2"}},
+        {"generation": {"eos_token_ids": [2, -1]}},
+        {"generation": {"eos_token_ids": [True]}},
     ],
 )
 def test_an_entry_of_another_type_is_refused(manifest, changes):
     write_manifest(manifest)
     change(manifest.path, **changes)
     assert_refused(manifest.path, "the manifest is damaged", "export again")
+
+
+def test_end_tokens_are_read_back_and_may_be_missing(manifest):
+    """Exports of older versions have none."""
+    write_manifest(replace(manifest, generation={"eos_token_ids": [0, 2]}))
+    assert read_manifest(manifest.path).generation == {"eos_token_ids": [0, 2]}
+    content = json.loads(manifest.path.read_text(encoding="utf-8"))
+    del content["generation"]
+    manifest.path.write_text(json.dumps(seal(content)), encoding="utf-8")
+    assert read_manifest(manifest.path).generation == {}
 
 
 def test_an_edited_manifest_is_refused(manifest):
@@ -296,13 +310,22 @@ def test_a_folder_with_changed_files_is_refused(processor, tmp_path, change, wor
         use(processor)
 
 
-def test_hidden_files_in_a_folder_are_ignored(processor, tmp_path):
-    (tmp_path / "engine.processor" / ".DS_Store").write_bytes(b"x")
-    (tmp_path / "engine.processor" / ".cache" / "huggingface").mkdir(parents=True)
-    (tmp_path / "engine.processor" / ".cache" / "huggingface" / "lock").write_bytes(b"x")
-    assert len(verify_files(processor)) == 3
+@pytest.mark.parametrize("name", [".DS_Store", ".cache/huggingface/lock", "more/.tmpA1b2"])
+def test_hidden_files_in_a_folder_stop_no_session_but_are_not_verified(processor, tmp_path, name):
+    path = tmp_path / "engine.processor" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
     verify_file(processor, "processor")
-    assert describe_folder(tmp_path / "engine.processor") == processor.files["processor"]
+    with pytest.raises(UserError, match=f"{re.escape(name)}: is not part of this export; take it away"):
+        verify_files(processor)
+    assert describe_folder(tmp_path / "engine.processor")["files"][name]["bytes"] == 1
+
+
+def test_a_link_to_a_folder_in_a_folder_is_not_part_of_the_export(processor, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "engine.processor" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="linked: is not part of this export"):
+        verify_file(processor, "processor")
 
 
 def test_a_folder_without_a_record_is_not_verified(processor, tmp_path):

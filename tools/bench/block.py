@@ -29,7 +29,8 @@ from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost
 from qvlm_export.calibrate.calibrators.efforts import EFFORTS
 from qvlm_export.calibrate.calibrators.search import calibrate_search
-from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, write_json
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
+from qvlm_export.calibrate.checkpoint.files import write_json
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread

@@ -27,7 +27,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 
-from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.checkpoint.files import write_json
 
 mpl.use("agg")
 import matplotlib.pyplot as plt

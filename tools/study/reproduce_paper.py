@@ -27,7 +27,8 @@ import torch
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
-from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, write_json
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
+from qvlm_export.calibrate.checkpoint.files import write_json
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import qvlm_export
-from qvlm_export.calibrate.checkpoint.calibrated import write_json
+from qvlm_export.calibrate.checkpoint.files import write_json
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import gpu_present
 from qvlm_export.evaluation.evaluate import TASKS, EvalOptions, evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
+from qvlm_export.calibrate.checkpoint.files import read_json
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.aliases import ALIASES, TINY
 
@@ -53,13 +52,10 @@ def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") 
     Raises UserError when the file is missing or not a JSON object.
     """
     path = folder / name
-    if not path.exists():
-        raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}")
-    check_regular_file(path, "a JSON file of a checkpoint")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({first_line(error)}); download it again") from error
+        content = read_json(path, "readable as JSON", "download it again")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")
     return content

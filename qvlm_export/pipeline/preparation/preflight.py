@@ -5,17 +5,21 @@ Nothing is written but nameless temporary files, so that a refused export leaves
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvlm_export.calibrate.checkpoint.calibrated import RECORD_FILE
+from qvlm_export.calibrate.checkpoint.files import printable
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.graph.weight_sizes import Sizes
-from qvlm_export.engines.manifest import FORMAT
+from qvlm_export.pipeline.preparation.outputs import (
+    check_outputs,
+    check_work_dir_contents,
+    scratch_folder,
+    state_folder,
+)
 
 PLAN_OVERHEAD_BYTES = 8 * 2**20  # kernels and program text of a TensorRT-RTX plan, whatever the size of the model
 MAX_NAME_BYTES = 230  # of the 255 that file systems allow; the rest is for suffixes such as .vision.onnx.data.tmp
@@ -52,33 +56,28 @@ def disk_needed(
     return Disk(sizes.quantized_bytes + plans, work)
 
 
-def check_out(out: Path) -> None:
-    """Raises UserError when `out` is not a .plan path in a writable folder, or when X.json beside it is a foreign file."""
+def check_out(out: Path, overwrite: bool = False) -> None:
+    """Raises UserError when `out` is not a .plan path in a writable folder, or when an output would replace a foreign file.
+
+    overwrite: whether foreign files may be replaced.
+    """
+    shown = f"--out {out}"
     if out.suffix != ".plan":
-        raise UserError(f"--out {out}: must end in .plan; the other files are named after it")
+        raise UserError(f"{shown}: must end in .plan; the other files are named after it")
+    if printable(out.name) != out.name:  # it goes into the manifest
+        raise UserError(f"{shown}: the name holds a control character, or is not UTF-8; choose another")
     if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
-        raise UserError(f"--out {out}: the name is too long, as the other files append to it; shorten it")
-    check_writable(out.parent, f"--out {out}")
+        raise UserError(f"{shown}: the name is too long, as the other files append to it; shorten it")
+    check_writable(out.parent, shown)
     if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it")
-    manifest = out.with_suffix(".json")
-    if manifest.exists() and not _is_manifest(manifest):
-        raise UserError(f"--out {out}: would replace {manifest}, which qvlm-export did not write; choose another name")
+        raise UserError(f"{shown}: is a folder; name a file in it")
+    check_outputs(out, overwrite)
 
 
-def check_work_dir(folder: Path) -> None:
-    """Raises UserError when `folder` cannot be written to, or when calibrating there would replace foreign files."""
+def check_work_dir(folder: Path, out: Path, overwrite: bool = False) -> None:
+    """Raises UserError when `folder` cannot be written to, or when working there would replace foreign files."""
     check_writable(folder, f"--work-dir {folder}")
-    calibrated = calibrated_folder(folder)
-    names = {path.name for path in calibrated.iterdir()} if calibrated.is_dir() else set()
-    foreign = [n for n in names if not n.startswith(("model-", "model.safetensors.index.json", "config.json", RECORD_FILE))]
-    if foreign or ("config.json" in names and RECORD_FILE not in names):
-        raise UserError(f"--work-dir {folder}: {calibrated} holds files qvlm-export did not write; choose another folder")
-
-
-def calibrated_folder(work: Path) -> Path:
-    """Returns the folder of the calibrated checkpoint in a work folder."""
-    return work / "calibrated"
+    check_work_dir_contents(folder, out, overwrite)
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -86,6 +85,8 @@ def check_writable(folder: Path, option: str) -> None:
 
     option: the option that names the folder, for the message.
     """
+    if "\0" in str(folder):
+        raise UserError(f"{option}: no folder can have this name; choose another")
     try:
         with tempfile.TemporaryFile(dir=nearest_folder(folder)):
             pass
@@ -103,17 +104,12 @@ def check_disk(disk: Disk, out: Path, work_dir: Path | None) -> None:
 
     What an unfinished export to the same place occupies counts as free, as a resumed one uses it and a new one removes it.
     """
-    scratch = scratch_folder(out)
+    scratch, state = scratch_folder(out), [] if work_dir is None else [state_folder(work_dir)]
     if work_dir is not None and _get_disk(work_dir) != _get_disk(out.parent):
-        _check_room(work_dir, disk.work_bytes, [work_dir], "--work-dir")
+        _check_room(work_dir, disk.work_bytes, state, "--work-dir")
         _check_room(out.parent, disk.out_bytes, [scratch], "--out")
     else:
-        _check_room(out.parent, disk.bytes, [scratch, *([] if work_dir is None else [work_dir])], "--out")
-
-
-def scratch_folder(out: Path) -> Path:
-    """Returns the work folder beside the output."""
-    return out.parent / f".{out.stem}.work"
+        _check_room(out.parent, disk.bytes, [scratch, *state], "--out")
 
 
 def _check_room(folder: Path, needed_bytes: int, reusable: list[Path], option: str) -> None:
@@ -129,11 +125,3 @@ def _check_room(folder: Path, needed_bytes: int, reusable: list[Path], option: s
 
 def _get_disk(folder: Path) -> int:
     return nearest_folder(folder).stat().st_dev
-
-
-def _is_manifest(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
 from qvlm_export.calibrate.calibrators.block_cost import Cost
 from qvlm_export.calibrate.calibrators.cost import activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearScheme
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.engines.backend import Backend, choose_backend
 from qvlm_export.engines.config import Limits, ModelConfig
@@ -51,6 +54,8 @@ from qvlm_export.pipeline.preparation.recipe import Recipe, assign_schemes, chec
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
+DTYPES = (FLOAT16, BFLOAT16)
+MAX_MEMORY_GIB = 2**20
 MAX_SAMPLES = 128  # used at most when --samples is not given
 
 
@@ -59,6 +64,8 @@ class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
     None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
+    dtype: float type of the graphs.
+    overwrite: whether files that this export did not write may be replaced.
     """
 
     model: str
@@ -76,6 +83,8 @@ class ExportOptions:
     resume: bool = False
     memory: float | None = None
     device: str = "cpu"
+    dtype: str = FLOAT16
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class PreparedExport:
 
     processor: the processor of transformers. linears: the quantized linears with their schemes. sizes: of the weights, by
     part. disk_bytes: the most that is on disk at a time. samples: the calibration set; empty when no linear is quantized.
+    range_samples: a few to run before all else, to see whether activations leave float16's range; empty for a checkpoint in
+    float16, and for other graphs.
     cost: of calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may
     hold in memory.
     """
@@ -102,6 +113,7 @@ class PreparedExport:
     cost: Cost
     activations_bytes: int
     device: str
+    range_samples: tuple[Sample, ...] = ()
 
 
 def prepare_export(options: ExportOptions) -> PreparedExport:
@@ -117,8 +129,9 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     limits = _choose_limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
-    linears = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
-    check_engine_schemes(linears, backend)
+    schemes = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
+    linears = {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
+    check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
@@ -156,17 +169,22 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
+        range_samples=_select_range_samples(options, checkpoint, samples, processor, limits),
     )
 
 
 def _check_options(options: ExportOptions) -> None:
     """Raises UserError for an option that can be refused without looking at the model."""
-    check_out(options.out)
+    check_out(options.out, options.overwrite)
     if options.work_dir is not None:
-        check_work_dir(options.work_dir)
+        check_work_dir(options.work_dir, options.out, options.overwrite)
+    if options.memory is not None and not 0 <= options.memory <= MAX_MEMORY_GIB:
+        raise UserError(f"--memory {options.memory:g}: must be a number of GiB that a machine can have")
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: unknown; choose one of {', '.join(DTYPES)}")
     if options.effort not in EFFORTS:
         raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
 
@@ -183,6 +201,21 @@ def _read_samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any
     """Returns the encoded calibration set: of `--calib-data`, or the built-in one."""
     entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
     return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
+
+
+def _select_range_samples(
+    options: ExportOptions, checkpoint: Checkpoint, samples: tuple[Sample, ...], processor: Any, limits: Limits
+) -> tuple[Sample, ...]:
+    """Returns the samples to measure activation ranges on, those with images first; none where nothing can overflow.
+
+    A checkpoint in float16 was trained or tried in it, so that its activations are in range.
+    """
+    source = checkpoint.source
+    in_float16 = all(source.dtype(name) == np.float16 for name in expected_shapes(checkpoint.config) if name in source)
+    if options.dtype != FLOAT16 or in_float16:
+        return ()
+    found = samples or _read_samples(replace(options, samples=None), checkpoint, processor, limits)
+    return tuple(sorted(found, key=lambda sample: len(sample.pixel_values) == 0)[:RANGE_SAMPLES])
 
 
 def _refuse_text_only(options: ExportOptions, linear: str | None) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, read_tower_config
+from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, known_tower, pad_rows, read_tower_config
 from qvlm_export.checkpoints.author_processor import find_conversation
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
@@ -266,13 +266,43 @@ def test_a_tower_is_downloaded_where_it_is_not_here(
         (put("", "vocab_size", "many"), ['vocab_size is "many"', "whole numbers"]),
         (put("", "hidden_size", 512), ["has shape", "config.json says"]),
         (put("", "mm_use_im_start_end", True), ["mm_use_im_start_end", "<im_start> and <im_end>", "added_tokens.json"]),
-        (put("", "rope_scaling", {"type": "linear", "factor": 2.0}), ["rope_type is 'linear'", "default"]),
+        (put("", "rope_scaling", {"type": "spiral", "factor": 2.0}), ["spiral"]),
     ],
 )
 def test_an_unsupported_config_is_refused(
     make_original: MakeOriginal, absent: Path, tmp_path: Path, edit: Edit, words: list[str]
 ) -> None:
     assert_refused(export_onnx(copy_with_tower(make_original("v1.5"), tmp_path, edit), absent), *words)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("v1.5", None), ("v1.6-mistral", 24)])
+def test_a_window_counts_only_where_the_decoder_has_one(
+    make_original: MakeOriginal, tmp_path: Path, kind: str, window: int | None
+) -> None:
+    edit = put("", "sliding_window", 24)
+    model = (
+        copy_with_tower(make_original(kind), tmp_path, edit)
+        if kind == "v1.5"
+        else copy_checkpoint(make_original(kind), tmp_path / kind, edit)
+    )
+    assert open_checkpoint(str(model)).config.text.sliding_window == window
+
+
+def test_every_field_of_the_decoder_is_converted(make_original: MakeOriginal) -> None:
+    folder = make_original("v1.5")
+    config = json.loads((folder / "config.json").read_text())
+    converted = convert_config({**config, "head_dim": 32, "mlp_bias": True, "layer_types": ["a"], "dtype": "x"}, folder)
+    assert converted["text_config"]["head_dim"] == 32
+    assert converted["text_config"]["mlp_bias"] is True
+    assert not {"layer_types", "dtype", "architectures", "mm_projector_type"} & set(converted["text_config"])
+
+
+@pytest.mark.parametrize("path", ["/home/someone/models/clip-vit-large-patch14-336", "../clip-vit-large-patch14-336/"])
+def test_a_known_tower_may_be_named_by_a_path(make_original: MakeOriginal, path: str) -> None:
+    folder = make_original("v1.5")
+    assert read_tower_config(path, folder)["image_size"] == 336
+    assert known_tower(path) == "openai/clip-vit-large-patch14-336"
+    assert known_tower("someone/clip-vit-large-patch14-finetuned") is None
 
 
 def test_a_projector_of_two_linears_gets_no_identity(make_original: MakeOriginal, absent: Path, tmp_path: Path) -> None:

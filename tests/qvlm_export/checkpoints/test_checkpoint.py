@@ -11,55 +11,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from commands import copy_checkpoint, export_to
+from commands import copy_checkpoint
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from PIL import Image
+from logits import exported_logits, reference_logits, relative_l2
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-import qvlm_export
 from qvlm_export.calibrate.checkpoint.safetensors_source import SafetensorsSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.families import find_layout, make_renamer
 from qvlm_export.checkpoints.files import hub
 from qvlm_export.checkpoints.files.hub import find_folder
 from qvlm_export.checkpoints.files.torch_source import TorchSource
 from qvlm_export.engines.graph.float_graphs import expected_shapes
-from qvlm_export.inputs.samples import encode, load_processor
 
 Llava = Callable[..., Path]
 UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
-
-
-def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
-def question(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [1, S] and pixels of a question about an image of noise."""
-    noise = np.random.default_rng(0).integers(0, 255, (70, 60, 3), dtype=np.uint8)
-    processor = load_processor(folder)
-    text = chat_text(processor, [{"role": "user", "text": "What color is the ring?", "images": 1}])
-    pixels, ids = encode(processor, text, [Image.fromarray(noise)])
-    return ids[None], pixels
-
-
-def reference_logits(folder: Path) -> np.ndarray:
-    """Logits of transformers in float32 for the same question."""
-    ids, pixels = question(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
-    return logits
-
-
-def exported_logits(folder: Path, out: Path) -> np.ndarray:
-    """Logits of the float16 export, computed by ONNX Runtime."""
-    export_to(folder, out / "x.plan", "--backend", "onnx", "--scheme", "fp16")
-    with qvlm_export.load(out / "x.plan", "onnxruntime") as model:
-        return model.logits(*question(folder))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
