@@ -21,10 +21,10 @@ MOST_LAYERS = 1000  # so that a wrong number of layers is an error and not hours
 # Integer field -> smallest and largest value, where these are not those of a size.
 RANGES = {
     "image_token_id": (0, LARGEST),
+    "eos_token_ids": (0, LARGEST),
     "feature_layers": (0, MOST_LAYERS),
     "num_layers": (0, MOST_LAYERS),
     "num_linears": (1, 2),
-    "eos_token_ids": (0, LARGEST),
     "shape": (0, LARGEST),
 }
 
@@ -48,6 +48,11 @@ class _Check:
     scheme: str
     executed: str
     passed: bool
+
+
+@dataclass(frozen=True)
+class _Generation:
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,6 @@ class _File:
     def __post_init__(self) -> None:
         if self.sha256 is not None and self.bytes is None:
             raise UserError(f"{self.name} has a hash but no size")
-
-
-@dataclass(frozen=True)
-class _Generation:
-    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

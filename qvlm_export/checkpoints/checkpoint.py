@@ -19,6 +19,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
 from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.checkpoints.files.hub import find_checkpoint, read_config
+from qvlm_export.checkpoints.files.source_kinds import ADAPTER_CONFIG, MERGE_OR_REMOVE, explain_names, refuse_quantized
 from qvlm_export.checkpoints.files.weights import Location, open_weights
 from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
@@ -72,6 +73,9 @@ def reopen_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 def _open(model: str, location: Location) -> Checkpoint:
     folder = location.folder
     where, stored_config = str(folder / "config.json"), read_config(folder)
+    refuse_quantized(stored_config, where)
+    if location.has(ADAPTER_CONFIG):
+        raise UserError(f"{folder}: holds {ADAPTER_CONFIG}, so that transformers would add an adapter; {MERGE_OR_REMOVE}")
     layout = find_layout(stored_config)
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
     hf_config = complete_config(config_json, where)
@@ -103,6 +107,8 @@ def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> No
     """Raises UserError when a tensor that the graphs need is missing, or is not of the expected shape and a float dtype."""
     for name, expected_shape in expected_shapes(config).items():
         if name not in source:
+            if (kind := explain_names(source)) is not None:
+                raise UserError(f"{folder}: {kind}")
             if name == TIED_HEAD:
                 raise UserError(f"{folder}: lacks {name} though config.json does not tie it to the embeddings")
             raise UserError(f"{folder}: lacks the tensor {name}; the checkpoint is incomplete, download it again")

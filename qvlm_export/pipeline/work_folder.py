@@ -192,11 +192,8 @@ def work_folder(out: Path, work_dir: Path | None) -> Iterator[WorkFolder]:
     try:
         with ExitStack() as locks:
             for folder in dict.fromkeys((scratch, work.work_dir)):
-                busy, remedy = (
-                    f"{folder}: another export is at work here",
-                    "wait for it, or choose another --out and --work-dir",
-                )
-                locks.enter_context(hold_lock(state_folder(folder) / LOCK, busy, remedy))
+                lock, busy = state_folder(folder) / LOCK, f"{folder}: another export is at work here"
+                locks.enter_context(hold_lock(lock, busy, "wait for it, or choose another --out and --work-dir"))
             yield work
     finally:
         for folder in missing:

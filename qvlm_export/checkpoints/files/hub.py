@@ -11,6 +11,7 @@ from qvlm_export.calibrate.checkpoint.files import read_json
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.aliases import ALIASES, TINY
 from qvlm_export.checkpoints.files.snapshot import find_snapshot
+from qvlm_export.checkpoints.files.source_kinds import explain_files
 from qvlm_export.checkpoints.files.weights import Location
 
 NO_REVISION = re.compile(r"^[/-]|\.\.|[\x00-\x20\x7f~^:?*\[\\]|^$|/$")  # what names of branches and tags cannot have in git
@@ -47,6 +48,8 @@ def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") 
     try:
         content = read_json(path, "readable as JSON", "download it again")
     except FileNotFoundError as error:
+        if (found := explain_files(lambda other: (folder / other).exists())) is not None:
+            raise UserError(f"{folder}: holds {found[0]} and no {name}; {found[1]}") from error
         raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")

@@ -16,15 +16,10 @@ from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.headers import HeaderReader, HeaderSource, read_safetensors_header, read_torch_header
 from qvlm_export.checkpoints.files.snapshot import Snapshot
+from qvlm_export.checkpoints.files.source_kinds import explain_files
 from qvlm_export.checkpoints.files.torch_source import INDEX_FILE as TORCH_INDEX
 from qvlm_export.checkpoints.files.torch_source import SINGLE_FILE as TORCH_SINGLE
 from qvlm_export.checkpoints.files.torch_source import TorchSource
-
-# Files that often stand in a folder without model weights: name, what it is, what to do.
-_INCOMPLETE_MODELS = (
-    ("adapter_config.json", "a LoRA adapter", "merge it into its base model and give that"),
-    ("mm_projector.bin", "a pretrained projector alone", "give the folder of the finetuned model"),
-)
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,8 @@ def open_weights(location: Location, rename: Callable[[str], str | None]) -> Ten
             return _open_format(location, format_, rename)
     if location.snapshot is not None and location.obstacle:
         raise UserError(f"{location.snapshot.repository}: {location.obstacle}")
-    for name, what, remedy in _INCOMPLETE_MODELS:
-        if location.has(name):
-            raise UserError(f"{location.folder}: holds {what} ({name}) and no model weights; {remedy}")
+    if (found := explain_files(location.has)) is not None:
+        raise UserError(f"{location.folder}: holds {found[0]} and no model weights; {found[1]}")
     raise UserError(f"{location.folder}: holds config.json but no weights ({SINGLE_FILE}, {INDEX_FILE} or {TORCH_SINGLE})")
 
 

@@ -318,3 +318,8 @@ def test_an_interrupted_answer_gives_what_was_held_back(model, error):
         received.extend(pieces)  # keeps what came before the error
     assert "".join(received) == chat._turns[-1]["text"] == "the ring EN"
     assert chat.ended is None
+
+
+def test_an_unknown_option_of_an_export_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^schema: is no option of an export; there are scheme, recipe, calib_data"):
+        qvlm_export.export("tiny", tmp_path / "x.plan", schema="int8")
