@@ -14,6 +14,7 @@ import numpy as np
 from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 
+MAX_DEPTH = 100  # of JSON; libraries copy and print it recursively
 WRITING = ".writing-"  # begins the name of a file while it is written
 ALIGNMENT = 8  # of the tensors in a safetensors file, in bytes
 # numpy's name of a dtype -> that of safetensors, which stores tensors by dtype, from the last of this list to the first.
@@ -32,16 +33,28 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     check_regular_file(path, what)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if _measure_depth(content) > MAX_DEPTH:
+            raise RecursionError
         json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise
     except RecursionError as error:
-        raise UserError(f"{path}: not {what} (nested too deeply); {remedy}") from error
+        raise UserError(f"{path}: not {what} (nested more than {MAX_DEPTH} deep); {remedy}") from error
     except OSError as error:
         raise UserError(f"{path}: not {what} ({error.strerror}); {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path}: not {what} ({error}); {remedy}") from error
     return content
+
+
+def _measure_depth(content: Any) -> int:
+    """Returns how deep lists and objects are nested; stops beyond MAX_DEPTH."""
+    depth, level = 0, [content]
+    while level and depth <= MAX_DEPTH:
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(containers)
+    return depth
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -102,6 +115,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 def printable(text: str) -> str:
     """Returns text for a message or a record: control characters, and bytes that are not UTF-8, are escaped."""
     return "".join(c.encode("unicode_escape", "surrogatepass").decode() if _is_control(c) else c for c in text)
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether UTF-8 can hold a text; not so names of files in another encoding, nor halves of surrogate pairs."""
+    return not any(unicodedata.category(character) == "Cs" for character in text)
 
 
 def _is_control(character: str) -> bool:

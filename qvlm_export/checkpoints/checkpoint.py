@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.families import find_family, find_layout, make_renamer
@@ -72,6 +73,8 @@ def reopen_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def _open(model: str, location: Location) -> Checkpoint:
     folder = location.folder
+    for path in (path for path in folder.glob("*.json") if not path.is_dir()):  # transformers would wait for ever for a pipe
+        check_regular_file(path, "a file of a checkpoint")
     where, stored_config = str(folder / "config.json"), read_config(folder)
     refuse_quantized(stored_config, where)
     if location.has(ADAPTER_CONFIG):

@@ -11,6 +11,9 @@ import sys
 from importlib import import_module
 from types import FrameType
 
+BAD_INPUT = 2
+# What the dynamic linker says when there is no memory for a library; the table of refusals is not loaded yet.
+NO_MEMORY = ("failed to map segment", "Cannot allocate memory")
 INTERRUPTED = 130  # the convention of shells: 128 + the number of SIGINT
 
 
@@ -45,14 +48,19 @@ def _run_app(module: str) -> None:
     handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if handles_interrupts:
         signal.signal(signal.SIGINT, _exit_at_once)
-    app = import_module(f"qvlm_export.cli.{module}").app
-    if handles_interrupts:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        app = import_module(f"qvlm_export.cli.{module}").app
+        if handles_interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         app()
     except KeyboardInterrupt:  # raised before or after the part of the command that handles it
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except (MemoryError, ImportError) as error:  # raised before that part: a library does not fit
+        if not isinstance(error, MemoryError) and not any(phrase in str(error) for phrase in NO_MEMORY):
+            raise
+        print("error: memory ran out while the program was loaded; raise `ulimit -v`, or close programs", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

@@ -19,10 +19,9 @@ from typer.core import TyperCommand
 
 from qvlm_export.calibrate.checkpoint.files import printable
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.cli.commands import INTERRUPTED
+from qvlm_export.cli.commands import BAD_INPUT, INTERRUPTED
 from qvlm_export.pipeline.refusals import REFUSALS, refusal_in_words
 
-BAD_INPUT = 2
 PIPE_CLOSED = 128 + signal.SIGPIPE  # as a program ends that does not handle the signal
 LARGEST_INTEGER = 2**63 - 1
 # click's UsageError. typer does not export it, and depending on its release, click is a dependency or bundled.

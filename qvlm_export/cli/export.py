@@ -254,9 +254,7 @@ def show_result(content: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(f"in {Path(content['manifest']).parent.resolve()}", soft_wrap=True)
     if content["removed"]:
-        console.print(
-            f"removed, as they belonged to the export that was replaced: {', '.join(content['removed'])}", soft_wrap=True
-        )
+        console.print(f"removed with the older export: {', '.join(content['removed'])}", soft_wrap=True)
     console.print(f"what it did to the model, block by block: {content['files']['report']['name']}", soft_wrap=True)
     if content["backend"]["version"] is not None and content["linears"]["quantized"]:
         _show_engine_check(content, console)

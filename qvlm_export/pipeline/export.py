@@ -22,7 +22,14 @@ from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
-from qvlm_export.engines.manifest import Manifest, describe, describe_file, describe_in_background, write_manifest
+from qvlm_export.engines.manifest import (
+    Manifest,
+    describe,
+    describe_file,
+    describe_in_background,
+    read_manifest,
+    write_manifest,
+)
 from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
@@ -112,6 +119,7 @@ def _run_stages(
             prepared, work.staging, replace(manifest, files=_describe_files(prepared.options.out, work.staging, known))
         )
         write_manifest(manifest)
+        read_manifest(manifest.path)  # what a session would refuse must not be published
     key = stage_key(prepared, fingerprint, PARTS[-1], "build")
     details = {"reports": [asdict(report) for report in reports], "checks": [asdict(check) for check in checks]}
     work.record_stage(FINISHED, key, [manifest.path], **details)

@@ -230,7 +230,8 @@ def explain_failure(error: BaseException, disk_bytes: int, work: WorkFolder) -> 
     elif words is not None and words.startswith(OUT_OF_MEMORY):
         reported = UnfinishedError(f"{words.partition(';')[0]}; {LESS_MEMORY}")
     elif words is not None:
-        reported = UnfinishedError(words)
+        place = f"{work.scratch}: " if isinstance(error, OSError) and error.filename is None else ""
+        reported = UnfinishedError(f"{place}{words}")
     if (isinstance(reported, UserError) and not isinstance(reported, UnfinishedError)) or not work.has_unfinished_work():
         work.remove()
         return reported

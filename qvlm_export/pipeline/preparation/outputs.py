@@ -65,7 +65,8 @@ def check_outputs(out: Path, overwrite: bool) -> None:
     size only, as hashing them would take minutes.
     """
     scratch = scratch_folder(out)
-    _refuse_foreign_entries(scratch, _SCRATCH_ENTRIES, f"--out {out}")
+    for folder, entries in ((scratch, _SCRATCH_ENTRIES), (state_folder(scratch), _STATE_ENTRIES)):
+        _refuse_foreign_entries(folder, entries, f"--out {out}")
     manifests = [m for m in map(_read_or_none, _find_manifests(out)) if m is not None]
     for path in (manifest_path(out), *(out.parent / name for name in all_names(out))):
         if not os.path.lexists(path):
@@ -103,6 +104,8 @@ def _find_objection(path: Path, out: Path, manifests: list[Manifest]) -> str | N
                 try:
                     check_intact(replace(manifest, path=manifest_path(out)), role)
                 except UserError as error:
+                    if manifest.path != manifest_path(out):  # one in the work folder, which nobody can see
+                        continue
                     reason = f"which was changed since it was exported ({str(error).rpartition(';')[0]})"
                 else:
                     return None

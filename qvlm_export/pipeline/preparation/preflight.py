@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvlm_export.calibrate.checkpoint.files import printable
+from qvlm_export.calibrate.checkpoint.files import is_utf8, printable
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.graph.weight_sizes import Sizes
 from qvlm_export.pipeline.preparation.outputs import (
@@ -72,8 +72,12 @@ def check_out(out: Path, overwrite: bool = False) -> None:
     shown = f"--out {out}"
     if out.suffix != ".plan":
         raise UserError(f"{shown}: must end in .plan; the other files are named after it")
-    if printable(out.name) != out.name:  # it goes into the manifest
-        raise UserError(f"{shown}: the name holds a control character, or is not UTF-8; choose another")
+    if not is_utf8(str(out.absolute())):
+        raise UserError(f"{shown}: the path is not UTF-8, which ONNX needs; choose another place or name")
+    if printable(out.name) != out.name:  # it goes into the manifest, and into every message
+        raise UserError(f"{shown}: the name holds a control character; choose another")
+    if "\\" in out.name or ".." in out.name:
+        raise UserError(f"{shown}: the name holds a backslash or two dots, which ONNX takes for a path; choose another")
     if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
         raise UserError(f"{shown}: the name is too long, as the other files append to it; shorten it")
     check_writable(out.parent, shown)

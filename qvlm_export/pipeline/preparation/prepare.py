@@ -57,7 +57,7 @@ PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
 DTYPES = (FLOAT16, BFLOAT16)
-MAX_MEMORY_GIB = 2**20
+MAX_MEMORY_GIB, MAX_BATCH = 2**20, 2**16  # beyond any machine
 MAX_SAMPLES = 128  # used at most when --samples is not given
 
 
@@ -188,6 +188,8 @@ def _check_options(options: ExportOptions) -> None:
         check_work_dir(options.work_dir, options.out, options.overwrite)
     if options.memory is not None and not 0 <= options.memory <= MAX_MEMORY_GIB:
         raise UserError(f"--memory {options.memory:g}: must be a number of GiB that a machine can have")
+    if options.max_batch > MAX_BATCH:
+        raise UserError(f"--max-batch {options.max_batch}: must be at most {MAX_BATCH}")
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
