@@ -11,6 +11,8 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,14 @@ BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnx")
 # Ahead-of-time targets of TensorRT-RTX 1.7. SM75 has no INT4.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "current")
 INT4_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+BFLOAT16_TARGETS = INT4_TARGETS  # SM75 has no bfloat16 either
+# GPUs that TensorRT-RTX does not build for: target as one may write it -> whose it is. TensorRT builds for them.
+OTHER_GPUS = {
+    "sm90": "H100 and H200", "h100": "H100", "h200": "H200", "gh200": "GH200", "sm100": "B200", "b200": "B200",
+    "sm103": "B300", "b300": "B300", "sm70": "V100", "v100": "V100", "sm87": "Jetson Orin", "sm101": "Jetson Thor",
+    "sm110": "Jetson Thor",
+}  # fmt: skip
+_EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx")}
 
@@ -50,15 +60,14 @@ def choose_backend(requested: str, targets: tuple[str, ...]) -> Backend:
             raise UserError(f"--target {targets[0]}: the onnx backend builds no engine; leave --target out")
         return Backend("onnx", None, None, ())
     if not _installed(name):
-        raise UserError(f"--backend {name}: not installed; run: pip install '{_pip_extra(name)}', or use --backend onnx")
+        hint = install_hint(_EXTRAS[name])
+        raise UserError(f"--backend {name}: not installed; run: {hint}, or use --backend onnx")
     if name == "tensorrt":
         if targets:
             raise UserError("--target: TensorRT builds for the GPU of this machine; use --backend tensorrt-rtx for targets")
         if not gpu_present():
             raise UserError("--backend tensorrt: needs an NVIDIA GPU, and none is here; use --backend tensorrt-rtx")
-    unknown_targets = [t for t in targets if t not in RTX_TARGETS]
-    if unknown_targets:
-        raise UserError(f"--target {unknown_targets[0]}: unknown; TensorRT-RTX offers {', '.join(RTX_TARGETS)}")
+    targets = tuple(_read_target(target) for target in targets)
     default_targets = () if name == "tensorrt" else INT4_TARGETS
     return Backend(name, _MODULES[name], _installed_version(name), tuple(dict.fromkeys(targets)) or default_targets)
 
@@ -72,15 +81,33 @@ def _resolve_name(requested: str) -> str:
         return "tensorrt"
     if _installed("tensorrt-rtx"):
         return "tensorrt-rtx"
-    raise UserError("no TensorRT is installed; run: pip install 'qvlm-export[rtx]' (no GPU needed), or use --backend onnx")
+    raise UserError(f"no TensorRT is installed; run: {install_hint('rtx')} (no GPU needed), or use --backend onnx")
+
+
+def _read_target(target: str) -> str:
+    """Returns a target as in RTX_TARGETS, written as sm89, SM89, 8.9 or 89. Raises UserError for one that is not there."""
+    name = target.lower().replace("sm_", "sm").replace(".", "")
+    name = f"sm{name}" if name.isdecimal() else name
+    if name in RTX_TARGETS:
+        return name
+    offered = f"TensorRT-RTX offers {', '.join(RTX_TARGETS)}"
+    if name in OTHER_GPUS:
+        raise UserError(
+            f"--target {target}: TensorRT-RTX does not build for {OTHER_GPUS[name]}; export with --backend tensorrt on that "
+            f"machine; {offered}"
+        )
+    raise UserError(f"--target {target}: unknown; {offered}")
+
+
+def install_hint(extra: str) -> str:
+    """Returns the pip command that installs the packages of an extra of this package, from a clone or a wheel alike."""
+    lines = importlib.metadata.requires("qvlm-export") or []
+    packages = [line.partition(";")[0].strip() for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    return f"pip install {' '.join(map(shlex.quote, packages))}"
 
 
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(_MODULES[name]) is not None
-
-
-def _pip_extra(name: str) -> str:
-    return "qvlm-export[rtx]" if name == "tensorrt-rtx" else "qvlm-export[gpu]"
 
 
 def _installed_version(name: str) -> str | None:

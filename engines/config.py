@@ -71,7 +71,8 @@ class TextConfig:
     """A decoder of the Llama kind: Llama, Mistral or Qwen2.
 
     attention_bias: whether q, k and v have a bias; output_bias: whether o has one. sliding_window: number of positions
-    that a token attends to, itself included; None for all.
+    that a token attends to, itself included; None for all. rope_frequencies: radians per position of each pair of channels,
+    [head_dim / 2], empty where only sizes are known; rope_scale: the factor of cos and sin.
     """
 
     vocab_size: int
@@ -82,13 +83,15 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
     max_position_embeddings: int
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
     output_bias: bool = False
     sliding_window: int | None = None
+    hidden_act: str = "silu"
+    rope_frequencies: tuple[float, ...] = ()
+    rope_scale: float = 1.0
 
 
 # A grid of features is downscaled to its limit when its side exceeds the side of the limit by more than this factor.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -37,6 +37,7 @@ class Manifest:
     one of each linear. interface: part -> inputs and outputs of its graph. files: role (language_onnx, vision_plan, ...) ->
     name, bytes and sha256 of a file; for a folder (processor, calibrated) its name and `files`, path inside -> bytes and
     sha256. Exports made before folders were recorded have only the folder's name; such a folder is not verified.
+    generation: eos_token_ids, the tokens that end an answer; empty in older exports, whose tokenizer names one.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Manifest:
     interface: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, role: str) -> Path:
         """Returns the path of a file or folder. Raises UserError when it is not exported, is missing or has another size."""
@@ -142,19 +144,21 @@ def _check_content(path: Path, content: Mapping[str, Any]) -> Manifest:
         interface=content["interface"],
         versions=checked.versions,
         files=files,
+        generation=content.get("generation", {}),
     )
 
 
 def _fill_older_config(content: Any) -> Any:
-    """Returns the configuration of a manifest with what version 1 left out.
+    """Returns the configuration of a manifest with what version 1 left out, and without what is no longer read.
 
-    There, a tower had one feature layer, and o a bias if q, k and v had one. What is no configuration is returned as it is,
-    for the schema to refuse.
+    There, a tower had one feature layer, and o a bias if q, k and v had one. rope_theta was there before 0.10. What is no
+    configuration is returned as it is, for the schema to refuse.
     """
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in ("vision", "text")):
         return content
     vision = {"feature_layers": [content["vision"].get("num_layers")], **content["vision"]}
     text = {"output_bias": content["text"].get("attention_bias"), **content["text"]}
+    text.pop("rope_theta", None)
     return {**content, "vision": vision, "text": text}
 
 

@@ -21,6 +21,7 @@ MOST_LAYERS = 1000  # so that a wrong number of layers is an error and not hours
 # Integer field -> smallest and largest value, where these are not those of a size.
 RANGES = {
     "image_token_id": (0, LARGEST),
+    "eos_token_ids": (0, LARGEST),
     "feature_layers": (0, MOST_LAYERS),
     "num_layers": (0, MOST_LAYERS),
     "num_linears": (1, 2),
@@ -47,6 +48,11 @@ class _Check:
     scheme: str
     executed: str
     passed: bool
+
+
+@dataclass(frozen=True)
+class _Generation:
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class _Content:
     versions: Mapping[str, str]
     files: Mapping[str, _File]
     calibration: Mapping[str, Any]
+    generation: _Generation = _Generation()
 
 
 CONTENT = TypeAdapter(schema_of(_Content, RANGES, extra="ignore"))
@@ -106,7 +113,11 @@ def check_config(config: ModelConfig) -> None:
         (vision.patch_size <= vision.image_size, "vision.patch_size is larger than an image"),
         (vision.hidden_size % vision.num_heads == 0, "vision.hidden_size is no multiple of num_heads"),
         (text.num_heads % text.num_kv_heads == 0, "text.num_heads is no multiple of num_kv_heads"),
-        (text.rope_theta > 0, "text.rope_theta is 0"),
+        (text.rope_scale > 0, "text.rope_scale is 0"),
+        (
+            len(text.rope_frequencies) in (0, text.head_dim // 2),
+            "text.rope_frequencies do not fit head_dim",
+        ),
         (config.image_token_id < text.vocab_size, "image_token_id is not in the vocabulary"),
         (config.tiles is None or len(config.tiles.pinpoints) > 0, "tiles.pinpoints is empty"),
     )

@@ -34,10 +34,15 @@ def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
     model: a folder, an alias or a Hugging Face id. out: the path of the engine file, X.plan. options: fields of
     `prepare.ExportOptions`, named as on the command line. Raises UserError for bad input.
     """
+    from dataclasses import fields
+
     from qvlm_export.pipeline import export as pipeline
     from qvlm_export.pipeline.preparation.prepare import ExportOptions
     from qvlm_export.pipeline.progress import Reporter
 
+    names = [field.name for field in fields(ExportOptions) if field.name not in ("model", "out")]
+    if unknown := sorted(set(options) - set(names)):
+        raise UserError(f"{unknown[0]}: is no option of an export; there are {', '.join(names)}")
     paths = {key: Path(options[key]) for key in ("recipe", "calib_data", "work_dir") if options.get(key) is not None}
     export_options = ExportOptions(model=str(model), out=Path(out), **{**options, **paths})
     return pipeline.export(export_options, Reporter(quiet=True))

@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from qvlm_export.calibrate.blockwise.float_model import attention_window, declared, make_float_model
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.activation_functions import use_deterministic_activations
@@ -27,6 +29,7 @@ from qvlm_export.calibrate.numerics.threads import one_thread
 
 # Parameters of a block below which a second thread gains nothing, while how it divides small matrices changes last bits.
 SMALL_BLOCK = 2**22
+SINGLE_LINEAR = "single_linear_projector"  # a key of ours in configurations that were converted
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,14 @@ class ModelBlocks:
 
 def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     """Splits a model of this configuration into blocks without weights, leaving out vision layers after the last feature."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    model = make_float_model(config)
     use_onednn_linears(model)
     use_deterministic_activations(model)
+    return split_model(model, config, attention_window(config.text_config))
+
+
+def split_model(model: Any, config: PreTrainedConfig, window: int | None) -> ModelBlocks:
+    """Splits transformers' model, on the meta device, into blocks. window: as from `attention_window`."""
     tower, text = model.model.vision_tower, model.model.language_model
     vision = "vision_tower.vision_model"
     entries = ("embeddings", "pre_layrnorm")  # as CLIP checkpoints spell it
@@ -120,7 +127,7 @@ def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
         drop_first=has_class_token(config) and not keeps_class_token(config),
         image_token_id=config.image_token_index,
         vocabulary=text.embed_tokens.num_embeddings,
-        sliding_window=getattr(config.text_config, "sliding_window", None),
+        sliding_window=window,
         final_epsilon=config.text_config.rms_norm_eps,
     )
 
@@ -141,10 +148,10 @@ class SingleLinearProjector(nn.Module):
 def has_single_linear_projector(config: PreTrainedConfig) -> bool:
     """Whether the projector is a single linear.
 
-    transformers always builds two, so a checkpoint with one declares the activation between them to be "linear" and the
-    second to be the identity, which need not be computed.
+    transformers always builds two. A checkpoint in the layout of LLaVA's authors that has one gets an identity as its
+    second, which need not be computed; its converted configuration says so under SINGLE_LINEAR.
     """
-    return config.projector_hidden_act == "linear"
+    return config.projector_hidden_act == "linear" and getattr(config, SINGLE_LINEAR, False) is True
 
 
 def has_class_token(config: PreTrainedConfig) -> bool:
@@ -154,7 +161,7 @@ def has_class_token(config: PreTrainedConfig) -> bool:
 
 def keeps_class_token(config: PreTrainedConfig) -> bool:
     """Whether the class token reaches the projector; VIP-LLaVA's config has no such field, as there it never does."""
-    return getattr(config, "vision_feature_select_strategy", "default") == "full"
+    return bool(declared(config, "vision_feature_select_strategy", "default") == "full")
 
 
 def feature_layers(config: PreTrainedConfig) -> tuple[int, ...]:

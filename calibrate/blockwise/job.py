@@ -12,7 +12,7 @@ from qvlm_export.calibrate.blockwise.block_loader import CPU
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import MAX_FLOAT16, LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, MAX_FLOAT16, LinearScheme
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 
@@ -35,6 +35,11 @@ class CalibrationJob:
     samples: Sequence[Sample]
     work: CalibrationWork | None = None
     device: torch.device = CPU
+
+    @property
+    def float_type(self) -> str:
+        """The float type of the graph that the schemes are for."""
+        return next((scheme.float_type for scheme in self.schemes.values()), FLOAT16)
 
     def sample_numbers(self, block: Block) -> list[int]:
         """The sample number of each input of a block: all in the decoder, those with images in tower and projector."""
@@ -87,7 +92,9 @@ def non_finite_error(layer: str, sample: int, largest: float | None = None) -> U
     )
 
 
-def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Raises UserError naming the linear when a value of its weight is beyond float16's range."""
-    if max(abs(float(bound)) for bound in weight.aminmax()) > MAX_FLOAT16:
-        raise UserError(f"{name}.weight: holds values beyond float16's 65504, so it cannot be in a float16 engine")
+def check_weight(name: str, weight: torch.Tensor, scheme: LinearScheme) -> None:
+    """Raises UserError naming the linear when a value of its weight is beyond the range of a float16 graph."""
+    if scheme.float_type == FLOAT16 and max(abs(float(bound)) for bound in weight.aminmax()) > MAX_FLOAT16:
+        raise UserError(
+            f"{name}.weight: holds values beyond float16's 65504, so it cannot be in a float16 engine; add --dtype bfloat16"
+        )

@@ -41,9 +41,10 @@ from qvlm_export.calibrate.calibrators.partial_forward import (
 )
 from qvlm_export.calibrate.calibrators.quantized_block import QuantizedBlock
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, LinearScheme
 from qvlm_export.calibrate.numerics.matmul import apply_linear, matmul
 from qvlm_export.calibrate.numerics.memory import trim_heap
+from qvlm_export.calibrate.quantization.activation_range import check_range, observe_magnitudes
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.equalize import apply_equalization_, choose_factors, gather_inputs
 from qvlm_export.calibrate.quantization.observers import observe_rows
@@ -68,6 +69,7 @@ class BlockSearch:
     labels: int64 [B, tokens] of every batch, TokenLabel values, for the record; None where all tokens are of one kind.
     output_hessians: by linear, and under "" for the block's output; needed for Kronecker-factored rounding.
     prefix: canonical name of the block in the model, for error messages.
+    largest_activations: as from `observe_magnitudes`, in the float block and in the quantized one.
     quantized, learned: what `search` found; None before, where nothing is quantized, or where no rounding is learned.
     """
 
@@ -82,6 +84,7 @@ class BlockSearch:
     prefix: str = ""
     forwards: float = 0
     backwards: int = 0
+    largest_activations: Mapping[str, float] = field(default_factory=dict)
     quantized: QuantizedBlock | None = None
     learned: Learned | None = None
 
@@ -91,8 +94,19 @@ class BlockSearch:
         """Quantizes the linears in `schemes`; returns the outputs of the float block and of the quantized block.
 
         float_inputs: the block's inputs X in the float model; inputs: X_q, from the already quantized preceding blocks. All
-        are batches, float32 [B, tokens, width]. Raises UserError naming linear and sample where an input is not finite.
+        are batches, float32 [B, tokens, width]. Raises UserError naming linear and sample where an input is not finite, or
+        where activations are beyond the range of the graph's float type.
         """
+        with observe_magnitudes(self.module) as self.largest_activations:
+            outputs = self._search(float_inputs, inputs)
+        float_type = next((scheme.float_type for scheme in self.schemes.values()), FLOAT16)
+        check_range(self.prefix, self.largest_activations, float_type)
+        return outputs
+
+    def _search(
+        self, float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Does what `search` says, but looks at no range."""
         shared_inputs = [s for s in find_shared_inputs(self.module) if any(name in self.schemes for name in s.linears)]
         if not shared_inputs:
             return self._run_batches(self.module, float_inputs), self._run_batches(self.module, inputs)
@@ -171,7 +185,7 @@ class BlockSearch:
             return torch.ones(rows.shape[1], device=rows.device)
         if shared.preceding in block.output_hessians:
             block.output_hessians[shared.preceding] = scale_output_hessian(block.output_hessians[shared.preceding], factors)
-        return apply_equalization_(module, shared, factors)
+        return apply_equalization_(module, shared, factors, scheme.float_type)
 
     def _quantize_shared_input(
         self,

@@ -14,11 +14,11 @@ import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
-from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
 from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
+from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 
@@ -50,6 +50,7 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
         "error": weighted_relative_error(outputs, float_outputs),
         "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),
+        "largest_activations": dict(search.largest_activations),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }

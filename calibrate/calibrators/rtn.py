@@ -27,6 +27,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, Quanti
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.threads import one_thread
+from qvlm_export.calibrate.quantization.activation_range import check_range, observe_magnitudes
 from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
 from qvlm_export.calibrate.quantization.observers import observe_amax
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
@@ -43,13 +44,16 @@ def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progr
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         with resident(block) as module, torch.inference_mode():
-            with observe_amax(module) as amax:
+            for name, scheme in job.block_schemes(block).items():  # else their outputs would be named
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
+            with observe_amax(module) as amax, observe_magnitudes(module) as largest:
                 outputs = shards.store_outputs(block, (run(module, x.to(job.device)) for x in inputs))
+            check_range(block.prefix, largest, job.float_type)
             results = {
                 name: _quantize(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme, amax.get(name))
                 for name, scheme in job.block_schemes(block).items()
             }
-        record = _make_block_record(block, results, sum(len(x) for x in inputs))
+        record = _make_block_record(block, results, sum(len(x) for x in inputs)) | {"largest_activations": largest}
         shards.write(block, {name: result.linear for name, result in results.items()}, outputs=outputs, record=record)
         return outputs
 
@@ -127,7 +131,7 @@ def _quantize_without_running(job: CalibrationJob, shards: BlockWriter, blocks: 
 def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> _LinearResult:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
-    check_weight(name, weight)
+    check_weight(name, weight, scheme)
     linear = quantize_linear(weight, scheme, amax)
     return _LinearResult(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))
 

@@ -36,15 +36,14 @@ from qvlm_export.calibrate.blockwise.job import (
     check_weight,
     find_linear_needing_images,
 )
-from qvlm_export.calibrate.blockwise.token_kinds import label_tokens
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
 from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.quantization.token_kinds import label_tokens
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
@@ -75,8 +74,8 @@ def calibrate_search(
         schemes, half = job.block_schemes(block), len(inputs) // 2
         block_config, numbers = (config, samples_of_texts) if is_text else (config.for_vision(), job.sample_numbers(block))
         with resident(block) as module, torch.no_grad():
-            for name in schemes:
-                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
+            for name, scheme in schemes.items():
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
             check_outputs(block, inputs, numbers)  # catches what came before this block, such as a NaN in an image
             batches = batch_by_length(inputs[:half])
             weights = {} if block_config.token_weighting == "plain" else sensitivity.token_weights
@@ -92,7 +91,7 @@ def calibrate_search(
             both_inputs = (move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
             outputs = search.search(*both_inputs)
             exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
-            changed = _convert_to_stored_dtypes(search.float_tensors(), block, job.source)
+            changed = _convert_to_stored_dtypes(search.float_tensors(), block, job)
             record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), baseline)
         stored = shards.store_outputs(block, [*exact, *rounded], numbers)
         shards.write(block, search.quantized_linears(), changed, outputs=stored, record=record)
@@ -210,11 +209,12 @@ def _select_inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
 
 
 def _convert_to_stored_dtypes(
-    tensors: Mapping[str, torch.Tensor], block: Block, source: TensorSource
+    tensors: Mapping[str, torch.Tensor], block: Block, job: CalibrationJob
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors as float32 where the source has float32, the others as float16.
+    """Returns the tensors as float32 where the source has float32, the others in the graph's float type.
 
-    Equalization rounded the gains of norms to float16; bfloat16 would round them again.
+    Equalization rounded the gains of norms to that type; another would round them again.
     """
-    is_float32 = {name: source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
-    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else np.float16) for n, t in tensors.items()}
+    narrow = np.dtype(job.float_type)
+    is_float32 = {name: job.source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
+    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else narrow) for n, t in tensors.items()}

@@ -1,9 +1,11 @@
 """Calibrated checkpoint in the compressed-tensors format: the result of calibration, which all later stages read.
 
-It is a Hugging Face folder that unmodified transformers and vLLM can load. Linears of 3 and 4 bits are stored as
-`weight_packed`, `weight_scale` and `weight_shape`, linears of 6 and 8 bits as int8 `weight` and `weight_scale`, with
-`input_scale` where activations are quantized. Float tensors are stored as in the source. `calibration.json` is this
-program's own record. Shards are written one block at a time and the index last, so a folder with an index is complete.
+It is a Hugging Face folder that unmodified transformers can load. Linears of 3 and 4 bits are stored as `weight_packed`,
+`weight_scale` and `weight_shape`, linears of 6 and 8 bits as int8 `weight` and `weight_scale`, with `input_scale` where
+activations are quantized. Quantized linears of tower and projector are stored in the dense format, float32 `weight` being
+code * scale: transformers decompresses the others when the model's own forward is called, which `generate` calls after it
+has run tower and projector. Float tensors are stored as in the source. `calibration.json` is this program's own record.
+Shards are written one block at a time and the index last, so a folder with an index is complete.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class CalibratedCheckpoint:
 
     def _check_tensors(self, name: str, scheme: LinearScheme) -> None:
         """Raises UserError when a tensor of a quantized linear is missing, or has another type or rank than it must have."""
-        for suffix, (dtype, rank) in _stored_tensors(scheme).items():
+        for suffix, (dtype, rank) in _stored_tensors(scheme, self._is_dense(name)).items():
             tensor = f"{name}.{suffix}"
             if tensor not in self.floats:
                 raise UserError(f"{self.folder}: lacks the tensor {tensor}, which {RECORD_FILE} lists; calibrate again")
@@ -78,12 +80,25 @@ class CalibratedCheckpoint:
                     "calibrate again"
                 )
 
+    def _is_dense(self, name: str) -> bool:
+        """Whether a linear is stored in the dense format. Folders written before 0.10 have no such linear."""
+        weight = f"{name}.weight"
+        return weight in self.floats and self.floats.dtype(weight) == np.float32
+
+    def weight_shape(self, name: str) -> tuple[int, int]:
+        """The shape [out, in] of a quantized linear's weight."""
+        stored = f"{name}.weight"
+        shape = self.floats.shape(stored) if stored in self.floats else self.floats.load(f"{name}.weight_shape")
+        return int(shape[0]), int(shape[1])
+
     def codes(self, name: str) -> np.ndarray:
         """Codes of the linear `name`, int8 [out, in], read from disk now."""
         scheme = self.schemes[name]
+        if self._is_dense(name):
+            return _recover_codes(self.floats.load(f"{name}.weight"), self.floats.load(f"{name}.weight_scale"))
         if scheme.group_size is None:
             return self.floats.load(f"{name}.weight")
-        _, columns = (int(n) for n in self.floats.load(f"{name}.weight_shape"))
+        _, columns = self.weight_shape(name)
         return unpack_codes(self.floats.load(f"{name}.weight_packed"), scheme.weight_bits, columns)
 
     def packed_nibbles(self, name: str) -> np.ndarray | None:
@@ -91,8 +106,8 @@ class CalibratedCheckpoint:
 
         The even column is in the low half of each byte. None where the stored weight does not have this layout.
         """
-        scheme, columns = self.schemes[name], int(self.floats.load(f"{name}.weight_shape")[1])
-        if scheme.weight_bits != 4 or columns % 8:
+        scheme, (_, columns) = self.schemes[name], self.weight_shape(name)
+        if scheme.weight_bits != 4 or columns % 8 or self._is_dense(name):
             return None
         return self.floats.load(f"{name}.weight_packed").view(np.uint8)
 
@@ -182,7 +197,10 @@ class CalibratedWriter:
 
 def _encode_linear(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
     """The tensors that a linear is stored as, by full name."""
-    if linear.scheme.group_size is None:
+    if is_stored_dense(name):
+        scale = linear.scale.reshape(len(linear.scale), -1)
+        tensors = {f"{name}.weight": linear.dequantized(), f"{name}.weight_scale": np.ascontiguousarray(scale)}
+    elif linear.scheme.group_size is None:
         tensors = {
             f"{name}.weight": np.ascontiguousarray(linear.codes),
             f"{name}.weight_scale": np.ascontiguousarray(linear.scale[:, None]),
@@ -198,9 +216,26 @@ def _encode_linear(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _stored_tensors(scheme: LinearScheme) -> dict[str, tuple[str, int]]:
+def is_stored_dense(name: str) -> bool:
+    """Whether a quantized linear is written in the dense format: those of tower and projector are."""
+    return not name.startswith("language_model.")
+
+
+def _recover_codes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Codes int8 [out, in] of a dense weight, float32 code * scale. scale: [out, 1] or [out, groups].
+
+    The product's relative error of 2**-24 cannot carry a code of at most 8 bits to its neighbour.
+    """
+    groups = weight.reshape(len(weight), scale.shape[1], -1)
+    codes: np.ndarray = np.rint(groups / scale.astype(np.float32)[:, :, None]).astype(np.int8).reshape(weight.shape)
+    return codes
+
+
+def _stored_tensors(scheme: LinearScheme, dense: bool) -> dict[str, tuple[str, int]]:
     """End of the name of each tensor that a linear is stored as, see `_encode_linear` -> dtype and rank."""
-    if scheme.group_size is None:
+    if dense:
+        tensors = {"weight": ("float32", 2), "weight_scale": ("float32" if scheme.group_size is None else "float16", 2)}
+    elif scheme.group_size is None:
         tensors = {"weight": ("int8", 2), "weight_scale": ("float32", 2)}
     else:
         tensors = {"weight_packed": ("int32", 2), "weight_scale": ("float16", 2), "weight_shape": ("int64", 1)}
@@ -208,11 +243,12 @@ def _stored_tensors(scheme: LinearScheme) -> dict[str, tuple[str, int]]:
 
 
 def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors for these linears: one config group per distinct scheme."""
+    """The `quantization_config` of compressed-tensors: one config group per distinct scheme and format."""
     groups: dict[str, Any] = {}
-    for scheme in sorted(set(linears.values()), key=lambda s: (s.name, s.group_size or 0)):
-        targets = [_make_target_pattern(name) for name in sorted(linears) if linears[name] == scheme]
-        groups[f"group_{len(groups)}"] = _make_config_group(scheme, targets)
+    kinds = {(scheme, is_stored_dense(name)) for name, scheme in linears.items()}
+    for scheme, dense in sorted(kinds, key=lambda kind: (kind[0].name, kind[0].group_size or 0, kind[1])):
+        names = [name for name in sorted(linears) if (linears[name], is_stored_dense(name)) == (scheme, dense)]
+        groups[f"group_{len(groups)}"] = _make_config_group(scheme, [_make_target_pattern(name) for name in names], dense)
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -224,8 +260,9 @@ def quantization_config(linears: Mapping[str, LinearScheme]) -> dict[str, Any]:
     }
 
 
-def _make_config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+def _make_config_group(scheme: LinearScheme, targets: list[str], dense: bool) -> dict[str, Any]:
     """The config group of compressed-tensors for one scheme; targets: patterns of the linears that have it."""
+    compressed = "int-quantized" if scheme.group_size is None else "pack-quantized"
     common = {"type": "int", "symmetric": True, "dynamic": False}
     weights = {**common, "num_bits": scheme.weight_bits}
     if scheme.group_size is None:
@@ -240,7 +277,7 @@ def _make_config_group(scheme: LinearScheme, targets: list[str]) -> dict[str, An
         "weights": weights,
         "input_activations": inputs,
         "output_activations": None,
-        "format": "int-quantized" if scheme.group_size is None else "pack-quantized",
+        "format": "dense" if dense else compressed,
     }
 
 

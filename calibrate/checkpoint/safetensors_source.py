@@ -20,7 +20,7 @@ from qvlm_export.calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LENGTH_BYTES = 8  # the file begins with the length of its header, in this many bytes
-_DTYPES = {
+DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -48,14 +48,14 @@ class SafetensorsSource:
                 for key in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                     tensor_slice = file.get_slice(key)
                     dtype_name = tensor_slice.get_dtype()
-                    if dtype_name not in _DTYPES:
+                    if dtype_name not in DTYPES:
                         raise UserError(f"{path}: tensor {key} has type {dtype_name}, which is not supported; convert it")
                     name = rename(key)
                     if name is None:
                         continue
                     self._locations[name] = (opened, key)
                     self._shapes[name] = tuple(tensor_slice.get_shape())
-                    self._dtypes[name] = np.dtype(_DTYPES[dtype_name])
+                    self._dtypes[name] = np.dtype(DTYPES[dtype_name])
             opened.find_tensors()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
@@ -149,17 +149,18 @@ def shard_files(folder: Path) -> list[Path]:
     return list_indexed_files(folder, SINGLE_FILE, INDEX_FILE)
 
 
-def list_indexed_files(folder: Path, single: str, index_name: str) -> list[Path]:
+def list_indexed_files(folder: Path, single: str, index_name: str, has: Callable[[str], bool] | None = None) -> list[Path]:
     """Paths of the weight files of a folder: `folder / single`, or where there is none those that `index_name` names.
 
-    A single file wins over an index, which is then a leftover of an older, sharded save: transformers does the same. Raises
-    UserError when there is neither, or when the index is damaged, names a file outside the folder, or names one that is
-    missing.
+    has: whether the checkpoint has a file of a name; by default, whether the folder holds it. A single file wins over an
+    index, which is then a leftover of an older, sharded save: transformers does the same. Raises UserError when there is
+    neither, or when the index is damaged, names a file outside the folder, or names one that is missing.
     """
+    has = has or (lambda name: (folder / name).exists())
     index = folder / index_name
-    if (folder / single).exists():
+    if has(single):
         return [folder / single]
-    if not index.exists():
+    if not has(index_name):
         raise UserError(f"{folder}: holds neither {single} nor {index_name}; give a folder with model weights")
     try:
         weight_map = read_json(index, "a weight index", "download it again")["weight_map"]
@@ -169,6 +170,6 @@ def list_indexed_files(folder: Path, single: str, index_name: str) -> list[Path]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: names the file {name!r}, which is not in this folder; download the index again")
-        if not (folder / name).exists():
+        if not has(name):
             raise UserError(f"{folder / name}: this shard is named by {index_name} but missing; download it")
     return [folder / name for name in names]

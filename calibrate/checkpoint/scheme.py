@@ -15,6 +15,7 @@ ACTIVATION_BITS = (None, 4, 6, 8)
 FLOAT_BITS = 16  # stands for float activations in names
 GROUPED_BITS = 4  # weights of this many bits or fewer have one scale per group
 MAX_FLOAT16 = 65504.0
+FLOAT16, BFLOAT16 = "float16", "bfloat16"  # the float types of a graph
 _ALLOWED = "weights have 3, 4, 6 or 8 bits, activations 4, 6, 8 or 16"
 _NAMES = {f"W{w}A{a or FLOAT_BITS}": (w, a) for w in WEIGHT_BITS for a in ACTIVATION_BITS}
 
@@ -29,18 +30,22 @@ class LinearScheme:
 
     weight_bits: 3 or 4, with one scale per output and group of `group_size` inputs; 6 or 8, with one scale per output.
     activation_bits: 4, 6 or 8, with one static per-tensor scale; None for float activations. group_size: None for 6-bit and
-    8-bit weights. Raises SchemeError for other bits, or a group size that does not fit them.
+    8-bit weights. float_type: that of the graph, of which scales have to be values. Raises SchemeError for other bits, or a
+    group size that does not fit them.
     """
 
     weight_bits: int
     activation_bits: int | None
     group_size: int | None
+    float_type: str = FLOAT16
 
     def __post_init__(self) -> None:
         if self.weight_bits not in WEIGHT_BITS or self.activation_bits not in ACTIVATION_BITS:
             raise SchemeError(f"{self.name}: {_ALLOWED}")
         if (self.weight_bits <= GROUPED_BITS) != (self.group_size is not None):
             raise SchemeError(f"{self.name}: group_size belongs to 3-bit and 4-bit weights and to them only")
+        if self.float_type not in (FLOAT16, BFLOAT16):
+            raise SchemeError(f"{self.name}: float_type is {self.float_type!r}, not {FLOAT16} or {BFLOAT16}")
 
     @property
     def name(self) -> str:

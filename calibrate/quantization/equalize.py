@@ -15,7 +15,7 @@ from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.shared_inputs import ChannelSharing, SharedInput, find_channel_sharing
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, LinearScheme
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.quantization.config import Equalization
 from qvlm_export.calibrate.quantization.expected_error import (
@@ -156,18 +156,21 @@ def _measure_output_error(
     return squared_sum(matmul(x, rounded.T) - float_outputs)
 
 
-def _round_gain(equalized: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """The equalized gain rounded to float16; the original gain, rounded, where the equalized one becomes 0 or infinite."""
-    half = equalized.half()
-    return torch.where((half != 0) & half.isfinite(), half, gain.half()).float()
+def _round_gain(equalized: torch.Tensor, gain: torch.Tensor, float_type: str) -> torch.Tensor:
+    """The equalized gain rounded to `float_type`; the original one, rounded, where the equalized becomes 0 or infinite."""
+    dtype = getattr(torch, float_type)
+    rounded = equalized.to(dtype)
+    return torch.where((rounded != 0) & rounded.isfinite(), rounded, gain.to(dtype)).float()
 
 
-def apply_equalization_(module: nn.Module, shared_input: SharedInput, factors: torch.Tensor) -> torch.Tensor:
+def apply_equalization_(
+    module: nn.Module, shared_input: SharedInput, factors: torch.Tensor, float_type: str = FLOAT16
+) -> torch.Tensor:
     """Divides the preceding layer's outputs and multiplies the linears' columns, in place; returns the column factors.
 
     factors: float32 [channels of the preceding layer]. The result, float32 [in], holds the factors that were really applied:
-    a norm's new gain is rounded to float16 first, as it will be stored, and the linears are multiplied by the ratio of old
-    and new gain, so the float model stays exact. Without a preceding layer nothing changes.
+    a norm's new gain is rounded to `float_type` first, as the graph stores it, and the linears are multiplied by the ratio
+    of old and new gain, so the float model stays exact. Without a preceding layer nothing changes.
     """
     if shared_input.preceding is None:
         return torch.ones_like(factors)
@@ -177,7 +180,7 @@ def apply_equalization_(module: nn.Module, shared_input: SharedInput, factors: t
         weight.div_(factors[:, None])
     else:
         gain = weight.clone()
-        weight.copy_(_round_gain(gain / factors, gain))
+        weight.copy_(_round_gain(gain / factors, gain, float_type))
         factors = torch.where(weight != 0, gain / weight, torch.ones_like(gain))
     if bias is not None:
         bias.div_(factors)

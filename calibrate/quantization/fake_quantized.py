@@ -48,10 +48,7 @@ class DequantizedSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor, unpacked."""
         floats, linear = self._calibrated.floats, self._linears.get(name)
-        if linear is None or self._calibrated.schemes[linear].group_size is None:
-            return floats.shape(name)
-        rows, columns = floats.load(f"{linear}.weight_shape")
-        return int(rows), int(columns)
+        return floats.shape(name) if linear is None else self._calibrated.weight_shape(linear)
 
     def dtype(self, name: str) -> np.dtype:
         """The type in which `load` returns the tensor."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, LinearScheme
 
 # The smallest normal float16: below it a scale loses bits, and a zero scale would divide by zero.
 MIN_FLOAT16_SCALE = 2.0**-14
@@ -29,10 +29,14 @@ def weight_scale(amax: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
 
 
 def stored_weight_scale(scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
-    """A float32 scale [out, groups] or [out] in the type it is stored in, float16 or float32, and never 0."""
+    """A float32 scale [out, groups] or [out] in the type it is stored in, float16 or float32, and never 0.
+
+    For a bfloat16 graph, scales of groups are values that both float16 and bfloat16 can hold.
+    """
     if scheme.group_size is None:
         return scale.clamp(min=MIN_FLOAT32_SCALE).reshape(len(scale))
-    return scale.clamp(min=MIN_FLOAT16_SCALE).half()
+    scale = scale.clamp(min=MIN_FLOAT16_SCALE)
+    return (scale.bfloat16() if scheme.float_type == BFLOAT16 else scale).half()
 
 
 def group_amax(weight: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -77,6 +81,14 @@ def activation_scale_nearest(scale: float) -> float:
     return float(np.float16(max(scale, MIN_FLOAT16_SCALE)))
 
 
+def stored_input_scale(scale: float, scheme: LinearScheme) -> float:
+    """An activation scale as a value of the graph's float type: rounded up to bfloat16 for such a graph."""
+    if scheme.float_type != BFLOAT16:
+        return scale
+    rounded = float(torch.tensor(scale).bfloat16())
+    return rounded if rounded >= scale else float(torch.tensor(rounded * (1 + 2**-7)).bfloat16())
+
+
 def fake_quantize(x: torch.Tensor, scale: float, num_bits: int) -> torch.Tensor:
     """The activation as the graph quantizes and dequantizes it: ties to even, codes -2^(b-1) .. 2^(b-1) - 1.
 
@@ -108,7 +120,7 @@ def quantize_linear(weight: torch.Tensor, scheme: LinearScheme, input_amax: floa
         scales.append(weight_scale(group_amax(rows, scheme), scheme))
         codes[start : start + CHUNK_ROWS] = round_to_codes(rows, scales[-1], scheme)
     bits = scheme.activation_bits
-    input_scale = None if bits is None else activation_scale(float(input_amax or 0.0), bits)
+    input_scale = None if bits is None else stored_input_scale(activation_scale(float(input_amax or 0.0), bits), scheme)
     return QuantizedLinear(scheme, codes.numpy(), torch.cat(scales).cpu().numpy(), input_scale)
 
 

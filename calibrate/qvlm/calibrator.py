@@ -98,8 +98,8 @@ def _calibrate(
         half, schemes = len(batches) // 2, job.block_schemes(block)
         inside = [b for b in blocks if inputs[b.start].block == block.prefix]
         with load_block(block, job.source) as module, torch.inference_mode():
-            for name in schemes:
-                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight)
+            for name, scheme in schemes.items():
+                check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
             layers = [[make_quantizable_layer(module, inputs[k], schemes) for k in b] for b in inside]
             exact, rounded, module_results = _search_module(module, layers, run, list(batches[:half]), list(batches[half:]))
             pairs = [

@@ -21,6 +21,7 @@ from qvlm_export.calibrate.quantization.quantizer import (
     expand_scales,
     fake_quantize,
     round_to_codes,
+    stored_input_scale,
     weight_scale,
 )
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip
@@ -77,8 +78,10 @@ class QuantizableLayer:
         return linears
 
     def _input_scale(self, name: str, clips: Clips) -> float | None:
-        bits = self.schemes[name].activation_bits
-        return None if bits is None else activation_scale(self.ranges[clips.activation], bits)
+        scheme = self.schemes[name]
+        if scheme.activation_bits is None:
+            return None
+        return stored_input_scale(activation_scale(self.ranges[clips.activation], scheme.activation_bits), scheme)
 
     def _round_weight(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
         scale = weight_scale(self.weight_ranges[name, clips.weight], self.schemes[name])

@@ -21,12 +21,13 @@ from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import Run
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, LinearScheme
 from qvlm_export.calibrate.numerics.matmul import apply_linear, deterministic_small_matmul
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale_nearest,
     expand_scales,
     squared_sum,
+    stored_input_scale,
     stored_weight_scale,
 )
 
@@ -61,7 +62,8 @@ class LearningBatch:
 class Learned:
     """A learned block: the step with the least error on the held-out samples.
 
-    linears, floats: quantized linears and all other tensors, learned ones with float16 values, by name inside the block.
+    linears, floats: quantized linears and all other tensors, learned ones as values of the graph's float type, by name
+    inside the block.
     error_before, error_after: relative squared error on the held-out samples, at the start and at that step. forwards,
     backwards: number of samples in forward and backward passes through the block.
     """
@@ -132,9 +134,9 @@ class LearnedLinear(nn.Module):
             initial_scale = self.get_buffer("initial_scale")
             value = self.get_buffer("codes") * expand_scales(initial_scale / self.scale(), self.in_features) + self.offset
             codes = value.round().clamp(self.scheme.qmin, self.scheme.qmax).to(torch.int8)
-            input_scale = (
-                None if self.log_input_scale is None else activation_scale_nearest(float(self.log_input_scale.exp()))
-            )
+            input_scale = None
+            if self.log_input_scale is not None:
+                input_scale = stored_input_scale(activation_scale_nearest(float(self.log_input_scale.exp())), self.scheme)
         return QuantizedLinear(self.scheme, codes.cpu().numpy(), scale.cpu().numpy(), input_scale)
 
     def snap_to_stored_(self) -> None:
@@ -236,15 +238,16 @@ def _make_parameter_groups(student: nn.Module, linears: Mapping[str, LearnedLine
 
 
 def _copy_as_stored(student: nn.Module) -> nn.Module:
-    """A copy of the block with every tensor as it will be stored: linears as quantized, gains and biases as float16."""
-    snapped = copy.deepcopy(student)
+    """A copy of the block with every tensor as it will be stored: linears as quantized, gains and biases in 16 bits."""
+    snapped, float_type = copy.deepcopy(student), FLOAT16
     for part in snapped.modules():
         if isinstance(part, LearnedLinear):
             part.snap_to_stored_()
+            float_type = part.scheme.float_type
     with torch.no_grad():
         for name, parameter in snapped.named_parameters():
             if "norm" in name or name.endswith(".bias"):
-                parameter.copy_(parameter.half())
+                parameter.copy_(parameter.to(getattr(torch, float_type)))
     return snapped
 
 

@@ -25,6 +25,7 @@ from qvlm_export.calibrate.quantization.quantizer import (
     fake_quantize,
     group_amax,
     round_to_codes,
+    stored_input_scale,
     weight_scale,
 )
 from qvlm_export.calibrate.quantization.range_search import search_activation_scale, search_weight_scale
@@ -130,7 +131,8 @@ def _quantize_same_bits(
     input_scale: float | None = None
     quantized_rows = inputs.quantized_rows
     if num_bits is not None:
-        input_scale = choose_input_scale(config, weights, inputs, output_hessians, num_bits)
+        chosen = choose_input_scale(config, weights, inputs, output_hessians, num_bits)
+        input_scale = stored_input_scale(chosen, schemes[next(iter(weights))])
         quantized_rows = fake_quantize(quantized_rows, input_scale, num_bits)
     hessian = matmul(inputs.scale_by_weights(quantized_rows).T, quantized_rows)
     if config.ridge is not None:

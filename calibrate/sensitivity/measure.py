@@ -38,11 +38,11 @@ from qvlm_export.calibrate.blockwise.forward import Run, load_head, run_decoder_
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, check_outputs
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork, NamedTensors
 from qvlm_export.calibrate.blockwise.shared_inputs import list_linears
-from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.numerics.matmul import deterministic_small_matmul
 from qvlm_export.calibrate.numerics.memory import trim_heap
 from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
 from qvlm_export.calibrate.sensitivity.block_backward import (
     MIN_TOKEN_WEIGHT,
     BackwardRequest,

@@ -114,7 +114,9 @@ def to_float(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     if np.isfinite(converted).all():
         return converted
     if np.isfinite(array).all():
-        raise UserError(f"{name}: holds values beyond float16's 65504, so it cannot be in a float16 engine")
+        raise UserError(
+            f"{name}: holds values beyond float16's 65504, so it cannot be in a float16 engine; add --dtype bfloat16"
+        )
     raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, download it again")
 
 

@@ -41,11 +41,11 @@ class Rope:
     """Rotary position embedding: tables cos and sin [max_length, D/2], shared by all layers."""
 
     def __init__(self, op: OpBuilder, config: TextConfig, max_length: int, dtype: ir.DataType) -> None:
-        exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        frequency = 1.0 / np.float32(config.rope_theta) ** exponent
-        angle = np.arange(max_length, dtype=np.float32)[:, None] * frequency.astype(np.float32)[None, :]
-        self.cos = op.builder.initializer(ir.tensor(np.cos(angle).astype(dtype.numpy())), "rope.cos", qualify=False)
-        self.sin = op.builder.initializer(ir.tensor(np.sin(angle).astype(dtype.numpy())), "rope.sin", qualify=False)
+        frequencies = np.array(config.rope_frequencies, np.float32)
+        angle, scale = np.arange(max_length, dtype=np.float32)[:, None] * frequencies[None, :], np.float32(config.rope_scale)
+        cos, sin = ((function(angle) * scale).astype(dtype.numpy()) for function in (np.cos, np.sin))
+        self.cos = op.builder.initializer(ir.tensor(cos), "rope.cos", qualify=False)
+        self.sin = op.builder.initializer(ir.tensor(sin), "rope.sin", qualify=False)
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,18 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """Gated MLP, down(silu(gate(x)) * up(x)): x [B, S, hidden] -> [B, S, hidden]."""
+    """Gated MLP, down(act(gate(x)) * up(x)): x [B, S, hidden] -> [B, S, hidden]."""
 
     def __init__(self, config: TextConfig, dtype: ir.DataType) -> None:
         super().__init__()
+        self._act = ACTIVATIONS[config.hidden_act]
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(hidden, inner, config.mlp_bias, dtype)
         self.up_proj = Linear(hidden, inner, config.mlp_bias, dtype)
         self.down_proj = Linear(inner, hidden, config.mlp_bias, dtype)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.down_proj(op, op.Mul(ACTIVATIONS["silu"](op, self.gate_proj(op, x)), self.up_proj(op, x)))
+        return self.down_proj(op, op.Mul(self._act(op, self.gate_proj(op, x)), self.up_proj(op, x)))
 
 
 class LlamaLayer(nn.Module):

@@ -33,11 +33,16 @@ def _gelu_tanh(op: OpBuilder, x: ir.Value) -> ir.Value:
     return op.Gelu(x, approximate="tanh")
 
 
+def _linear(op: OpBuilder, x: ir.Value) -> ir.Value:
+    return op.Identity(x)
+
+
 ACTIVATIONS: dict[str, Callable[[OpBuilder, ir.Value], ir.Value]] = {
     "quick_gelu": _quick_gelu,
     "gelu": _gelu,
     "gelu_pytorch_tanh": _gelu_tanh,
     "silu": _silu,
+    "linear": _linear,
 }
 
 

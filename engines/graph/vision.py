@@ -157,7 +157,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: ir.DataType) -> None:
         super().__init__()
-        self._act = ACTIVATIONS.get(config.projector.hidden_act)  # None where there is only one linear
+        self._act = ACTIVATIONS[config.projector.hidden_act]
         in_features, width, bias = config.vision.feature_size, config.text.hidden_size, config.projector.bias
         epsilon = config.projector.norm_eps
         self.projector_layernorm = None if epsilon is None else LayerNorm(in_features, epsilon, dtype)
@@ -166,7 +166,7 @@ class Projector(nn.Module):
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         x = self.linear_1(op, x if self.projector_layernorm is None else self.projector_layernorm(op, x))
-        return x if self.linear_2 is None or self._act is None else self.linear_2(op, self._act(op, x))
+        return x if self.linear_2 is None else self.linear_2(op, self._act(op, x))
 
 
 class VisionGraph(nn.Module):

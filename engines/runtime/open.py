@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.backend import gpu_present
+from qvlm_export.engines.backend import gpu_present, install_hint
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.device import UnusableEngineError
 from qvlm_export.engines.runtime.session import Runner, Session
@@ -54,7 +54,7 @@ def open_session(
                 raise UserError(f"--runtime {runtime}: {error}; export again here, or use --runtime onnxruntime") from error
             why = str(error)
     if not machine.installed("onnxruntime"):
-        raise UserError(f"{why}, and ONNX Runtime is not installed; run: pip install 'qvlm-export[cpu]'")
+        raise UserError(f"{why}, and ONNX Runtime is not installed; run: {install_hint('cpu')}")
     from qvlm_export.engines.runtime.onnx_runner import Cuda, open_runner
 
     cuda = None if runtime == "onnxruntime:cpu" else machine.cuda or Cuda(gpu=machine.gpu)

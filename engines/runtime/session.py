@@ -84,17 +84,26 @@ class Session:
         self.runner.close()
 
     def logits(
-        self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, placement: Placement | None = None
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        placement: Placement | None = None,
+        *,
+        require_finite: bool = True,
     ) -> np.ndarray:
         """Returns the logits at every position, float32 [1, S, vocab].
 
         input_ids: int64 [1, S]. pixel_values: float32 [n, 3, R, R], images or tiles. placement: for models with tiles, which
-        features each image token is made of. Raises UserError when the inputs do not fit together or into the engine.
+        features each image token is made of. require_finite: False for a caller that counts NaN and infinite logits itself.
+        Raises UserError when the inputs do not fit together or into the engine, and for logits that are not finite.
         """
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        return self._feed(self._make_sequences(1), [ids[0]], pixel_values, placement)
+        logits = self._feed(self._make_sequences(1), [ids[0]], pixel_values, placement)
+        if require_finite:
+            self._check_finite(logits[0])
+        return logits
 
     def start(
         self,
@@ -105,7 +114,7 @@ class Session:
         """Prefills prompts, int64 [S_b] each and of any lengths, and returns them as sequences.
 
         pixel_values: float32 [n, 3, R, R], the images of all prompts in order. placement: for models with tiles, of all
-        prompts together, see `join_placements`. Raises UserError when the prompts do not fit into the engine.
+        prompts together, see `join_placements`. Raises UserError as `extend` does.
         """
         if len(prompts) > self.manifest.limits.max_batch:
             raise UserError(f"{len(prompts)} prompts at once, the engine was built for {self.manifest.limits.max_batch}")
@@ -122,13 +131,16 @@ class Session:
     ) -> None:
         """Appends new tokens to the sequences, such as a chat's next turn; only the new tokens are computed.
 
-        added: int64 [S_b] of each sequence. Raises UserError, and leaves the sequences unchanged, when they do not fit.
+        added: int64 [S_b] of each sequence. Raises UserError, and leaves the sequences unchanged, when they do not fit or
+        the logits are not finite.
         """
         pending = [tokens[n:] for tokens, n in zip(sequences.tokens, sequences.cached, strict=True)]
         inputs = [np.array([*p, *a], np.int64) for p, a in zip(pending, added, strict=True)]
         logits = self._feed(sequences, inputs, pixel_values, placement)
         lengths = np.array([len(row) for row in inputs], np.int64)
-        sequences.logits = logits[np.arange(len(inputs)), lengths - 1]
+        last_logits = logits[np.arange(len(inputs)), lengths - 1]
+        self._check_finite(last_logits)
+        sequences.logits = last_logits
         sequences.cached = sequences.cached + lengths
         for tokens, new in zip(sequences.tokens, added, strict=True):
             tokens.extend(int(t) for t in new)
@@ -140,6 +152,7 @@ class Session:
 
         A sequence ends after a stop token, which is yielded but not added to the sequence. Generation ends when all
         sequences have ended, after `max_new_tokens`, or when the longest one fills the cache. sampling: None for greedy.
+        Raises UserError when the logits of a sequence that goes on are not finite.
         """
         sampling = sampling or Sampling()
         batch, dummy = len(sequences.tokens), np.zeros((1, self.manifest.config.text.hidden_size), np.float32)
@@ -153,6 +166,7 @@ class Session:
                 positions = sequences.cached
                 sequences.logits = self.runner.step(last, dummy, positions[:, None], positions, sequences.cache)[:, -1]
                 sequences.cached = positions + has_uncached
+                self._check_finite(sequences.logits[alive])
             step_tokens: list[int | None] = [
                 pick_token(sequences.logits[row], sequences.tokens[row], sampling, generators[row]) if alive[row] else None
                 for row in range(batch)
@@ -165,6 +179,15 @@ class Session:
             yield step_tokens
             if not any(alive):
                 return
+
+    def _check_finite(self, logits: np.ndarray) -> None:
+        """Raises UserError for logits of which some are NaN or infinite: no token, and no likelihood, follows from them."""
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the logits are NaN or infinite ({self.runner.name} on {self.runner.device}), so there is no answer: "
+                f"activations leave the range of {self.manifest.float_type}, or weights are damaged; qvlm-validate "
+                "--per-layer shows where; export with another --dtype, or take another checkpoint"
+            )
 
     def _make_sequences(self, batch: int) -> Sequences:
         return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))

@@ -9,29 +9,30 @@ embedding table and the head have rows for an image token (the mean of the other
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
+from qvlm_export.calibrate.blockwise.blocks import SINGLE_LINEAR
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.files.hub import find_folder, read_config
-from qvlm_export.checkpoints.files.weights import open_weights
+from qvlm_export.checkpoints.files.headers import Download, find_downloads
+from qvlm_export.checkpoints.files.hub import find_checkpoint, read_config
+from qvlm_export.checkpoints.files.weights import Location, open_weights
 
 CONFIG_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer")
-DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # model_type -> model_type of the decoder
+# model_type -> configuration class of the decoder
+DECODERS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 PROJECTOR_ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}  # mm_projector_type -> projector_hidden_act
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature -> select strategy
 ANYRES = "anyres"
 ASPECT_RATIOS = ("square", "pad", ANYRES)
-TEXT_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window", "attention_bias",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-)  # fmt: skip
+ROPE_KEYS = ("rope_theta", "rope_scaling")  # as releases before transformers 5 wrote rope_parameters
 # The towers that LLaVA was trained with, so that neither their geometry nor their preprocessing needs a download.
 CLIP_LARGE = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -57,8 +58,13 @@ def convert_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     vocabulary = config.get("vocab_size")
     is_count = isinstance(vocabulary, int) and vocabulary > 0
     _require(is_count, where, "vocab_size", vocabulary, ("whole numbers above 0",))
-    text = {key: config[key] for key in TEXT_KEYS if config.get(key) is not None}
-    text |= {"model_type": DECODERS[model_type], "vocab_size": pad_rows(int(vocabulary or 0))}
+    decoder = DECODERS[model_type]
+    keys = {f.name for f in dataclasses.fields(decoder)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    keys |= set(ROPE_KEYS)
+    text = {key: config[key] for key in sorted(keys) if config.get(key) is not None}
+    if "sliding_window" in config and "sliding_window" in keys:  # null means none, while no key means the class's default
+        text["sliding_window"] = config["sliding_window"]
+    text |= {"model_type": decoder.model_type, "vocab_size": pad_rows(int(vocabulary or 0))}
     converted = {
         "model_type": "llava_next" if tiled else "llava",
         "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
@@ -71,6 +77,8 @@ def convert_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dtype": config.get("torch_dtype") or "float16",
     }
+    if converted["projector_hidden_act"] == "linear":
+        converted[SINGLE_LINEAR] = True
     return converted | ({"image_grid_pinpoints": config.get("image_grid_pinpoints")} if tiled else {})
 
 
@@ -93,21 +101,30 @@ def read_tower_name(config: Mapping[str, Any], folder: Path) -> str:
     return name
 
 
-def find_tower_folder(name: str, folder: Path) -> Path:
-    """Returns the folder of the tower `name`: inside or beside the checkpoint's `folder`, else by path or from Hugging Face.
+def known_tower(name: str) -> str | None:
+    """Returns the key in TOWERS of the tower `name`: its id, or a path that ends like it; None for any other tower.
+
+    Whoever trains with a local copy of the tower leaves its path in config.json.
+    """
+    return next((tower for tower in TOWERS if Path(name).name == Path(tower).name), None)
+
+
+def find_tower(name: str, folder: Path) -> Location:
+    """Returns where the tower `name` is: inside or beside the checkpoint's `folder`, else by path or from Hugging Face.
 
     Raises UserError when it is in none of these places.
     """
     nearby = (folder / name, folder / Path(name).name, folder.parent / Path(name).name)
     local = next((path for path in nearby if (path / "config.json").exists()), None)
-    return local or find_folder(name, f"{folder / 'config.json'}: mm_vision_tower")
+    option = f"{folder / 'config.json'}: mm_vision_tower"
+    return find_checkpoint(known_tower(name) or name, option=option) if local is None else Location(local)
 
 
 def read_tower_config(name: str, folder: Path) -> dict[str, Any]:
     """Returns the vision_config of the tower `name`. Raises UserError when the tower is not a CLIP."""
-    if name in TOWERS:
-        return {**CLIP_LARGE, "image_size": TOWERS[name]}
-    path = find_tower_folder(name, folder)
+    if (known := known_tower(name)) is not None:
+        return {**CLIP_LARGE, "image_size": TOWERS[known]}
+    path = find_tower(name, folder).folder
     content = read_config(path, what="a CLIP tower")
     if content.get("model_type") == "clip":
         inner = content.get("vision_config")
@@ -133,7 +150,7 @@ def open_source(own: TensorSource, config: Mapping[str, Any], folder: Path) -> T
     """
     tower: TensorSource | None = None
     if not any(name.startswith("vision_tower.") for name in own):
-        tower = open_weights(find_tower_folder(read_tower_name(config, folder), folder), _rename_tower_tensor)
+        tower = open_weights(find_tower(read_tower_name(config, folder), folder), _rename_tower_tensor)
     vocabulary = int(config["vocab_size"])
     for name in VOCABULARY_TABLES:
         if name in own and own.shape(name)[0] != vocabulary:
@@ -187,6 +204,10 @@ class ConvertedSource:
     def files(self) -> Sequence[Path]:
         """Returns the weight files of both checkpoints."""
         return [*self._own.files(), *(self._tower.files() if self._tower is not None else ())]
+
+    def downloads(self) -> tuple[Download, ...]:
+        """Returns the weight files of both checkpoints that must be downloaded before `load`."""
+        return (*find_downloads(self._own), *(() if self._tower is None else find_downloads(self._tower)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor after the conversion."""

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, find_tower_folder, read_tower_name
+from qvlm_export.checkpoints.author_layout import convert_config, find_tower, known_tower, read_tower_name
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, Conversation, chat_template
-from qvlm_export.checkpoints.files.hub import first_line, read_config
+from qvlm_export.checkpoints.files.hub import read_config
+from qvlm_export.checkpoints.files.hub_errors import first_line
 
 MIN_TOKEN_SHARE = 0.9  # of vocab_size: some models pad their tables to more rows than the tokenizer has tokens
 IMAGE, START, END = "<image>", "<im_start>", "<im_end>"
@@ -66,9 +67,9 @@ def make_processor(folder: Path) -> Any:
 def _make_image_processor(config: Mapping[str, Any], image_size: int, tower: str, folder: Path) -> Any:
     """Returns CLIP's preprocessing, by image_aspect_ratio of the cropped image, the padded image, or its tiles."""
     settings: dict[str, Any] = {}
-    if tower not in TOWERS:
+    if known_tower(tower) is None:
         name = "preprocessor_config.json"
-        stored = read_config(find_tower_folder(tower, folder), name, "a CLIP tower, image processor included")
+        stored = read_config(find_tower(tower, folder).folder, name, "a CLIP tower, image processor included")
         settings = {key: stored[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in stored}
     settings |= {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     aspect = config.get("image_aspect_ratio") or "square"
@@ -92,9 +93,9 @@ def _load_tokenizer(folder: Path, vocabulary: int, legacy: bool) -> Any:
         raise UserError(f"{folder}: holds no {slow.name}; add it, it belongs to the language model")
     try:
         if slow.exists() and not fast.exists():
-            tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+            tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy, trust_remote_code=False)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # sentencepiece and tokenizers raise nothing narrower for damaged files
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)}); download it again") from error
     if not MIN_TOKEN_SHARE * vocabulary <= len(tokenizer) <= vocabulary:

@@ -26,7 +26,9 @@ class Layout:
     """How checkpoints of one layout are read and converted.
 
     A checkpoint has the first layout in LAYOUTS of whose `config_keys` its config.json has one; a layout without keys fits
-    every config.json. renames: regular expressions and replacements for tensor names, applied in order.
+    every config.json. A config.json with a text_config has the last one, whatever keys a conversion left in it.
+
+    renames: regular expressions and replacements for tensor names, applied in order.
 
     convert: (config.json as stored, its folder) -> config.json as llava-hf would have written it.
     open_source: (the folder's tensors by canonical names, config.json as stored, its folder) -> all tensors of the converted
@@ -107,6 +109,8 @@ FAMILIES = (
 
 def find_layout(config: Mapping[str, Any]) -> Layout:
     """Returns the layout of a checkpoint by its config.json as stored."""
+    if "text_config" in config:
+        return LAYOUTS[-1]
     return next(layout for layout in LAYOUTS if not layout.config_keys or any(key in config for key in layout.config_keys))
 
 

@@ -46,6 +46,7 @@ def main(
     model: Annotated[str | None, typer.Argument(help="X.plan, a calibrated checkpoint, or a --model of qvlm-export")] = None,
     task: Annotated[str, typer.Option(help="scienceqa, vqav2, vizwiz or hateful-memes")] = "",
     data: Annotated[Path | None, typer.Option(help="directory with the official files")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a model on the Hub")] = None,
     model_form: Annotated[str, typer.Option(help="auto, float, fake-quant, graph or engine")] = "auto",
     split: Annotated[str | None, typer.Option(help="default: the one that papers report, with public answers")] = None,
     form: Annotated[str, typer.Option(help="prompt: v1.5 asks for a short answer; v1.3 is the question alone")] = "v1.5",
@@ -84,6 +85,7 @@ def main(
         options = EvalOptions(
             model, task, data, model_form, split, form, conversation, pad_square, questions, limit, _parse_shard(shard),
             tuple(merge or ()), predictions, submission, batch, max_new_tokens, runtime, device, fast,
+            revision,
         )  # fmt: skip
         result = evaluate(options, Reporter(quiet=as_json or world().rank > 0))
         if result is None:  # in a process of torchrun other than the first

@@ -58,6 +58,7 @@ def print_models(requested: bool) -> None:
 def main(
     model: Annotated[str, typer.Option(help="an alias of --list-models, a Hugging Face id, or a local folder")],
     out: Annotated[Path, typer.Option(help="the language engine X.plan; the other files are named after it")],
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a model on the Hub")] = None,
     scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
     recipe: Annotated[Path | None, typer.Option(help="YAML file of schemes for single modules, instead of --scheme")] = None,
     calib_data: Annotated[Path | None, typer.Option(help="JSONL calibration set: image, prompt, answer (optional)")] = None,
@@ -80,6 +81,7 @@ def main(
         typer.Option(min=0, callback=check_finite, help="GiB of memory for calibration; activations beyond it go to disk"),
     ] = None,
     device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float type of the engines: float16, or bfloat16 for its range")] = "float16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (handled by the callback)
@@ -93,6 +95,7 @@ def main(
         options = ExportOptions(
             model=model,
             out=out,
+            revision=revision,
             scheme=scheme,
             recipe=recipe,
             calib_data=calib_data,
@@ -106,6 +109,7 @@ def main(
             resume=resume,
             memory=memory,
             device=device,
+            dtype=dtype,
             overwrite=overwrite,
         )
         _export(options, dry_run, as_json)
@@ -132,6 +136,10 @@ def _export(options: Any, dry_run: bool, as_json: bool) -> None:
 
 def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
     """Returns what `--dry-run --json` prints. prepared: a PreparedExport; estimated: its Estimate."""
+    from qvlm_export.checkpoints.origin import describe_origin
+
+    origin = describe_origin(prepared.checkpoint)
+    parts = (origin, origin.get("tower", {}))
     counts: dict[str, int] = {}
     for linear in prepared.linears.values():
         counts[linear.name] = counts.get(linear.name, 0) + 1
@@ -153,6 +161,8 @@ def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
             for part, sizes in prepared.sizes.items()
         },
         "disk_bytes": prepared.disk_bytes,
+        "download_bytes": prepared.download_bytes,
+        "hub": [{key: part[key] for key in ("repository", "commit")} for part in parts if "repository" in part],
         "memory_bytes": estimated.memory_bytes,
         "build_memory_bytes": estimated.build_memory_bytes,
         "seconds": estimated.seconds,
@@ -177,7 +187,13 @@ def show_dry_run(content: dict[str, Any], console: Console) -> None:
     console.print(f"longest sequence: {content['max_length']} tokens, batch {content['max_batch']}")
     console.print(f"calibration: {content['calibration_data'] or 'not needed'}, {content['calibration_samples']} samples")
     console.print(content["estimate"])
-    console.print(f"disk needed: {format_bytes(content['disk_bytes'])}. Nothing was written.")
+    written = "Nothing was written"
+    for part in content["hub"]:
+        console.print(f"on the Hub: {part['repository']}, commit {part['commit']}", soft_wrap=True)
+    if content["hub"]:
+        console.print(f"to download: {format_bytes(content['download_bytes'])} of weights")
+        written += ", except configuration and tokenizer to the Hub's cache where it lacked them"
+    console.print(f"disk needed: {format_bytes(content['disk_bytes'])}. {written}.", soft_wrap=True)
 
 
 def result_summary(result: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qvlm_export.cli.common import OneLineErrors, check_finite, errors_as_lines
+from qvlm_export.inference.forms import FLOAT
+from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
 NOT_MET = 1  # exit code when a threshold is not met, or the graph is not what was calibrated
 
@@ -34,15 +36,16 @@ def main(
     reference: Annotated[
         str | None, typer.Option(help="checkpoint to compare with; default: the one that was exported")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a --reference on the Hub")] = None,
     samples: Annotated[Path | None, typer.Option(help="JSONL: image, prompt, answer; default: the built-in scenes")] = None,
     limit: Annotated[int, typer.Option(min=1, help="largest number of samples")] = 64,
     min_agreement: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, callback=check_finite, help="least share of positions with the same top-1 token"),
-    ] = None,
+        float,
+        typer.Option(min=0, max=1, callback=check_finite, help="least share of answer tokens with the same top-1 token"),
+    ] = MIN_AGREEMENT,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, callback=check_finite, help="largest mean KL divergence, in nats")
-    ] = None,
+        float, typer.Option(min=0, callback=check_finite, help="largest mean KL divergence of answer tokens, in nats")
+    ] = MAX_KL,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="compare the output of every block, too")] = False,
     save_polygraphy: Annotated[
         Path | None, typer.Option(help="write files and commands to repeat the comparison with Polygraphy")
@@ -51,17 +54,21 @@ def main(
 ) -> None:
     """Compares an export with its checkpoint, form by form, and says where accuracy is lost.
 
-    The forms of the model: float (the checkpoint in torch), fake-quant (the calibrated checkpoint in torch), graph (the Q/DQ
-    graph on ONNX Runtime), engine (TensorRT, if there is a GPU).
+    The forms of the model: float (the checkpoint in transformers' own model), fake-quant (the calibrated checkpoint in
+    torch), graph (the Q/DQ graph on ONNX Runtime), engine (TensorRT, if there is a GPU).
 
-    Thresholds apply to the answer tokens of every form that runs. The exit code is 1 when a threshold is not met, when the
-    graph does not contain the calibrated integers, or when Polygraphy finds that graph and engine differ.
+    Thresholds apply to the answer tokens of every form that runs. The exit code is 1 when a threshold is not met, when graph
+    or engine are another model than what they were made from, when activations of the float model leave the range of a
+    float16 engine, when the graph does not contain the calibrated integers, or when Polygraphy finds that graph and engine
+    differ.
     """
     with errors_as_lines():
         from qvlm_export.pipeline.progress import Reporter
         from qvlm_export.validation.validate import ValidateOptions, validate
 
-        options = ValidateOptions(plan, reference, samples, limit, min_agreement, max_kl, per_layer, save_polygraphy)
+        options = ValidateOptions(
+            plan, reference, revision, samples, limit, min_agreement, max_kl, per_layer, save_polygraphy
+        )
         content = validate(options, Reporter(quiet=as_json)).summary()
         if as_json:
             print(json.dumps(content, indent=1, allow_nan=False))
@@ -86,12 +93,19 @@ def show(content: dict[str, Any], console: Console, per_layer: bool) -> None:
             console.print(f"  {wrong['linear']}: {wrong['what']}", soft_wrap=True)
     console.print(loss_line(content["loss"]), soft_wrap=True)
     for check in content["thresholds"]:
-        sign = ">=" if check["metric"] == "agreement" else "<="
-        met = "met" if check["passed"] else "NOT MET"
-        console.print(
-            f"{check['metric']} {format_number(check['got'])} {sign} {check['wanted']:g} on {check['form']}: {met}"
-        )
+        show_check(check, content["largest_activation"], console)
     show_polygraphy(content["polygraphy"], console)
+
+
+def show_check(check: dict[str, Any], largest_activation: list[Any] | None, console: Console) -> None:
+    """Prints a threshold that was asked for, or any other that is not met. largest_activation: place and magnitude."""
+    if check["passed"] and (check["metric"] not in ("agreement", "kl") or check["against"] != FLOAT):
+        return
+    sign, met = ">=" if check["metric"] == "agreement" else "<=", "met" if check["passed"] else "NOT MET"
+    against = "" if check["against"] == FLOAT else f" against {check['against']}"
+    place = f", at {largest_activation[0]}" if check["metric"] == "largest activation" and largest_activation else ""
+    got, what = f"{check['metric']} {format_number(check['got'])}", f"{check['form']}{against}{place}"
+    console.print(f"{got} {sign} {check['wanted']:g} on {what}: {met}", soft_wrap=True)
 
 
 def comparison_table(content: dict[str, Any]) -> Table:

@@ -69,7 +69,8 @@ class EncodedQuestion:
 def ask_all(model: LoadedModel, questions: Sequence[Question], manner: AskSettings) -> Iterator[dict[str, Answer]]:
     """Yields the answers of one batch after another, by question id.
 
-    The answer to a question that cannot be encoded, such as for an unreadable image, holds the reason in `failed`.
+    The answer to a question that cannot be encoded, such as for an unreadable image, holds the reason in `failed`. Raises
+    UserError when the logits are not finite, as no answer of such a model could be trusted.
     """
     limits, tiled = model.manifest.limits, model.manifest.config.tiles is not None
     for chunk in _encode_ahead(model, questions, manner):
@@ -118,9 +119,9 @@ def _encode_question(model: LoadedModel, question: Question, manner: AskSettings
     if manner.pad_square:
         images = [pad_to_square(image, processor) for image in images]
     text = prompt_text(processor, question.prompt, len(images), manner.conversation)
-    encoded = encode_prompt(processor, config, text, images, where=where)
-    with_choice = [encode_prompt(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
     max_length = model.manifest.limits.max_length
+    encoded = encode_prompt(processor, config, text, images, where=where, max_length=max_length)
+    with_choice = [encode_prompt(processor, config, f"{text} {choice}", images).input_ids for choice in manner.choices]
     if max(len(encoded.input_ids) + 1, *map(len, with_choice), 0) > max_length:
         raise UserError(f"{where}: is {len(encoded.input_ids)} tokens long, the model takes {max_length} with the answer")
     continuations = tuple((_find_divergence(encoded.input_ids, ids), ids) for ids in with_choice)
@@ -177,7 +178,7 @@ def _generate(model: LoadedModel, batch: Sequence[EncodedQuestion], max_new_toke
     """Generates an answer to each question by greedy decoding."""
     tokenizer = model.processor.tokenizer
     sequences = model.session.start([q.input_ids for q in batch], *_join_images(model, batch))
-    for _ in model.session.generate(sequences, max_new_tokens, frozenset({tokenizer.eos_token_id})):
+    for _ in model.session.generate(sequences, max_new_tokens, model.end_tokens):
         pass
     new_tokens = [tokens[len(q.input_ids) :] for tokens, q in zip(sequences.tokens, batch, strict=True)]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new_tokens]

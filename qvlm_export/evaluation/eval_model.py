@@ -19,6 +19,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, round_rotary_tables
 from qvlm_export.checkpoints.checkpoint import Checkpoint, complete_config, open_checkpoint
 from qvlm_export.checkpoints.files.hub import read_config
+from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.manifest import Manifest, describe_file, read_manifest, verify_file
@@ -26,8 +27,10 @@ from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session
 from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH, MODEL_FORMS
 from qvlm_export.inference.model import LoadedModel
-from qvlm_export.inference.torch_runner import TorchRunner, check_device
+from qvlm_export.inference.torch_runner import DTYPES, TorchRunner, check_device
 from qvlm_export.inputs.samples import check_processor, load_processor
+from qvlm_export.pipeline.fetch import fetch_weights
+from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.validation.compare import open_calibrated
 from qvlm_export.validation.validate import open_reference
 
@@ -67,24 +70,30 @@ class CalibratedModel:
     processor: Path
 
 
-def find_eval_model(source: str, model_form: str) -> EvalModel:
+def find_eval_model(
+    source: str, model_form: str, reporter: Reporter | None = None, revision: str | None = None
+) -> EvalModel:
     """Finds the model that `source` names: an export (X.plan or X.json), a calibrated checkpoint, or a float checkpoint.
 
     model_form: one of `MODEL_FORMS`, or "auto" for the natural form of the source; for an export that is the engine where it
-    can run, else the graph. Only headers are read. Raises UserError when the source does not have this form.
+    can run, else the graph. reporter: shows the download of a checkpoint's weights from the Hub, the only ones that are read
+    here. revision: of a checkpoint on the Hub. Raises UserError when the source does not have this form.
     """
+    reporter = reporter or Reporter(quiet=True)
     if model_form not in ("auto", *MODEL_FORMS):
         raise UserError(f"--model-form {model_form}: unknown; choose auto, {', '.join(MODEL_FORMS)}")
     path = Path(source).expanduser()
+    if revision is not None and (path.suffix in (".plan", ".json") or path.exists()):
+        raise UserError(f"--revision {revision}: is of a model on the Hub, and {source} is a file or folder; leave it out")
     if path.suffix in (".plan", ".json"):
-        return _find_export(path, model_form)
+        return _find_export(path, model_form, reporter)
     if (path / RECORD_FILE).is_file():
         _require_form(model_form, (FAKE_QUANT,), f"{source} is a calibrated checkpoint")
         calibrated = _open_calibrated_model(path, _find_processor(path))
         config = model_config(calibrated.hf_config, str(path / CONFIG_FILE))
         return EvalModel(path.name, FAKE_QUANT, folder_identity(path), config, calibrated=calibrated)
     _require_form(model_form, (FLOAT,), f"{source} is no export; export it first, or give X.plan")
-    checkpoint = open_checkpoint(source)
+    checkpoint = fetch_weights(open_checkpoint(source, revision), reporter)
     return EvalModel(path.name or source, FLOAT, checkpoint_identity(checkpoint), checkpoint.config, checkpoint=checkpoint)
 
 
@@ -93,13 +102,13 @@ def _require_form(model_form: str, available: tuple[str, ...], message: str) -> 
         raise UserError(f"--model-form {model_form}: {message}")
 
 
-def _find_export(path: Path, model_form: str) -> EvalModel:
+def _find_export(path: Path, model_form: str, reporter: Reporter) -> EvalModel:
     manifest = read_manifest(path.with_suffix(".json"))
     identity, config = str(describe_file(manifest.path)["sha256"]), manifest.config
     if model_form == "auto":
         model_form = GRAPH if choose_runtime(manifest, "auto")[0] == "onnxruntime" else ENGINE
     if model_form == FLOAT:
-        checkpoint = open_reference(manifest, None)
+        checkpoint = fetch_weights(open_reference(manifest, None), reporter)
         return EvalModel(path.stem, FLOAT, checkpoint_identity(checkpoint), config, manifest, checkpoint)
     if model_form == FAKE_QUANT:
         calibrated, reason = open_calibrated(manifest)
@@ -137,7 +146,7 @@ def folder_identity(folder: Path) -> str:
     it.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         if path.suffix in (".json", ".jinja", ".model", ".txt"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix in (".safetensors", ".bin"):
@@ -191,7 +200,7 @@ def _choose_session_runtime(manifest: Manifest, model_form: str, runtime: str) -
 def _open_float_model(checkpoint: Checkpoint, device: str, batch: int | None) -> LoadedModel:
     processor = _load_checked_processor(checkpoint.folder, checkpoint.config)
     runner = TorchRunner(make_blocks(checkpoint.hf_config), checkpoint.source, checkpoint.config, {}, device)
-    manifest = _make_manifest(checkpoint.folder, checkpoint.config, batch)
+    manifest = _make_manifest(checkpoint.folder, checkpoint.config, batch, device, checkpoint.end_tokens)
     return LoadedModel(Session(manifest, runner, "the checkpoint"), processor)
 
 
@@ -205,7 +214,11 @@ def _open_fake_quant_model(model: CalibratedModel, eval_model: EvalModel, device
         blocks = round_rotary_tables(blocks, float_type)
     quantizers = {name: q for name in calibrated.schemes if (q := calibrated.input_quantizer(name)) is not None}
     runner = TorchRunner(blocks, DequantizedSource(calibrated, float_type), config, quantizers, device)
-    manifest = _make_manifest(calibrated.folder, config, batch)
+    if eval_model.manifest is None:
+        end_tokens = read_end_tokens(calibrated.folder, config.text.vocab_size)
+    else:
+        end_tokens = tuple(eval_model.manifest.generation.get("eos_token_ids", ()))
+    manifest = _make_manifest(calibrated.folder, config, batch, device, end_tokens)
     return LoadedModel(Session(manifest, runner, "the calibrated checkpoint"), processor)
 
 
@@ -215,11 +228,14 @@ def _load_checked_processor(folder: Path, config: ModelConfig) -> Any:
     return processor
 
 
-def _make_manifest(folder: Path, config: ModelConfig, batch: int | None) -> Manifest:
-    """Makes the manifest that a session needs, for a model that was not exported: its configuration and limits only."""
+def _make_manifest(
+    folder: Path, config: ModelConfig, batch: int | None, device: str = "cpu", end_tokens: tuple[int, ...] = ()
+) -> Manifest:
+    """Makes the manifest that a session needs, for a model that was not exported: configuration, limits and end tokens."""
     length = min(config.text.max_position_embeddings, max(MIN_CONTEXT_LENGTH, config.most_image_tokens + TEXT_LENGTH))
     prompt_logits_bytes = 4 * config.text.vocab_size * (config.most_image_tokens + TEXT_LENGTH // 8)
     max_batch = batch or max(1, min(TORCH_BATCH, MAX_LOGITS_BYTES // prompt_logits_bytes))
-    limits = Limits(length, max_batch, 4 * max_batch)
+    limits, dtype = Limits(length, max_batch, 4 * max_batch), str(DTYPES[device]).removeprefix("torch.")
     empty: dict[str, Any] = {}
-    return Manifest(folder, empty, config, limits, "float32", "", empty, empty, empty, (), empty, empty, empty)
+    generation = {"eos_token_ids": end_tokens}
+    return Manifest(folder, empty, config, limits, dtype, "", empty, empty, empty, (), empty, empty, empty, generation)

@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_export.calibrate.checkpoint.files import write_json
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import CHOICES, OWN
 from qvlm_export.evaluation.ask import AskSettings, ask_all
 from qvlm_export.evaluation.distributed import gather, world
 from qvlm_export.evaluation.eval_model import EvalModel, find_eval_model, open_eval_model
-from qvlm_export.evaluation.predictions import Header, Predictions, PredictionWriter, merge_predictions, write_predictions
+from qvlm_export.evaluation.predictions import (
+    Header,
+    Predictions,
+    PredictionWriter,
+    lock_predictions,
+    merge_predictions,
+    read_own_predictions,
+    write_predictions,
+)
 from qvlm_export.evaluation.tasks.memes import HATEFUL_MEMES
 from qvlm_export.evaluation.tasks.scienceqa import SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Question, QuestionSet, Request, Score, Task
@@ -41,7 +50,7 @@ class EvalOptions:
     of `MODEL_FORMS`. form: how prompts are worded, one of `FORMS` in `tasks/task.py`. conversation: the chat format.
     questions: a file of prompts that replaces the task's own. limit: only the first questions. shard: (part, parts), part
     counted from 1. merge: predictions of all shards, which are scored together. runtime, fast: of graph and engine.
-    device: of the torch forms.
+    device: of the torch forms. revision: of a model on the Hub.
     """
 
     model: str | None
@@ -63,6 +72,7 @@ class EvalOptions:
     runtime: str = "auto"
     device: str = "auto"
     fast: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,13 +150,14 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
         merged = merge_predictions(options.merge, [q.id for q in job.questions])
         _check_same_questions(merged.header, job)
         if options.predictions is not None:
-            write_predictions(options.predictions, merged)
+            with lock_predictions(options.predictions):
+                write_predictions(options.predictions, merged)
         return _score_and_submit(job, merged, options.predictions, 0.0)
     if options.model is None:
         raise UserError("give a model or an export, or --merge with the predictions of its shards")
     if process.size > 1 and options.shard != (1, 1):
         raise UserError("--shard: torchrun splits the questions itself; leave --shard out, or torchrun")
-    eval_model = find_eval_model(options.model, options.model_form)
+    eval_model = find_eval_model(options.model, options.model_form, reporter, options.revision)
     _check_model(job, eval_model)
     shard = options.shard if process.size == 1 else (process.rank + 1, process.size)
     start = time.monotonic()
@@ -158,7 +169,8 @@ def evaluate(options: EvalOptions, reporter: Reporter) -> Evaluation | None:
             return None
         predictions = Predictions(Header(predictions.header.fingerprint), {q.id: answers[q.id] for q in job.questions}, 0)
         path = predictions_path(job, eval_model, (1, 1))
-        write_predictions(path, predictions)
+        with lock_predictions(path):
+            write_predictions(path, predictions)
     return _score_and_submit(job, predictions, path, time.monotonic() - start)
 
 
@@ -230,7 +242,8 @@ def _check_submission(job: Job) -> None:
         raise UserError(f"--submission: {job.task.name} has none; leave it out")
     if options.limit is not None or options.shard != (1, 1):
         raise UserError("--submission: needs the answers to all questions; leave --limit and --shard out")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    check_regular_file(path, "a submission")
+    if not path.absolute().parent.is_dir():
         raise UserError(f"--submission {path}: is no file in a folder that is there; name another")
 
 
@@ -282,8 +295,17 @@ def _answer_questions(job: Job, eval_model: EvalModel, shard: tuple[int, int], r
     """Answers the questions of a shard that its file of predictions lacks; returns all answers of the shard, in order."""
     path, header = predictions_path(job, eval_model, shard), Header(_fingerprint(job, eval_model), shard)
     questions = job.questions[shard[0] - 1 :: shard[1]]
-    with PredictionWriter(path, header) as writer:
-        if foreign := set(writer.answers) - {question.id for question in questions}:
+    ids = [question.id for question in questions]
+    existing = read_own_predictions(path, header)
+    if (
+        existing is not None
+        and sorted(existing.answers) == sorted(ids)
+        and not any(a.failed for a in existing.answers.values())
+    ):
+        reporter.note(f"{path}: {len(ids)} of {len(ids)} answers are there already")
+        return Predictions(header, {question_id: existing.answers[question_id] for question_id in ids}, 0)
+    with lock_predictions(path), PredictionWriter(path, header) as writer:
+        if foreign := set(writer.answers) - set(ids):
             raise UserError(f"{path}: answers question {min(foreign)}, which is not asked; delete the file")
         unanswered = [question for question in questions if question.id not in writer.answers]
         if len(unanswered) < len(questions):
@@ -292,7 +314,7 @@ def _answer_questions(job: Job, eval_model: EvalModel, shard: tuple[int, int], r
             _run_model(job, eval_model, unanswered, writer, reporter)
         elif not questions:  # with more shards than questions some are empty, and need a file for --merge
             writer.begin()
-        return Predictions(header, {question.id: writer.answers[question.id] for question in questions}, 0)
+        return Predictions(header, {question_id: writer.answers[question_id] for question_id in ids}, 0)
 
 
 def predictions_path(job: Job, eval_model: EvalModel, shard: tuple[int, int]) -> Path:

@@ -7,16 +7,20 @@ shards merge into the one that a single run would have written.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from qvlm_export.calibrate.checkpoint.files import write_atomically
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.evaluation.tasks.task import Answer
+from qvlm_export.pipeline.lock import hold_lock
 
 FORMAT, VERSION = "qvlm-eval predictions", 2  # 1 called the form of the model "rung"
 
@@ -45,6 +49,10 @@ class Predictions:
     answers: dict[str, Answer]
     size: int
 
+    def is_complete(self, ids: Sequence[str]) -> bool:
+        """Returns whether these questions, at least one, and no others have an answer, and none is to be asked again."""
+        return bool(ids) and set(self.answers) == set(ids) and not any(answer.failed for answer in self.answers.values())
+
 
 class PredictionWriter:
     """Appends answers to a file and syncs it after every batch; a context manager. Nothing is written before `begin`.
@@ -57,10 +65,7 @@ class PredictionWriter:
         _check_writable(path)
         self._path, self._header = path, header
         self._file: IO[str] | None = None
-        self._existing = read_predictions(path) if path.exists() else None
-        if self._existing is not None:
-            remedy = "give another --predictions, or delete the file to start over"
-            _check_same_run(path, self._existing.header, header, remedy)
+        self._existing = read_own_predictions(path, header)
         existing_answers = {} if self._existing is None else self._existing.answers
         # Questions that could not be asked are tried again.
         self.answers = {question_id: answer for question_id, answer in existing_answers.items() if not answer.failed}
@@ -92,6 +97,40 @@ class PredictionWriter:
         self.answers |= answers
 
 
+@contextmanager
+def lock_predictions(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing a file of predictions, by a lock beside it, which is removed at the end.
+
+    Raises UserError when another one is writing it, or when nothing can be written there.
+    """
+    _check_writable(path)
+    target = path.resolve()
+    missing = [folder for folder in target.parents if not folder.exists()]
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        with hold_lock(lock, f"{path}: another qvlm-eval writes it", "wait for it, or give another --predictions"):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # a folder that is not empty holds the predictions, and stays
+                folder.rmdir()
+
+
+def read_own_predictions(path: Path, header: Header) -> Predictions | None:
+    """Returns the content of a file that the run of `header` has written; None when there is no file.
+
+    Raises UserError when it is of another run.
+    """
+    if not path.exists():
+        return None
+    existing = read_predictions(path)
+    _check_same_run(path, existing.header, header, "give another --predictions, or delete the file to start over")
+    return existing
+
+
 def _format_answer(question_id: str, answer: Answer) -> str:
     """Returns an answer as a line of JSON in ASCII, since a model may generate half a surrogate pair."""
     fields = {key: value for key, value in asdict(answer).items() if value}
@@ -104,6 +143,7 @@ def read_predictions(path: Path) -> Predictions:
     Raises UserError for a file that qvlm-eval did not write, that is damaged before its end, or that answers a question
     twice.
     """
+    check_regular_file(path, "a file of predictions")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -144,7 +184,10 @@ def _parse_answer(where: str, line: bytes) -> tuple[str, Answer]:
         texts = {key: content[key] for key in ("text", "failed") if key in content}
         if not all(isinstance(value, str) for value in (content["id"], *texts.values())):
             raise ValueError("a value is no text")
-        return content["id"], Answer(choices=tuple(float(c) for c in content.get("choices", ())), **texts)
+        choices = tuple(float(choice) for choice in content.get("choices", ()))
+        if not all(map(math.isfinite, choices)):
+            raise ValueError("a likelihood is NaN or infinite")
+        return content["id"], Answer(choices=choices, **texts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: is no prediction ({error}); delete the file and run again") from error
 
@@ -153,6 +196,7 @@ def _check_writable(path: Path) -> None:
     """Raises UserError when a file cannot be written at `path`; its folder need not exist yet."""
     if path.is_dir():
         raise UserError(f"--predictions {path}: is a folder; name a file in it")
+    check_regular_file(path, "a file of predictions")
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(nearest, os.W_OK) or not nearest.is_dir():
         raise UserError(f"--predictions {path}: its folder cannot be written; choose another")

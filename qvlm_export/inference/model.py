@@ -7,7 +7,7 @@ which encodes prompts, and the session of `engines/runtime/session.py`, which wo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -20,8 +20,10 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.engines.runtime.open import open_session
-from qvlm_export.engines.runtime.sampling import Sampling
+from qvlm_export.engines.runtime.sampling import Sampling, require_whole_number
 from qvlm_export.engines.runtime.session import Sequences, Session
+from qvlm_export.inference.answer import AnswerText
+from qvlm_export.inputs.images import Pictures, open_pictures
 from qvlm_export.inputs.samples import encode_prompt, load_processor
 from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
 
@@ -40,10 +42,9 @@ class Generation(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
-        if isinstance(self.stop, str):  # a string would be taken as a sequence of its letters
-            raise UserError(f"stop {self.stop!r}: give a list of texts")
+        require_whole_number("max_new_tokens", self.max_new_tokens, 1)
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop {self.stop!r:.80}: give a list of texts, none of them empty")
 
 
 class Settings(TypedDict, total=False):
@@ -58,6 +59,16 @@ class Settings(TypedDict, total=False):
 
 
 DEFAULTS = Generation()
+
+
+def _change(settings: Generation, changes: Settings) -> Generation:
+    """Returns the settings with some of them changed. Raises UserError for names and values that are no settings."""
+    names = [field.name for field in fields(Generation)]
+    if unknown := sorted(set(changes) - set(names)):
+        raise UserError(f"{unknown[0]}: is no setting of text generation; there are {', '.join(names)}")
+    if not isinstance(settings, Generation):
+        raise UserError(f"settings: is of type {type(settings).__name__}; give a Generation, or keyword arguments")
+    return replace(settings, **changes)
 
 
 class LoadedModel:
@@ -77,6 +88,11 @@ class LoadedModel:
     def manifest(self) -> Manifest:
         """The manifest of the export."""
         return self.session.manifest
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The ids of the tokens that end an answer."""
+        return _find_end_tokens(self.manifest, self.processor)
 
     def logits(
         self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None
@@ -99,7 +115,7 @@ class LoadedModel:
     def generate(
         self,
         prompt: str,
-        images: Sequence[Image.Image] = (),
+        images: Pictures = (),
         settings: Generation = DEFAULTS,
         *,
         stream: Literal[False] = False,
@@ -110,7 +126,7 @@ class LoadedModel:
     def generate(
         self,
         prompt: str,
-        images: Sequence[Image.Image] = (),
+        images: Pictures = (),
         settings: Generation = DEFAULTS,
         *,
         stream: Literal[True],
@@ -120,7 +136,7 @@ class LoadedModel:
     def generate(
         self,
         prompt: str,
-        images: Sequence[Image.Image] = (),
+        images: Pictures = (),
         settings: Generation = DEFAULTS,
         *,
         stream: bool = False,
@@ -128,6 +144,7 @@ class LoadedModel:
     ) -> str | Iterator[str]:
         """Returns the model's answer to one user turn with these images; with `stream`, an iterator over its pieces.
 
+        images: one picture, or a list of pictures, each a path, a PIL image, or uint8 pixels [height, width, 3].
         Keyword arguments are fields of `Generation`, such as max_new_tokens=64 or temperature=0.7, and override `settings`.
         Raises UserError for bad settings and for a prompt that cannot be taken, with `stream`, too, before the first piece.
         """
@@ -137,31 +154,35 @@ class LoadedModel:
     def generate_batch(
         self,
         prompts: Sequence[str],
-        images: Sequence[Sequence[Image.Image]] | None = None,
+        images: Sequence[Pictures] | None = None,
         settings: Generation = DEFAULTS,
         **changes: Unpack[Settings],
     ) -> list[str]:
         """Returns the answers to several prompts, computed as one batch; at most `--max-batch` of the export.
 
-        images: the images of each prompt; None for prompts without images. Raises UserError for prompts that cannot be
-        taken, and names the prompt where it is one of them.
+        images: the picture or pictures of each prompt, as for `generate`; None for prompts without pictures. Raises
+        UserError for prompts that cannot be taken, and names the prompt where it is one of them.
         """
-        generation, all_images = replace(settings, **changes), [()] * len(prompts) if images is None else images
+        generation = _change(settings, changes)
+        if not isinstance(prompts, list | tuple) or not isinstance(images, list | tuple | None):
+            raise UserError("prompts and images: give a list of prompts, and a list with the pictures of each prompt")
+        all_images = [None] * len(prompts) if images is None else images
         if not prompts or len(all_images) != len(prompts):
             raise UserError(
                 f"{len(prompts)} prompts with pictures for {len(all_images)}; give as many lists of pictures as prompts"
             )
-        encoded = []
+        encoded, config, max_length = [], self.manifest.config, self.manifest.limits.max_length
         for number, (prompt, prompt_images) in enumerate(zip(prompts, all_images, strict=True), 1):
-            text = chat_text(self.processor, [{"role": "user", "text": prompt, "images": len(prompt_images)}])
-            rgb, where = [image.convert("RGB") for image in prompt_images], f"prompt {number}"
-            encoded.append(encode_prompt(self.processor, self.manifest.config, text, rgb, where=where))
+            where = f"prompt {number}"
+            rgb = open_pictures(prompt_images, f"{where}: picture")
+            text = chat_text(self.processor, [{"role": "user", "text": _check_text(prompt, where), "images": len(rgb)}])
+            encoded.append(encode_prompt(self.processor, config, text, rgb, where=where, max_length=max_length))
         pixels = [one.pixel_values for one in encoded if len(one.pixel_values)]
-        rows = [len(one.pixel_values) * self.manifest.config.vision.tokens_per_image for one in encoded]
+        rows = [len(one.pixel_values) * config.vision.tokens_per_image for one in encoded]
         placement = join_placements([one.placement for one in encoded], rows)
         input_ids = [one.input_ids for one in encoded]
         sequences = self.session.start(input_ids, np.concatenate(pixels) if pixels else None, placement)
-        return _decode_batch(self, sequences, [len(ids) for ids in input_ids], generation)
+        return _decode_batch(self, sequences, generation)
 
     def chat(self) -> Chat:
         """Starts a new conversation."""
@@ -186,31 +207,53 @@ class Chat:
     def say(
         self,
         text: str,
-        images: Sequence[Image.Image] = (),
+        images: Pictures = (),
         settings: Generation = DEFAULTS,
         **changes: Unpack[Settings],
     ) -> Iterator[str]:
         """Adds a user turn, computes it, and returns an iterator that decodes the answer piece by piece.
 
-        Raises UserError, and leaves the conversation unchanged, when the turn cannot be taken, for example because the
-        context is full. An answer that is interrupted (by the caller, or Ctrl-C) stays in the history as far as it came.
+        images: as for `LoadedModel.generate`. Raises UserError, and leaves the conversation unchanged, when the turn cannot
+        be taken, for example because the context is full. An answer that is interrupted (by the caller, or Ctrl-C) stays in
+        the history as far as it came.
         """
-        generation = replace(settings, **changes)
-        turns = [*self._turns, {"role": "user", "text": text, "images": len(images)}]
-        self._feed(turns, [image.convert("RGB") for image in images])
+        generation, rgb = _change(settings, changes), open_pictures(images)
+        turns = [*self._turns, {"role": "user", "text": _check_text(text, "the prompt"), "images": len(rgb)}]
+        self._feed(turns, rgb)
         self._turns, self.ended = [*turns, {"role": "assistant", "text": ""}], None
         return self._answer(self._turns[-1], generation)
 
     def _answer(self, turn: dict[str, Any], settings: Generation) -> Iterator[str]:
-        """Yields the pieces of the answer, and appends them to its turn."""
-        for piece in self._decode(settings):
-            turn["text"] += piece
-            yield piece
+        """Yields the pieces of the answer, and keeps all of it in its turn, however it ends."""
+        if self._sequences is None:
+            raise RuntimeError("nothing was fed")
+        answer, sequence = AnswerText(self._processor.tokenizer, settings.stop), self._sequences.tokens[0]
+        end_tokens, ended = _find_end_tokens(self._session.manifest, self._processor), False
+        try:
+            for (token,) in self._session.generate(self._sequences, settings.max_new_tokens, end_tokens, settings):
+                if token is None or token in end_tokens:
+                    ended = True
+                elif piece := answer.add(token):
+                    yield piece
+                if answer.stopped:
+                    break
+        except (KeyboardInterrupt, UserError):
+            if rest := answer.rest():
+                yield rest
+            raise
+        finally:
+            turn["text"] = answer.text
+        full = len(sequence) == self._session.manifest.limits.max_length
+        self.ended = "stop" if ended or answer.stopped else "context" if full else "max_new_tokens"
+        if rest := answer.rest():
+            yield rest
 
     def _feed(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> None:
         """Encodes the part of the conversation that is not in the cache yet, and runs it through the model."""
+        max_length = self._session.manifest.limits.max_length
         if self._sequences is None:
-            new = encode_prompt(self._processor, self._config, chat_text(self._processor, turns), images)
+            text = chat_text(self._processor, turns)
+            new = encode_prompt(self._processor, self._config, text, images, max_length=max_length)
             self._sequences = self._session.start([new.input_ids], new.pixel_values, new.placement)
             return
         # With a marker in place of the last answer, the new text is what the template writes after the marker.
@@ -220,59 +263,35 @@ class Chat:
             raise UserError(
                 "the chat template leaves earlier answers out, so this conversation cannot go on; start a new one"
             )
-        new = encode_prompt(self._processor, self._config, added, images, continues=True)
+        new = encode_prompt(self._processor, self._config, added, images, continues=True, max_length=max_length)
         self._session.extend(self._sequences, [new.input_ids], new.pixel_values, new.placement)
 
-    def _decode(self, settings: Generation) -> Iterator[str]:
-        """Yields the answer in pieces. Text at its end is held back while it could begin a stop string or a character."""
-        if self._sequences is None:
-            raise RuntimeError("nothing was fed")
-        sequence, tokenizer, stop = self._sequences.tokens[0], self._processor.tokenizer, tuple(settings.stop)
-        start, emitted, stop_ids, stopped = len(sequence), "", frozenset({tokenizer.eos_token_id}), False
-        for (token,) in self._session.generate(self._sequences, settings.max_new_tokens, stop_ids, settings):
-            stopped = token in stop_ids
-            text, ended = _cut_at_stop(tokenizer.decode(sequence[start:], skip_special_tokens=True).lstrip(), stop)
-            safe = text if ended else text[: len(text) - _partial_stop_length(text, stop)]
-            if len(safe) > len(emitted) and not safe.endswith("\ufffd"):
-                yield safe[len(emitted) :]
-                emitted = safe
-            if ended:
-                self.ended = "stop"
-                return
-        full = len(sequence) == self._session.manifest.limits.max_length
-        self.ended = "stop" if stopped else "context" if full else "max_new_tokens"
-        whole = _cut_at_stop(tokenizer.decode(sequence[start:], skip_special_tokens=True).lstrip(), stop)[0]
-        if len(whole) > len(emitted):
-            yield whole[len(emitted) :]
 
-
-def _decode_batch(
-    model: LoadedModel, sequences: Sequences, prompt_lengths: Sequence[int], settings: Generation
-) -> list[str]:
+def _decode_batch(model: LoadedModel, sequences: Sequences, settings: Generation) -> list[str]:
     """Returns the answers after the prompts; decoding ends as soon as every row has ended or reached a stop string."""
-    tokenizer, stop = model.processor.tokenizer, tuple(settings.stop)
-
-    def answers() -> list[tuple[str, bool]]:
-        new_tokens = [tokens[start:] for tokens, start in zip(sequences.tokens, prompt_lengths, strict=True)]
-        return [_cut_at_stop(tokenizer.decode(tokens, skip_special_tokens=True).lstrip(), stop) for tokens in new_tokens]
-
-    ended = [False] * len(prompt_lengths)
-    for tokens in model.session.generate(sequences, settings.max_new_tokens, frozenset({tokenizer.eos_token_id}), settings):
-        ended = [before or token is None for before, token in zip(ended, tokens, strict=True)]
-        if stop and all(done or stopped for done, (_, stopped) in zip(ended, answers(), strict=True)):
+    answers = [AnswerText(model.processor.tokenizer, settings.stop) for _ in sequences.tokens]
+    end_tokens, ended = model.end_tokens, [False] * len(answers)
+    for tokens in model.session.generate(sequences, settings.max_new_tokens, end_tokens, settings):
+        for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
+            if token is None or token in end_tokens:
+                ended[row] = True
+            elif not ended[row]:
+                answer.add(token)
+                ended[row] = answer.stopped
+        if all(ended):
             break
-    return [text for text, _ in answers()]
+    return [answer.text for answer in answers]
 
 
-def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """Returns the text before the first stop string, and whether there is one."""
-    positions = [at for at in (text.find(s) for s in stop if s) if at >= 0]
-    return (text[: min(positions)], True) if positions else (text, False)
+def _find_end_tokens(manifest: Manifest, processor: Any) -> frozenset[int]:
+    """Returns those of the checkpoint; where it names none, and in exports that record none, that of the tokenizer."""
+    return frozenset(manifest.generation.get("eos_token_ids") or [processor.tokenizer.eos_token_id])
 
 
-def _partial_stop_length(text: str, stop: tuple[str, ...]) -> int:
-    """Returns how many characters at the end of the text could be the beginning of a stop string."""
-    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+def _check_text(prompt: Any, where: str) -> str:
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: is of type {type(prompt).__name__}; give a text")
+    return prompt
 
 
 def load(path: str | Path, runtime: str = "auto", fast: bool = False) -> LoadedModel:

@@ -6,35 +6,42 @@ in use.
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.families import find_layout
-from qvlm_export.checkpoints.files.hub import first_line, read_config
+from qvlm_export.checkpoints.files.hub import read_config
+from qvlm_export.checkpoints.files.hub_errors import first_line
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.inputs.images import open_image
-from qvlm_export.inputs.processors import processor_class
+from qvlm_export.inputs.lines import Line, parse_line
+from qvlm_export.inputs.processors import choose_chat_template, complete_processor, load_with_transformers
 from qvlm_export.inputs.tiles import place_tiles, select_tiles, tile_counts
 
-
-class Line(BaseModel):
-    """One line of the JSONL; image is a path relative to the file, answer what the model should say."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    image: str | None = None
-    prompt: str
-    answer: str | None = None
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# What is compared before and after saving a processor.
+_TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"role": "user", "text": "What is it?", "images": 1},),
+    ({"role": "user", "text": "  Two spaces,\nan é, 你好 \U0001f600 and </s>."},),
+    (
+        {"role": "user", "text": "What is it?", "images": 1},
+        {"role": "assistant", "text": "A ring."},
+        {"role": "user", "text": "Sure?"},
+    ),
+)
+_FIRST_CHARACTERS = 16  # a token, of the beginning of a text that is measured; texts have about four
 
 
 @dataclass(frozen=True)
@@ -54,28 +61,28 @@ def default_calibration() -> Path:
 def load_processor(folder: Path) -> Any:
     """Returns the processor in `folder`, loaded by transformers or, for the authors' layout, built from the tokenizer.
 
-    Raises UserError when there is no processor, or a damaged one.
+    Raises UserError when there is no processor, a damaged one, or one that needs code of the checkpoint.
     """
     if (folder / "config.json").exists():
         make_processor = find_layout(read_config(folder)).make_processor
         if make_processor is not None:
             return make_processor(folder)
-    try:
-        processor = processor_class(folder).from_pretrained(folder)
-    except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
-        raise UserError(
-            f"{folder}: its processor cannot be loaded ({first_line(error)}); add the tokenizer and processor files"
-        ) from error
+    processor = load_with_transformers(folder)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(f"{folder}: holds no processor of pictures and text; add processor_config.json of the model")
+    choose_chat_template(processor)
     return processor
 
 
 def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
-    """Encodes a grey image with the processor. Raises UserError when that fails or the result does not fit the model."""
+    """Completes the processor by `config` where its files leave something out, and encodes a grey image with it.
+
+    folder: begins error messages. Raises UserError when that fails or the result does not fit the model.
+    """
     where = f"{folder}: its processor"
     if processor.tokenizer.eos_token_id is None:
         raise UserError(f"{where} names no end-of-sequence token; add tokenizer_config.json of the model")
+    complete_processor(processor, config)
     grey = Image.new("RGB", (96, 64), (127, 127, 127))
     try:
         text = chat_text(processor, [{"role": "user", "text": "?", "images": 1}])
@@ -83,8 +90,39 @@ def check_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
     except (*DAMAGED_FILE_ERRORS, TemplateError, UserError) as error:
         raise UserError(f"{where} fails ({first_line(error)}); download the processor files again") from error
     if encoded is None:
-        raise UserError(f"{where} has a chat template that does not place {processor.image_token}; download it again")
+        raise UserError(
+            f"{where} has a chat template that does not place {processor.image_token}; add chat_template.jinja of the model"
+        )
     _check_encoded(encoded, config, where)
+
+
+def check_saved_processor(processor: Any, config: ModelConfig, folder: Path) -> None:
+    """Saves the processor as an export does and loads it again. Raises UserError when that changes prompts or pictures.
+
+    folder: begins error messages.
+    """
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    with TemporaryDirectory() as name:
+        processor.save_pretrained(name)
+        saved = load_processor(Path(name))
+    for turns in _TURNS:
+        text, saved_text = (_try_chat_text(one, list(turns)) for one in (processor, saved))
+        images = [noise] * text.count(processor.image_token)
+        before, after = (encode_prompt(one, config, text, images) for one in (processor, saved))
+        same_pixels = np.array_equal(before.pixel_values, after.pixel_values)
+        if text != saved_text or not np.array_equal(before.input_ids, after.input_ids) or not same_pixels:
+            raise UserError(
+                f"{folder}: its processor gives other prompts once transformers has saved and loaded it; save it with "
+                "save_pretrained of the transformers release that is installed here, and check it"
+            )
+
+
+def _try_chat_text(processor: Any, turns: list[dict[str, Any]]) -> str:
+    """Returns the text of a conversation, or why the chat template refuses it: not every template takes every one."""
+    try:
+        return chat_text(processor, turns)
+    except (*DAMAGED_FILE_ERRORS, TemplateError) as error:
+        return first_line(error)
 
 
 def _check_encoded(encoded: Encoded, config: ModelConfig, where: str) -> None:
@@ -109,6 +147,10 @@ def read_entries(path: Path, count: int | None, max_count: int) -> list[Entry]:
     Raises UserError, naming file and line, when a line is not valid or there are fewer than `count`.
     """
     try:
+        check_regular_file(path, "a JSONL file")
+    except UserError as error:
+        raise UserError(f"--calib-data {error}") from error
+    try:
         text = path.read_text(encoding="utf-8-sig")  # programs on Windows write a byte order mark first
     except OSError as error:
         raise UserError(f"--calib-data {path}: cannot be read ({error.strerror})") from error
@@ -117,27 +159,14 @@ def read_entries(path: Path, count: int | None, max_count: int) -> list[Entry]:
     entries: list[Entry] = []
     for number, raw_line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 in a prompt
         if raw_line.strip() and len(entries) < (count or max_count):
-            entries.append(_parse_line(path, number, raw_line))
+            where = f"{path}:{number}"
+            line = parse_line(raw_line, where)
+            entries.append(Entry(where, line, None if line.image is None else path.parent / line.image))
     if not entries:
         raise UserError(f"--calib-data {path}: holds no samples; give one JSON object a line with image and prompt")
     if count is not None and len(entries) < count:
         raise UserError(f"--samples {count}: {path} holds only {len(entries)}; ask for fewer or add lines")
     return entries
-
-
-def _parse_line(path: Path, number: int, raw_line: str) -> Entry:
-    where = f"{path}:{number}"
-    try:
-        content = json.loads(raw_line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({first_line(error)}); write one JSON object a line") from error
-    try:
-        line = Line.model_validate(content)
-    except ValidationError as error:
-        details = error.errors()[0]
-        field = ".".join(str(part) for part in details["loc"]) or "the line"
-        raise UserError(f'{where}: {field}: {details["msg"]}; write {{"image": path, "prompt": text}}') from error
-    return Entry(where, line, None if line.image is None else path.parent / line.image)
 
 
 def encode_entries(entries: list[Entry], processor: Any, config: ModelConfig, max_length: int) -> list[Sample]:
@@ -152,7 +181,7 @@ def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: 
     """
     images = [] if entry.image is None else [open_image(entry.image, entry.where)]
     prompt = chat_text(processor, [{"role": "user", "text": entry.line.prompt, "images": len(images)}])
-    sample = encode_answered(processor, config, prompt, entry.line.answer, images, where=entry.where)
+    sample = encode_answered(processor, config, prompt, entry.line.answer, images, where=entry.where, max_length=max_length)
     if len(sample.input_ids) > max_length:
         raise UserError(
             f"{entry.where}: is {len(sample.input_ids)} tokens long, --max-length is {max_length}; shorten it or raise the "
@@ -162,19 +191,27 @@ def encode_entry(entry: Entry, processor: Any, config: ModelConfig, max_length: 
 
 
 def encode_answered(
-    processor: Any, config: ModelConfig, prompt: str, answer: str | None, images: list[Image.Image], *, where: str
+    processor: Any,
+    config: ModelConfig,
+    prompt: str,
+    answer: str | None,
+    images: list[Image.Image],
+    *,
+    where: str,
+    max_length: int | None = None,
 ) -> Sample:
     """Returns the prompt, followed by the answer and the end-of-sequence token where there is an answer, as a sample.
 
-    prompt: the whole text, as from `chat_text`. images: RGB. where: begins error messages. Raises UserError when the text
-    or its images do not fit the model.
+    prompt: the whole text, as from `chat_text`. images: RGB. where: begins error messages. max_length: as for
+    `encode_prompt`. Raises UserError when the text or its images do not fit the model.
     """
-    encoded = encode_prompt(processor, config, prompt, images, where=where)
+    encoded = encode_prompt(processor, config, prompt, images, where=where, max_length=max_length)
     ids, answer_start = encoded.input_ids, len(encoded.input_ids)
     if answer is not None:
         # Prompt and answer are encoded as one text, because tokenizers with a dummy prefix, such as Llama's, give the answer
         # other tokens when it is encoded alone. The answer starts behind the tokens that both texts begin with.
-        whole = encode_prompt(processor, config, f"{prompt} {answer}", images, where=where).input_ids
+        text = f"{prompt} {answer}"
+        whole = encode_prompt(processor, config, text, images, where=where, max_length=max_length).input_ids
         answer_start = int((ids == whole[:answer_start]).cumprod().sum()) if len(whole) >= answer_start else 0
         ids = np.append(whole, processor.tokenizer.eos_token_id)
     _check_encoded(replace(encoded, input_ids=ids), config, where)
@@ -214,12 +251,17 @@ def encode_prompt(
     *,
     where: str = "the prompt",
     continues: bool = False,
+    max_length: int | None = None,
 ) -> Encoded:
     """Returns the text of one or more turns and its images as model inputs; for some models images are cut into tiles.
 
     text: holds the processor's image token once for each image. images: RGB. where: begins error messages. continues: the
-    text continues a conversation, so that no BOS token is added. Raises UserError when images and image tokens do not match.
+    text continues a conversation, so that no BOS token is added. max_length: what the model takes, in tokens; a text that is
+    far longer is refused without tokenizing all of it. Raises UserError for that, and when images and image tokens do not
+    match.
     """
+    if max_length is not None:
+        _check_length(processor, text, max_length, where)
     if config.tiles is None or not images:
         return Encoded(*encode(processor, text, images, where, continues))
     _check_text(processor, text, len(images), where)
@@ -239,7 +281,7 @@ def _run_processor(processor: Any, text: str, images: list[Image.Image], continu
 
 
 def _check_text(processor: Any, text: str, num_images: int, where: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise UserError(f"{where}: holds half a surrogate pair, which is no text; write it as UTF-8")
     count, token = text.count(processor.image_token), processor.image_token
     if count != num_images:
@@ -247,3 +289,20 @@ def _check_text(processor: Any, text: str, num_images: int, where: str) -> None:
             f"{where}: has {count} times {token} for {num_images} pictures; the chat template places them, "
             f"so leave {token} out"
         )
+
+
+def _check_length(processor: Any, text: str, max_length: int, where: str) -> None:
+    """Raises UserError when the beginning of a long text alone has more than twice the tokens that the model takes.
+
+    The beginning is lengthened until that is so, or it is the whole text: no number of characters is too many by itself, as
+    some tokenizers join any run of spaces, or of characters that they do not know, into one token. Twice, as a beginning
+    that ends within a word may have some tokens more.
+    """
+    count = _FIRST_CHARACTERS * max_length
+    while count < len(text):
+        if len(processor.tokenizer(text[:count], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * max_length:
+            raise UserError(
+                f"{where}: has {len(text)} characters, the first {count} of which are more than {2 * max_length} tokens; "
+                f"the model takes {max_length}, so shorten it"
+            )
+        count *= 4

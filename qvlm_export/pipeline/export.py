@@ -19,6 +19,7 @@ from typing import Any
 
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, record_files
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
+from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.engines.builder.build import BuildReport
 from qvlm_export.engines.check.engine_precision import LinearCheck
 from qvlm_export.engines.manifest import (
@@ -29,6 +30,7 @@ from qvlm_export.engines.manifest import (
     read_manifest,
     write_manifest,
 )
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.fingerprint import work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
 from qvlm_export.pipeline.preparation.outputs import (
@@ -44,7 +46,7 @@ from qvlm_export.pipeline.preparation.outputs import (
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import Move, publish
-from qvlm_export.pipeline.stages import FLOAT_TYPE, build, calibrate, stage_key, write_graphs
+from qvlm_export.pipeline.stages import build, calibrate, stage_key, write_graphs
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
@@ -76,8 +78,6 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     such as a full disk, it keeps the work folder, and the message says how to resume.
     """
     prepared = prepare_export(options)
-    if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
-        reporter.note(estimate_export(prepared).in_words())
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(
             prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device
@@ -89,6 +89,9 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         try:
             if finished is not None:
                 return _publish(prepared, work, *finished, reporter)
+            prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
+            if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
+                reporter.note(estimate_export(prepared).in_words())
             return _run_stages(prepared, work, fingerprint, reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error
@@ -98,6 +101,8 @@ def _run_stages(
     prepared: PreparedExport, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
 ) -> ExportResult:
     calibrated = calibrate(prepared, work, reporter)
+    if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
+        prepared.processor.save_pretrained(calibrated.folder)
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:
         reports, checks = build(prepared, work, fingerprint, reporter)
@@ -167,10 +172,10 @@ def _make_manifest(
 ) -> Manifest:
     return Manifest(
         path=folder / manifest_path(prepared.options.out).name,
-        model={"name": prepared.checkpoint.name, "model_type": prepared.checkpoint.hf_config.model_type},
+        model=describe_origin(prepared.checkpoint),
         config=prepared.checkpoint.config,
         limits=prepared.limits,
-        float_type=FLOAT_TYPE,
+        float_type=prepared.options.dtype,
         scheme=prepared.options.scheme if prepared.options.recipe is None else prepared.options.recipe.name,
         linears={n: s.name + (f" g{s.group_size}" if s.group_size else "") for n, s in prepared.linears.items()},
         calibration={} if calibrated is None else calibrated.summary,
@@ -183,6 +188,7 @@ def _make_manifest(
         interface=interfaces,
         versions=_get_versions(),
         files={},
+        generation={"eos_token_ids": list(prepared.checkpoint.end_tokens)},
     )
 
 

@@ -19,6 +19,8 @@ from qvlm_export.calibrate.calibrators.efforts import EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.checkpoints.checkpoint import Checkpoint
+from qvlm_export.checkpoints.files.headers import find_downloads
+from qvlm_export.checkpoints.files.snapshot import find_blob, find_origin
 
 PACKAGES = ("qvlm-export", "torch", "transformers", "numpy", "safetensors")  # another version may give other bits
 WHOLE_BYTES = 16 * 2**20  # files up to this size are hashed whole; of larger ones, SPOTS pieces of SPOT_BYTES each
@@ -30,10 +32,16 @@ def work_fingerprint(
 ) -> dict[str, str]:
     """Returns a digest, or plain text, of everything that the result of calibration depends on.
 
-    The keys are the words by which an error message names the part that changed.
+    Weights on the Hub need not be downloaded yet: they are told apart by the hashes that the Hub gives. The keys are the
+    words by which an error message names the part that changed.
     """
-    files = [path.parent.resolve() / path.name for path in checkpoint.source.files()]  # however --model was typed
-    parts = {f"the checkpoint's {path.name} ({path.parent})": file_digest(path) for path in files}
+    parts = {}
+    blobs = {download.path: download.blob.name for download in find_downloads(checkpoint.source)}
+    for path in checkpoint.source.files():  # paths are left out: the same folder can be given in several ways
+        owner = "the checkpoint's" if path.parent == checkpoint.folder else "the vision tower's"
+        parts[f"{owner} {path.name}"] = blobs.get(path) or find_blob(path) or file_digest(path)
+        if origin := find_origin(path.parent):
+            parts[f"{owner} commit"] = f"{origin[0]} {origin[1]}"
     parts["the checkpoint's config.json"] = digest(checkpoint.config_json)
     parts["the scheme or recipe"] = digest({name: asdict(scheme) for name, scheme in linears.items()})
     if linears:

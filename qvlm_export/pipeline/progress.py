@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Stage(Protocol):
@@ -40,14 +49,20 @@ class Reporter:
         self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        """Shows and times one stage. Stages of the same name add up; one that raises leaves its bar where it was."""
+    def stage(self, name: str, num_bytes: int | None = None) -> Iterator[Stage]:
+        """Shows and times one stage. Stages of the same name add up; one that raises leaves its bar where it was.
+
+        num_bytes: of a transfer, whose bar shows bytes and their rate, too.
+        """
         start, start_processor = time.monotonic(), _read_processor_seconds()
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        transfer = () if num_bytes is None else (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        times: tuple[ProgressColumn, ...] = (TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), *transfer, *times)
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
-            task = bars.add_task(name, total=1.0)
-            yield _Bar(bars, task)
-            bars.update(task, completed=1.0)
+            total = float(num_bytes or 1)
+            task = bars.add_task(name, total=total)
+            yield _Bar(bars, task, total)
+            bars.update(task, completed=total)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
         self.processor_seconds[name] = self.processor_seconds.get(name, 0.0) + _read_processor_seconds() - start_processor
 
@@ -58,8 +73,8 @@ def _read_processor_seconds() -> float:
 
 
 class _Bar:
-    def __init__(self, bars: Progress, task: int) -> None:
-        self._bars, self._task = bars, task
+    def __init__(self, bars: Progress, task: int, total: float) -> None:
+        self._bars, self._task, self._total = bars, task, total
 
     def fraction(self, done: float) -> None:
-        self._bars.update(self._task, completed=min(done, 1.0))  # type: ignore[arg-type]
+        self._bars.update(self._task, completed=min(done, 1.0) * self._total)  # type: ignore[arg-type]

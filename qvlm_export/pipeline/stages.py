@@ -21,6 +21,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, Ca
 from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
+from qvlm_export.calibrate.quantization.activation_range import measure_ranges
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
@@ -32,8 +33,6 @@ from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, sele
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.work_folder import WorkFolder
 
-FLOAT_TYPE = "float16"
-
 
 def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
     """Returns a digest of everything that a graph (stage "graph"), or the engine built from it ("build"), depends on.
@@ -41,16 +40,17 @@ def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: st
     part: one of PARTS.
     """
     backend = asdict(prepared.backend) if stage == "build" else None
-    return digest([dict(fingerprint), asdict(prepared.limits), FLOAT_TYPE, part, backend])
+    return digest([dict(fingerprint), asdict(prepared.limits), prepared.options.dtype, part, backend])
 
 
 def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) -> CalibratedCheckpoint | None:
     """Writes the calibrated checkpoint, unless it exists, and returns it.
 
     Returns None when no linear is quantized; the graphs then take their weights from the source checkpoint.
-    Raises UserError when weights or activations are not finite.
+    Raises UserError when weights or activations are not finite, or beyond the range of the graphs' float type.
     """
     if not prepared.linears:
+        measure_activation_ranges(prepared, reporter)
         return None
     options, checkpoint, folder = prepared.options, prepared.checkpoint, work.calibrated
     moved = work.staging / f"{options.out.stem}.calibrated"
@@ -64,6 +64,7 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             f"calibrating with {len(prepared.samples)} of the package's own drawn scenes, as --calib-data was not given: "
             "activation ranges of your pictures and prompts may be clipped, which costs accuracy; give 64 or more real ones"
         )
+    ranges = measure_activation_ranges(prepared, reporter)
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
@@ -75,8 +76,27 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
-        writer.finish(checkpoint.config_json, summary)
+        writer.finish(checkpoint.config_json, summary | ({"largest_activations": ranges} if ranges else {}))
     return CalibratedCheckpoint(folder)
+
+
+def measure_activation_ranges(prepared: PreparedExport, reporter: Reporter) -> dict[str, dict[str, float]]:
+    """Returns the largest activations of the float model by block and place; nothing where `range_samples` is empty.
+
+    Raises UserError, naming the place, when they are beyond float16's range.
+    """
+    if not prepared.range_samples:
+        return {}
+    with reporter.stage("ranges") as stage:
+        return measure_ranges(
+            prepared.blocks,
+            prepared.checkpoint.source,
+            prepared.range_samples,
+            epsilon=prepared.checkpoint.config.text.rms_norm_eps,
+            float_type=prepared.options.dtype,
+            device=torch.device(prepared.device),
+            progress=stage.fraction,
+        )
 
 
 def write_graphs(
@@ -91,7 +111,7 @@ def write_graphs(
     calibrated: None for graphs in float, which take their weights from the source checkpoint.
     Raises UserError when a weight cannot be read or is not finite.
     """
-    dtype, config, names = FLOAT_TYPES[FLOAT_TYPE], prepared.checkpoint.config, file_names(prepared.options.out)
+    dtype, config, names = FLOAT_TYPES[prepared.options.dtype], prepared.checkpoint.config, file_names(prepared.options.out)
     interfaces = {}
     with reporter.stage("graph") as stage:
         for number, part in enumerate(PARTS):

@@ -8,7 +8,6 @@ Nobody else writes into these folders, so whatever is not recorded there is left
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +24,7 @@ from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.schema import Bytes, FileName, check_schema, schema_of
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.engines.manifest import Manifest, read_manifest
+from qvlm_export.pipeline.lock import hold_lock
 from qvlm_export.pipeline.preparation.outputs import (
     ASIDE,
     BEGUN,
@@ -192,43 +192,13 @@ def work_folder(out: Path, work_dir: Path | None) -> Iterator[WorkFolder]:
     try:
         with ExitStack() as locks:
             for folder in dict.fromkeys((scratch, work.work_dir)):
-                locks.enter_context(_lock_folder(folder))
+                lock, busy = state_folder(folder) / LOCK, f"{folder}: another export is at work here"
+                locks.enter_context(hold_lock(lock, busy, "wait for it, or choose another --out and --work-dir"))
             yield work
     finally:
         for folder in missing:
             with suppress(OSError):  # a folder that is not empty holds the export, or unfinished work, and stays
                 folder.rmdir()
-
-
-@contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Locks the folder for this process; the system releases the lock when the process dies."""
-    path = state_folder(folder) / LOCK
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise UserError(
-                    f"{folder}: another export is at work here (process {file.read() or 'unknown'}); "
-                    "wait for it, or choose another --out and --work-dir"
-                ) from error
-            if not _is_same_file(file.fileno(), path):  # the export that held the lock has just removed the folder
-                continue
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-            return
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def read_finished_export(work: WorkFolder, key: str) -> tuple[Manifest, dict[str, Any]] | None:

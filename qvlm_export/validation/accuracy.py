@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.checkpoint.scheme import MAX_FLOAT16
 from qvlm_export.engines.check.graph_weights import WrongWeight
 from qvlm_export.engines.check.metrics import Sums
-from qvlm_export.inference.forms import FAKE_QUANT, FLOAT, GRAPH
+from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH
+from qvlm_export.validation.thresholds import SAME_AGREEMENT, SAME_FORWARD, SAME_KL
 
+OWN_FORWARD = "float, block by block"  # this package's own forward pass, on which calibration relies
 TOKEN_KINDS = ("image", "prompt", "answer")
 NEGLIGIBLE_KL = 1e-6  # nats per token; float32 rounding alone stays below it
 MAX_NAMED_LAYERS = 3
@@ -81,7 +84,9 @@ class ComparisonChain:
 
     runs: every form, including those that cannot run here. layers: scores of blocks that were recorded on one sample.
     checked_linears: the number of quantized linears whose weights in the graph were compared with the calibrated ones.
-    wrong_weights: the differences that this found.
+    wrong_weights: the differences that this found. forward_error: relative L2 error of the logits that this package's own
+    forward pass computes in float, on one sample. largest_activation: place and magnitude in the float model; None for a
+    graph whose range is that of float32.
     """
 
     runs: tuple[ModelRun, ...]
@@ -89,6 +94,8 @@ class ComparisonChain:
     layers: tuple[LayerScore, ...]
     checked_linears: int
     wrong_weights: tuple[WrongWeight, ...]
+    forward_error: float = 0.0
+    largest_activation: tuple[str, float] | None = None
 
     def against_float(self) -> list[Comparison]:
         """The comparison of every form that ran with the float checkpoint."""
@@ -103,9 +110,10 @@ class ComparisonChain:
 
 @dataclass(frozen=True)
 class Check:
-    """A threshold of the command line, checked on the answer tokens of one form.
+    """A threshold that one form has to meet.
 
-    metric: "agreement" (share of tokens) or "kl" (nats per token). wanted: the threshold. got: the value of the metric.
+    metric: "agreement" (share of tokens), "kl" (nats per token), "relative error" of logits, or "largest activation".
+    wanted: the threshold. got: the value of the metric. against: the form that it was compared with.
     """
 
     form: str
@@ -113,6 +121,7 @@ class Check:
     wanted: float
     got: float
     passed: bool
+    against: str = FLOAT
 
 
 def token_kind_masks(sample: Sample, image_token_id: int) -> dict[str, np.ndarray]:
@@ -156,6 +165,25 @@ def worst_layers(scores: Sequence[tuple[str, float]]) -> tuple[str, ...]:
     noise = [10 ** (-sqnr / 10) for _, sqnr in scores]
     added = [(after - before, block) for (block, _), after, before in zip(scores, noise, [0.0, *noise], strict=False)]
     return tuple(block for increase, block in sorted(added, reverse=True)[:MAX_NAMED_LAYERS] if increase > 0)
+
+
+def check_same_model(chain: ComparisonChain) -> list[Check]:
+    """Checks that no form is another model than the one before it, whatever quantization costs.
+
+    These checks have no option: an export that fails them is faulty, and not merely inaccurate.
+    """
+    error = chain.forward_error
+    checks = [Check(OWN_FORWARD, "relative error", SAME_FORWARD, error, error <= SAME_FORWARD)]
+    if chain.largest_activation is not None:
+        magnitude = chain.largest_activation[1]
+        checks.append(Check(FLOAT, "largest activation", MAX_FLOAT16, magnitude, magnitude <= MAX_FLOAT16))
+    for comparison in chain.steps():
+        if comparison.form in (GRAPH, ENGINE):
+            total, against = comparison.total, comparison.against
+            agrees, close = total.agreement >= SAME_AGREEMENT, not total.not_finite and total.mean_kl <= SAME_KL
+            checks.append(Check(comparison.form, "agreement", SAME_AGREEMENT, total.agreement, agrees, against))
+            checks.append(Check(comparison.form, "kl", SAME_KL, total.mean_kl, close, against))
+    return checks
 
 
 def check_thresholds(chain: ComparisonChain, min_agreement: float | None, max_kl: float | None) -> list[Check]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -21,6 +21,7 @@ from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.forward import Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import (
@@ -30,6 +31,7 @@ from qvlm_export.calibrate.quantization.fake_quantized import (
     round_rotary_tables,
 )
 from qvlm_export.checkpoints.checkpoint import Checkpoint
+from qvlm_export.engines.backend import install_hint
 from qvlm_export.engines.check.graph_weights import WrongWeight, run_blocks, wrong_weights
 from qvlm_export.engines.check.metrics import Sums, measure, sqnr_db
 from qvlm_export.engines.check.polygraphy import (
@@ -45,6 +47,7 @@ from qvlm_export.engines.runtime.session import Session, embed_tiles
 from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.validation.accuracy import TOKEN_KINDS, Comparison, ComparisonChain, LayerScore, ModelRun, token_kind_masks
+from qvlm_export.validation.reference import ReferenceInput, ReferenceRun, run_reference
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,13 @@ class ComparisonJob:
 
     manifest: Manifest
     checkpoint: Checkpoint
-    samples: Sequence[Sample]
+    inputs: Sequence[ReferenceInput]
     per_layer: bool = False
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples as this package encodes them."""
+        return [one.sample for one in self.inputs]
 
 
 # Block outputs of the traced sample: form -> block -> float32 [tokens, width].
@@ -76,10 +84,16 @@ def compare_forms(job: ComparisonJob, reporter: Reporter) -> ComparisonChain:
         raise UserError(f"{job.manifest.path}: nothing can be compared here: {'; '.join(obstacles)}")
     traces: Traces = {FLOAT: {}, FAKE_QUANT: {}, GRAPH: {}}
     with ExitStack() as stack:
-        with reporter.stage("torch") as stage:
-            runs = [*_run_torch_forms(job, blocks, calibrated, traces, stage.fraction)]
-            if calibrated is None:
-                runs.append(ModelRun(FAKE_QUANT, None, reason))
+        with reporter.stage("reference") as stage:
+            reference = run_reference(job.checkpoint, job.inputs, find_traced_sample(job.samples), stage.fraction)
+            forward_error = _measure_own_forward(job, blocks, reference)
+        traces[FLOAT] |= {b.prefix: reference.blocks[b.prefix] for b in blocks.all() if b.prefix in reference.blocks}
+        runs = [ModelRun(FLOAT, reference.logits)]
+        if calibrated is None:
+            runs.append(ModelRun(FAKE_QUANT, None, reason))
+        else:
+            with reporter.stage("fake-quant") as stage:
+                runs.append(_run_fake_quant(job, blocks, calibrated, traces[FAKE_QUANT], stage.fraction))
         graph, session = _open_graph_run(job.manifest, job.samples, stack)
         runs = [*runs, graph, _open_engine_run(job.manifest, job.samples, stack)]
         with reporter.stage("compare") as stage:
@@ -88,7 +102,9 @@ def compare_forms(job: ComparisonJob, reporter: Reporter) -> ComparisonChain:
             traces[GRAPH] = _run_graph_blocks(job, blocks, session)
     schemes = {} if calibrated is None or session is None else calibrated.schemes
     differences = tuple(_find_wrong_weights(job.manifest, calibrated)) if calibrated is not None and schemes else ()
-    return ComparisonChain(tuple(runs), tuple(comparisons), tuple(_score_layers(traces)), len(schemes), differences)
+    largest = max(reference.largest.items(), key=lambda item: item[1]) if job.manifest.float_type == FLOAT16 else None
+    layers = tuple(_score_layers(traces))
+    return ComparisonChain(tuple(runs), tuple(comparisons), layers, len(schemes), differences, forward_error, largest)
 
 
 def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, str]:
@@ -108,33 +124,39 @@ def open_calibrated(manifest: Manifest) -> tuple[CalibratedCheckpoint | None, st
     return calibrated, ""
 
 
-def _run_torch_forms(
+def _measure_own_forward(job: ComparisonJob, blocks: ModelBlocks, reference: ReferenceRun) -> float:
+    """Returns the relative L2 error of the logits of this package's forward pass in float, on the longest sample.
+
+    Calibration and the fake-quantized form rely on that forward pass, so it must be that of the model.
+    """
+    number = max(range(len(job.samples)), key=lambda n: len(job.samples[n].input_ids))
+    source, expected = job.checkpoint.source, reference.logits(number)
+    one = replace(job, inputs=[job.inputs[number]])
+    logits = _run_in_torch(one, blocks, source, float_step(source))(0)
+    return float(np.linalg.norm(logits - expected) / max(float(np.linalg.norm(expected)), 1e-30))
+
+
+def _run_fake_quant(
     job: ComparisonJob,
     blocks: ModelBlocks,
-    calibrated: CalibratedCheckpoint | None,
-    traces: Traces,
+    calibrated: CalibratedCheckpoint,
+    outputs: dict[str, np.ndarray],
     progress: Callable[[float], None],
-) -> Iterator[ModelRun]:
-    """Yields the float run and, with a calibrated checkpoint, the fake-quant run; writes block outputs to `traces`."""
-    source, traced = job.checkpoint.source, find_traced_sample(job.samples)
-    total, done = blocks.num_blocks() * (1 if calibrated is None else 2), itertools.count(1)
+) -> ModelRun:
+    """Runs the calibrated checkpoint; writes the outputs of all blocks on the traced sample to `outputs`."""
+    traced, done = find_traced_sample(job.samples), itertools.count(1)
 
-    def record_blocks(step: Step, outputs: dict[str, np.ndarray]) -> Step:
-        def record(block: str, batches: Sequence[torch.Tensor]) -> None:
-            progress(next(done) / total)
-            if block.startswith("language_model."):
-                outputs[block] = batches[traced].flatten(0, -2).numpy()
-            elif batches:  # empty when no sample has an image; otherwise the traced sample has the first images
-                outputs[block] = batches[0][: len(job.samples[traced].pixel_values)].flatten(0, -2).numpy()
+    def record(block: str, batches: Sequence[torch.Tensor]) -> None:
+        progress(next(done) / blocks.num_blocks())
+        if block.startswith("language_model."):
+            outputs[block] = batches[traced].flatten(0, -2).numpy()
+        elif batches:  # empty when no sample has an image; otherwise the traced sample has the first images
+            outputs[block] = batches[0][: len(job.samples[traced].pixel_values)].flatten(0, -2).numpy()
 
-        return record_outputs(step, record)
-
-    yield ModelRun(FLOAT, _run_in_torch(job, blocks, source, record_blocks(float_step(source), traces[FLOAT])))
-    if calibrated is not None:
-        float_type = job.manifest.float_type
-        dequantized = DequantizedSource(calibrated, float_type)
-        step = record_blocks(fake_quantized_step(calibrated, dequantized), traces[FAKE_QUANT])
-        yield ModelRun(FAKE_QUANT, _run_in_torch(job, round_rotary_tables(blocks, float_type), dequantized, step))
+    float_type = job.manifest.float_type
+    dequantized = DequantizedSource(calibrated, float_type)
+    step = record_outputs(fake_quantized_step(calibrated, dequantized), record)
+    return ModelRun(FAKE_QUANT, _run_in_torch(job, round_rotary_tables(blocks, float_type), dequantized, step))
 
 
 def find_traced_sample(samples: Sequence[Sample]) -> int:
@@ -153,7 +175,7 @@ def _run_in_torch(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource,
 def graph_obstacle(manifest: Manifest) -> str:
     """Returns why the graphs cannot run on this machine; an empty string when they can."""
     if find_spec("onnxruntime") is None:
-        return "ONNX Runtime is not installed; run: pip install 'qvlm-export[cpu]'"
+        return f"ONNX Runtime is not installed; run: {install_hint('cpu')}"
     try:
         for role in ("vision_onnx", "vision_data", "language_onnx", "language_data"):
             manifest.file(role)
@@ -177,7 +199,7 @@ def _open_graph_run(manifest: Manifest, samples: Sequence[Sample], stack: ExitSt
     def logits(number: int) -> np.ndarray:
         sample = samples[number]
         pixels = sample.pixel_values if len(sample.pixel_values) else None
-        outputs: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement)[0]
+        outputs: np.ndarray = session.logits(sample.input_ids[None], pixels, sample.placement, require_finite=False)[0]
         return outputs
 
     return ModelRun(GRAPH, logits), session

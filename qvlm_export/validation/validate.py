@@ -17,22 +17,33 @@ from typing import Any
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.origin import open_exported
 from qvlm_export.engines.check.metrics import Sums
 from qvlm_export.engines.check.polygraphy import SavedComparison, compare_runs, engine_runners, save_case, session_runners
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.progress import Reporter
-from qvlm_export.validation.accuracy import Check, ComparisonChain, check_thresholds, find_accuracy_loss
+from qvlm_export.validation.accuracy import (
+    Check,
+    ComparisonChain,
+    check_same_model,
+    check_thresholds,
+    find_accuracy_loss,
+)
 from qvlm_export.validation.compare import ComparisonJob, compare_forms, find_traced_sample, graph_obstacle
+from qvlm_export.validation.reference import ReferenceInput, reference_inputs
+from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
     """The options of the command line.
 
-    plan: X.plan, or X.json beside it. reference: the float checkpoint; None for the one that was exported. samples: a JSONL
+    plan: X.plan, or X.json beside it. reference: the float checkpoint; None for the one that was exported. revision: of a
+    reference on the Hub. samples: a JSONL
     file; None for the built-in samples. limit: the number of samples at most. min_agreement (0 to 1) and max_kl (nats per
     token): thresholds on answer tokens; None for no threshold. per_layer: score every block of the graph, too.
     save_polygraphy: a folder for the files with which Polygraphy repeats the comparison; None to write none.
@@ -40,10 +51,11 @@ class ValidateOptions:
 
     plan: Path
     reference: str | None = None
+    revision: str | None = None
     samples: Path | None = None
     limit: int = 64
-    min_agreement: float | None = None
-    max_kl: float | None = None
+    min_agreement: float | None = MIN_AGREEMENT
+    max_kl: float | None = MAX_KL
     per_layer: bool = False
     save_polygraphy: Path | None = None
 
@@ -90,6 +102,7 @@ class Validation:
                 for layer in chain.layers
             ],
             "thresholds": [{**dataclasses.asdict(c), "got": _finite(c.got)} for c in self.checks],
+            "largest_activation": chain.largest_activation,
             "polygraphy": None if self.polygraphy is None else _summarize_polygraphy(self.polygraphy),
             "passed": self.passed,
         }
@@ -131,26 +144,34 @@ def validate(options: ValidateOptions, reporter: Reporter) -> Validation:
     if options.plan.suffix not in (".plan", ".json"):
         raise UserError(f"{options.plan}: give the .plan that qvlm-export wrote, or the .json beside it")
     manifest = read_manifest(options.plan.with_suffix(".json"))
-    checkpoint = open_reference(manifest, options.reference)
-    samples = read_samples(manifest, options.samples, options.limit)
+    checkpoint = open_reference(manifest, options.reference, options.revision)
+    inputs = read_inputs(manifest, options.samples, options.limit)
     if options.save_polygraphy is not None:
         _prepare_folder(options.save_polygraphy, manifest)
     if options.per_layer and not os.access(manifest.path.parent, os.W_OK):
         raise UserError(f"--per-layer: writes a small graph beside the export, but {manifest.path.parent} is read-only")
-    chain = compare_forms(ComparisonJob(manifest, checkpoint, samples, options.per_layer), reporter)
-    saved = _run_polygraphy(manifest, samples[find_traced_sample(samples)], chain, options.save_polygraphy, reporter)
-    checks = check_thresholds(chain, options.min_agreement, options.max_kl)
-    return Validation(manifest, checkpoint.name, len(samples), chain, checks, saved)
+    checkpoint = fetch_weights(checkpoint, reporter)
+    job = ComparisonJob(manifest, checkpoint, inputs, options.per_layer)
+    chain = compare_forms(job, reporter)
+    saved = _run_polygraphy(manifest, job.samples[find_traced_sample(job.samples)], chain, options.save_polygraphy, reporter)
+    checks = [*check_same_model(chain), *check_thresholds(chain, options.min_agreement, options.max_kl)]
+    return Validation(manifest, checkpoint.name, len(inputs), chain, checks, saved)
 
 
-def open_reference(manifest: Manifest, reference: str | None) -> Checkpoint:
+def open_reference(manifest: Manifest, reference: str | None, revision: str | None = None) -> Checkpoint:
     """Opens the float checkpoint `reference`, or the one that was exported when it is None.
 
-    Raises UserError when the checkpoint cannot be opened or has another configuration than the export.
+    revision: of a reference on the Hub, whose weights may have to be downloaded. Raises UserError when the checkpoint cannot
+    be opened, or has another configuration than the export.
     """
+    if reference is None and revision is not None:
+        raise UserError(f"--revision {revision}: is of --reference; without it, the exported commit is compared with")
     name = str(manifest.model["name"]) if reference is None else reference
     try:
-        checkpoint = open_checkpoint(name)
+        if reference is None:
+            checkpoint = open_exported(manifest.model, manifest.path.parent)
+        else:
+            checkpoint = open_checkpoint(reference, revision)
     except UserError as error:
         message = str(error).replace("--model", "--reference")  # the name of the option in this command
         remedy = "" if reference else f" ({manifest.path.name} was exported from it; --reference says where it is now)"
@@ -166,12 +187,13 @@ def _describe_difference(config: ModelConfig, exported: ModelConfig) -> str | No
     for part, value in expected.items():
         for key, expected_value in (value if isinstance(value, dict) else {"": value}).items():
             actual_value = actual[part][key] if key else actual[part]
-            if actual_value != expected_value:
+            is_known = key not in ("rope_frequencies", "rope_scale") or bool(exported.text.rope_frequencies)
+            if is_known and actual_value != expected_value:  # exports before 0.10 do not hold the rotary frequencies
                 return f"{part}{'.' + key if key else ''} is {actual_value}, the export has {expected_value}"
     return None
 
 
-def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Sample]:
+def read_inputs(manifest: Manifest, path: Path | None, limit: int) -> list[ReferenceInput]:
     """Reads the first `limit` samples of a JSONL file (None: the built-in samples) through the export's processor.
 
     Raises UserError for a file that cannot be read, and for samples that the export does not take.
@@ -179,7 +201,8 @@ def read_samples(manifest: Manifest, path: Path | None, limit: int) -> list[Samp
     processor = load_processor(verify_file(manifest, "processor"))
     try:
         entries = read_entries(path or default_calibration(), None, limit)
-        return encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
+        samples = encode_entries(entries, processor, manifest.config, manifest.limits.max_length)
+        return reference_inputs(processor, entries, samples)
     except UserError as error:
         raise UserError(str(error).replace("--calib-data", "--samples")) from error  # the name of the option here
 

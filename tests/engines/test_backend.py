@@ -44,7 +44,7 @@ def test_an_unknown_backend_is_refused_with_the_choices(requested):
     assert all(name in message for name in BACKENDS)
 
 
-@pytest.mark.parametrize("targets", [("sm90",), ("sm89", "sm90"), ("SM89",), ("89",)])
+@pytest.mark.parametrize("targets", [("sm88",), ("sm89", "sm88"), ("rtx",)])
 def test_an_unknown_target_is_refused_with_the_choices(machine, targets):
     machine("tensorrt_rtx")
     message = refusal_of("tensorrt-rtx", targets)
@@ -62,14 +62,44 @@ def test_onnx_builds_nothing_and_takes_no_target(machine):
 def test_without_tensorrt_auto_names_what_to_install(machine):
     machine()
     message = refusal_of("auto")
-    assert message.startswith("no TensorRT is installed; run: pip install 'qvlm-export[rtx]'")
+    assert message.startswith("no TensorRT is installed; run: pip install 'tensorrt-rtx")
     assert "--backend onnx" in message
 
 
-@pytest.mark.parametrize(("requested", "extra"), [("tensorrt-rtx", "qvlm-export[rtx]"), ("tensorrt", "qvlm-export[gpu]")])
-def test_a_backend_that_is_not_installed_names_its_extra(machine, requested, extra):
+@pytest.mark.parametrize(("requested", "package"), [("tensorrt-rtx", "'tensorrt-rtx<1.8,>=1.7'"), ("tensorrt", "tensorrt")])
+def test_a_backend_that_is_not_installed_names_packages_that_pip_finds(machine, requested, package):
     machine()
-    assert refusal_of(requested).startswith(f"--backend {requested}: not installed; run: pip install '{extra}'")
+    message = refusal_of(requested)
+    assert message.startswith(f"--backend {requested}: not installed; run: pip install ")
+    assert package in message
+    assert "qvlm-export[" not in message
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("sm90", "TensorRT-RTX does not build for H100 and H200; export with --backend tensorrt on that machine"),
+        ("SM_90", "H100 and H200"),
+        ("9.0", "H100 and H200"),
+        ("h100", "does not build for H100"),
+        ("B200", "does not build for B200"),
+        ("sm55", "unknown"),
+        ("rtx4090", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_a_target_that_it_does_not_build_for_is_refused_with_the_list(machine, target, words):
+    machine("tensorrt_rtx")
+    message = refusal_of("tensorrt-rtx", (target,))
+    assert message.startswith(f"--target {target}: ")
+    assert words in message
+    assert "TensorRT-RTX offers sm75, sm80" in message
+
+
+@pytest.mark.parametrize("target", ["sm89", "SM89", "8.9", "89", "sm_89"])
+def test_a_target_may_be_written_in_several_ways(machine, target):
+    machine("tensorrt_rtx")
+    assert choose_backend("tensorrt-rtx", (target,)).targets == ("sm89",)
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,26 @@ def test_a_missing_entry_is_refused_by_name(manifest, key):
         {"config": []},
         {"config": {"vision": {}, "projector": {}, "text": {}, "image_token_id": 4}},
         {"plan_check": 7},
+        {"generation": 7},
+        {"generation": {"eos_token_ids": "2"}},
+        {"generation": {"eos_token_ids": [2, -1]}},
+        {"generation": {"eos_token_ids": [True]}},
     ],
 )
 def test_an_entry_of_another_type_is_refused(manifest, changes):
     write_manifest(manifest)
     change(manifest.path, **changes)
     assert_refused(manifest.path, "the manifest is damaged", "export again")
+
+
+def test_end_tokens_are_read_back_and_may_be_missing(manifest):
+    """Exports of older versions have none."""
+    write_manifest(replace(manifest, generation={"eos_token_ids": [0, 2]}))
+    assert read_manifest(manifest.path).generation == {"eos_token_ids": [0, 2]}
+    content = json.loads(manifest.path.read_text(encoding="utf-8"))
+    del content["generation"]
+    manifest.path.write_text(json.dumps(seal(content)), encoding="utf-8")
+    assert read_manifest(manifest.path).generation == {}
 
 
 def test_an_edited_manifest_is_refused(manifest):

@@ -18,6 +18,7 @@ from qvlm_export.inputs.samples import default_calibration
 Edit = Callable[[dict[str, Any]], object]
 PICTURE = default_calibration().parent / "images" / "000.png"
 ASK = ("--prompt", "What color is the ring?", "--image", PICTURE, "--max-new-tokens", "6")  # for qvlm-run
+ANY_ACCURACY = ("--min-agreement", "0", "--max-kl", "100")  # for qvlm-validate of random models, whose logits are flat
 RUNTIME = "runtime: onnxruntime on CPU (this export has no engine)\n"  # what qvlm-run says of an export without engines
 
 

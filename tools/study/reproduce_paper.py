@@ -41,6 +41,7 @@ from qvlm_export.evaluation.tasks.scienceqa import LETTERS, SCIENCEQA
 from qvlm_export.evaluation.tasks.task import FORMS, Request
 from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.samples import encode_answered, load_processor
+from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.progress import Reporter
 from tools.bench.ours import ROWS, schemes_of
 
@@ -157,6 +158,7 @@ def run(setting: Setting, methods: Sequence[str], columns: Sequence[str]) -> lis
     SCIENCEQA.read(
         Request(setting.data, "test", setting.form)
     )  # so that a mistake in the data shows before hours of calibration
+    checkpoint = fetch_weights(checkpoint, Reporter())
     samples = calibration_samples(setting, checkpoint)
     setting.work.mkdir(parents=True, exist_ok=True)
     cells = [{"method": "float", "column": "FP", **ask(setting, setting.model, f"float-{identity(setting, checkpoint)}")}]

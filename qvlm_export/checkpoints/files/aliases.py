@@ -46,7 +46,6 @@ def _decoder(sizes: tuple[int, int, int, int, int], vocabulary: int, **overrides
         num_heads=heads,
         num_kv_heads=kv_heads,
         rms_norm_eps=1e-5,
-        rope_theta=1e4,
         max_position_embeddings=4096,
         **{**defaults, **overrides},
     )

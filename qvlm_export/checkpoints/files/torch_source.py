@@ -6,7 +6,9 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+import httpx2
 import ml_dtypes
 import numpy as np
 import torch
@@ -29,7 +31,8 @@ class TorchSource:
         self._files: dict[str, OpenedFile] = {}
         for path in list_indexed_files(folder, SINGLE_FILE, INDEX_FILE):
             file = OpenedFile(path)
-            for stored_name, tensor in _load(path).items():
+            # Files written before torch 1.6 are not zip files and cannot be mapped.
+            for stored_name, tensor in read_tensors(path, str(path), mmap=zipfile.is_zipfile(path)).items():
                 name = rename(stored_name)
                 if name is not None:
                     self._tensors[name], self._files[name] = tensor, file
@@ -46,8 +49,7 @@ class TorchSource:
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the numpy dtype of a tensor, bfloat16 being that of ml_dtypes."""
-        dtype = self._tensors[name].dtype
-        return np.dtype(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+        return numpy_dtype(self._tensors[name])
 
     def files(self) -> list[Path]:
         """Returns the files that tensors are read from."""
@@ -64,23 +66,35 @@ class TorchSource:
         return array
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
+def numpy_dtype(tensor: torch.Tensor) -> np.dtype:
+    """Returns the numpy dtype that corresponds to a tensor's, bfloat16 being that of ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(str(tensor.dtype).removeprefix("torch."))
+
+
+def read_tensors(file: Path | BinaryIO, where: str, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a torch checkpoint by name. where: names the file, for errors.
+
+    Raises UserError when it is damaged, or holds anything but plain tensors.
+    """
     try:
-        # Files written before torch 1.6 are not zip files and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: is damaged or holds more than tensors, and was not opened, as it could run code; "
+            f"{where}: is damaged or holds more than tensors, and was not opened, as it could run code; "
             "download it again, or convert it to safetensors where you trust it"
         ) from error
+    except httpx2.HTTPError:  # the file lies on the Hub
+        raise
     except DAMAGED_FILE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable torch checkpoint ({reason}); download it again") from error
+        raise UserError(f"{where}: not a readable torch checkpoint ({reason}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no dictionary of tensors; give a folder with model weights")
+        raise UserError(f"{where}: holds no dictionary of tensors; give a folder with model weights")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
-            raise UserError(f"{path}: {name!r} is no plain tensor; give a folder with unquantized model weights")
+            raise UserError(f"{where}: {name!r} is no plain tensor; give a folder with unquantized model weights")
     return content
 
 

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.inputs.lines import make_unique_dict
 
 # The wording of prompts: v1.5 asks for a short answer, as in the evaluation of LLaVA-1.5; v1.3 is the bare question.
 FORMS = ("v1.5", "v1.3")
@@ -132,7 +134,7 @@ def read_json(path: Path) -> Any:
     """Returns the content of a JSON file. Raises UserError when it is not UTF-8 or JSON, or an object has a key twice."""
     text = _read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_make_unique_dict)
+        return json.loads(text, object_pairs_hook=make_unique_dict)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
 
@@ -143,28 +145,20 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((f"{path}:{number}", json.loads(line, object_pairs_hook=_make_unique_dict)))
+                rows.append((f"{path}:{number}", json.loads(line, object_pairs_hook=make_unique_dict)))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON ({error}); download it again") from error
     return rows
 
 
 def _read_text(path: Path) -> str:
+    check_regular_file(path, "a file of questions")
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); download it again or save it as UTF-8") from error
-
-
-def _make_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for equal keys: json silently keeps the last one only, so that a question would be lost."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{find_duplicate(names)!r} stands twice in one object")
-    return content
 
 
 def find_duplicate(ids: Iterable[str]) -> str | None:

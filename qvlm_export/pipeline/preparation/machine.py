@@ -73,11 +73,11 @@ class Machine:
     built_bytes: float = BUILT_BYTES
 
 
-def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu") -> Machine:
+def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu", download_bytes: int = 0) -> Machine:
     """Measures the rates of this machine.
 
     folder: where the export will write; a nameless temporary file is written to its disk. weights: the weight files that
-    will be read. device: where calibration computes, "cpu" or "cuda".
+    will be read, of which `download_bytes` are not downloaded yet. device: where calibration computes, "cpu" or "cuda".
     """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, WIDTH, generator=generator) for n in (TOKENS, OUT))
@@ -105,10 +105,11 @@ def measure_machine(folder: Path, weights: Sequence[Path], device: str = "cpu") 
     nibbles = np.zeros((OUT, WIDTH // 2), np.uint8)
     packed = nibbles.size * 2 / _measure_seconds(lambda: transpose_nibbles(nibbles))
     hashed = nibbles.nbytes / _measure_seconds(lambda: hashlib.sha256(nibbles.tobytes()).digest())
-    cached_share, free = _measure_cached_share(weights), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    large = sum(path.stat().st_size for path in weights) > LARGE_BYTES
+    present = [path for path in weights if path.exists()]
+    cached_share, free = _measure_cached_share(present), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    large = download_bytes + sum(path.stat().st_size for path in present) > LARGE_BYTES
     written, allocated = _measure_write_rates(nearest_folder(folder), LARGE_DISK_BYTES if large else DISK_BYTES)
-    read = _measure_read_rate(weights[-1])
+    read = _measure_read_rate(present[-1]) if present else written
     if device == "cuda":
         all_threads = single = shared = _measure_gpu_flops()
     return Machine(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +44,23 @@ class Disk:
 
 
 def disk_needed(
-    sizes: Sizes, *, calibrates: bool, builds: bool, activations_bytes: int = 0, sensitivity_bytes: int = 0
+    sizes: Sizes,
+    *,
+    calibrates: bool,
+    builds: bool,
+    activations_bytes: int = 0,
+    sensitivity_bytes: int = 0,
+    dense_bytes: int = 0,
 ) -> Disk:
     """Returns the disk space that an export needs.
 
     sizes: of all weights. calibrates, builds: whether linears are quantized, and whether engines are built.
     activations_bytes: of the activation cache on disk. sensitivity_bytes: of what is on disk while sensitivities are
-    measured, which is before the first block is calibrated.
+    measured, which is before the first block is calibrated. dense_bytes: what the calibrated checkpoint takes more than
+    graphs, because linears of tower and projector are dense in it.
     """
     plans = sizes.quantized_bytes + 2 * PLAN_OVERHEAD_BYTES if builds else 0
-    work = max(sizes.quantized_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
+    work = max(sizes.quantized_bytes + dense_bytes + activations_bytes, sensitivity_bytes) if calibrates else 0
     return Disk(sizes.quantized_bytes + plans, work)
 
 
@@ -103,27 +111,49 @@ def nearest_folder(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check_disk(disk: Disk, out: Path, work_dir: Path | None) -> None:
-    """Raises UserError when a disk has too little room.
+def check_disk(disk: Disk, out: Path, work_dir: Path | None, cache: Path | None = None, download_bytes: int = 0) -> None:
+    """Raises UserError when a disk has too little room; what goes to the same disk adds up.
 
-    What an unfinished export to the same place occupies counts as free, as a resumed one uses it and a new one removes it.
+    cache: the folder that `download_bytes` of weights are downloaded to, or None. What an unfinished export to the same
+    place occupies counts as free, as a resumed one uses it and a new one removes it.
     """
-    scratch, state = scratch_folder(out), [] if work_dir is None else [state_folder(work_dir)]
-    if work_dir is not None and _get_disk(work_dir) != _get_disk(out.parent):
-        _check_room(work_dir, disk.work_bytes, state, "--work-dir")
-        _check_room(out.parent, disk.out_bytes, [scratch], "--out")
-    else:
-        _check_room(out.parent, disk.bytes, [scratch, *state], "--out")
+    needs = [
+        _Need(out.parent, disk.out_bytes, scratch_folder(out), "write --out to another disk"),
+        _Need(
+            work_dir or out.parent,
+            disk.work_bytes,
+            scratch_folder(out) if work_dir is None else state_folder(work_dir),
+            "write --work-dir to another disk",
+        ),
+    ]
+    if cache is not None:
+        remedy = "let HF_HOME name a folder on another disk for downloads"
+        needs.append(_Need(cache, download_bytes, None, remedy))
+    for device in dict.fromkeys(_get_disk(need.folder) for need in needs):
+        _check_room([need for need in needs if _get_disk(need.folder) == device])
 
 
-def _check_room(folder: Path, needed_bytes: int, reusable: list[Path], option: str) -> None:
-    """Raises UserError when the disk of `folder` has too little room. Files in `reusable` count as free."""
+@dataclass(frozen=True)
+class _Need:
+    """Bytes needed on the disk of a folder. reusable: a folder whose files count as free. remedy: against too little."""
+
+    folder: Path
+    bytes: int
+    reusable: Path | None
+    remedy: str
+
+
+def _check_room(needs: Sequence[_Need]) -> None:
+    """Raises UserError when the disk that all `needs` are on has too little room."""
+    reusable = {need.reusable for need in needs if need.reusable is not None}
     reusable_bytes = sum(path.stat().st_size for own in reusable for path in own.rglob("*") if path.is_file())
+    needed_bytes, folder = sum(need.bytes for need in needs), needs[0].folder
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free + reusable_bytes < needed_bytes:
+        remedies = dict.fromkeys(need.remedy for need in needs if need.bytes)
         raise UserError(
             f"{folder}: {needed_bytes / 2**30:.1f} GiB are needed on this disk and {free / 2**30:.1f} GiB are free; "
-            f"free some, or write {option} to another disk"
+            f"free some, or {', or '.join(remedies)}"
         )
 
 

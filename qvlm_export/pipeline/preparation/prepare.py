@@ -10,21 +10,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
 from qvlm_export.calibrate.calibrators.block_cost import Cost
 from qvlm_export.calibrate.calibrators.cost import activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearScheme
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.files.download import remaining_bytes
+from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.engines.backend import Backend, choose_backend
 from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
 from qvlm_export.inference.torch_runner import check_device
-from qvlm_export.inputs.samples import check_processor, default_calibration, encode_entries, load_processor, read_entries
+from qvlm_export.inputs.samples import (
+    check_processor,
+    check_saved_processor,
+    default_calibration,
+    encode_entries,
+    load_processor,
+    read_entries,
+)
 from qvlm_export.pipeline.preparation.estimate import (
     Estimate,
     activation_memory_bytes,
@@ -44,6 +56,7 @@ from qvlm_export.pipeline.preparation.recipe import Recipe, assign_schemes, chec
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
+DTYPES = (FLOAT16, BFLOAT16)
 MAX_MEMORY_GIB, MAX_BATCH = 2**20, 2**16  # beyond any machine
 MAX_SAMPLES = 128  # used at most when --samples is not given
 
@@ -52,12 +65,14 @@ MAX_SAMPLES = 128  # used at most when --samples is not given
 class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
-    None stands for a default that depends on the model or on the data. memory: in GiB. device: where calibration computes.
-    overwrite: whether files that this export did not write may be replaced.
+        None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
+    device: where calibration computes. dtype: float type of the graphs. overwrite: whether files that this export did not
+    write may be replaced.
     """
 
     model: str
     out: Path
+    revision: str | None = None
     scheme: str = "int4"
     recipe: Path | None = None
     calib_data: Path | None = None
@@ -71,6 +86,7 @@ class ExportOptions:
     resume: bool = False
     memory: float | None = None
     device: str = "cpu"
+    dtype: str = FLOAT16
     overwrite: bool = False
 
 
@@ -79,9 +95,11 @@ class PreparedExport:
     """Everything that is decided and counted before work begins; `--dry-run` shows it.
 
     processor: the processor of transformers. linears: the quantized linears with their schemes. sizes: of the weights, by
-    part. disk_bytes: the most that is on disk at a time. samples: the calibration set; empty when no linear is quantized.
-    cost: of calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may
-    hold in memory.
+    part. disk_bytes: the most that is on disk at a time, without the Hub's cache. download_bytes: of weights that the cache
+    lacks. samples: the calibration set; empty when no linear is quantized. range_samples: a few to run before all else, to
+    see whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of
+    calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in
+    memory.
     """
 
     options: ExportOptions
@@ -94,10 +112,12 @@ class PreparedExport:
     linears: Mapping[str, LinearScheme]
     sizes: Mapping[str, Sizes]
     disk_bytes: int
+    download_bytes: int
     samples: tuple[Sample, ...]
     cost: Cost
     activations_bytes: int
     device: str
+    range_samples: tuple[Sample, ...] = ()
 
 
 def prepare_export(options: ExportOptions) -> PreparedExport:
@@ -109,15 +129,17 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     device = check_device(options.device)
     recipe = choose_recipe(options.scheme, options.recipe, options.backend)
     backend = choose_backend(options.backend, options.targets)
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model, options.revision)
     limits = _choose_limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
-    linears = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
-    check_engine_schemes(linears, backend)
+    schemes = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
+    linears = {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
+    check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
+    check_saved_processor(processor, checkpoint.config, checkpoint.folder)
     samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
     config, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):
@@ -129,8 +151,11 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         builds=builds,
         activations_bytes=activation_cache_bytes(blocks, samples, config),
         sensitivity_bytes=sensitivity_bytes(blocks, samples, config),
+        dense_bytes=max(0, 2 * sizes["vision"].float16_bytes - sizes["vision"].quantized_bytes),
     )
-    check_disk(disk, options.out, options.work_dir)
+    downloads = find_downloads(checkpoint.source)
+    download_bytes = remaining_bytes(downloads)
+    check_disk(disk, options.out, options.work_dir, checkpoint.folder if downloads else None, download_bytes)
     on_host = cost if device == "cpu" else Cost()
     largest = largest_bytes(checkpoint.config)
     if device == "cuda":
@@ -147,10 +172,12 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         linears=linears,
         sizes=sizes,
         disk_bytes=disk.bytes,
+        download_bytes=download_bytes,
         samples=samples,
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
+        range_samples=_select_range_samples(options, checkpoint, samples, processor, limits),
     )
 
 
@@ -166,13 +193,16 @@ def _check_options(options: ExportOptions) -> None:
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: unknown; choose one of {', '.join(DTYPES)}")
     if options.effort not in EFFORTS:
         raise UserError(f"--effort {options.effort}: unknown; choose one of {', '.join(EFFORTS)}")
 
 
 def estimate_export(prepared: PreparedExport) -> Estimate:
     """Returns the expected time and memory of the export, after measuring the speed of this machine for a few seconds."""
-    machine = measure_machine(prepared.options.out.parent, prepared.checkpoint.source.files(), prepared.device)
+    files, download_bytes = prepared.checkpoint.source.files(), prepared.download_bytes
+    machine = measure_machine(prepared.options.out.parent, files, prepared.device, download_bytes)
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
     return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
@@ -182,6 +212,21 @@ def _read_samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any
     """Returns the encoded calibration set: of `--calib-data`, or the built-in one."""
     entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
     return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
+
+
+def _select_range_samples(
+    options: ExportOptions, checkpoint: Checkpoint, samples: tuple[Sample, ...], processor: Any, limits: Limits
+) -> tuple[Sample, ...]:
+    """Returns the samples to measure activation ranges on, those with images first; none where nothing can overflow.
+
+    A checkpoint in float16 was trained or tried in it, so that its activations are in range.
+    """
+    source = checkpoint.source
+    in_float16 = all(source.dtype(name) == np.float16 for name in expected_shapes(checkpoint.config) if name in source)
+    if options.dtype != FLOAT16 or in_float16:
+        return ()
+    found = samples or _read_samples(replace(options, samples=None), checkpoint, processor, limits)
+    return tuple(sorted(found, key=lambda sample: len(sample.pixel_values) == 0)[:RANGE_SAMPLES])
 
 
 def _refuse_text_only(options: ExportOptions, linear: str | None) -> None:

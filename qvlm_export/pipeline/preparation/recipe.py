@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.scheme import (
+    BFLOAT16,
+    FLOAT16,
     GROUP_SIZES,
     GROUPED_BITS,
     LinearScheme,
@@ -23,7 +25,7 @@ from qvlm_export.calibrate.checkpoint.scheme import (
     parse_scheme_bits,
 )
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.backend import INT4_TARGETS, Backend
+from qvlm_export.engines.backend import BFLOAT16_TARGETS, INT4_TARGETS, Backend
 
 FLOAT = "float"
 REASON = "(its INT4 is weight-only, INT8 needs 8 bits on both sides)"
@@ -108,6 +110,10 @@ def read_recipe(path: Path) -> Recipe:
     """Returns the recipe in a YAML file. Raises UserError naming the file and the field that is wrong."""
     check_regular_file(path, "a recipe")
     try:
+        check_regular_file(path, "a recipe")
+    except UserError as error:
+        raise UserError(f"--recipe {error}") from error
+    try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # YAML's dates raise ValueError
         raise UserError(f"--recipe {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
@@ -152,8 +158,11 @@ def assign_schemes(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[s
     }
 
 
-def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend) -> None:
-    """Raises UserError naming the first linear whose scheme an engine, or one of the targets, cannot execute."""
+def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend, float_type: str = FLOAT16) -> None:
+    """Raises UserError naming the first linear whose scheme an engine, or one of the targets, cannot execute.
+
+    float_type: of the graphs, which a target may lack, too.
+    """
     if backend.module is None:
         return
     for name, scheme in schemes.items():
@@ -162,13 +171,19 @@ def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend) -> 
                 f"--recipe: {name} is {scheme.name}, for which TensorRT has no kernel {REASON}, so it cannot be in an "
                 "engine; add --backend onnx to simulate it, or make it W4A16, W8A8 or float"
             )
-    check_targets(schemes, backend)
+    check_targets(schemes, backend, float_type)
 
 
-def check_targets(schemes: dict[str, LinearScheme], backend: Backend) -> None:
-    """Raises UserError when a target has no INT4 and a scheme needs it. Only TensorRT-RTX builds for chosen targets."""
-    if backend.name != "tensorrt-rtx" or not any(s.weight_bits == 4 for s in schemes.values()):
-        return
-    for target in backend.targets:
-        if target not in INT4_TARGETS and target != "current":
+def check_targets(schemes: dict[str, LinearScheme], backend: Backend, float_type: str = FLOAT16) -> None:
+    """Raises UserError when a target lacks what is needed of INT4 and bfloat16.
+
+    Only TensorRT-RTX builds for chosen targets.
+    """
+    needs_int4 = any(scheme.weight_bits == 4 for scheme in schemes.values())
+    for target in backend.targets if backend.name == "tensorrt-rtx" else ():
+        if needs_int4 and target not in (*INT4_TARGETS, "current"):
             raise UserError(f"--target {target}: has no INT4; use --scheme int8, or targets among {', '.join(INT4_TARGETS)}")
+        if float_type == BFLOAT16 and target not in (*BFLOAT16_TARGETS, "current"):
+            raise UserError(
+                f"--target {target}: has no bfloat16; leave --dtype out, or use targets among {', '.join(BFLOAT16_TARGETS)}"
+            )

@@ -17,7 +17,6 @@ from qvlm_export.calibrate.augmentation.prompts import label_block_inputs
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.forward import float_step, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
-from qvlm_export.calibrate.blockwise.token_kinds import TokenLabel
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr, make_linear_record
 from qvlm_export.calibrate.calibrators.record import compute_errors_by_label, mark_partition
@@ -30,6 +29,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import FAST, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
+from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -6,14 +6,18 @@ import itertools
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from commands import PICTURE, export_to, write_calibration
 from compressed_tensors.compressors import decompress_module
+from PIL import Image
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from small_export import briefly_full, calibrate, module_of, open_small, schemes_of
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.checkpoint.calibrated import (
@@ -24,6 +28,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import (
 )
 from qvlm_export.calibrate.checkpoint.scheme import ACTIVATION_BITS, GROUPED_BITS, W8A8, WEIGHT_BITS, LinearScheme
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.chat_templates import chat_text
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
 W3A16, W3A8, W6A6, W8A16 = (
@@ -214,7 +219,7 @@ def test_the_projector_is_matched_with_and_without_the_prefix_model():
 def test_there_is_one_config_group_for_each_scheme():
     groups_of_128 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
     expected_inputs = [{"num_bits": 6}, {"num_bits": 8}, None]
-    config = quantization_config({"a.x": W6A6, "a.y": W3A8, "a.z": W8A16})
+    config = quantization_config({"language_model.x": W6A6, "language_model.y": W3A8, "language_model.z": W8A16})
     groups = sorted(config["config_groups"].values(), key=lambda g: g["targets"])
     assert [(g["format"], g["weights"]["num_bits"]) for g in groups] == [
         ("int-quantized", 6),
@@ -224,7 +229,9 @@ def test_there_is_one_config_group_for_each_scheme():
     for group, inputs in zip(groups, expected_inputs, strict=True):
         common = {"type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
         assert group["input_activations"] == (inputs and {**common, **inputs})
-    config = quantization_config({"a.x": W8A8, "a.y": W4A16, "a.z": groups_of_128, "a.w": W4A16})
+    config = quantization_config(
+        {"language_model.x": W8A8, "language_model.y": W4A16, "language_model.z": groups_of_128, "language_model.w": W4A16}
+    )
     groups = config["config_groups"].values()
     assert config["format"] == "mixed-precision"
     assert [(g["format"], g["weights"].get("group_size"), len(g["targets"])) for g in groups] == [
@@ -232,7 +239,13 @@ def test_there_is_one_config_group_for_each_scheme():
         ("pack-quantized", 128, 1),
         ("int-quantized", None, 1),
     ]
-    assert quantization_config({"a.y": W4A16, "a.z": groups_of_128})["format"] == "pack-quantized"
+    assert quantization_config({"language_model.y": W4A16, "language_model.z": groups_of_128})["format"] == "pack-quantized"
+
+
+def test_linears_of_tower_and_projector_are_a_dense_group_of_their_own():
+    names = ("language_model.x", "vision_tower.y", "multi_modal_projector.linear_1")
+    groups = quantization_config(dict.fromkeys(names, W8A8))["config_groups"].values()
+    assert [(group["format"], len(group["targets"])) for group in groups] == [("int-quantized", 1), ("dense", 2)]
 
 
 def every_scheme(checkpoint):
@@ -299,3 +312,38 @@ def test_every_stored_tensor_is_in_the_index(loaded):
         with safe_open(path, "np") as file:
             stored |= dict.fromkeys(file.keys(), path.name)
     assert index == stored
+
+
+def answer_of(folder, forward_first):
+    """Token ids that transformers generates from a folder, which holds its processor, too."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    text = chat_text(processor, [{"role": "user", "text": "What color is the ring?", "images": 1}])
+    inputs = processor(images=[Image.open(PICTURE)], text=[text], return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    if forward_first:
+        model(**inputs)
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "sim-w3a16"])
+def test_generate_may_be_the_first_call(llava, tmp_path, scheme):
+    export_to(llava(), tmp_path / "x.plan", "--backend", "onnx", "--scheme", scheme, "--calib-data",
+              write_calibration(tmp_path))  # fmt: skip
+    folder = tmp_path / "x.calibrated"
+    assert answer_of(folder, forward_first=False) == answer_of(folder, forward_first=True)
+
+
+def test_int8_weights_of_a_tower_written_before_are_still_read(llava, tmp_path):
+    checkpoint = open_small(llava())
+    calibrated = calibrate(checkpoint, schemes_of(checkpoint, "int8"), tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    for path in (tmp_path / "old").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in calibrated.schemes:
+            if f"{name}.weight" in tensors:
+                tensors[f"{name}.weight"] = calibrated.codes(name)
+        save_file(tensors, path, {"format": "pt"})
+    old = CalibratedCheckpoint(tmp_path / "old")
+    for name in calibrated.schemes:
+        np.testing.assert_array_equal(old.linear(name).codes, calibrated.linear(name).codes)
+        np.testing.assert_array_equal(old.linear(name).dequantized(), calibrated.linear(name).dequantized())

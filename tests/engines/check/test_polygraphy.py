@@ -30,7 +30,7 @@ from qvlm_export.engines.check.polygraphy import (
 )
 from qvlm_export.engines.manifest import read_manifest
 from qvlm_export.engines.runtime.open import open_session
-from qvlm_export.validation.validate import read_samples
+from qvlm_export.validation.validate import read_inputs
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
 SCHEMES = ("int4", "int8")
@@ -49,7 +49,7 @@ def manifests(llava, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(manifests):
-    return read_samples(manifests["int4"], None, 1)[0]
+    return read_inputs(manifests["int4"], None, 1)[0].sample
 
 
 @pytest.fixture(scope="module")

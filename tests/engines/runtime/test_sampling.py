@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.runtime.sampling import Sampling, pick_token
 
+NUMBERS = ("temperature", "top_p", "repetition_penalty")
 logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 
 
@@ -86,9 +88,14 @@ def test_the_same_seed_gives_the_same_tokens(values, seed):
         {"repetition_penalty": math.nan},
         {"repetition_penalty": math.inf},
         {"seed": -1},
+        {"seed": -(10**5000)},  # which Python does not print
+        {"seed": True},
+        {"seed": 1.0},
+        {"seed": "1"},
+        *({name: value} for name in NUMBERS for value in (None, True, "1", [1.0], 10**5000, -math.inf, 1j)),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_name(changes):
+def test_a_setting_of_another_type_or_out_of_range_is_refused_by_name(changes):
     with pytest.raises(UserError, match=f"^{next(iter(changes))} .*: must be "):
         Sampling(**changes)
 
@@ -98,3 +105,23 @@ def test_a_setting_out_of_range_is_refused_by_name(changes):
 def test_tiny_temperatures_are_greedy(temperature):
     logits = np.array([1.0, 5.0, -3.0], np.float32)
     assert pick_token(logits, [], Sampling(temperature=temperature), np.random.default_rng(0)) == 1
+
+
+EXTREMES = st.sampled_from([5e-324, 1e-300, 1e-30, 1.0, 1e30, 1e300, 10**300, Fraction(1, 3), np.float32(0.5)])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=9), EXTREMES, EXTREMES, st.floats(1e-300, 1.0))
+@pytest.mark.filterwarnings("error")
+def test_extreme_settings_pick_some_token(values, temperature, penalty, top_p):
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty, top_p=top_p, seed=10**5000)
+    random = np.random.default_rng([sampling.seed, 0])
+    assert 0 <= pick_token(np.array(values, np.float32), [0, 1], sampling, random) < len(values)
+    greedy = Sampling(repetition_penalty=penalty)
+    assert 0 <= pick_token(np.array(values, np.float32), [0, 1], greedy, random) < len(values)
+
+
+@pytest.mark.parametrize(("penalty", "expected"), [(1e-300, 0), (5e-324, 0), (1e300, 2)])
+def test_an_extreme_penalty_prefers_or_avoids_repetition(penalty, expected):
+    logits = np.array([2.0, -1.0, 1.0], np.float32)
+    assert pick_token(logits, [0, 1], Sampling(repetition_penalty=penalty), np.random.default_rng(0)) == expected

@@ -112,3 +112,55 @@ def test_the_choice_of_runtime_comes_with_its_reason(session):
         choose_runtime(manifest, "tensorrt")
     with pytest.raises(UserError, match="unknown; choose one of"):
         choose_runtime(manifest, "cuda")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused(session, monkeypatch, value):
+    """At the prompt nothing changes; while tokens are generated, the sequence stays as it was before the bad step."""
+    sequences = session.start([random_tokens(10), random_tokens(7)])
+    lengths, real = list(map(len, sequences.tokens)), session.runner.step
+
+    def overflow(*arguments):
+        logits = real(*arguments)
+        logits[1, -1, 5] = value
+        return logits
+
+    monkeypatch.setattr(session.runner, "step", overflow)
+    words = r"^the logits are NaN or infinite \(onnxruntime on cpu\).* range of float32.*; qvlm-validate --per-layer"
+    with pytest.raises(UserError, match=words):
+        session.extend(sequences, [random_tokens(3), random_tokens(3)])
+    assert list(map(len, sequences.tokens)) == lengths
+    steps = session.generate(sequences, 4, frozenset())
+    next(steps)
+    with pytest.raises(UserError, match=words):
+        next(steps)
+    assert list(map(len, sequences.tokens)) == [length + 1 for length in lengths]
+
+
+def test_logits_of_rows_that_have_ended_do_not_matter(session, monkeypatch):
+    sequences = session.start([random_tokens(10), random_tokens(7)])
+    ends, goes_on = sequences.logits.argmax(-1)
+    real = session.runner.step
+
+    def overflow(*arguments):
+        logits = real(*arguments)
+        logits[0] = np.nan
+        return logits
+
+    monkeypatch.setattr(session.runner, "step", overflow)
+    assert ends != goes_on
+    assert len(list(session.generate(sequences, 4, frozenset({int(ends)})))) >= 2
+
+
+def test_whole_logits_are_refused_unless_the_caller_counts_them(session, monkeypatch):
+    real = session.runner.step
+
+    def overflow(*arguments):
+        logits = real(*arguments)
+        logits[0, 2] = np.inf
+        return logits
+
+    monkeypatch.setattr(session.runner, "step", overflow)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        session.logits(random_tokens(5)[None])
+    assert np.isinf(session.logits(random_tokens(5)[None], require_finite=False)).any()

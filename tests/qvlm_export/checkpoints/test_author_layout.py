@@ -17,12 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, pad_rows, read_tower_config
+from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints.author_layout import TOWERS, convert_config, known_tower, pad_rows, read_tower_config
 from qvlm_export.checkpoints.author_processor import find_conversation
 from qvlm_export.checkpoints.chat_templates import CONVERSATIONS, chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
-from qvlm_export.checkpoints.files import hub
+from qvlm_export.checkpoints.files import hub as hub_module
+from qvlm_export.checkpoints.files.snapshot import Snapshot, find_snapshot
+from qvlm_export.checkpoints.origin import describe_origin
 from qvlm_export.inputs.samples import encode, load_processor
+from qvlm_export.pipeline.fetch import fetch_weights
+from qvlm_export.pipeline.progress import Reporter
+from tools.compatibility.hub_server import Hub
 from tools.families.random_original import ORIGINALS, TOWER, VOCABULARY, sentencepiece_model, write_original
 
 MakeOriginal = Callable[[str], Path]
@@ -34,10 +40,10 @@ BOS, IMAGE = 1, "<image>"
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes downloads fail, as no test here may need the network."""
 
-    def fail(*_: object, **__: object) -> str:
-        raise OSError("no network here")
+    def fail(_: str, __: str | None, where: str) -> Snapshot:
+        raise UserError(f"{where}: no network here")
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub_module, "find_snapshot", fail)
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +239,39 @@ def test_a_tower_is_downloaded_where_it_is_not_here(
 ) -> None:
     source, requests = make_original("v1.5"), []
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        requests.append((repository, tuple(allow_patterns)))
-        return str(source.parent / f"v1.5-{TOWER}")
+    def find(repository: str, revision: str | None, where: str) -> Snapshot:
+        requests.append((repository, revision, where))
+        return Snapshot(repository, "1" * 40, source.parent / f"v1.5-{TOWER}", {}, "no network here")
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub_module, "find_snapshot", find)
     folder = copy_checkpoint(source, tmp_path / "alone", put("", "mm_vision_tower", "someone/her-clip"))
     assert open_checkpoint(str(folder)).config.vision.num_layers == 3
-    assert {repository for repository, _ in requests} == {"someone/her-clip"}
-    assert any("pytorch_model*.bin" in patterns for _, patterns in requests)
+    assert set(requests) == {("someone/her-clip", None, f"{folder / 'config.json'}: mm_vision_tower someone/her-clip")}
+
+
+def test_checkpoint_and_tower_on_the_hub_are_downloaded_after_the_checks(
+    hub: Hub, make_original: MakeOriginal, absent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run reads the headers of the torch files of both."""
+    monkeypatch.setattr(hub_module, "find_snapshot", find_snapshot)
+    source = make_original("v1.5")
+    folder = copy_checkpoint(source, absent.parents[1] / "alone", put("", "mm_vision_tower", "someone/her-clip"))
+    hub.add_folder("someone/llava", folder)
+    hub.add_folder("someone/her-clip", source.parent / f"v1.5-{TOWER}", commit="4" * 40)
+    weights = sum(path.stat().st_size for part in (folder, source.parent / f"v1.5-{TOWER}") for path in part.glob("*.bin"))
+    result = export_onnx("someone/llava", absent, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [part["repository"] for part in json.loads(result.stdout)["hub"]] == ["someone/llava", "someone/her-clip"]
+    assert json.loads(result.stdout)["download_bytes"] == weights
+    headers = hub.served_weights()
+    opened = fetch_weights(open_checkpoint("someone/llava"), Reporter(quiet=True))
+    assert hub.served_weights() == weights + 2 * headers
+    local = open_checkpoint(str(copy_with_tower(source, absent.parents[1])))
+    for name in local.source:
+        np.testing.assert_array_equal(opened.source.load(name), local.source.load(name))
+    origin = describe_origin(opened)
+    assert (origin["commit"], origin["tower"]["commit"]) == ("1" * 40, "4" * 40)
+    assert sum(file["bytes"] for part in (origin, origin["tower"]) for file in part["weights"]) == weights
 
 
 # What is refused
@@ -266,13 +296,43 @@ def test_a_tower_is_downloaded_where_it_is_not_here(
         (put("", "vocab_size", "many"), ['vocab_size is "many"', "whole numbers"]),
         (put("", "hidden_size", 512), ["has shape", "config.json says"]),
         (put("", "mm_use_im_start_end", True), ["mm_use_im_start_end", "<im_start> and <im_end>", "added_tokens.json"]),
-        (put("", "rope_scaling", {"type": "linear", "factor": 2.0}), ["rope_type is 'linear'", "default"]),
+        (put("", "rope_scaling", {"type": "spiral", "factor": 2.0}), ["spiral"]),
     ],
 )
 def test_an_unsupported_config_is_refused(
     make_original: MakeOriginal, absent: Path, tmp_path: Path, edit: Edit, words: list[str]
 ) -> None:
     assert_refused(export_onnx(copy_with_tower(make_original("v1.5"), tmp_path, edit), absent), *words)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("v1.5", None), ("v1.6-mistral", 24)])
+def test_a_window_counts_only_where_the_decoder_has_one(
+    make_original: MakeOriginal, tmp_path: Path, kind: str, window: int | None
+) -> None:
+    edit = put("", "sliding_window", 24)
+    model = (
+        copy_with_tower(make_original(kind), tmp_path, edit)
+        if kind == "v1.5"
+        else copy_checkpoint(make_original(kind), tmp_path / kind, edit)
+    )
+    assert open_checkpoint(str(model)).config.text.sliding_window == window
+
+
+def test_every_field_of_the_decoder_is_converted(make_original: MakeOriginal) -> None:
+    folder = make_original("v1.5")
+    config = json.loads((folder / "config.json").read_text())
+    converted = convert_config({**config, "head_dim": 32, "mlp_bias": True, "layer_types": ["a"], "dtype": "x"}, folder)
+    assert converted["text_config"]["head_dim"] == 32
+    assert converted["text_config"]["mlp_bias"] is True
+    assert not {"layer_types", "dtype", "architectures", "mm_projector_type"} & set(converted["text_config"])
+
+
+@pytest.mark.parametrize("path", ["/home/someone/models/clip-vit-large-patch14-336", "../clip-vit-large-patch14-336/"])
+def test_a_known_tower_may_be_named_by_a_path(make_original: MakeOriginal, path: str) -> None:
+    folder = make_original("v1.5")
+    assert read_tower_config(path, folder)["image_size"] == 336
+    assert known_tower(path) == "openai/clip-vit-large-patch14-336"
+    assert known_tower("someone/clip-vit-large-patch14-finetuned") is None
 
 
 def test_a_projector_of_two_linears_gets_no_identity(make_original: MakeOriginal, absent: Path, tmp_path: Path) -> None:
@@ -303,7 +363,7 @@ def edit_json(path: Path, **changes: object) -> None:
         (lambda f: edit_json(tower(f) / "config.json", model_type="siglip"), ["is a 'siglip'", "supported with CLIP"]),
         (lambda f: edit_json(tower(f) / "config.json", vision_config=None), ["has shape"]),
         (lambda f: (tower(f) / "preprocessor_config.json").unlink(), ["no preprocessor_config.json", "CLIP tower"]),
-        (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: cannot be downloaded"]),
+        (lambda f: shutil.rmtree(tower(f)), ["mm_vision_tower openai/v1.5-small-clip: no network here"]),
     ],
 )
 def test_missing_and_damaged_files_are_refused(

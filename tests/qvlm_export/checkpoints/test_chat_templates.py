@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qvlm_export.checkpoints.chat_templates import CHOICES, CONVERSATIONS, chat_template, image_text, prompt_text
-from qvlm_export.checkpoints.files.hub import find_folder
+from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.inputs.samples import load_processor
 
 HUMAN = "A chat between a curious human and an artificial intelligence assistant. "
@@ -17,7 +17,7 @@ POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_processor(find_folder("tiny"))
+    return load_processor(find_checkpoint("tiny").folder)
 
 
 def with_template(tiny, template):

@@ -11,55 +11,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from commands import copy_checkpoint, export_to
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from PIL import Image
+from commands import copy_checkpoint
+from logits import exported_logits, reference_logits, relative_l2
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-import qvlm_export
 from qvlm_export.calibrate.checkpoint.safetensors_source import SafetensorsSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.families import find_layout, make_renamer
-from qvlm_export.checkpoints.files import hub
-from qvlm_export.checkpoints.files.hub import find_folder
+from qvlm_export.checkpoints.files.hub import find_checkpoint
 from qvlm_export.checkpoints.files.torch_source import TorchSource
+from qvlm_export.checkpoints.files.weights import Location
 from qvlm_export.engines.graph.float_graphs import expected_shapes
-from qvlm_export.inputs.samples import encode, load_processor
 
 Llava = Callable[..., Path]
 UP_PROJ = "language_model.model.layers.1.mlp.up_proj.weight"
-
-
-def relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
-def question(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [1, S] and pixels of a question about an image of noise."""
-    noise = np.random.default_rng(0).integers(0, 255, (70, 60, 3), dtype=np.uint8)
-    processor = load_processor(folder)
-    text = chat_text(processor, [{"role": "user", "text": "What color is the ring?", "images": 1}])
-    pixels, ids = encode(processor, text, [Image.fromarray(noise)])
-    return ids[None], pixels
-
-
-def reference_logits(folder: Path) -> np.ndarray:
-    """Logits of transformers in float32 for the same question."""
-    ids, pixels = question(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)).logits.numpy()
-    return logits
-
-
-def exported_logits(folder: Path, out: Path) -> np.ndarray:
-    """Logits of the float16 export, computed by ONNX Runtime."""
-    export_to(folder, out / "x.plan", "--backend", "onnx", "--scheme", "fp16")
-    with qvlm_export.load(out / "x.plan", "onnxruntime") as model:
-        return model.logits(*question(folder))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -234,70 +201,13 @@ def test_opening_reads_no_weights(llava: Llava, monkeypatch: pytest.MonkeyPatch)
     assert opened.config_json["model_type"] == "llava"
 
 
-# Where models come from
-
-
-class Hub:
-    """A fake Hugging Face with one repository, which records the requests."""
-
-    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
-        self.folder, self.files = folder, files
-        self.requests: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
-        self.requests.append((repository, allow_patterns))
-        for name in self.files:
-            if any(Path(name).match(pattern) for pattern in allow_patterns):
-                (self.folder / name).touch()
-        return str(self.folder)
-
-
-@pytest.mark.parametrize(
-    ("model", "repository"),
-    [
-        ("llava-7b", "llava-hf/llava-1.5-7b-hf"),
-        ("llava-13b", "llava-hf/llava-1.5-13b-hf"),
-        ("someone/her-llava", "someone/her-llava"),
-    ],
-)
-def test_only_weights_and_settings_of_a_repository_are_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, repository: str
-) -> None:
-    fake_hub = Hub(tmp_path, ("model.safetensors", "pytorch_model.bin", "tokenizer.model", "evil.py"))
-    monkeypatch.setattr(hub, "snapshot_download", fake_hub.snapshot_download)
-    assert find_folder(model) == tmp_path
-    assert [name for name, _ in fake_hub.requests] == [repository]
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.model"}
-
-
-def test_torch_files_are_downloaded_where_there_are_no_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub = Hub(tmp_path, ("config.json", "pytorch_model-00001-of-00002.bin"))
-    monkeypatch.setattr(hub, "snapshot_download", fake_hub.snapshot_download)
-    find_folder("someone/old")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model-00001-of-00002.bin"}
+# Where models come from; those on the Hub are in files/test_hub.py
 
 
 def test_a_folder_comes_before_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "someone" / "llava").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert find_folder("someone/llava") == Path("someone/llava")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        LocalEntryNotFoundError("cannot reach the hub"),
-        OSError("connection reset"),
-        RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404"),
-    ],
-)
-def test_a_failed_download_is_reported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"--model a/b: cannot be downloaded .*check the name and the network"):
-        find_folder("a/b")
+    assert find_checkpoint("someone/llava") == Location(Path("someone/llava"))
 
 
 @pytest.mark.parametrize("model", ["llava-70b", "./a/b", "/a/b", "~/a", "a/b/c", ""])
@@ -311,4 +221,4 @@ def test_a_name_that_is_neither_folder_nor_repository_is_refused(
 
 def test_a_name_that_hugging_face_does_not_allow_is_refused() -> None:
     with pytest.raises(UserError, match="--model a b/c: no such folder, and not a Hugging Face id"):
-        find_folder("a b/c")
+        find_checkpoint("a b/c")

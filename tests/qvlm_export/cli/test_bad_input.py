@@ -98,6 +98,10 @@ def test_unusable_command_line(arguments: list[str], words: list[str]) -> None:
         (["--backend", "onnx", "--target", "sm89"], ["--target sm89", "builds no engine"]),
         (["--backend", "tensorrt-rtx", "--target", "sm42"], ["--target sm42", "sm80, sm86, sm89"]),
         (["--backend", "tensorrt-rtx", "--target", "sm89", "--target", "sm75"], ["--target sm75", "no INT4", "int8"]),
+        (
+            ["--backend", "tensorrt-rtx", "--target", "sm75", "--scheme", "int8", "--dtype", "bfloat16"],
+            ["--target sm75", "no bfloat16", "leave --dtype out"],
+        ),
         (["--calib-data", "/no/such.jsonl"], ["/no/such.jsonl", "No such file"]),
         (["--recipe", "/no/such.yaml"], ["/no/such.yaml", "No such file"]),
         (["--max-length", "36"], ["--max-length 36", "37 (one image and a token) to 512 tokens"]),
@@ -121,8 +125,8 @@ def test_int8_may_target_a_gpu_without_int4(llava: Llava, absent: Path) -> None:
 def test_missing_backend_is_refused(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qvlm_export.engines.backend, "_installed", lambda _: False)
     assert_refused(export_onnx(llava(), absent, "--backend", "auto"), "no TensorRT is installed", "pip install", "onnx")
-    assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt-rtx"), "not installed", "qvlm-export[rtx]")
-    assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt"), "not installed", "qvlm-export[gpu]")
+    assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt-rtx"), "not installed", "pip install 'tensorrt-rtx")
+    assert_refused(export_onnx(llava(), absent, "--backend", "tensorrt"), "not installed", "pip install ", "tensorrt")
 
 
 def test_full_tensorrt_without_gpu(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:

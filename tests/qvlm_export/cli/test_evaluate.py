@@ -11,6 +11,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import assert_refused
 from eval_sets import FORM, eval_json, make_sets, of_task, run_eval
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.cli.evaluate import app
+from qvlm_export.engines.runtime.onnx_runner import OnnxRunner
 from qvlm_export.evaluation import distributed
-from qvlm_export.evaluation.predictions import read_predictions
+from qvlm_export.evaluation.predictions import lock_predictions, read_predictions
+from qvlm_export.inference.torch_runner import TorchRunner
 
 COUNT = 60
 TASKS = ("scienceqa", "vqav2", "vizwiz", "hateful-memes")
@@ -347,3 +350,49 @@ def test_the_command_shows_examples():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "qvlm-eval engine.plan --task scienceqa --data ScienceQA" in result.stdout
+
+
+@pytest.mark.parametrize("task", ["hateful-memes", "vqav2"])
+def test_logits_that_are_not_finite_end_the_run(sets, plan, tmp_path, monkeypatch, task):
+    """They would make every likelihood NaN, which scores as a guess, and every text empty."""
+    for runner in (OnnxRunner, TorchRunner):
+        step = runner.step
+        monkeypatch.setattr(runner, "step", lambda *arguments, step=step: step(*arguments) * np.inf)
+    for model in ("tiny", plan):
+        result = run_eval(model, *of_task(sets, task), *FORM, "--device", "cpu", "--predictions", tmp_path / "p.jsonl")
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith("error: the logits are NaN or infinite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_on_one_file_of_predictions_do_not_mix(sets, tmp_path):
+    """The second is refused while the first is at work; once all is answered, both may read the file at a time."""
+    path = tmp_path / "p.jsonl"
+    arguments = ("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--limit", 6, "--predictions", path)
+    with lock_predictions(path):
+        refused = run_eval(*arguments)
+        assert (refused.exit_code, path.exists()) == (2, False)
+        assert f"error: {path}: another qvlm-eval writes it (process {os.getpid()}); wait for it" in refused.stderr
+    first = eval_json(*arguments)
+    with lock_predictions(path):
+        assert repeatable(eval_json(*arguments)) == repeatable(first)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_run_is_scored_from_a_folder_that_cannot_be_written(sets, tmp_path):
+    path = tmp_path / "kept" / "p.jsonl"
+    arguments = ("tiny", *of_task(sets, "vqav2"), *FORM, "--device", "cpu", "--limit", 4, "--predictions", path)
+    first = eval_json(*arguments)
+    real, before = os.access, path.stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:  # as root may write everywhere
+        patch.setattr(os, "access", lambda where, mode, **rest: mode != os.W_OK and real(where, mode, **rest))
+        assert repeatable(eval_json(*arguments)) == repeatable(first)
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("option", ["--predictions", "--submission", "--merge", "--questions"])
+def test_pipes_are_refused(sets, tmp_path, option):
+    os.mkfifo(tmp_path / "pipe")
+    task = "scienceqa" if option == "--questions" else "vqav2"
+    result = run_eval("tiny", *of_task(sets, task), *FORM, "--device", "cpu", option, tmp_path / "pipe")
+    assert_refused(result, f"{tmp_path / 'pipe'}: is a pipe, not a")

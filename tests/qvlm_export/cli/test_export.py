@@ -105,7 +105,9 @@ def test_plan_check_covers_every_quantized_linear(int4: tuple[Path, dict[str, An
 def test_manifest_records_model_scheme_data_and_backend(int4: tuple[Path, dict[str, Any]], llava: Llava) -> None:
     folder, stdout = int4
     manifest = read_manifest(folder)
-    assert manifest["model"] == {"name": str(llava()), "model_type": "llava"}
+    weights = [{"name": "model.safetensors", "bytes": (llava() / "model.safetensors").stat().st_size}]
+    expected = {"name": llava().name, "source": "folder", "weights": weights, "model_type": "llava"}
+    assert manifest["model"] == expected
     assert manifest["scheme"] == stdout["scheme"] == "int4"
     assert manifest["calibration"]["samples"] == 2
     assert manifest["calibration"]["data"] == "calibration.jsonl"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import ASK, PICTURE, RUNTIME, assert_refused, run_model
 from PIL import Image
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import qvlm_export
 from qvlm_export.cli.run import app
 from qvlm_export.engines.manifest import seal
+from qvlm_export.engines.runtime.onnx_runner import OnnxRunner
 
 Llava = Callable[..., Path]
 SCRIPT = Path(sys.executable).with_name("qvlm-run")
@@ -90,7 +92,7 @@ def test_help_shows_examples() -> None:
         (["x.plan", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "greater than or equal to 1"]),
         (["x.plan", "--prompt", "a", "--temperature", "nan"], ["temperature nan", "must be 0"]),
         (["x.plan", "--prompt", "a", "--top-p", "0"], ["top_p 0.0", "must be above 0"]),
-        (["x.plan", "--prompt", "a", "--seed", "-1"], ["seed -1", "must be 0 or more"]),
+        (["x.plan", "--prompt", "a", "--seed", "-1"], ["seed -1", "must be at least 0"]),
         (["/no/such.plan", "--prompt", "a"], ["/no/such.json", "no such manifest"]),
         (["/no/such.onnx", "--prompt", "a"], ["/no/such.onnx", "give the .plan"]),
         (["/no", "--prompt", "a"], ["/no:", "give the .plan"]),
@@ -109,7 +111,7 @@ def test_unusable_arguments(arguments: list[str], words: list[str]) -> None:
         (["--prompt", "word " * 300], ["tokens long", "built for 256"]),
         (["--prompt", "a", "--image", "/no/such.png"], ["--image: there is no picture /no/such.png", "check the path"]),
         (["--prompt", "a", "--image", __file__], ["--image:", "is not a picture"]),
-        (["--prompt", "a", "--image", "/"], ["--image: / cannot be read", "Is a directory"]),
+        (["--prompt", "a", "--image", "/"], ["--image: /: is a folder, not a picture"]),
         (["--prompt", "a", "--runtime", "cuda"], ["--runtime cuda"]),
     ],
 )
@@ -182,3 +184,52 @@ def test_damaged_processor_without_recorded_hashes_is_refused(mine: Path) -> Non
 def test_damaged_manifest(mine: Path, content: str, words: list[str]) -> None:
     mine.with_suffix(".json").write_text(content)
     assert_refused(run_model(mine, *ASK), str(mine.with_suffix(".json")), *words)
+
+
+def test_logits_that_are_not_finite_end_with_exit_code_2(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of an engine whose activations leave the range of float16; before, the answer was empty."""
+    step = OnnxRunner.step
+    monkeypatch.setattr(OnnxRunner, "step", lambda self, *arguments: step(self, *arguments) * np.nan)
+    for arguments in ((), ("--json",), ("--temperature", "1")):
+        assert_refused(run_model(exported, *ASK, *arguments), "the logits are NaN or infinite", "float16")
+    chat = CliRunner().invoke(app, [str(exported), "--chat"], input="What?\n/quit\n")
+    assert "error: the logits are NaN or infinite" in chat.stderr
+    assert chat.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", "nan", "temperature nan: must be 0 (greedy) or more, and finite"),
+        ("--temperature", "1e400", "temperature inf"),
+        ("--temperature", "-0.5", "temperature -0.5: must be 0 (greedy) or more"),
+        ("--temperature", "warm", "Invalid value for '--temperature'"),
+        ("--top-p", "0", "top_p 0.0: must be above 0"),
+        ("--top-p", "nan", "top_p nan"),
+        ("--repetition-penalty", "0", "repetition_penalty 0.0: must be above 0"),
+        ("--repetition-penalty", "-1e300", "repetition_penalty -1e+300"),
+        ("--seed", "-1", "seed -1: must be at least 0"),
+        ("--seed", "1.5", "Invalid value for '--seed'"),
+        ("--seed", "9" * 5000, "Invalid value for '--seed'"),
+        ("--seed", "9" * 400, "--seed: the number is too large"),
+        ("--max-new-tokens", "0", "Invalid value for '--max-new-tokens'"),
+        ("--stop", "", "none of them empty"),
+    ],
+)
+def test_a_bad_setting_is_refused(exported: Path, option: str, value: str, words: str) -> None:
+    assert_refused(run_model(exported, *ASK, option, value), words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--repetition-penalty", "1e-300"),
+        ("--repetition-penalty", "1e300", "--temperature", "1e-300"),
+        ("--temperature", "1e300", "--top-p", "1e-300"),
+        ("--seed", "9" * 15, "--temperature", "1"),
+        ("--max-new-tokens", "9" * 15, "--stop", "a"),
+    ],
+)
+def test_extreme_settings_give_an_answer(exported: Path, arguments: tuple[str, ...]) -> None:
+    result = run_model(exported, *ASK, *arguments)
+    assert (result.exit_code, result.exception) == (0, None), result.stderr

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.evaluation.predictions import (
     Header,
     PredictionWriter,
+    lock_predictions,
     merge_predictions,
     read_predictions,
     write_predictions,
@@ -101,6 +106,7 @@ def test_the_file_of_another_run_is_refused_and_left_unchanged(tmp_path, header,
         (HEADER.line().encode() + b'{"id": 1}\n', ["p.jsonl:2", "no prediction"]),
         (HEADER.line().encode() + b'{"id": "1", "text": 3}\n', ["p.jsonl:2", "no prediction"]),
         (HEADER.line().encode() + b'{"id": "1", "choices": ["x"]}\n', ["p.jsonl:2", "no prediction"]),
+        (HEADER.line().encode() + b'{"id": "1", "choices": [NaN, -1]}\n', ["p.jsonl:2", "likelihood is NaN"]),
         (HEADER.line().replace('"version": 2', '"version": 9').encode(), ["version 9"]),
         (HEADER.line().replace('"version": 2', '"version": 1').encode(), ["version 1", "writes 2", "ask again"]),
     ],
@@ -161,3 +167,66 @@ def test_files_that_are_not_all_shards_of_one_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="1 of 10 questions lack an answer, such as 7"):
         merge_predictions(paths, ids)
     assert json.loads(lines[-1])["id"] == "7"
+
+
+# One writer
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
+    path = tmp_path / "new" / "p.jsonl"
+    with lock_predictions(path):
+        (tmp_path / "link").symlink_to(tmp_path / "new")
+        for other in (path, tmp_path / "link" / "p.jsonl"):
+            with (
+                pytest.raises(UserError, match=rf"p.jsonl: another qvlm-eval writes it \(process {os.getpid()}\); wait"),
+                lock_predictions(other),
+            ):
+                pass
+        with lock_predictions(tmp_path / "other.jsonl"):
+            pass
+    assert not path.parent.exists()
+    with lock_predictions(path):
+        write(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+HOLD = """
+import sys, pathlib
+from qvlm_export.evaluation.predictions import lock_predictions
+with lock_predictions(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_the_lock_of_a_process_that_was_killed_is_released(tmp_path):
+    path = tmp_path / "p.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"process {process.pid}"), lock_predictions(path):
+        pass
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".p.jsonl.lock").exists()
+    with lock_predictions(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for open_it in (read_predictions, lambda path: PredictionWriter(path, HEADER), write):
+        with pytest.raises(UserError, match="pipe: is a pipe, not a file of predictions"):
+            open_it(tmp_path / "pipe")
+
+
+def test_only_a_run_whose_questions_are_all_answered_is_complete(tmp_path):
+    predictions = read_predictions(write(tmp_path / "p.jsonl"))
+    assert predictions.is_complete(["4", "3", "2", "1"])
+    assert not predictions.is_complete(["1", "2", "3"])
+    assert not predictions.is_complete(["1", "2", "3", "4", "5"])
+    failed = read_predictions(write(tmp_path / "f.jsonl", {"1": Answer(failed="unreadable")}))
+    assert not failed.is_complete(["1"])
+    assert not read_predictions(write(tmp_path / "e.jsonl", {})).is_complete([])

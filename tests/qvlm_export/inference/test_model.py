@@ -14,7 +14,7 @@ import qvlm_export
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.session import Sequences
-from qvlm_export.inference.model import Chat, Generation, Settings, _cut_at_stop, _partial_stop_length
+from qvlm_export.inference.model import Chat, Generation, Settings
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,11 @@ def test_keyword_arguments_are_the_fields_of_the_settings(model):
     answer = model.generate("What?", [], settings)
     assert answer == model.generate("What?", [], max_new_tokens=9, temperature=2.0, seed=3)
     assert model.generate("What?", [], settings, seed=4) != answer
-    with pytest.raises(TypeError, match="max_tokens"):
-        model.generate("What?", max_tokens=3)
+    for ask in (model.generate, model.chat().say, lambda prompt, **changes: model.generate_batch([prompt], **changes)):
+        with pytest.raises(UserError, match=r"^max_tokens: is no setting .* there are temperature, .*max_new_tokens, stop"):
+            ask("What?", max_tokens=3)
+    with pytest.raises(UserError, match=r"^settings: is of type dict; give a Generation"):
+        model.generate("What?", [], {"max_new_tokens": 3})
 
 
 def test_an_answer_ends_after_max_new_tokens(model):
@@ -71,9 +74,13 @@ def test_an_answer_ends_when_the_context_is_full(model):
     ("changes", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0: must be at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens True: must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens 2.0: must be a whole number"),
         ({"stop": "END"}, "stop 'END': give a list of texts"),
+        ({"stop": [""]}, "stop ['']: give a list of texts, none of them empty"),
+        ({"stop": [5]}, "stop [5]: give a list of texts"),
         ({"top_p": 2.0}, "top_p 2.0: must be above 0"),
-        ({"seed": -1}, "seed -1: must be 0 or more"),
+        ({"seed": -1}, "seed -1: must be at least 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(model, changes, words):
@@ -224,7 +231,7 @@ class Scripted:
         (" the red circle END of it", ["END"], "the red circle "),
         (" the red circle EN", ["END"], "the red circle EN"),
         (" caf\u00e9 \U0001f600!", [], "caf\u00e9 \U0001f600!"),
-        (" ab", ["", "b", "a"], ""),
+        (" ab", ["b", "a"], ""),
     ],
 )
 def test_pieces_contain_no_part_of_a_stop_string_or_character(model, text, stop, expected):
@@ -232,13 +239,6 @@ def test_pieces_contain_no_part_of_a_stop_string_or_character(model, text, stop,
     pieces = list(Chat(Scripted(tokens, model.manifest), model.processor).say("?", max_new_tokens=99, stop=stop))
     assert "".join(pieces) == expected
     assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_text_is_cut_at_stop_strings_and_held_back_for_their_beginnings():
-    assert _partial_stop_length("an answer EN", ("END",)) == 2
-    assert _partial_stop_length("an answer", ("END",)) == 0
-    assert _cut_at_stop("a END b", ("END", "b")) == ("a ", True)
-    assert _cut_at_stop("a", ("",)) == ("a", False)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".onnx.data", ".vision.onnx", ".vision.onnx.data"])
@@ -261,3 +261,65 @@ def test_a_tampered_processor_is_refused(model, tmp_path):
     path.write_text(path.read_text().replace("USER", "RUSE"))
     with pytest.raises(UserError, match=r"m\.processor/chat_template\.jinja: its sha256 is .* it was changed, export again"):
         qvlm_export.load(folder / "m.plan")
+
+
+# What callers may give
+
+
+def test_pictures_may_be_paths_single_pictures_and_arrays(model, tmp_path):
+    noise().save(tmp_path / "a.png")
+    expected = model.generate("What is this?", [noise()], max_new_tokens=6)
+    pixels = np.asarray(noise())
+    for picture in (str(tmp_path / "a.png"), tmp_path / "a.png", noise(), pixels, [pixels]):
+        assert model.generate("What is this?", picture, max_new_tokens=6) == expected
+        assert "".join(model.chat().say("What is this?", picture, max_new_tokens=6)) == expected
+        assert model.generate_batch(["What is this?"], [picture], max_new_tokens=6) == [expected]
+    assert model.generate("Say something", None, max_new_tokens=3) == model.generate("Say something", max_new_tokens=3)
+    mixed = model.generate_batch(["What is this?", "Say something"], [pixels, None], max_new_tokens=6)
+    assert mixed == [expected, model.generate("Say something", max_new_tokens=6)]
+
+
+def test_what_is_no_prompt_or_picture_is_refused(model):
+    for ask, words in (
+        (lambda: model.generate("What?", 5), "^picture 1: is of type int"),
+        (lambda: model.generate("What?", ["none.png"]), "^picture 1: there is no picture none.png"),
+        (lambda: model.generate(5), "^the prompt: is of type int; give a text"),
+        (lambda: model.generate(None, stream=True), "^the prompt: is of type NoneType"),
+        (lambda: model.generate_batch("What?"), "^prompts and images: give a list of prompts"),
+        (lambda: model.generate_batch(["What?"], noise()), "^prompts and images: give a list"),
+        (lambda: model.generate_batch(["a", 5]), "^prompt 2: is of type int"),
+        (lambda: model.generate_batch(["a", "b"], [None, [noise(), 1.5]]), "^prompt 2: picture 2: is of type float"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ask()
+
+
+# Held-back text
+
+
+class Interrupted(Scripted):
+    """A fake session that is interrupted after its tokens."""
+
+    def __init__(self, tokens, manifest, error):
+        super().__init__(tokens, manifest)
+        self._error = error
+
+    def generate(self, *arguments):
+        yield from super().generate(*arguments)
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("the logits are NaN")])
+def test_an_interrupted_answer_gives_what_was_held_back(model, error):
+    tokens = model.processor.tokenizer.encode("the ring EN", add_special_tokens=False)
+    chat = Chat(Interrupted(tokens, model.manifest, error), model.processor)
+    received, pieces = [], chat.say("?", stop=["END"])
+    with pytest.raises(type(error)):
+        received.extend(pieces)  # keeps what came before the error
+    assert "".join(received) == chat._turns[-1]["text"] == "the ring EN"
+    assert chat.ended is None
+
+
+def test_an_unknown_option_of_an_export_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^schema: is no option of an export; there are scheme, recipe, calib_data"):
+        qvlm_export.export("tiny", tmp_path / "x.plan", schema="int8")

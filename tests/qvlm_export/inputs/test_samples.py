@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from commands import PICTURE, Edit, assert_refused, copy_checkpoint, export_onnx, put, run_export
 from PIL import Image
 from random_llava import processor
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
@@ -26,6 +27,7 @@ from qvlm_export.inputs.samples import (
     default_calibration,
     encode,
     encode_entries,
+    encode_prompt,
     load_processor,
     read_entries,
 )
@@ -284,7 +286,7 @@ def edit_processor(edit: Edit) -> Callable[[Path], object]:
         (lambda folder: (folder / "chat_template.jinja").write_text("{{ a.b.c }}"), ["'a' is undefined"]),
         (lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"), ["its processor fails"]),
         (edit_processor(put("", "patch_size", 16)), ["9 image tokens", "the model takes 36"]),
-        (edit_processor(put("", "patch_size", None)), ["its processor fails"]),
+        (edit_processor(put("", "patch_size", "8")), ["its processor fails"]),
         (edit_processor(put("", "processor_class", "Other")), ["no processor of pictures and text"]),
         (edit_processor(put("image_processor", "crop_size", {"height": 96, "width": 96})), ["[3, 96, 96]", "[3, 48, 48]"]),
         (edit_processor(put("image_processor", "do_center_crop", False)), ["the model takes [3, 48, 48]"]),
@@ -337,3 +339,48 @@ def test_jsonl_that_is_not_utf8_is_refused(llava: Llava, absent: Path, tmp_path:
     path.write_bytes('{"prompt": "Où?"}'.encode("latin-1"))
     refused = run_export(llava(), absent, "--backend", "onnx", "--calib-data", path)
     assert_refused(refused, str(path), "is not UTF-8 text", "save it as UTF-8")
+
+
+# Prompts that are far too long
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, " " * 10**6, "\u4f60" * 10**6, "<unk>" * 200_000])
+def test_a_far_too_long_prompt_is_refused_without_tokenizing_all_of_it(llava: Llava, text: str) -> None:
+    tokenized, tokenizer = [], processor().tokenizer
+
+    class Counting:
+        def __call__(self, beginning: str, **arguments: Any) -> Any:
+            tokenized.append(len(beginning))
+            return tokenizer(beginning, **arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    counting = model.make_processor(tokenizer)
+    counting.tokenizer = Counting()
+    with pytest.raises(UserError, match=rf"^here: has {len(text)} characters, .* more than 512 tokens; the model takes 256"):
+        encode_prompt(counting, model_config(llava), text, [], where="here", max_length=256)
+    assert sum(tokenized) <= 5 * 16 * 256
+
+
+def test_a_long_text_of_few_tokens_is_taken(llava: Llava) -> None:
+    """A tokenizer that joins spaces may make few tokens of any number of characters."""
+    joining = llama_like_processor()
+    joining.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), "▁")
+    encoded = encode_prompt(joining, model_config(llava), " " * 10**6, [], max_length=16)
+    assert len(encoded.input_ids) < 16
+
+
+def test_a_far_too_long_line_of_a_calibration_set_is_refused(llava: Llava, absent: Path, tmp_path: Path) -> None:
+    for line in ({"prompt": "word " * 10**6}, {"prompt": "a", "answer": "word " * 10**6}):
+        path = write_lines(tmp_path / "a.jsonl", line)
+        refused = run_export(llava(), absent, "--backend", "onnx", "--calib-data", path)
+        assert_refused(refused, f"{path}:1: has 5000", "the model takes 512, so shorten it")
+
+
+@pytest.mark.parametrize(("option", "what"), [("--calib-data", "a JSONL file"), ("--recipe", "a recipe")])
+def test_a_pipe_is_refused(llava: Llava, absent: Path, tmp_path: Path, option: str, what: str) -> None:
+    """Such as that of `--calib-data <(head -5 x.jsonl)`; opening a pipe that nobody writes would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    refused = run_export(llava(), absent, "--backend", "onnx", option, tmp_path / "pipe")
+    assert_refused(refused, f"{option} {tmp_path / 'pipe'}: is a pipe, not {what}; give a regular file")

@@ -73,6 +73,9 @@ def test_values_that_overflow_inside_a_block_are_refused(llava: Llava, tmp_path:
     tensors[norm] = tensors[norm] * 0 + 1e30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     arguments = ("--scheme", "int8", "--effort", effort, "--backend", "onnx", "--calib-data", write_calibration(tmp_path))
+    float16 = run_export(folder, tmp_path / "out" / "x.plan", *arguments)
+    assert_refused(float16, "language_model.model.layers.1", "beyond float16's 65504", "--dtype bfloat16")
+    arguments = (*arguments, "--dtype", "bfloat16")
     refused = run_export(folder, tmp_path / "out" / "x.plan", *arguments)
     # Only `fast` checks the inputs of a linear before the outputs of its block.
     cause = "reach 3e+30, which is too large" if effort == "fast" else "are not finite"

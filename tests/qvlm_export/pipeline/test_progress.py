@@ -45,6 +45,15 @@ def test_a_stage_that_fails_does_not_look_finished() -> None:
     assert frames(shown)[-1] == BAR * 20
 
 
+def test_a_transfer_shows_bytes() -> None:
+    shown = console(terminal=True)
+    with Reporter(console=shown).stage("work", 3 * 2**30) as stage:
+        stage.fraction(1 / 3)
+    assert isinstance(shown.file, io.StringIO)
+    assert "0.0/3.0 GiB" in shown.file.getvalue()
+    assert "3.0/3.0 GiB" in shown.file.getvalue()
+
+
 def test_a_log_file_gets_notes_but_no_bars() -> None:
     shown = console(terminal=False)
     reporter = Reporter(console=shown)

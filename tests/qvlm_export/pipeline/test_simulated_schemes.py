@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from commands import PICTURE, export_onnx, read_files, run_model
+from commands import ANY_ACCURACY, PICTURE, export_onnx, read_files, run_model
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -78,7 +78,7 @@ def test_inspect_shows_the_scheme_and_that_no_engine_was_checked(exported: tuple
 
 def test_validate_finds_the_calibrated_integers_in_the_graph(exported: tuple[str, Path]) -> None:
     scheme, plan = exported
-    content = read_json(validate_app, plan, "--limit", "2", "--per-layer")
+    content = read_json(validate_app, plan, "--limit", "2", "--per-layer", *ANY_ACCURACY)
     assert content["scheme"] == scheme
     assert content["weights"] == {"checked": 34, "wrong": []}
     sqnr_db = {c["against"]: c["tokens"]["all"]["sqnr_db"] for c in content["forms"][2]["comparisons"]}
@@ -107,7 +107,7 @@ def test_a_recipe_of_many_schemes(llava: Llava, tmp_path: Path) -> None:
     plan = tmp_path / "out" / "x.plan"
     result = export_onnx(llava(), plan, "--recipe", recipe, "--max-length", "128")
     assert result.exit_code == 0, result.stderr
-    content = read_json(validate_app, plan, "--limit", "1")
+    content = read_json(validate_app, plan, "--limit", "1", *ANY_ACCURACY)
     assert content["weights"] == {"checked": 16, "wrong": []}
     shown = {linear["name"].rpartition(".")[2]: linear["scheme"] for linear in read_json(inspect_app, plan)["linears"]}
     names = ("gate_proj", "up_proj", "o_proj", "down_proj", "linear_1")

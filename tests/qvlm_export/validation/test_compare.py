@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ from qvlm_export.validation.accuracy import (
     worst_layers,
 )
 from qvlm_export.validation.compare import ComparisonJob, compare_forms
-from qvlm_export.validation.validate import read_samples
+from qvlm_export.validation.validate import read_inputs
 
 DOWN = "language_model.model.layers.1.mlp.down_proj"
 IMAGE = 9
@@ -61,11 +62,18 @@ def plans(llava, tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_folder_of_the_checkpoint(llava):
+    """Manifests hold no paths, so a checkpoint is found by its name in the current folder."""
+    with contextlib.chdir(llava().parent):
+        yield
+
+
 def compare_export(plan, *, samples=3, per_layer=False):
     """Compares an export with the checkpoint that it was made from, on the first built-in samples."""
     manifest = read_manifest(plan.with_suffix(".json"))
     checkpoint = open_checkpoint(manifest.model["name"])
-    job = ComparisonJob(manifest, checkpoint, read_samples(manifest, None, samples), per_layer)
+    job = ComparisonJob(manifest, checkpoint, read_inputs(manifest, None, samples), per_layer)
     return compare_forms(job, Reporter(quiet=True))
 
 
@@ -125,7 +133,7 @@ def test_kl_and_agreement_equal_those_of_transformers_and_a_session(intact, plan
     model = LlavaForConditionalGeneration.from_pretrained(manifest.model["name"], dtype=torch.float32).eval()
     kl, agreed = [], []
     with open_session(manifest, "onnxruntime") as session, torch.inference_mode():
-        for sample in read_samples(manifest, None, 3):
+        for sample in (one.sample for one in read_inputs(manifest, None, 3)):
             ids, pixels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.pixel_values)
             expected = model(input_ids=ids, pixel_values=pixels).logits[0, sample.answer_start - 1 : -1].double()
             logits = torch.from_numpy(session.logits(sample.input_ids[None], sample.pixel_values)[0])
@@ -265,7 +273,7 @@ def test_without_graphs_the_calibrated_checkpoint_is_still_compared(plans, tmp_p
 def test_nothing_to_compare_is_an_error_before_any_work(plans, tmp_path, monkeypatch):
     plan = copy_export(plans["fp16"], tmp_path / "copy")
     plan.with_suffix(".onnx.data").unlink()
-    monkeypatch.setattr(compare, "_run_torch_forms", None)
+    monkeypatch.setattr(compare, "run_reference", None)
     with pytest.raises(UserError, match=r"nothing can be compared here.*quantizes no linear.*onnx\.data.*no engine"):
         compare_export(plan, samples=1)
 
@@ -294,13 +302,12 @@ def test_an_engine_that_cannot_be_loaded_is_reported_as_not_run(plans, monkeypat
 def test_samples_without_images_skip_the_vision_tower(llava, tmp_path):
     """With a float32 checkpoint, whose graph rounds all floats to float16; fake-quant must round them, too."""
     plan, path = tmp_path / "out" / "e.plan", tmp_path / "text.jsonl"
-    qvlm_export.export(str(llava(dtype="float32")), plan, backend="onnx", samples=2, max_length=128)
+    model = str(llava(dtype="float32"))
+    qvlm_export.export(model, plan, backend="onnx", samples=2, max_length=128)
     path.write_text('{"prompt": "Name the color.", "answer": "red"}\n{"prompt": "And now?"}\n')
     manifest = read_manifest(plan.with_suffix(".json"))
-    samples = read_samples(manifest, path, 10)
-    chain = compare_forms(
-        ComparisonJob(manifest, open_checkpoint(manifest.model["name"]), samples, True), Reporter(quiet=True)
-    )
+    inputs = read_inputs(manifest, path, 10)
+    chain = compare_forms(ComparisonJob(manifest, open_checkpoint(model), inputs, True), Reporter(quiet=True))
     by_kind = comparison_of(chain, GRAPH, FLOAT).by_kind
     assert {kind: sums.tokens > 0 for kind, sums in by_kind.items()} == {"image": False, "prompt": True, "answer": True}
     assert [layer.block for layer in chain.layers] == [f"language_model.model.layers.{i}" for i in range(2)]

@@ -43,3 +43,15 @@ def test_a_work_dir_on_another_disk_is_checked_separately(tmp_path: Path, monkey
     for disk, option in ((Disk(51, 100), "--out"), (Disk(50, 101), "--work-dir")):
         with pytest.raises(UserError, match=f"write {option} to another disk"):
             check_disk(disk, tmp_path / "x.plan", work)
+
+
+def test_a_download_adds_to_what_is_needed_on_the_same_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    out, cache = tmp_path / "x.plan", tmp_path / "cache"
+    check_disk(Disk(30, 30), out, None, cache, 40)
+    with pytest.raises(UserError, match=r"write --out to another disk, or .* HF_HOME"):
+        check_disk(Disk(30, 30), out, None, cache, 41)
+    monkeypatch.setattr(preflight, "_get_disk", str)
+    check_disk(Disk(30, 30), out, None, cache, 100)
+    with pytest.raises(UserError, match=f"{cache}: .* free some, or let HF_HOME name"):
+        check_disk(Disk(30, 30), out, None, cache, 101)
