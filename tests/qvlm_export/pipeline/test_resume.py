@@ -63,7 +63,7 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     expected, kills, draw = read_files(whole), 0, random.Random(0)
     while kills < at_least:
         folder = tmp_path / str(kills)
-        kills += kill_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 75))
+        kills += kill_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 120))
         assert read_files(folder) == expected
 
 
