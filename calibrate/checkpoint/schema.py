@@ -96,7 +96,9 @@ def check_schema(schema: TypeAdapter[Any], content: Any, path: Path, what: str, 
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(printable(str(part)) for part in (*filter(None, [inside]), *first["loc"])) or "all of it"
         value = "" if first["type"] == "missing" else f" and is {_shorten(json.dumps(first['input']))}"
-        raise UserError(f"{path}: {what} is damaged ({place}: {first['msg']}{value}); {remedy}") from error
+        raise UserError(
+            f"{path}: {what} is damaged ({place}: {first['msg'].removeprefix('Value error, ')}{value}); {remedy}"
+        ) from error
 
 
 def _shorten(text: str) -> str:

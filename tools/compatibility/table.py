@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.compatibility import hub, running
+from tools.compatibility import damage, hub, running
 from tools.compatibility.case import Case
 
 # Heading of a section of the table -> its cases.
 SECTIONS: dict[str, Sequence[Case]] = {
     "Downloads from the Hub": hub.CASES,
     "Pictures, prompts and answers": running.CASES,
+    "Damage": damage.CASES,
 }
 
 INTRODUCTION = """# Compatibility: what users really have
