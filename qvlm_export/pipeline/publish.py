@@ -41,8 +41,8 @@ def publish(moves: Sequence[Move], move: Callable[[Path, Path], object] = os.rep
     An interrupted call may have made some of the moves. move: renames a path; tests replace it. Raises UnfinishedError when
     a target cannot be replaced, after everything has gone back.
     """
-    for one in moves:
-        one.aside.parent.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys(one.aside.parent for one in moves):
+        folder.mkdir(parents=True, exist_ok=True)
     current = moves[-1]
     try:
         for current in reversed(moves):  # without its manifest, the older export no longer looks finished
@@ -60,8 +60,8 @@ def publish(moves: Sequence[Move], move: Callable[[Path, Path], object] = os.rep
         raise UnfinishedError(
             f"{current.target}: cannot be replaced ({error.strerror}); {state}; give yourself the right to replace it"
         ) from error
-    for one in moves:
-        remove(one.aside.parent)
+    for folder in dict.fromkeys(one.aside.parent for one in moves):
+        remove(folder)
 
 
 def _move_back(moves: Sequence[Move], move: Callable[[Path, Path], object]) -> list[Path]:

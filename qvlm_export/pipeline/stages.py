@@ -18,6 +18,7 @@ from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.calibrators.cost import is_narrow
 from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
+from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.calibrate.quantization.activation_range import measure_ranges
@@ -55,6 +56,7 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
     moved = work.staging / f"{options.out.stem}.calibrated"
     if moved.exists() and options.work_dir is None:  # an earlier run was killed after it had moved the checkpoint there
         moved.rename(folder)
+    clear_leftovers(folder)
     if (folder / INDEX_FILE).exists():
         return CalibratedCheckpoint(folder)
     if options.calib_data is None:

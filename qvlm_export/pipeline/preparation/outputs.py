@@ -82,7 +82,7 @@ def check_outputs(out: Path, overwrite: bool) -> None:
 def _find_manifests(out: Path) -> Iterator[Path]:
     """Yields where manifests of this export may be: in place, and in the work folder, when publishing was interrupted."""
     name, scratch = manifest_path(out).name, scratch_folder(out)
-    yield from (out.parent / name, scratch / STAGING / name, scratch / ASIDE / name)
+    yield from (f / name for f in (out.parent, scratch / STAGING, scratch / ASIDE) if os.path.lexists(f / name))
 
 
 def _read_or_none(path: Path) -> Manifest | None:

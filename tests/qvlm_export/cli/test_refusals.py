@@ -121,7 +121,7 @@ def test_a_name_that_no_file_has_is_one_line(tmp_path: Path, app: typer.Typer, b
 @pytest.mark.parametrize("value", [LONG, f"{LONG}/x", "a\0b"])
 def test_a_work_dir_that_no_folder_can_be_is_one_line(tmp_path: Path, absent: Path, value: str) -> None:
     refused = run_export("tiny", absent, "--backend", "onnx", "--work-dir", tmp_path / value)
-    assert_refused(refused, "--work-dir", "choose another")
+    assert_refused(refused, "--work-dir")
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e308", "1" + "0" * 400, "-1" + "0" * 400, "9223372036854775807"])

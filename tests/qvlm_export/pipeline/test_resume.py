@@ -28,6 +28,7 @@ from commands import (
 )
 from kills import run_and_kill
 
+from qvlm_export.engines.manifest import read_manifest, verify_files
 from qvlm_export.pipeline import stages
 from qvlm_export.pipeline.preparation.prepare import ExportOptions
 from qvlm_export.pipeline.work_folder import WorkFolder
@@ -62,7 +63,7 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     expected, kills, draw = read_files(whole), 0, random.Random(0)
     while kills < at_least:
         folder = tmp_path / str(kills)
-        kills += kill_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 75))
+        kills += kill_until_done(options_of(model, folder, data, effort), lambda: draw.randrange(25, 120))
         assert read_files(folder) == expected
 
 
@@ -207,14 +208,15 @@ def test_options_that_calibration_does_not_depend_on_may_change(unfinished) -> N
     assert json.loads((out.parent / "x.json").read_text())["limits"]["max_length"] == 100
 
 
-@pytest.mark.parametrize("damage", ["blocks/0001.json", "begun.json"])
-def test_damaged_work_is_refused_in_one_line(llava: Llava, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", "7", '{"a": 1}', '{"shard": "../x", "key": []}', "[" * 700 + "]" * 700])
+@pytest.mark.parametrize("damage", ["blocks/0001.json", "begun.json", "stages.json"])
+def test_damaged_work_is_refused_in_one_line(llava: Llava, tmp_path: Path, damage: str, content: str) -> None:
     data = write_calibration(tmp_path)
     options = options_of(llava(**SMALL), tmp_path / "out", data)
     assert run_and_kill(options, 50) == -signal.SIGKILL
     path = tmp_path / "out" / ".x.work" / ".export" / damage
-    assert path.exists()
-    path.write_text("{")
+    assert path.exists() or damage == "stages.json"
+    path.write_text(content)
     refused = run_export(options.model, options.out, "--backend", "onnx", "--calib-data", data, "--resume")
     assert_refused(refused, str(path), "is damaged", "start over")
 
@@ -241,6 +243,47 @@ def test_resumed_work_dir_keeps_only_the_calibrated_checkpoint(llava: Llava, tmp
     assert kill_until_done(options, iter((40, 40, 40, 200)).__next__) > 1
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"x.json", "x.onnx"}
     assert {path.name for path in work.iterdir()} == {"calibrated"}
+
+
+def test_killed_at_any_point_a_work_dir_is_resumed_and_holds_nothing_else(llava: Llava, tmp_path: Path) -> None:
+    """Among the points are those inside a shard, between the two last files of the checkpoint, and while publishing it."""
+    data, whole = write_calibration(tmp_path), tmp_path / "whole"
+    options = options_of(llava(**SMALL), whole, data)
+    assert run_and_kill(replace(options, work_dir=whole / "work"), None) == 0
+    expected, kills = read_files(whole), 0
+    for operation in range(14, 200, 21):
+        folder = tmp_path / str(operation)
+        options = replace(options_of(llava(**SMALL), folder, data), work_dir=folder / "work")
+        if run_and_kill(options, operation) == 0:
+            break
+        kills += 1
+        assert run_and_kill(replace(options, resume=True), None) == 0
+        assert read_files(folder) == expected
+        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    assert kills > 5
+
+
+def test_what_a_kill_leaves_of_a_shard_is_not_published(llava: Llava, tmp_path: Path) -> None:
+    data, folder = write_calibration(tmp_path), tmp_path / "out"
+    options = options_of(llava(**SMALL), folder, data)
+    assert run_and_kill(options, 50) == -signal.SIGKILL
+    calibrated = folder / ".x.work" / "calibrated"
+    (calibrated / ".writing-model-a.safetensors").write_bytes(b"half")
+    assert run_and_kill(replace(options, resume=True), None) == 0
+    assert not [name for name in read_files(folder) if ".writing-" in name]
+    verify_files(read_manifest(folder / "x.json"))
+
+
+def test_a_relative_path_of_the_model_is_the_same_model(
+    unfinished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = unfinished
+    monkeypatch.chdir(model.parent)
+    for typed in (model.name, f"./{model.name}", f"../{model.parent.name}/{model.name}"):
+        data = out.parent.parent / "calibration.jsonl"
+        refused = run_export(typed, out, "--backend", "onnx", "--calib-data", data, "--effort", "fast", "--resume")
+        assert_refused(refused, "--effort changed")  # and nothing before it
+    assert export_onnx(model.name, out, "--resume").exit_code == 0
 
 
 # Two exports at once
