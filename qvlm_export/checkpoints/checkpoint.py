@@ -77,8 +77,6 @@ def _open(model: str, location: Location) -> Checkpoint:
         check_regular_file(path, "a file of a checkpoint")
     where, stored_config = str(folder / "config.json"), read_config(folder)
     refuse_quantized(stored_config, where)
-    if location.has(ADAPTER_CONFIG):
-        raise UserError(f"{folder}: holds {ADAPTER_CONFIG}, so that transformers would add an adapter; {MERGE_OR_REMOVE}")
     layout = find_layout(stored_config)
     config_json = stored_config if layout.convert is None else layout.convert(stored_config, folder)
     hf_config = complete_config(config_json, where)
@@ -87,6 +85,8 @@ def _open(model: str, location: Location) -> Checkpoint:
     if end_tokens:  # so that a calibrated checkpoint, which has no generation_config.json, ends its answers the same
         config_json = {**config_json, "eos_token_id": list(end_tokens)}
     source = open_weights(location, make_renamer(layout))
+    if location.has(ADAPTER_CONFIG):
+        raise UserError(f"{folder}: holds {ADAPTER_CONFIG}, so that transformers would add an adapter; {MERGE_OR_REMOVE}")
     if layout.open_source is not None:
         source = layout.open_source(source, stored_config, folder)
     check_tensors(source, config, folder)

@@ -22,7 +22,8 @@ from transformers.image_utils import load_image
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
-from qvlm_export.checkpoints.files.hub import find_folder, first_line
+from qvlm_export.checkpoints.files.hub import find_checkpoint
+from qvlm_export.checkpoints.files.hub_errors import first_line
 from qvlm_export.evaluation.eval_model import find_eval_model, open_eval_model
 from qvlm_export.evaluation.predictions import lock_predictions
 from qvlm_export.inputs.images import open_image
@@ -78,7 +79,7 @@ def _save_deep(path: Path) -> None:
 
 
 def _copy_tiny(folder: Path) -> Path:
-    return Path(shutil.copytree(find_folder("tiny"), folder / "checkpoint"))
+    return Path(shutil.copytree(find_checkpoint("tiny").folder, folder / "checkpoint"))
 
 
 def _edit_json(path: Path, **changes: object) -> None:
@@ -175,7 +176,7 @@ def _run_pipe(folder: Path) -> Outcome:
 
 
 def _run_long_prompt(folder: Path) -> Outcome:
-    processor, config, text = load_processor(find_folder("tiny")), open_checkpoint("tiny").config, "word " * 10**6
+    processor, config, text = load_processor(find_checkpoint("tiny").folder), open_checkpoint("tiny").config, "word " * 10**6
     ours = _attempt(lambda: encode_prompt(processor, config, text, [], max_length=512), folder)
     return Outcome(f"{len(processor(text=text)['input_ids'][0])} tokens", ours)
 

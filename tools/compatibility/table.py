@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.compatibility import damage, hub, running
+from tools.compatibility import damage, hub, models, running
 from tools.compatibility.case import Case
 
 # Heading of a section of the table -> its cases.
 SECTIONS: dict[str, Sequence[Case]] = {
+    "The model that is given": models.LEFTOVERS,
+    "Sources and targets of other kinds": models.SOURCES,
     "Downloads from the Hub": hub.CASES,
     "Pictures, prompts and answers": running.CASES,
     "Damage": damage.CASES,

@@ -108,7 +108,6 @@ def choose_recipe(scheme: str, path: Path | None, backend: str) -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Returns the recipe in a YAML file. Raises UserError naming the file and the field that is wrong."""
-    check_regular_file(path, "a recipe")
     try:
         check_regular_file(path, "a recipe")
     except UserError as error:

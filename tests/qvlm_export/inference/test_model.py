@@ -321,5 +321,7 @@ def test_an_interrupted_answer_gives_what_was_held_back(model, error):
 
 
 def test_an_unknown_option_of_an_export_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^schema: is no option of an export; there are scheme, recipe, calib_data"):
+    with pytest.raises(
+        UserError, match=r"^schema: is no option of an export; there are revision, scheme, recipe, calib_data"
+    ):
         qvlm_export.export("tiny", tmp_path / "x.plan", schema="int8")

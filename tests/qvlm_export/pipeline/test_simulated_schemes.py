@@ -76,9 +76,9 @@ def test_inspect_shows_the_scheme_and_that_no_engine_was_checked(exported: tuple
     assert bits < sizes["language_model"]["bits_per_weight"] < bits + 0.5
 
 
-def test_validate_finds_the_calibrated_integers_in_the_graph(exported: tuple[str, Path]) -> None:
+def test_validate_finds_the_calibrated_integers_in_the_graph(exported: tuple[str, Path], llava: Llava) -> None:
     scheme, plan = exported
-    content = read_json(validate_app, plan, "--limit", "2", "--per-layer", *ANY_ACCURACY)
+    content = read_json(validate_app, plan, "--reference", str(llava()), "--limit", "2", "--per-layer", *ANY_ACCURACY)
     assert content["scheme"] == scheme
     assert content["weights"] == {"checked": 34, "wrong": []}
     sqnr_db = {c["against"]: c["tokens"]["all"]["sqnr_db"] for c in content["forms"][2]["comparisons"]}
@@ -107,7 +107,7 @@ def test_a_recipe_of_many_schemes(llava: Llava, tmp_path: Path) -> None:
     plan = tmp_path / "out" / "x.plan"
     result = export_onnx(llava(), plan, "--recipe", recipe, "--max-length", "128")
     assert result.exit_code == 0, result.stderr
-    content = read_json(validate_app, plan, "--limit", "1", *ANY_ACCURACY)
+    content = read_json(validate_app, plan, "--reference", str(llava()), "--limit", "1", *ANY_ACCURACY)
     assert content["weights"] == {"checked": 16, "wrong": []}
     shown = {linear["name"].rpartition(".")[2]: linear["scheme"] for linear in read_json(inspect_app, plan)["linears"]}
     names = ("gate_proj", "up_proj", "o_proj", "down_proj", "linear_1")

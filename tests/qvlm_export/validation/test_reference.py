@@ -129,9 +129,10 @@ def test_a_graph_that_is_another_model_fails_by_default(
     real = language.causal_mask
     monkeypatch.setattr(language, "causal_mask", lambda op, ids, length, _, dtype: real(op, ids, length, 24, dtype))
     export_to(llava(), other, *options)
-    code, content = validate(intact)
+    reference = ("--reference", str(llava()))
+    code, content = validate(intact, *reference)
     assert (code, content["passed"]) == (0, True)
-    code, content = validate(other)
+    code, content = validate(other, *reference)
     assert (code, content["passed"]) == (1, False)
     assert {check["form"] for check in content["thresholds"] if not check["passed"]} == {"graph"}
 
