@@ -89,7 +89,7 @@ def test_help_shows_examples() -> None:
         ([], ["Missing argument", "--help"]),
         (["x.plan"], ["give --prompt, or --chat"]),
         (["x.plan", "--prompt", "a", "--chat"], ["give --prompt, or --chat"]),
-        (["x.plan", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "greater than or equal to 1"]),
+        (["x.plan", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "1"]),
         (["x.plan", "--prompt", "a", "--temperature", "nan"], ["temperature nan", "must be 0"]),
         (["x.plan", "--prompt", "a", "--top-p", "0"], ["top_p 0.0", "must be above 0"]),
         (["x.plan", "--prompt", "a", "--seed", "-1"], ["seed -1", "must be at least 0"]),
