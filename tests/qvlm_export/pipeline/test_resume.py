@@ -274,6 +274,13 @@ def test_what_a_kill_leaves_of_a_shard_is_not_published(llava: Llava, tmp_path: 
     verify_files(read_manifest(folder / "x.json"))
 
 
+def test_what_a_kill_leaves_beside_a_finished_checkpoint_is_not_published(unfinished: tuple[Path, Path]) -> None:
+    model, out = unfinished
+    (out.parent / ".x.work" / "calibrated" / ".writing-calibration.json").write_text("half")
+    assert export_onnx(model, out, "--resume").exit_code == 0
+    assert not [name for name in read_files(out.parent) if ".writing-" in name]
+
+
 def test_a_relative_path_of_the_model_is_the_same_model(
     unfinished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
