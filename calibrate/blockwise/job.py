@@ -93,8 +93,17 @@ def non_finite_error(layer: str, sample: int, largest: float | None = None) -> U
 
 
 def check_weight(name: str, weight: torch.Tensor, scheme: LinearScheme) -> None:
-    """Raises UserError naming the linear when a value of its weight is beyond the range of a float16 graph."""
-    if scheme.float_type == FLOAT16 and max(abs(float(bound)) for bound in weight.aminmax()) > MAX_FLOAT16:
+    """Raises UserError naming the linear when a value of its weight is beyond the range of the graph, or of a stored scale.
+
+    Scales of groups are stored in float16 for bfloat16 graphs, too.
+    """
+    largest = max(abs(float(bound)) for bound in weight.aminmax())
+    if scheme.float_type == FLOAT16 and largest > MAX_FLOAT16:
         raise UserError(
             f"{name}.weight: holds values beyond float16's 65504, so it cannot be in a float16 engine; add --dtype bfloat16"
+        )
+    if scheme.group_size is not None and largest > MAX_FLOAT16 * scheme.qmax:
+        raise UserError(
+            f"{name}.weight: holds values up to {largest:.3g}, beyond what {scheme.name} can hold; use --scheme int8, or a "
+            "recipe that leaves it out"
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
-from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, LinearScheme
+from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, MAX_FLOAT16, LinearScheme
 
 # The smallest normal float16: below it a scale loses bits, and a zero scale would divide by zero.
 MIN_FLOAT16_SCALE = 2.0**-14
@@ -69,16 +69,21 @@ def round_to_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: LinearSche
 
 
 def activation_scale(amax: float, num_bits: int) -> float:
-    """The per-tensor activation scale of a range, rounded up to a float16 value so that `amax` itself is not clipped."""
+    """The per-tensor activation scale of a range, rounded up to a float16 value so that `amax` itself is not clipped.
+
+    A scale that float16 cannot hold, as only bfloat16 graphs have it, is returned as it is; see `stored_input_scale`.
+    """
     exact = max(amax / (2 ** (num_bits - 1) - 1), MIN_FLOAT16_SCALE)
+    if exact > MAX_FLOAT16:
+        return exact
     rounded = np.float16(exact)
     # As Python floats: numpy would round `exact` to float16 before it compares.
     return float(rounded if float(rounded) >= exact else np.nextafter(rounded, np.float16(np.inf)))
 
 
 def activation_scale_nearest(scale: float) -> float:
-    """The float16 value nearest to a searched scale, never 0."""
-    return float(np.float16(max(scale, MIN_FLOAT16_SCALE)))
+    """The float16 value nearest to a searched scale, never 0; the scale itself where float16 cannot hold it."""
+    return scale if scale > MAX_FLOAT16 else float(np.float16(max(scale, MIN_FLOAT16_SCALE)))
 
 
 def stored_input_scale(scale: float, scheme: LinearScheme) -> float:

@@ -120,3 +120,21 @@ def test_engines_in_bfloat16_run_on_the_same_integers(llava: Llava, tmp_path: Pa
 
 def test_an_unknown_type_is_refused(llava: Llava, absent: Path) -> None:
     assert_refused(run_export(llava(), absent, "--dtype", "float32"), "--dtype float32: unknown", "float16, bfloat16")
+
+
+@pytest.mark.parametrize("effort", ["rtn", "fast"])
+def test_an_activation_scale_may_be_beyond_float16(llava: Llava, tmp_path: Path, effort: str) -> None:
+    norm = "language_model.model.layers.0.input_layernorm.weight"
+    model = scale_tensors(llava(dtype="bfloat16"), tmp_path / "norm", {norm: 2.0**24})
+    plan = tmp_path / "out" / "x.plan"
+    export_to(model, plan, "--backend", "onnx", "--scheme", "int8", "--dtype", "bfloat16", "--effort", effort,
+              "--calib-data", write_calibration(tmp_path))  # fmt: skip
+    scale = CalibratedCheckpoint(plan.parent / "x.calibrated").input_scale("language_model.model.layers.0.self_attn.q_proj")
+    assert scale is not None
+    assert 65504 < scale < 2.0**24
+    assert float(torch.tensor(scale).bfloat16()) == scale
+
+
+def test_a_weight_beyond_the_scales_of_groups_is_refused(llava: Llava, absent: Path, tmp_path: Path) -> None:
+    model = scale_tensors(llava(dtype="bfloat16"), tmp_path / "weight", {UP: 2.0**24})
+    assert_refused(export_onnx(model, absent, "--dtype", "bfloat16"), UP, "beyond what W4A16 can hold", "--scheme int8")
