@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedConfi
 from qvlm_export.calibrate.errors import UserError
 
 # What transformers raises while it builds a model from a configuration that makes no sense.
-BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 PROBE_LENGTH, PROBE_WINDOW = 8, 3
 # Sizes of the shrunken decoder, which is run to see its attention masks.
 _SHRUNKEN = {
@@ -51,6 +51,10 @@ def attention_window(text: PreTrainedConfig, where: str = "config.json") -> int 
     number above 0.
     """
     window = getattr(text, "sliding_window", None)
+    if getattr(text, "is_causal", True) is not True:  # which transformers obeys, whatever the class
+        raise UserError(
+            f"{where}: text_config.is_causal is {text.is_causal!r}; only decoders that attend backwards are supported"
+        )
     if window is None:
         return None
     masks = _record_masks(_shrink(text, {"sliding_window": PROBE_WINDOW}))
@@ -67,7 +71,7 @@ def attention_window(text: PreTrainedConfig, where: str = "config.json") -> int 
         return None
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise UserError(f"{where}: text_config.sliding_window is {window!r}; supported are whole numbers above 0 and null")
-    return window
+    return None if window >= text.max_position_embeddings else window
 
 
 def _shrink(text: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ while torch and ONNX Runtime, which compute in float32 on a CPU, show nothing of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,12 @@ RANGE_SAMPLES = 2  # from the calibration set; the largest activations are at th
 OUTPUT = "output"  # of a block, which is the residual stream
 
 
+def _larger(before: float, tensor: torch.Tensor) -> float:
+    """The larger of a magnitude and those of a tensor; NaN if any is."""
+    bounds = [before, *(abs(float(bound)) for bound in tensor.aminmax())]
+    return math.nan if any(map(math.isnan, bounds)) else max(bounds)
+
+
 @contextmanager
 def observe_magnitudes(module: nn.Module) -> Iterator[dict[str, float]]:
     """Collects the largest magnitudes inside `module` while the context is open.
@@ -36,7 +43,7 @@ def observe_magnitudes(module: nn.Module) -> Iterator[dict[str, float]]:
 
     def see(key: str, tensor: object) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            largest[key] = max(largest.get(key, 0.0), *(abs(float(bound)) for bound in tensor.detach().aminmax()))
+            largest[key] = _larger(largest.get(key, 0.0), tensor.detach())
 
     def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -61,6 +68,10 @@ def check_range(prefix: str, largest: Mapping[str, float], float_type: str) -> N
     prefix: canonical name of the block. largest: as from `observe_magnitudes`. float_type: of the graph.
     """
     for name, magnitude in largest.items():
+        if not math.isfinite(magnitude):
+            raise UserError(
+                f"{prefix}.{name}: activations are not finite in float32, so no engine answers; check the weights"
+            )
         if float_type == FLOAT16 and magnitude > MAX_FLOAT16:
             raise UserError(
                 f"{prefix}.{name}: activations reach {magnitude:.3g}, beyond float16's {MAX_FLOAT16:.0f}, so a float16 "

@@ -100,10 +100,19 @@ def complete_config(config_json: Mapping[str, Any], where: str) -> PreTrainedCon
     """
     family = find_family(config_json, where)
     try:
-        return family.config_class.from_dict(dict(config_json))
+        return family.config_class.from_dict(_drop_attention(config_json))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{where}: not a valid configuration ({message}); download it again") from error
+
+
+def _drop_attention(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json without the choice of attention kernels, which changes no result and may load code."""
+    return {
+        key: _drop_attention(value) if isinstance(value, dict) else value
+        for key, value in config_json.items()
+        if key not in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    }
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> None:

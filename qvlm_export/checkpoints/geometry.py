@@ -35,7 +35,10 @@ def activation_name(module: Callable[[torch.Tensor], torch.Tensor], where: str, 
 
     where, key, got: file, key and value that a refusal names.
     """
-    values = module(_PROBES.clone())
+    try:
+        values = module(_PROBES.clone())
+    except RuntimeError:  # it has parameters, which are on the meta device
+        return _refuse(where, key, got, tuple(_FUNCTIONS))
     for name, function in _FUNCTIONS.items():
         if torch.allclose(values, function(_PROBES), rtol=0, atol=_TOLERANCE):
             return name
@@ -70,7 +73,7 @@ def rope(rotary: Any, channels: int, length: int, where: str) -> tuple[tuple[flo
     frequencies, scale = rotary.inv_freq.float().clone(), float(rotary.attention_scaling)
     if frequencies.numel() != channels // 2:
         return _refuse(where, key, got, (f"rotation of all {channels} channels of a head",))
-    if not bool(frequencies.isfinite().all()) or not math.isfinite(scale) or scale <= 0:
+    if not bool((frequencies.isfinite() & (frequencies >= 0)).all()) or not math.isfinite(scale) or scale <= 0:
         return _refuse(where, key, got, ("numbers that give finite frequencies",))
     last = torch.tensor([[length - 1]])
     cos, _ = rotary(torch.zeros(1, 1, channels), position_ids=last)

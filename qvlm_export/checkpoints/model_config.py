@@ -59,6 +59,8 @@ def _require_feature_layers(config: PreTrainedConfig, where: str) -> None:
     _require(is_layer, where, "vision_feature_layer", layer, ("a layer, or several",))
     reachable = all(0 < n <= vision.num_hidden_layers for n in feature_layers(config))
     _require(reachable, where, "vision_feature_layer", layer, ("a layer of the tower",))
+    causal = getattr(vision, "is_causal", False)
+    _require(causal is False, where, "vision_config.is_causal", causal, ("towers whose patches see each other",))
     strategy = declared(config, "vision_feature_select_strategy", "default")
     _require(strategy in ("default", "full"), where, "vision_feature_select_strategy", strategy, ("default", "full"))
     if not has_class_token(config):  # without a class token, "default" would drop the first patch
@@ -141,7 +143,8 @@ def _tile_config(config: PreTrainedConfig, family: Family, where: str) -> TileCo
     _require(not (clip and keeps_class_token(config)), where, "vision_feature_select_strategy", strategy, ("default",))
     ratio = declared(config, "vision_aspect_ratio", None)
     limit = None if ratio is None else str(ratio).removeprefix(ANYRES)
-    _require(limit is None or (limit.isdecimal() and int(limit) > 0), where, "vision_aspect_ratio", ratio, (f"{ANYRES}N",))
+    is_limit = limit is None or (limit.isdecimal() and len(limit) < 5 and int(limit) > 0)
+    _require(is_limit, where, "vision_aspect_ratio", ratio, (f"{ANYRES}N",))
     return TileConfig(
         pinpoints=tuple((height, width) for height, width in points),
         max_tiles=None if limit is None else int(limit),

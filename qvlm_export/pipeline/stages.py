@@ -20,6 +20,7 @@ from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.calibrate.quantization.activation_range import measure_ranges
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
@@ -32,6 +33,8 @@ from qvlm_export.pipeline.preparation.outputs import file_names
 from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.work_folder import WorkFolder
+
+PART_CONFIGS = ("text_config", "vision_config")
 
 
 def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: str, stage: str) -> str:
@@ -76,8 +79,18 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
-        writer.finish(checkpoint.config_json, summary | ({"largest_activations": ranges} if ranges else {}))
+        summary |= {"largest_activations": ranges} if ranges else {}
+        writer.finish(_name_float_type(checkpoint.config_json, options.dtype), summary)
     return CalibratedCheckpoint(folder)
+
+
+def _name_float_type(config_json: dict[str, Any], float_type: str) -> dict[str, Any]:
+    """Returns the calibrated checkpoint's config.json, which transformers loads in bfloat16 where the graphs are."""
+    if float_type == FLOAT16:
+        return config_json
+    kept = {key: value for key, value in config_json.items() if key != "torch_dtype"}
+    parts: dict[str, Any] = {key: {**kept[key], "dtype": float_type} for key in PART_CONFIGS if key in kept}
+    return {**kept, **parts, "dtype": float_type}
 
 
 def measure_activation_ranges(prepared: PreparedExport, reporter: Reporter) -> dict[str, dict[str, float]]:

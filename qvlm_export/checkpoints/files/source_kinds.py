@@ -12,6 +12,7 @@ from qvlm_export.calibrate.errors import UserError
 
 UNQUANTIZED = "give the float16 or bfloat16 checkpoint that it was made from; it is quantized here, by --scheme"
 # quant_method of transformers' quantization_config -> what it is called.
+_UNNAMED = {"compression_config": "compressed-tensors", "quantization": "MLX"}  # key of config.json without a quant_method
 QUANTIZATIONS = {
     "awq": "AWQ", "gptq": "GPTQ", "auto-round": "AutoRound", "bitsandbytes": "bitsandbytes", "fp8": "FP8",
     "fbgemm_fp8": "FP8 (FBGEMM)", "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt", "quanto": "Quanto",
@@ -60,7 +61,7 @@ def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
         for key in ("quantization_config", "compression_config", "quantization"):
             described = owner.get(key) if isinstance(owner, Mapping) else None
             if isinstance(described, Mapping) and described:
-                method = described.get("quant_method") or {"compression_config": "compressed-tensors"}.get(key, "MLX")
+                method = described.get("quant_method") or _UNNAMED.get(key, "by an unnamed method")
                 what = f"the model is quantized already ({_name_method(method, described)})"
                 raise UserError(
                     f"{where}: {what}; {UNQUANTIZED}; where its weights are floats, take {key} out of config.json"

@@ -223,7 +223,7 @@ def _select_range_samples(
     """
     source = checkpoint.source
     in_float16 = all(source.dtype(name) == np.float16 for name in expected_shapes(checkpoint.config) if name in source)
-    if options.dtype != FLOAT16 or in_float16:
+    if in_float16 or (options.dtype != FLOAT16 and samples):  # calibration refuses what is not finite itself
         return ()
     found = samples or _read_samples(replace(options, samples=None), checkpoint, processor, limits)
     return tuple(sorted(found, key=lambda sample: len(sample.pixel_values) == 0)[:RANGE_SAMPLES])

@@ -122,6 +122,14 @@ def test_decoders_with_other_keys_have_the_logits_of_transformers(
         (put("text_config", "vocab_size", 2**62), ["text_config.vocab_size"]),
         (put("text_config", "hidden_act", "relu"), ["text_config.hidden_act is 'relu'", "silu"]),
         (put("text_config", "hidden_act", "no such"), ["transformers cannot build", "no such"]),
+        (put("text_config", "hidden_act", "xielu"), ["text_config.hidden_act is 'xielu'"]),
+        (put("text_config", "is_causal", False), ["text_config.is_causal is False", "attend backwards"]),
+        (put("text_config", "is_causal", 0), ["text_config.is_causal is 0"]),
+        (put("vision_config", "is_causal", True), ["vision_config.is_causal is True", "patches see each other"]),
+        (
+            put("text_config", "rope_parameters", {"rope_type": "linear", "factor": -2.0, "rope_theta": 1e4}),
+            ["text_config.rope_parameters", "finite"],
+        ),
     ],
 )  # fmt: skip
 def test_what_the_graphs_cannot_express_is_refused(
@@ -136,6 +144,19 @@ def test_the_blocks_obey_the_same_window(llava: Llava, tmp_path: Path) -> None:
     assert make_blocks(open_checkpoint(str(ignored)).hf_config).sliding_window is None
     obeyed = copy_checkpoint(llava(), tmp_path / "mistral", put_all("text_config", model_type="mistral", sliding_window=24))
     assert make_blocks(open_checkpoint(str(obeyed)).hf_config).sliding_window == 24
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(
+    "value", ["flash_attention_2", "kernels-community/x", {"text_config": "flash_attention_2"}, 3]
+)
+def test_a_choice_of_attention_kernels_loads_nothing(llava: Llava, tmp_path: Path, key: str, value: object) -> None:
+    model = copy_checkpoint(llava(), tmp_path / "checkpoint", put("", key, value))
+    assert open_checkpoint(str(model)).config == open_checkpoint(str(llava())).config
+
+
+def test_a_window_beyond_all_positions_is_none() -> None:
+    assert attention_window(MistralConfig(num_hidden_layers=2, sliding_window=2**40)) is None
 
 
 @pytest.mark.parametrize(("kind", "window"), [(LlamaConfig, None), (MistralConfig, 7), (Qwen2Config, None)])

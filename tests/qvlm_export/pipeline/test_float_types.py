@@ -138,3 +138,17 @@ def test_an_activation_scale_may_be_beyond_float16(llava: Llava, tmp_path: Path,
 def test_a_weight_beyond_the_scales_of_groups_is_refused(llava: Llava, absent: Path, tmp_path: Path) -> None:
     model = scale_tensors(llava(dtype="bfloat16"), tmp_path / "weight", {UP: 2.0**24})
     assert_refused(export_onnx(model, absent, "--dtype", "bfloat16"), UP, "beyond what W4A16 can hold", "--scheme int8")
+
+
+def test_a_float_export_that_would_answer_nan_is_refused(llava: Llava, absent: Path, tmp_path: Path) -> None:
+    model = scale_tensors(llava(dtype="float32"), tmp_path / "inf", {UP: 1e37, UP.replace("up_proj", "down_proj"): 1e10})
+    for dtype in ("float16", "bfloat16"):
+        refused = export_onnx(model, absent, "--scheme", "fp16", "--dtype", dtype)
+        assert_refused(refused, "language_model.model.layers.")
+
+
+def test_the_calibrated_checkpoint_names_its_float_type(llava: Llava, tmp_path: Path) -> None:
+    plan = tmp_path / "out" / "x.plan"
+    export_to(llava(), plan, "--backend", "onnx", "--dtype", "bfloat16", "--calib-data", write_calibration(tmp_path))
+    config = json.loads((plan.parent / "x.calibrated" / "config.json").read_text())
+    assert {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]} == {"bfloat16"}
