@@ -147,9 +147,7 @@ def test_the_blocks_obey_the_same_window(llava: Llava, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-@pytest.mark.parametrize(
-    "value", ["flash_attention_2", "kernels-community/x", {"text_config": "flash_attention_2"}, 3]
-)
+@pytest.mark.parametrize("value", ["flash_attention_2", "kernels-community/x", {"text_config": "flash_attention_2"}, 3])
 def test_a_choice_of_attention_kernels_loads_nothing(llava: Llava, tmp_path: Path, key: str, value: object) -> None:
     model = copy_checkpoint(llava(), tmp_path / "checkpoint", put("", key, value))
     assert open_checkpoint(str(model)).config == open_checkpoint(str(llava())).config
