@@ -1,11 +1,17 @@
-"""Runs shell commands as a user would paste them."""
+"""Runs shell commands as a user would paste them, and processes that Ctrl-C reaches."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+
+def restore_interrupts() -> None:
+    """Lets a child process handle Ctrl-C, which tests that a shell runs in the background ignore and pass on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_shell(command, **environment):

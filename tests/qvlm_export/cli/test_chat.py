@@ -19,6 +19,7 @@ import pytest
 from commands import PICTURE, RUNTIME, copy_checkpoint, export_to, run_model
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from shell import restore_interrupts
 from typer.testing import CliRunner, Result
 
 import qvlm_export
@@ -121,7 +122,7 @@ LONG = ("--prompt", "What?", "--max-new-tokens", "4000")
 def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
     command = [sys.executable, SCRIPT, talkative, *LONG]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    with subprocess.Popen(command, **pipes, preexec_fn=_restore_interrupts) as process:  # noqa: PLW1509
+    with subprocess.Popen(command, **pipes, preexec_fn=restore_interrupts) as process:  # noqa: PLW1509
         assert process.stdout is not None
         first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -133,14 +134,9 @@ def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
     assert beginning.startswith(answer.removesuffix("\n")[:15])
 
 
-def _restore_interrupts() -> None:
-    """Lets the child process handle Ctrl-C, which tests that a shell runs in the background ignore and pass on."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _take_terminal() -> None:
     """Makes stdin the controlling terminal of the child process."""
-    _restore_interrupts()
+    restore_interrupts()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
