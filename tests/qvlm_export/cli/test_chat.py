@@ -131,7 +131,8 @@ def test_ctrl_c_ends_an_answer(talkative: Path) -> None:
     answer = first + rest
     assert answer.endswith("\n")
     beginning = run_model(talkative, *LONG[:-1], "20").stdout
-    assert beginning.startswith(answer.removesuffix("\n")[:15])
+    # The last character may have been interrupted in the middle of its bytes.
+    assert beginning.startswith(answer.removesuffix("\n").rstrip("\ufffd")[:15])
 
 
 def _take_terminal() -> None:
