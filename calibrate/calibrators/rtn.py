@@ -29,7 +29,6 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.activation_range import check_range, observe_magnitudes
 from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
-from qvlm_export.calibrate.quantization.observers import observe_amax
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
 
 MAX_COMPARED_INPUTS = 8  # inputs of a block, which is enough for a mean over their tokens and costs next to nothing
@@ -46,11 +45,13 @@ def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progr
         with resident(block) as module, torch.inference_mode():
             for name, scheme in job.block_schemes(block).items():  # else their outputs would be named
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
-            with observe_amax(module) as amax, observe_magnitudes(module) as largest:
+            with observe_magnitudes(module) as largest:
                 outputs = shards.store_outputs(block, (run(module, x.to(job.device)) for x in inputs))
             check_range(block.prefix, largest, job.float_type)
             results = {
-                name: _quantize(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme, amax.get(name))
+                name: _quantize(
+                    f"{block.prefix}.{name}", get_linear(module, name).weight, scheme, largest.get(f"{name}.input")
+                )
                 for name, scheme in job.block_schemes(block).items()
             }
         record = _make_block_record(block, results, sum(len(x) for x in inputs)) | {"largest_activations": largest}
@@ -114,6 +115,7 @@ def _quantize_without_running(job: CalibrationJob, shards: BlockWriter, blocks: 
             weight_name = f"{block.prefix}.{name}.weight"
             array = job.source.load(weight_name)
             check_finite(weight_name, array)
+            check_weight(f"{block.prefix}.{name}", as_tensor(array), scheme)
             results[name] = _quantize(f"{block.prefix}.{name}", as_tensor(array), scheme, None)
         shard = shards.write_shard(block, {name: result.linear for name, result in results.items()})
         return shard, _make_block_record(block, results, 0)
@@ -131,7 +133,6 @@ def _quantize_without_running(job: CalibrationJob, shards: BlockWriter, blocks: 
 def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float | None) -> _LinearResult:
     if scheme.activation_bits is not None and amax is None:
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
-    check_weight(name, weight, scheme)
     linear = quantize_linear(weight, scheme, amax)
     return _LinearResult(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))
 
@@ -163,13 +164,13 @@ def run_rtn_baseline(
     numbers = tuple(range(0, len(pairs), -(-len(pairs) // MAX_COMPARED_INPUTS) or 1))
     if not schemes or not numbers:
         return RtnBaseline((), ())
-    with observe_amax(module) as amax:
+    with observe_magnitudes(module) as largest:
         for number in numbers:
             run(module, pairs[number][0].to(device))
     rounded, quantizers = copy.deepcopy(module), dict[str, tuple[float, int]]()
     for name, scheme in schemes.items():
         layer = get_linear(rounded, name)
-        linear = quantize_linear(layer.weight, scheme, amax[name])
+        linear = quantize_linear(layer.weight, scheme, largest[f"{name}.input"])
         layer.weight.copy_(torch.from_numpy(linear.dequantized()))
         if linear.input_scale is not None and scheme.activation_bits is not None:
             quantizers[name] = (linear.input_scale, scheme.activation_bits)

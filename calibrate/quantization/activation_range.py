@@ -26,10 +26,17 @@ RANGE_SAMPLES = 2  # from the calibration set; the largest activations are at th
 OUTPUT = "output"  # of a block, which is the residual stream
 
 
-def _larger(before: float, tensor: torch.Tensor) -> float:
-    """The larger of a magnitude and those of a tensor; NaN if any is."""
-    bounds = [before, *(abs(float(bound)) for bound in tensor.aminmax())]
-    return math.nan if any(map(math.isnan, bounds)) else max(bounds)
+def _largest(tensor: object) -> float:
+    """The largest magnitude of a tensor, NaN if any value is; 0 for what is no tensor, or an empty one."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+        return 0.0
+    low, high = (float(bound) for bound in tensor.detach().aminmax())
+    return max(abs(low), abs(high))
+
+
+def _nan_last(magnitude: float) -> float:
+    """A key by which NaN is larger than any number."""
+    return math.inf if math.isnan(magnitude) else magnitude
 
 
 @contextmanager
@@ -40,16 +47,19 @@ def observe_magnitudes(module: nn.Module) -> Iterator[dict[str, float]]:
     residual stream, every product and everything between them is seen.
     """
     largest: dict[str, float] = {}
+    last_input: tuple[object, float] = (None, 0.0)  # several linears read the same tensor, one after the other
 
-    def see(key: str, tensor: object) -> None:
-        if isinstance(tensor, torch.Tensor) and tensor.numel():
-            largest[key] = _larger(largest.get(key, 0.0), tensor.detach())
+    def see(key: str, magnitude: float) -> None:
+        largest[key] = max(largest.get(key, 0.0), magnitude, key=_nan_last)
 
     def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal last_input
             if name:
-                see(f"{name}.input", args[0])
-            see(f"{name}.{OUTPUT}" if name else OUTPUT, output)
+                if args[0] is not last_input[0]:
+                    last_input = (args[0], _largest(args[0]))
+                see(f"{name}.input", last_input[1])
+            see(f"{name}.{OUTPUT}" if name else OUTPUT, _largest(output))
 
         return hook
 

@@ -8,12 +8,10 @@ on what comes after it, so a forward pass over prompt and answer together (teach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.token_kinds import ALL_LABELS, TokenLabel
@@ -131,23 +129,3 @@ def observe_rows(name: str, rows: torch.Tensor, labels: torch.Tensor | None = No
     for part, part_labels in zip(rows.split(chunk), row_labels.split(chunk), strict=True):
         observer.update(part.cpu(), part_labels.cpu())
     return observer
-
-
-@contextmanager
-def observe_amax(module: nn.Module) -> Iterator[dict[str, float]]:
-    """Collects max |input| of every linear inside `module`, by its name there, while the context is open."""
-    amax: dict[str, float] = {}
-
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            amax[name] = max(amax.get(name, 0.0), *(abs(float(bound)) for bound in args[0].aminmax()))
-
-        return hook
-
-    linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(make_hook(name)) for name, layer in linears]
-    try:
-        yield amax
-    finally:
-        for handle in handles:
-            handle.remove()
