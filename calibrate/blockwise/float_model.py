@@ -55,12 +55,13 @@ def attention_window(text: PreTrainedConfig, where: str = "config.json") -> int 
         raise UserError(
             f"{where}: text_config.is_causal is {text.is_causal!r}; only decoders that attend backwards are supported"
         )
-    if window is None:
-        return None
-    masks = _record_masks(_shrink(text, {"sliding_window": PROBE_WINDOW}))
+    try:
+        masks = _record_masks(_shrink(text, {} if window is None else {"sliding_window": PROBE_WINDOW}))
+    except BUILD_ERRORS as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{where}: transformers cannot run a {text.model_type} with this text_config ({reason})") from error
     age = torch.arange(PROBE_LENGTH)[:, None] - torch.arange(PROBE_LENGTH)
-    causal = age >= 0
-    kinds = {"full attention": causal, f"a sliding window of {window}": causal & (age < PROBE_WINDOW)}
+    kinds = {"full attention": age >= 0, f"a sliding window of {window}": (age >= 0) & (age < PROBE_WINDOW)}
     found = [next((kind for kind, allowed in kinds.items() if torch.equal(mask, allowed)), "another mask") for mask in masks]
     if len(set(found)) > 1 or "another mask" in found:
         raise UserError(

@@ -19,6 +19,7 @@ from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+NOT_FLOAT = "give unquantized weights (float16, bfloat16 or float32)"
 LENGTH_BYTES = 8  # the file begins with the length of its header, in this many bytes
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -49,7 +50,7 @@ class SafetensorsSource:
                     tensor_slice = file.get_slice(key)
                     dtype_name = tensor_slice.get_dtype()
                     if dtype_name not in DTYPES:
-                        raise UserError(f"{path}: tensor {key} has type {dtype_name}, which is not supported; convert it")
+                        raise UserError(f"{path}: tensor {key} has type {dtype_name}; {NOT_FLOAT}")
                     name = rename(key)
                     if name is None:
                         continue

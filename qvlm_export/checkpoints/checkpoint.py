@@ -5,7 +5,7 @@ Only headers are read, no weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from qvlm_export.checkpoints.files.weights import Location, open_weights
 from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.config import ModelConfig
-from qvlm_export.engines.graph.float_graphs import TIED_HEAD, expected_shapes
+from qvlm_export.engines.graph.float_graphs import TIED_HEAD, TIED_TABLE, expected_shapes
 
+SETTINGS = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype("bfloat16"))
 
 
@@ -85,6 +86,8 @@ def _open(model: str, location: Location) -> Checkpoint:
     if end_tokens:  # so that a calibrated checkpoint, which has no generation_config.json, ends its answers the same
         config_json = {**config_json, "eos_token_id": list(end_tokens)}
     source = open_weights(location, make_renamer(layout))
+    if config.text.tie_word_embeddings and TIED_TABLE not in source and TIED_HEAD in source:  # stored under the other name
+        source = open_weights(location, _name_table(make_renamer(layout)))
     if location.has(ADAPTER_CONFIG):
         raise UserError(f"{folder}: holds {ADAPTER_CONFIG}, so that transformers would add an adapter; {MERGE_OR_REMOVE}")
     if layout.open_source is not None:
@@ -100,19 +103,32 @@ def complete_config(config_json: Mapping[str, Any], where: str) -> PreTrainedCon
     """
     family = find_family(config_json, where)
     try:
-        return family.config_class.from_dict(_drop_attention(config_json))
+        return family.config_class.from_dict(_drop_settings(config_json))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{where}: not a valid configuration ({message}); download it again") from error
 
 
-def _drop_attention(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config.json without the choice of attention kernels, which changes no result and may load code."""
+def _drop_settings(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json without settings that change no result here: float type, and attention kernels.
+
+    transformers reads some of their values in `from_pretrained` only, and kernels may be code that it would load.
+    """
     return {
-        key: _drop_attention(value) if isinstance(value, dict) else value
+        key: _drop_settings(value) if isinstance(value, dict) else value
         for key, value in config_json.items()
-        if key not in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+        if key not in SETTINGS
     }
+
+
+def _name_table(rename: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """Returns a renaming that takes the output head for the embedding table that it is tied to."""
+
+    def rename_head(name: str) -> str | None:
+        canonical = rename(name)
+        return TIED_TABLE if canonical == TIED_HEAD else canonical
+
+    return rename_head
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, folder: Path) -> None:

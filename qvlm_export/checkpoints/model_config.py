@@ -6,7 +6,7 @@ that transformers ignores. What the graphs cannot express is refused here, with 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
@@ -165,9 +165,8 @@ def _require_sizes(config: PreTrainedConfig, where: str) -> None:
     ):
         for key in keys:
             most, value = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE, getattr(part, key, None)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
             # Without a head_dim, as in Qwen2, it is hidden_size divided by the heads.
-            is_count = is_count or (key == "head_dim" and value is None)
+            is_count = (_is_whole(value) and 0 < value <= most) or (key == "head_dim" and value is None)
             _require(is_count, where, f"{name}.{key}", value, (f"whole numbers from 1 to {most}",))
     _require(vision.num_channels == 3, where, "vision_config.num_channels", vision.num_channels, (3,))
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -179,7 +178,7 @@ def _require_sizes(config: PreTrainedConfig, where: str) -> None:
     _require(is_token, where, "text_config.pad_token_id", pad, supported)
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

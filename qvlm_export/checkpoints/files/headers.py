@@ -17,7 +17,7 @@ import httpx2
 import numpy as np
 import torch
 
-from qvlm_export.calibrate.checkpoint.safetensors_source import DTYPES, LENGTH_BYTES
+from qvlm_export.calibrate.checkpoint.safetensors_source import DTYPES, LENGTH_BYTES, NOT_FLOAT
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.checkpoints.files.hub_errors import first_line, hub_errors
@@ -162,7 +162,7 @@ def _read_entry(name: str, entry: Any, where: str) -> tuple[tuple[int, ...], np.
     content = entry if isinstance(entry, dict) else {}
     name_of_dtype = content.get("dtype")
     if not isinstance(name_of_dtype, str) or name_of_dtype not in DTYPES:
-        raise UserError(f"{where}: tensor {name} has type {name_of_dtype!r}, which is not supported; convert it")
+        raise UserError(f"{where}: tensor {name} has type {name_of_dtype!r}; {NOT_FLOAT}")
     dtype, shape = np.dtype(DTYPES[name_of_dtype]), _read_counts(name, content.get("shape"))
     offsets = _read_counts(name, content.get("data_offsets"))
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:

@@ -48,7 +48,7 @@ def read_config(folder: Path, name: str = "config.json", what: str = "a LLaVA") 
     try:
         content = read_json(path, "readable as JSON", "download it again")
     except FileNotFoundError as error:
-        if (found := explain_files(lambda other: (folder / other).exists())) is not None:
+        if (found := explain_files(path.name for path in folder.glob("*"))) is not None:
             raise UserError(f"{folder}: holds {found[0]} and no {name}; {found[1]}") from error
         raise UserError(f"{folder}: holds no {name}, so it is no checkpoint; give the folder of {what}") from error
     if not isinstance(content, dict):

@@ -5,7 +5,8 @@ They are quantized, adapters without their base model, or saved with names that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qvlm_export.calibrate.errors import UserError
@@ -41,13 +42,14 @@ WRAPPERS = {  # also inside a name, where a part of the model was wrapped
 }
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_OR_REMOVE = "merge it with PEFT's merge_and_unload() and give the result, or remove the file where weights are merged"
-# Files of folders without a model: name, what it is, what to do.
+# Files of folders without a model: pattern of the name, what it is, what to do.
 INCOMPLETE = (
     (ADAPTER_CONFIG, "a LoRA adapter", "merge it into its base model (PEFT's merge_and_unload) and give the result"),
     ("non_lora_trainables.bin", "a LoRA adapter", "merge it into its base model and give the result"),
     ("mm_projector.bin", "a pretrained projector alone", "give the folder of the finetuned model"),
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed ZeRO", "run its zero_to_fp32.py and give the folder that it writes"),
-    (".metadata", "a distributed checkpoint of torch", "convert it with torch.distributed.checkpoint.format_utils"),
+    ("*.distcp", "a distributed checkpoint of torch", "convert it with torch.distributed.checkpoint.format_utils"),
+    ("*.gguf", "GGUF weights, which are quantized", UNQUANTIZED),
     ("consolidated.00.pth", "weights in Meta's format", "convert them to a Hugging Face folder"),
     ("consolidated.safetensors", "weights in Mistral's format", "give the Hugging Face folder of the model"),
     ("tf_model.h5", "TensorFlow weights", "give a folder with PyTorch weights"),
@@ -91,9 +93,10 @@ def explain_names(names: Iterable[str]) -> str | None:
     return None
 
 
-def explain_files(has: Callable[[str], bool]) -> tuple[str, str] | None:
-    """Returns what a folder without a model holds, and what to do; None for nothing known. has: a file of this name."""
-    for name, what, remedy in INCOMPLETE:
-        if has(name):
-            return f"{what} ({name})", remedy
+def explain_files(names: Iterable[str]) -> tuple[str, str] | None:
+    """Returns what a folder without a model holds, and what to do; None for nothing known. names: of its files."""
+    names = sorted(names)
+    for pattern, what, remedy in INCOMPLETE:
+        if found := fnmatch.filter(names, pattern):
+            return f"{what} ({found[0]})", remedy
     return None

@@ -50,6 +50,12 @@ class Location:
         """Why only the folder counts although the checkpoint is on the Hub, in words; empty for other checkpoints."""
         return "" if self.snapshot is None else self.snapshot.obstacle
 
+    def names(self) -> set[str]:
+        """Returns the names of all files, in the folder or, where the Hub lists them, in the repository."""
+        if self.snapshot is None or self.obstacle:
+            return {path.name for path in self.folder.glob("*")}
+        return set(self.snapshot.files)
+
     def has(self, name: str) -> bool:
         """Returns whether the checkpoint has a file, in the folder or, where the Hub lists them, in the repository."""
         if self.snapshot is None or self.obstacle:
@@ -68,7 +74,7 @@ def open_weights(location: Location, rename: Callable[[str], str | None]) -> Ten
             return _open_format(location, format_, rename)
     if location.snapshot is not None and location.obstacle:
         raise UserError(f"{location.snapshot.repository}: {location.obstacle}")
-    if (found := explain_files(location.has)) is not None:
+    if (found := explain_files(location.names())) is not None:
         raise UserError(f"{location.folder}: holds {found[0]} and no model weights; {found[1]}")
     raise UserError(f"{location.folder}: holds config.json but no weights ({SINGLE_FILE}, {INDEX_FILE} or {TORCH_SINGLE})")
 

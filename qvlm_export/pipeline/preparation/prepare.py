@@ -65,7 +65,7 @@ MAX_SAMPLES = 128  # used at most when --samples is not given
 class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
-        None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
+    None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
     device: where calibration computes. dtype: float type of the graphs. overwrite: whether files that this export did not
     write may be replaced.
     """

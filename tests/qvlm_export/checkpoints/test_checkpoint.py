@@ -181,6 +181,27 @@ def test_head_may_be_stored_though_it_is_tied(llava: Llava, tmp_path: Path) -> N
     assert relative_l2(exported_logits(model, tmp_path / "out"), reference_logits(llava())) <= 5e-3
 
 
+def test_a_tied_table_may_be_stored_as_the_head(llava: Llava, tmp_path: Path) -> None:
+    """transformers ties the one that is there to the other."""
+    model = copy_checkpoint(llava(tie=True), tmp_path / "checkpoint")
+    table = "language_model.model.embed_tokens.weight"
+    tensors = weights(model)
+    assert "language_model.lm_head.weight" not in tensors
+    renamed = {"language_model.lm_head.weight" if name == table else name: tensor for name, tensor in tensors.items()}
+    save_file(renamed, model / "model.safetensors", {"format": "pt"})
+    assert relative_l2(exported_logits(model, tmp_path), reference_logits(model)) < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["auto", "torch.bfloat16", "float16", None])
+def test_the_type_that_config_json_names_decides_nothing(llava: Llava, tmp_path: Path, dtype: str | None) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        for part in (config, config["text_config"], config["vision_config"]):
+            part |= {"dtype": dtype, "torch_dtype": dtype}
+
+    model = copy_checkpoint(llava(), tmp_path / "checkpoint", edit)
+    assert open_checkpoint(str(model)).config == open_checkpoint(str(llava())).config
+
+
 def test_head_may_not_be_missing_when_it_is_not_tied(llava: Llava, tmp_path: Path) -> None:
     def untie(config: dict[str, Any]) -> None:
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False

@@ -96,6 +96,10 @@ def test_decoders_with_other_keys_have_the_logits_of_transformers(
                     layer_types=None),
             ["layers with full attention and a sliding window of 24", "one kind"],
         ),
+        (
+            put_all("text_config", model_type="qwen2", layer_types=["chunked_attention"] * 2),
+            ["transformers cannot", "chunked_attention"],
+        ),
         (put_all("text_config", model_type="mistral", sliding_window=0), ["text_config.sliding_window is 0"]),
         (put_all("text_config", model_type="mistral", sliding_window=-3), ["text_config.sliding_window is -3"]),
         (
@@ -121,7 +125,7 @@ def test_decoders_with_other_keys_have_the_logits_of_transformers(
         (put("vision_config", "num_hidden_layers", 10**9), ["vision_config.num_hidden_layers is 1000000000"]),
         (put("text_config", "vocab_size", 2**62), ["text_config.vocab_size"]),
         (put("text_config", "hidden_act", "relu"), ["text_config.hidden_act is 'relu'", "silu"]),
-        (put("text_config", "hidden_act", "no such"), ["transformers cannot build", "no such"]),
+        (put("text_config", "hidden_act", "no such"), ["transformers cannot", "no such"]),
         (put("text_config", "hidden_act", "xielu"), ["text_config.hidden_act is 'xielu'"]),
         (put("text_config", "is_causal", False), ["text_config.is_causal is False", "attend backwards"]),
         (put("text_config", "is_causal", 0), ["text_config.is_causal is 0"]),

@@ -154,7 +154,7 @@ def test_damaged_safetensors(checkpoint: Path, absent: Path, damage: Callable[[b
 def test_unsupported_type_of_tensor(checkpoint: Path, absent: Path) -> None:
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'"dtype":"F16"', b'"dtype":"U16"'))
-    assert_refused(export_onnx(checkpoint, absent), "has type U16", "convert it")
+    assert_refused(export_onnx(checkpoint, absent), "has type U16", "give unquantized weights")
 
 
 def test_quantized_checkpoint(checkpoint: Path, absent: Path) -> None:

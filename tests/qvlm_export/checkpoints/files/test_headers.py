@@ -126,7 +126,7 @@ def test_the_files_are_those_that_transformers_would_load(hub: Hub, files: dict[
         ({"model.safetensors.index.json": b"["}, "not a weight index"),
         ({"mm_projector.bin": b"x"}, "a pretrained projector alone"),
         ({"adapter_config.json": b"{}"}, "a LoRA adapter"),
-        ({"model.gguf": b"x"}, "no weights"),
+        ({"model.gguf": b"x"}, "no model weights"),
     ],
 )
 def test_repositories_without_complete_weights_are_refused(hub: Hub, files: dict[str, bytes], words: str) -> None:

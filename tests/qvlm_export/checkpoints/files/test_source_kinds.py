@@ -91,6 +91,8 @@ def test_names_of_tensors_tell_what_they_are(
         ("mm_projector.bin", ["a pretrained projector alone"]),
         ("zero_to_fp32.py", ["DeepSpeed ZeRO", "run its zero_to_fp32.py"]),
         ("consolidated.safetensors", ["Mistral's format"]),
+        ("llava-q4_k_m.gguf", ["GGUF weights", "(llava-q4_k_m.gguf)", "float16 or bfloat16 checkpoint"]),
+        ("__0_0.distcp", ["a distributed checkpoint of torch"]),
     ],
 )
 @pytest.mark.parametrize("config", [True, False], ids=["with config.json", "without config.json"])
