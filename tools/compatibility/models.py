@@ -20,11 +20,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_export
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS
+from qvlm_export.checkpoints.author_layout import convert_config
 from qvlm_export.checkpoints.chat_templates import chat_text
+from qvlm_export.checkpoints.files.hub import read_config
 from qvlm_export.checkpoints.files.hub_errors import first_line
 from qvlm_export.inputs.samples import default_calibration
 from tools.compatibility.case import Case, Outcome, run_command
 from tools.families.random_families import write_family
+from tools.families.random_original import write_original
 
 Edit = Callable[[dict[str, Any]], object]
 Tensors = dict[str, torch.Tensor]
@@ -140,6 +143,18 @@ def _leave_adapter(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}", encoding="utf-8")
 
 
+def _leave_gguf(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "llava-q4_k_m.gguf")
+
+
+def _name_tower(folder: Path) -> Outcome:
+    """In the authors' layout, whose tower may be the path that it had where the model was trained."""
+    write_original(folder / "model", "v1.6-vicuna")
+    _put(mm_vision_tower="/home/someone/clip-vit-large-patch14-336")(folder / "model")
+    vision = convert_config(read_config(folder / "model"), folder / "model")["vision_config"]
+    return Outcome("–", f"{vision['model_type']} of {vision['image_size']} pixels, {vision['num_hidden_layers']} layers")
+
+
 def _scale(factors: Mapping[str, float]) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {n: (t.bfloat16() * factors.get(n, 1.0)) for n, t in tensors.items()}
 
@@ -216,6 +231,7 @@ LEFTOVERS = (
     _same("rope_type yarn", _edit_text(rope_parameters=YARN)),
     _refused("Qwen2 with layers of two kinds", _put_text(
         use_sliding_window=True, sliding_window=24, max_window_layers=1, layer_types=None), "interleave"),
+    _refused("is_causal false", _put_text(is_causal=False)),
     _refused("rms_norm_eps NaN", _put_text(rms_norm_eps=float("nan"))),
     _refused("rope_theta 0", _put_text(rope_parameters={"rope_type": "default", "rope_theta": 0.0})),
     _refused("a billion layers", _put_text(num_hidden_layers=10**9), tried=False),
@@ -229,6 +245,8 @@ SOURCES = (
     _refused("LoRA adapter without its base", _leave_adapter),
     _refused("names with module.", _rename(lambda name: f"module.{name}")),
     _refused("names with _orig_mod.", _rename(lambda name: f"_orig_mod.{name}")),
+    _refused("a GGUF file alone", _leave_gguf),
+    Case("known tower by a path of another machine", _name_tower),
     Case("X.calibrated, generate() first", _generate_first),
     Case("an export seen through symbolic links", _see_through_links),
     Case("--target sm90", _name_target("sm90")),

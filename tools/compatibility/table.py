@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.compatibility import damage, hub, models, running
+from tools.compatibility import damage, hub, models, running, system
 from tools.compatibility.case import Case
 
 # Heading of a section of the table -> its cases.
@@ -21,6 +21,7 @@ SECTIONS: dict[str, Sequence[Case]] = {
     "Downloads from the Hub": hub.CASES,
     "Pictures, prompts and answers": running.CASES,
     "Damage": damage.CASES,
+    "Names, values, interruptions": system.CASES,
 }
 
 INTRODUCTION = """# Compatibility: what users really have
