@@ -6,6 +6,10 @@ Plain data. It is read from a checkpoint's config.json, and from the manifest of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+# What the graphs can compute between two linears, by transformers' names.
+Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "silu", "linear"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float
-    hidden_act: str
+    hidden_act: Activation
     keep_class_token: bool
     feature_layers: tuple[int, ...]
     class_token: bool = True
@@ -60,7 +64,7 @@ class ProjectorConfig:
     hidden_act: activation between two linears. norm_eps: epsilon of a layer norm before the linears, None without one.
     """
 
-    hidden_act: str
+    hidden_act: Activation
     bias: bool
     num_linears: int = 2
     norm_eps: float | None = None
@@ -89,7 +93,7 @@ class TextConfig:
     tie_word_embeddings: bool
     output_bias: bool = False
     sliding_window: int | None = None
-    hidden_act: str = "silu"
+    hidden_act: Activation = "silu"
     rope_frequencies: tuple[float, ...] = ()
     rope_scale: float = 1.0
 

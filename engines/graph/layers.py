@@ -12,6 +12,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from qvlm_export.engines.config import Activation
+
 # Mask value, added to the scores of keys that a query must not attend to. It lies far below any score, and far enough from
 # float16's -65504 that the sum cannot overflow.
 MASKED_SCORE = -30000.0
@@ -37,7 +39,7 @@ def _linear(op: OpBuilder, x: ir.Value) -> ir.Value:
     return op.Identity(x)
 
 
-ACTIVATIONS: dict[str, Callable[[OpBuilder, ir.Value], ir.Value]] = {
+ACTIVATIONS: dict[Activation, Callable[[OpBuilder, ir.Value], ir.Value]] = {
     "quick_gelu": _quick_gelu,
     "gelu": _gelu,
     "gelu_pytorch_tanh": _gelu_tanh,

@@ -15,11 +15,11 @@ from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.config import ModelConfig
+from qvlm_export.engines.config import Activation, ModelConfig
 from qvlm_export.engines.graph.float_graphs import TIED_HEAD, expected_shapes
 
 # Names of the graphs' activation functions -> what they compute.
-_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+_FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": nn.functional.gelu,
     "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -30,7 +30,7 @@ _PROBES = torch.linspace(-12, 12, 481)
 _TOLERANCE = 2e-5  # of activations; the functions above differ from each other by more than 4e-4
 
 
-def activation_name(module: Callable[[torch.Tensor], torch.Tensor], where: str, key: str, got: object) -> str:
+def activation_name(module: Callable[[torch.Tensor], torch.Tensor], where: str, key: str, got: object) -> Activation:
     """Returns the name of the graph's activation function that computes what `module` does, whatever its name.
 
     where, key, got: file, key and value that a refusal names.
