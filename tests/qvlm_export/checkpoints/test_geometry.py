@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,9 +17,12 @@ from transformers.activations import ACT2FN
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.float_model import attention_window, declared
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.checkpoints import geometry
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.checkpoints.families import find_layout
 from qvlm_export.checkpoints.geometry import activation_name, norm_epsilon, rope
+from qvlm_export.engines.config import Activation
+from qvlm_export.engines.graph.layers import ACTIVATIONS
 
 Llava = Callable[..., Path]
 FLOAT16_GRAPH = 0.01  # relative error of the logits of a float16 graph; another model is off by more than 0.1
@@ -28,6 +31,10 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+
+
+def test_every_activation_of_the_configuration_has_a_graph_and_a_probe() -> None:
+    assert set(get_args(Activation)) == set(ACTIVATIONS) == set(geometry._FUNCTIONS)
 
 
 def put_all(section: str, **values: object) -> Edit:
