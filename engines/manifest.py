@@ -17,6 +17,7 @@ from threading import Event
 from typing import Any
 
 from qvlm_export.calibrate.checkpoint.files import read_json, write_json
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, read_prefix
 from qvlm_export.calibrate.checkpoint.regular_file import check_regular_file
 from qvlm_export.calibrate.checkpoint.schema import check_schema
 from qvlm_export.calibrate.errors import UserError
@@ -223,6 +224,14 @@ def verify_file(manifest: Manifest, role: str) -> Path:
         if "sha256" in record and record["bytes"] <= VERIFY_AT_OPEN_BYTES:
             _check_hash(part, record)
     return path
+
+
+def open_prefix(manifest: Manifest) -> PrefixCache | None:
+    """Returns the prefix cache of an export, None where it has none. Raises UserError when it is missing or was changed."""
+    if "prefix" not in manifest.files:
+        return None
+    text = manifest.config.text
+    return read_prefix(verify_file(manifest, "prefix"), (text.num_layers, text.num_kv_heads, text.head_dim))
 
 
 def check_intact(manifest: Manifest, role: str) -> None:

@@ -7,6 +7,7 @@ continues with the blocks that are not finished yet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,32 @@ class BlockWriter:
         self._done = 0
         self._written: set[str] = set()
         self.records: list[dict[str, Any]] = []
+        self._values = {} if job.blocks.prefix is None else dict(enumerate(job.blocks.prefix.values))
         blocks = {b.prefix: b for b in job.blocks.all()}
         for entry in () if job.work is None else job.work.entries:
             block = blocks[entry.name]
             schemes = {f"{block.prefix}.{name}": scheme for name, scheme in job.block_schemes(block).items()}
             writer.adopt_shard(entry.shard, schemes)
+            self._load_values(block)
             self._add_finished(block, entry.record)
+
+    def _load_values(self, block: Block) -> None:
+        """Reads the prefix's values in a block that an interrupted run finished, if it changed them."""
+        layer = self._job.blocks.layer_number(block)
+        if layer is not None and self._job.work is not None and (saved := self._job.work.load(_values_name(layer))):
+            self._values[layer] = saved["values"][0].numpy()
+
+    def set_values(self, block: Block, values: torch.Tensor) -> None:
+        """Notes the prefix's values in a block whose v_proj was equalized, before the block is finished.
+
+        values: float32 [1, kv_heads, p, head_dim].
+        """
+        layer = self._job.blocks.layer_number(block)
+        if layer is None:
+            raise ValueError(f"{block.prefix} is no decoder layer")
+        self._values[layer] = values[0].cpu().numpy()
+        if self._job.work is not None:
+            self._job.work.save(_values_name(layer), {"values": [values[0].cpu()]})
 
     def is_finished(self, block: Block) -> bool:
         """Whether the block is written, by this run or by an interrupted one."""
@@ -117,10 +138,14 @@ class BlockWriter:
         self._progress(self._done, self._job.blocks.num_blocks(), block.prefix)
 
     def write_rest(self) -> None:
-        """Copies the tensors that are in no block, into one shard for each component of the model.
+        """Copies the tensors that are in no block, into one shard for each component of the model, and writes the prefix.
 
-        These are embeddings, norms, lm_head and unused vision layers.
+        These tensors are embeddings, norms, lm_head and unused vision layers.
         """
+        prefix = self._job.blocks.prefix
+        if prefix is not None:
+            values = tuple(self._values[layer] for layer in range(len(prefix.values)))
+            self._writer.write_prefix(replace(prefix, values=values), self._job.float_type)
         rest: dict[str, list[str]] = {}
         for name in self._job.source:
             if name not in self._written:
@@ -135,6 +160,11 @@ class BlockWriter:
         for name, array in arrays.items():
             check_finite(name, array)
         return self._writer.write_shard(block, linears, arrays)
+
+
+def _values_name(layer: int) -> str:
+    """The name under which the work folder keeps the prefix's values of a decoder layer."""
+    return f"prefix-{layer:04}"
 
 
 def _iterate_checked(block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int]) -> Iterator[torch.Tensor]:

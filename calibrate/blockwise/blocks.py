@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qvlm_export.calibrate.blockwise.float_model import attention_window, declared, make_float_model
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.activation_functions import use_deterministic_activations
@@ -58,7 +59,8 @@ class ModelBlocks:
     entries: patch embeddings, and the norm after them where a tower has one. features: after how many vision layers each
     feature is taken. rotary: computes cos and sin for the decoder layers. drop_first: whether the first token of a feature,
     CLIP's class token, is left out. vocabulary: number of the decoder's tokens. sliding_window: how many positions a token
-    attends to, itself included; None for all. final_epsilon: of the decoder's last norm.
+    attends to, itself included; None for all. final_epsilon: of the decoder's last norm. prefix: keys and values of the
+    tokens that all prompts begin with, behind which the decoder layers start; None where they compute all tokens.
     """
 
     entries: tuple[Block, ...]
@@ -72,6 +74,7 @@ class ModelBlocks:
     vocabulary: int
     sliding_window: int | None = None
     final_epsilon: float = 1e-6
+    prefix: PrefixCache | None = None
 
     def vision(self) -> tuple[Block, ...]:
         """Tower layers and projector, in the order they run."""
@@ -92,6 +95,10 @@ class ModelBlocks:
     def num_patches(self) -> int:
         """How many tokens an image has in the vision tower."""
         return int(self.entries[0].module.get_parameter("position_embedding.weight").shape[0])
+
+    def layer_number(self, block: Block) -> int | None:
+        """The number of a decoder layer, counted from 0; None for other blocks."""
+        return self.text_layers.index(block) if block in self.text_layers else None
 
     def num_blocks(self) -> int:
         """How many blocks a calibration pass visits."""

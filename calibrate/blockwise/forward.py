@@ -6,13 +6,17 @@ all use this forward pass.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, load_block, load_finite
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.checkpoint.samples import Placement, Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
@@ -98,26 +102,116 @@ def run_decoder_blocks(
     ]
     del table
 
-    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        with one_thread():  # as in `activation_functions.py`
-            rope = blocks.rotary(x, position_ids=positions)
-        mask = sliding_window_mask(x.shape[1], blocks.sliding_window, x.device)
-        out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
-        return out
-
-    for block in blocks.text_layers:
-        hidden = step(block, hidden, run)
+    for number, block in enumerate(blocks.text_layers):
+        hidden = step(block, hidden, make_decoder_run(blocks, number))
     return hidden
 
 
-def sliding_window_mask(length: int, window: int | None, device: torch.device | None = None) -> torch.Tensor | None:
-    """The mask of which positions attend to which, bool [1, 1, S, S]; None where the modules' own causal mask suffices."""
-    if window is None or length <= window:
+@dataclass(frozen=True)
+class DecoderRun:
+    """Runs one decoder layer on whole sequences, or on what follows a prefix whose keys and values are known.
+
+    rotary: computes cos and sin. window: as `sliding_window` of `ModelBlocks`. keys, values: of the p prefix tokens in this
+    layer, float32 [1, kv_heads, p, head_dim]; None without a prefix.
+    """
+
+    rotary: nn.Module
+    window: int | None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, width] after the layer. x: before it, of the tokens behind the prefix."""
+        start = 0 if self.keys is None else self.keys.shape[2]
+        positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        with one_thread():  # as in `activation_functions.py`
+            rope = self.rotary(x, position_ids=positions)
+        mask, cache = sliding_window_mask(x.shape[1], self.window, x.device, start), {}
+        if self.keys is not None and self.values is not None:
+            cache = {name_of_cache(module): _Prepend(self.keys.to(x.device), self.values.to(x.device))}
+        out: torch.Tensor = module(x, attention_mask=mask, position_ids=positions, position_embeddings=rope, **cache)
+        return out
+
+    def divide_values(self, factors: torch.Tensor) -> DecoderRun:
+        """The run for a layer whose v_proj was equalized. factors: divisors of its outputs, [kv_heads * head_dim]."""
+        if self.values is None:
+            return self
+        _, heads, _, width = self.values.shape
+        return replace(self, values=self.values / factors.reshape(1, heads, 1, width).to(self.values.device))
+
+
+def name_of_cache(layer: nn.Module) -> str:
+    """The argument by which a decoder layer takes its cache; transformers 5.24 began to rename it."""
+    return "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+
+
+class _Prepend:
+    """Stands in for transformers' cache: puts the prefix's keys and values before those of the batch, and stores nothing."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys, self._values = keys, values
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = (len(keys), -1, -1, -1)
+        return torch.cat([self._keys.expand(batch), keys], 2), torch.cat([self._values.expand(batch), values], 2)
+
+
+class _Record:
+    """Stands in for transformers' cache: keeps the keys and values of the last call, float32 [B, kv_heads, S, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def make_decoder_run(blocks: ModelBlocks, layer: int) -> DecoderRun:
+    """How the decoder layer with this number is run on what follows `blocks.prefix`."""
+    if blocks.prefix is None:
+        return DecoderRun(blocks.rotary, blocks.sliding_window)
+    keys, values = (torch.from_numpy(part[layer])[None] for part in (blocks.prefix.keys, blocks.prefix.values))
+    return DecoderRun(blocks.rotary, blocks.sliding_window, keys, values)
+
+
+def compute_prefix(blocks: ModelBlocks, source: TensorSource, token_ids: Sequence[int]) -> PrefixCache:
+    """Keys and values of these tokens in every decoder layer of the float model. Loads every layer once.
+
+    token_ids: without image tokens. Raises UserError naming the tensor that holds NaN or infinity.
+    """
+    sample = Sample(np.asarray(token_ids, np.int64), np.zeros((0, 3, 1, 1), np.float32), len(token_ids))
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+
+    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> list[torch.Tensor]:
+        record, (x,) = _Record(), inputs
+        with load_block(block, source) as module, torch.inference_mode():
+            outputs = [run(functools.partial(module, **{name_of_cache(module): record}), x)]  # type: ignore[arg-type]
+        for parts, tensor in ((keys, record.keys), (values, record.values)):
+            parts.append(tensor[0].clone().numpy())
+        return outputs
+
+    run_decoder_blocks(replace(blocks, prefix=None), source, [sample], [torch.zeros(0, 1)], step)
+    return PrefixCache(tuple(map(int, token_ids)), tuple(keys), tuple(values))
+
+
+def sliding_window_mask(
+    length: int, window: int | None, device: torch.device | None = None, start: int = 0
+) -> torch.Tensor | None:
+    """The mask of which positions attend to which, bool [1, 1, S, start + S]; None where the modules' own suffices.
+
+    length: S, of the queries. start: how many keys stand before those of the queries.
+    """
+    if not start and (window is None or length <= window):
         return None
-    positions = torch.arange(length, device=device)
-    age = positions[:, None] - positions[None]
-    return ((age >= 0) & (age < window))[None, None]
+    positions = torch.arange(start + length, device=device)
+    age = positions[start:, None] - positions[None]
+    return ((age >= 0) & (age < (window or start + length)))[None, None]
 
 
 def embed_tokens(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:

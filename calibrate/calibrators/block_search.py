@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear
-from qvlm_export.calibrate.blockwise.forward import Run
+from qvlm_export.calibrate.blockwise.forward import DecoderRun, Run
 from qvlm_export.calibrate.blockwise.job import non_finite_error
 from qvlm_export.calibrate.blockwise.shared_inputs import (
     SharedInput,
@@ -54,6 +54,8 @@ from qvlm_export.calibrate.rounding.output_hessian import error_directions, root
 from qvlm_export.calibrate.rounding.quantize_linears import WIDE_INPUT, LayerInputs, quantize_linears, select_rows
 
 MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
+VALUES = "self_attn.v_proj"  # whose outputs are in a key/value cache
+MIN_MEAN_SQUARE = 1e-12  # of a block's output at one token
 SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
 
@@ -152,6 +154,9 @@ class BlockSearch:
     ) -> list[torch.Tensor]:
         """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
         float_rows, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
+        if self.config.token_weighting == "output":
+            weights = weigh_by_output(float_outputs)
+            self.token_weights = dict.fromkeys(("", *(shared.linears[0] for shared in shared_inputs)), weights)
         for shared in shared_inputs:
             self._check_rows(shared, float_rows[shared], float_inputs)
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
@@ -185,6 +190,8 @@ class BlockSearch:
             return torch.ones(rows.shape[1], device=rows.device)
         if shared.preceding in block.output_hessians:
             block.output_hessians[shared.preceding] = scale_output_hessian(block.output_hessians[shared.preceding], factors)
+        if shared.preceding == VALUES and isinstance(self.run, DecoderRun):
+            self.run = self.run.divide_values(factors)
         return apply_equalization_(module, shared, factors, scheme.float_type)
 
     def _quantize_shared_input(
@@ -288,6 +295,17 @@ class BlockSearch:
         computed = [name for name in list_linears(block.rounded) if not is_cached(name, block.outputs)]
         self.forwards += share_of_weights(block.rounded, computed) * sum(len(x) for x in inputs)
         return outputs
+
+
+def weigh_by_output(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Token weights float32 [B, tokens] of every batch, of mean 1: one over the mean square of the block's output.
+
+    outputs: of the float block, batches float32 [B, tokens, width].
+    """
+    weights = [1 / y.square().mean(-1).clamp(min=MIN_MEAN_SQUARE) for y in outputs]
+    count = max(sum(w.numel() for w in weights), 1)
+    mean = sum(float(w.double().sum()) for w in weights) / count
+    return [w / mean for w in weights]
 
 
 def weighted_relative_error(

@@ -58,7 +58,7 @@ def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: Se
     It holds the tape, which is what flows between all blocks for some samples at a time, and the output Hessians of
     Kronecker-factored rounding, twice for a moment.
     """
-    if config is None or config.token_weighting == "plain":
+    if config is None or not config.needs_gradients():
         return 0
     values = blocks.text_width() * blocks.num_blocks() * sum(_measured_lengths(blocks, samples, config))
     all_blocks = blocks.all()
@@ -112,7 +112,7 @@ def estimate_calibration_cost(
     parts = [*((block, images) for block in vision), *((block, texts) for block in blocks.text_layers)]
     if config is not None:
         measured = Cost()
-        if config.token_weighting != "plain":
+        if config.needs_gradients():
             lengths = _measured_lengths(blocks, samples, config)
             in_memory = fits_in_memory(blocks, len(images), sum(lengths))
             measured = sum((count_backward(b, images, config, in_memory=in_memory) for b in vision), Cost())
@@ -123,7 +123,7 @@ def estimate_calibration_cost(
         if mixup_pairs := _mixup_pairs(blocks, samples, config):
             candidates = [len(pair.text.input_ids) for pair in mixup_pairs] * len(MIXING_SHARES)
             measured += count_forward(vision, images) + count_forward(blocks.text_layers, candidates)
-            if config.token_weighting != "plain":
+            if config.needs_gradients():
                 others = sum(len(samples[n].pixel_values) for n in {pair.other for pair in mixup_pairs})
                 measured += count_forward(vision, [patches] * others)
         methods = [config if block in blocks.text_layers else config.for_vision() for block, _ in parts]

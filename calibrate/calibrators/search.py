@@ -28,7 +28,7 @@ from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
 from qvlm_export.calibrate.blockwise.block_loader import CPU, move_tensors, open_block_loader
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
 from qvlm_export.calibrate.blockwise.blocks import Block, deterministic_threads, get_linear, load_finite
-from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.forward import EMBEDDING, DecoderRun, Run, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import (
     CalibrationJob,
     Progress,
@@ -78,7 +78,7 @@ def calibrate_search(
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
             check_outputs(block, inputs, numbers)  # catches what came before this block, such as a NaN in an image
             batches = batch_by_length(inputs[:half])
-            weights = {} if block_config.token_weighting == "plain" else sensitivity.token_weights
+            weights = {} if not block_config.needs_gradients() else sensitivity.token_weights
             others = random_texts if is_text else []
             token_weights = _select_token_weights(weights, block, batches, others, job.device)
             hessians = _select_inside(sensitivity.output_hessians, block) if block_config.needs_output_hessians() else {}
@@ -93,6 +93,8 @@ def calibrate_search(
             exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
             changed = _convert_to_stored_dtypes(search.float_tensors(), block, job)
             record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), baseline)
+        if isinstance(search.run, DecoderRun) and search.run.values is not None:
+            shards.set_values(block, search.run.values)
         stored = shards.store_outputs(block, [*exact, *rounded], numbers)
         shards.write(block, search.quantized_linears(), changed, outputs=stored, record=record)
         return stored
@@ -141,7 +143,7 @@ def _count_measure_units(config: SearchConfig, job: CalibrationJob) -> dict[str,
     count = job.blocks.num_blocks()
     return {
         "mixup": MEASURE_UNITS * count if config.mixup_prompts else 0,
-        "sensitivity": MEASURE_UNITS * count if config.token_weighting != "plain" else 0,
+        "sensitivity": MEASURE_UNITS * count if config.needs_gradients() else 0,
     }
 
 

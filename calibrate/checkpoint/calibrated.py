@@ -5,7 +5,8 @@ It is a Hugging Face folder that unmodified transformers can load. Linears of 3 
 activations are quantized. Quantized linears of tower and projector are stored in the dense format, float32 `weight` being
 code * scale: transformers decompresses the others when the model's own forward is called, which `generate` calls after it
 has run tower and projector. Float tensors are stored as in the source. `calibration.json` is this program's own record.
-Shards are written one block at a time and the index last, so a folder with an index is complete.
+Shards are written one block at a time and the index last, so a folder with an index is complete. `prefix.safetensors` holds
+keys and values of the tokens that all prompts begin with, where the model was calibrated behind them (`prefix.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from qvlm_export.calibrate.checkpoint.files import clear_leftovers, read_json, write_json, write_tensors
 from qvlm_export.calibrate.checkpoint.packing import pack_codes, unpack_codes
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, read_prefix, write_prefix
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE, SafetensorsSource
 from qvlm_export.calibrate.checkpoint.schema import check_schema, schema_of
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
@@ -29,6 +31,7 @@ from qvlm_export.calibrate.errors import UserError
 
 RECORD_FILE = "calibration.json"
 RECORD_VERSION = 1
+PREFIX_FILE = "prefix.safetensors"  # in the folder, where the model was calibrated behind a prefix
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ class CalibratedCheckpoint:
         bits = self.schemes[name].activation_bits
         return None if bits is None else (float(self.floats.load(f"{name}.input_scale")[0]), bits)
 
+    def read_prefix(self, shape: tuple[int, int, int]) -> PrefixCache | None:
+        """The prefix behind which the model was calibrated, None without one. shape: as for `prefix.read_prefix`."""
+        path = self.folder / PREFIX_FILE
+        return read_prefix(path, shape) if path.exists() else None
+
     def linear(self, name: str) -> QuantizedLinear:
         """The quantized linear `name`: scheme, codes and scales."""
         return QuantizedLinear(self.schemes[name], self.codes(name), self.scale(name), self.input_scale(name))
@@ -140,7 +148,8 @@ class CalibratedWriter:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX_FILE).unlink(missing_ok=True)
+        for name in (INDEX_FILE, PREFIX_FILE):
+            (folder / name).unlink(missing_ok=True)
         clear_leftovers(folder)
         self._folder = folder
         self._weight_map: dict[str, str] = {}
@@ -178,6 +187,10 @@ class CalibratedWriter:
         self._weight_map |= dict.fromkeys(names, file_name)
         self._linears |= schemes
         return names
+
+    def write_prefix(self, prefix: PrefixCache, float_type: str) -> None:
+        """Writes the prefix behind which the model is calibrated, values divided as v_proj was equalized."""
+        write_prefix(self._folder / PREFIX_FILE, prefix, float_type)
 
     def finish(self, config: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Writes config.json, the record and, last, the index.

@@ -24,10 +24,12 @@ InputRange = Literal["absmax", "output", "expected"]
 # nearest: round-to-nearest (RTN). gptq: by the input Hessian, that is by the error of the linear's output. kronecker: by
 # input and output Hessian (Kronecker-factored), that is by the error of the model's output (`kronecker_rounding.py`).
 Rounding = Literal["nearest", "gptq", "kronecker"]
-# The weight of a token's error (`sensitivity/measure.py`). plain: equal weights. logits, kl, kl+logits: by how much the
+# The weight of a token's error. plain: equal weights. output: one over the mean square of the block's output at the token,
+# which is what the next norm divides by, so that the error counts as a share of what it is added to. The others are measured
+# by gradients (`sensitivity/measure.py`). logits, kl, kl+logits: by how much the
 # error moves the logits of the answer tokens, their KL divergence, or both. modality: the mean of "logits" over the tokens
 # of its kind.
-TokenWeighting = Literal["plain", "modality", "logits", "kl", "kl+logits"]
+TokenWeighting = Literal["plain", "output", "modality", "logits", "kl", "kl+logits"]
 # The objective for vision tower and projector (Q-VLM, section 3.3). language: as for the decoder, the error of the language
 # model's output. own: the error of their own output, with equal token weights. none: they are rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
@@ -40,6 +42,7 @@ class LinearConfig:
     ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
     by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
     Hessian. It needs Kronecker-factored rounding ("kronecker"), without which there are no output Hessians.
+    damping: of GPTQ, relative to the mean diagonal of the input Hessian.
     """
 
     activation_ranges: InputRange = "output"
@@ -47,6 +50,7 @@ class LinearConfig:
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
     by_output: bool = True
+    damping: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class SearchConfig:
     def needs_output_hessians(self) -> bool:
         """Whether rounding uses the output Hessians of linears (Kronecker-factored rounding)."""
         return self.linear.rounding == "kronecker"
+
+    def needs_gradients(self) -> bool:
+        """Whether the weights of tokens, or rounding, need a backward pass through the float model."""
+        return self.token_weighting not in ("plain", "output")
 
     def by_output(self) -> bool:
         """Whether equalization and activation ranges weight each output by the diagonal of its output Hessian."""

@@ -141,7 +141,7 @@ def _quantize_same_bits(
         weights = dict(zip(weights, matched.split([len(w) for w in weights.values()]), strict=True))
         del joined, matched
     del quantized_rows
-    factor = factor_hessian(hessian) if config.rounding != "nearest" else None
+    factor = factor_hessian(hessian, config.damping) if config.rounding != "nearest" else None
     linears = {}
     for names in _join_for_rounding(weights, schemes, separate=config.rounding == "kronecker"):
         scheme, sizes = schemes[names[0]], [len(weights[name]) for name in names]

@@ -102,7 +102,7 @@ def measure_sensitivity(
     `tape.py`). With a work folder, a run that was interrupted continues where it stopped. progress: called with the share
     that is done, 0 to 1. Raises UserError naming the tensor, or the block and the sample, with NaN or infinite values.
     """
-    if config.token_weighting == "plain":
+    if not config.needs_gradients():
         return Sensitivity()
     parts = list(_split_into_parts(prompts, job.blocks))
     first, total = _load_total(job.work, len(parts))
@@ -170,7 +170,7 @@ def _part_name(number: int) -> str:
 def count_passes(job: CalibrationJob, prompts: Prompts, config: SearchConfig) -> tuple[int, int]:
     """How many forward passes and how many backward passes `measure_sensitivity` takes, of one prompt or image through one
     block each."""
-    if config.token_weighting == "plain":
+    if not config.needs_gradients():
         return 0, 0
     images, partners = (
         (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qvlm_export.calibrate.checkpoint.prefix import count_shared, put_first
 from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.manifest import Manifest
+from qvlm_export.engines.manifest import Manifest, open_prefix
 from qvlm_export.engines.runtime.float32_graph import read_graph, to_float32
 from qvlm_export.engines.runtime.onnx_runner import open_float32_session
 
@@ -72,20 +73,26 @@ def vision_feed(sample: Sample) -> dict[str, np.ndarray]:
 
 
 def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the inputs of the language graph for the prefill of a sample, with empty caches, in the engine's types.
+    """Returns the inputs of the language graph for the prefill of a sample, in the engine's types.
 
-    image_embeds: [n, hidden], the output of the vision graph, or the dummy row of `make_empty_image_embeds`.
+    Caches are empty but for the export's prefix, behind which the sample starts. image_embeds: [n, hidden], the output of
+    the vision graph, or the dummy row of `make_empty_image_embeds`.
     """
-    text, length = manifest.config.text, len(sample.input_ids)
+    text, length, prefix = manifest.config.text, len(sample.input_ids), open_prefix(manifest)
+    start = 0 if prefix is None else count_shared(prefix.token_ids, sample.input_ids)
     # Polygraphy saves numpy arrays, and numpy has no bfloat16.
     dtype = np.float16 if manifest.float_type == "float16" else np.float32
-    cache = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), dtype)
+    empty = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), dtype)
+    caches = [empty] * (2 * text.num_layers)
+    if prefix is not None and start:
+        caches = [put_first(empty.copy(), array) for array in prefix.arrays()]
+    names = [f"past_key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")]
     return {
-        "input_ids": sample.input_ids[None],
+        "input_ids": sample.input_ids[None, start:],
         "image_embeds": place_features(image_embeds, sample.placement).astype(dtype),
-        "position_ids": np.arange(length, dtype=np.int64)[None],
-        "write_index": np.zeros(1, np.int64),
-        **{f"past_key_values.{i}.{part}": cache for i in range(text.num_layers) for part in ("key", "value")},
+        "position_ids": np.arange(start, length, dtype=np.int64)[None],
+        "write_index": np.full(1, start, np.int64),
+        **dict(zip(names, caches, strict=True)),
     }
 
 
@@ -183,7 +190,7 @@ class RunnerPair:
             self._stack.close()
 
     def logits(self, sample: Sample) -> np.ndarray:
-        """Returns the logits of a sample at every position, float32 [S, vocab]."""
+        """Returns the logits of a sample at every position behind the prefix, float32 [S - p, vocab]."""
         embeds = make_empty_image_embeds(self._manifest)
         if len(sample.pixel_values):
             embeds = self._infer("vision", vision_feed(sample))

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, put_first
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import gpu_present
 from qvlm_export.engines.manifest import Manifest, verify_file
@@ -102,14 +103,17 @@ class OnnxRunner:
             embeds: np.ndarray = self._vision.run(["image_embeds"], {"pixel_values": pixels})[0]
         return embeds
 
-    def new_cache(self, batch: int) -> Cache:
-        """Returns empty caches, key and value of each layer: [batch, kv_heads, max_length, head_dim] in the graph's type."""
+    def new_cache(self, batch: int, prefix: PrefixCache | None = None) -> Cache:
+        """Returns caches, key and value of each layer: [batch, kv_heads, max_length, head_dim] in the graph's type.
+
+        They are empty but for the prefix's keys and values in the first slots.
+        """
         text, length = self._manifest.config.text, self._manifest.limits.max_length
         shape, dtype = (batch, text.num_kv_heads, length, text.head_dim), self._dtypes["past_key_values.0.key"]
         with _translate_errors(self.device):
-            return [
-                ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._memory, 0) for _ in range(2 * text.num_layers)
-            ]
+            arrays = (np.zeros(shape, dtype) for _ in range(2 * text.num_layers))
+            filled = arrays if prefix is None else map(put_first, arrays, prefix.arrays())
+            return [ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0) for array in filled]
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Cache

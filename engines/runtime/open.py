@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import gpu_present, install_hint
-from qvlm_export.engines.manifest import Manifest
+from qvlm_export.engines.manifest import Manifest, open_prefix
 from qvlm_export.engines.runtime.device import UnusableEngineError
 from qvlm_export.engines.runtime.session import Runner, Session
 from qvlm_export.engines.runtime.tensorrt_runner import MODULES, TensorRTRunner
@@ -44,11 +44,11 @@ def open_session(
 
     Raises UserError when the runtime cannot run here; with auto, the graph is used when the engine turns out not to run.
     """
-    machine = machine or Machine()
+    machine, prefix = machine or Machine(), open_prefix(manifest)
     name, why = choose_runtime(manifest, runtime, machine)
     if name != "onnxruntime":
         try:
-            return Session(manifest, machine.open_engine(manifest, name), why)
+            return Session(manifest, machine.open_engine(manifest, name), why, prefix)
         except UnusableEngineError as error:
             if runtime != "auto":
                 raise UserError(f"--runtime {runtime}: {error}; export again here, or use --runtime onnxruntime") from error
@@ -59,7 +59,8 @@ def open_session(
 
     cuda = None if runtime == "onnxruntime:cpu" else machine.cuda or Cuda(gpu=machine.gpu)
     runner, cuda_reason = open_runner(manifest, threads, fast, cuda)
-    return Session(manifest, runner, "; ".join(dict.fromkeys(reason for reason in (why, cuda_reason) if reason)))
+    why = "; ".join(dict.fromkeys(reason for reason in (why, cuda_reason) if reason))
+    return Session(manifest, runner, why, prefix)
 
 
 def choose_runtime(manifest: Manifest, requested: str, machine: Machine | None = None) -> tuple[str, str]:

@@ -6,6 +6,7 @@ before the runner writes into a cache.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,10 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, count_shared
 from qvlm_export.calibrate.checkpoint.samples import Placement, place_features
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.sampling import Sampling, pick_token
+
+
+class PrefixWarning(UserWarning):
+    """A prompt does not begin with the tokens that the export's prefix cache is for."""
 
 
 class ContextError(UserError):
@@ -36,8 +42,8 @@ class Runner(Protocol):
         """Returns image embeddings [n * tokens, hidden] of pixels float32 [n, 3, R, R]; one dummy row when n is 0."""
         ...
 
-    def new_cache(self, batch: int) -> Any:
-        """Returns an empty cache for `batch` sequences."""
+    def new_cache(self, batch: int, prefix: PrefixCache | None = None) -> Any:
+        """Returns a cache for `batch` sequences, empty but for the prefix's keys and values in the first slots of each."""
         ...
 
     def step(self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Any) -> np.ndarray:
@@ -69,13 +75,15 @@ class Sequences:
 class Session:
     """Runs a model through one runner, which is closed at the end of the context.
 
-    why: the reason why this runner was chosen, to be printed.
+    why: the reason why this runner was chosen, to be printed. prefix: keys and values of the tokens that prompts begin with;
+    a prompt starts behind those that it shares with them, and computes all its tokens where it shares none.
     """
 
-    def __init__(self, manifest: Manifest, runner: Runner, why: str = "") -> None:
+    def __init__(self, manifest: Manifest, runner: Runner, why: str = "", prefix: PrefixCache | None = None) -> None:
         self.manifest = manifest
         self.runner = runner
         self.why = why
+        self.prefix = prefix
 
     def __enter__(self) -> Session:
         return self
@@ -93,6 +101,7 @@ class Session:
     ) -> np.ndarray:
         """Returns the logits at every position, float32 [1, S, vocab].
 
+        Those of the prefix's tokens are computed without the prefix, as a cache of keys and values holds no logits.
         input_ids: int64 [1, S]. pixel_values: float32 [n, 3, R, R], images or tiles. placement: for models with tiles, which
         features each image token is made of. require_finite: False for a caller that counts NaN and infinite logits itself.
         Raises UserError when the inputs do not fit together or into the engine, and for logits that are not finite.
@@ -100,7 +109,11 @@ class Session:
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        logits = self._feed(self._make_sequences(1), [ids[0]], pixel_values, placement)
+        sequences, behind = self._begin([ids[0]])
+        logits = self._feed(sequences, behind, pixel_values, placement)
+        if shared := int(sequences.cached[0]):
+            alone = Sequences([[]], np.zeros(1, np.int64), self.runner.new_cache(1))
+            logits = np.concatenate([self._feed(alone, [ids[0, :shared]], None, None), logits], axis=1)
         if require_finite:
             self._check_finite(logits[0])
         return logits
@@ -118,8 +131,8 @@ class Session:
         """
         if len(prompts) > self.manifest.limits.max_batch:
             raise UserError(f"{len(prompts)} prompts at once, the engine was built for {self.manifest.limits.max_batch}")
-        sequences = self._make_sequences(len(prompts))
-        self.extend(sequences, prompts, pixel_values, placement)
+        sequences, behind = self._begin(prompts)
+        self.extend(sequences, behind, pixel_values, placement)
         return sequences
 
     def extend(
@@ -189,8 +202,27 @@ class Session:
                 "--per-layer shows where; export with another --dtype, or take another checkpoint"
             )
 
-    def _make_sequences(self, batch: int) -> Sequences:
-        return Sequences([[] for _ in range(batch)], np.zeros(batch, np.int64), self.runner.new_cache(batch))
+    def _begin(self, prompts: Sequence[np.ndarray]) -> tuple[Sequences, list[np.ndarray]]:
+        """Returns sequences that hold what each prompt shares with the prefix, and the rest of each prompt.
+
+        Where a prompt is shorter than the prefix or goes on otherwise, the slots behind what it shares are written again
+        before any query attends to them.
+        """
+        prefix = self.prefix
+        if prefix is None:
+            empty: list[list[int]] = [[] for _ in prompts]
+            return Sequences(empty, np.zeros(len(prompts), np.int64), self.runner.new_cache(len(prompts))), list(prompts)
+        shared = [count_shared(prefix.token_ids, prompt) for prompt in prompts]
+        if not all(shared) and any(len(prompt) for prompt in prompts):
+            warnings.warn(
+                f"a prompt does not begin with the {len(prefix)} tokens behind which the model was calibrated, so its "
+                "answer may lose accuracy; use the model's chat template",
+                PrefixWarning,
+                stacklevel=4,
+            )
+        cache = self.runner.new_cache(len(prompts), prefix if any(shared) else None)
+        begun = [list(prefix.token_ids[:count]) for count in shared]
+        return Sequences(begun, np.array(shared, np.int64), cache), [p[n:] for p, n in zip(prompts, shared, strict=True)]
 
     def _feed(
         self,

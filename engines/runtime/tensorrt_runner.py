@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import make_log
 from qvlm_export.engines.manifest import Manifest, verify_file
@@ -115,6 +116,13 @@ class Cache:
         for name in (f"key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")):
             self.address[name] = device.allocate(count_bytes)
 
+    def upload(self, address: int, first: np.ndarray) -> None:
+        """Copies `first` [kv_heads, p, head_dim] into the first slots of every sequence of the cache at `address`."""
+        batch, heads, length, width = self.shape
+        stride = length * width * first.itemsize  # bytes between two heads, and between the last of a sequence and the next
+        for number in range(batch * heads):
+            self._device.upload(address + number * stride, first[number % heads])
+
     def __del__(self) -> None:
         for address in self.address.values():
             if self._device.holds(address):
@@ -154,9 +162,15 @@ class TensorRTRunner:
             return np.zeros((1, self._manifest.config.text.hidden_size), self._vision.dtype("image_embeds"))
         return self._vision.run({"pixel_values": pixel_values}, {}, "image_embeds")
 
-    def new_cache(self, batch: int) -> Cache:
-        """Returns an empty cache for `batch` sequences."""
-        return Cache(self._device, self._manifest, self._language.dtype("past_key_values.0.key"), batch)
+    def new_cache(self, batch: int, prefix: PrefixCache | None = None) -> Cache:
+        """Returns a cache for `batch` sequences, empty but for the prefix's keys and values in the first slots of each."""
+        dtype = self._language.dtype("past_key_values.0.key")
+        cache = Cache(self._device, self._manifest, dtype, batch)
+        if prefix is not None:
+            for address, array in zip(cache.address.values(), prefix.arrays(), strict=True):
+                cache.upload(address, array.astype(dtype))
+            self._device.synchronize()  # until then the arrays are needed
+        return cache
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: Cache

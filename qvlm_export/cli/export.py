@@ -82,6 +82,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float type of the engines: float16, or bfloat16 for its range")] = "float16",
+    prefix: Annotated[str, typer.Option(help="first tokens, common to all prompts, that stay float: auto, N or 0")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (handled by the callback)
@@ -110,6 +111,7 @@ def main(
             memory=memory,
             device=device,
             dtype=dtype,
+            prefix=prefix,
             overwrite=overwrite,
         )
         _export(options, dry_run, as_json)

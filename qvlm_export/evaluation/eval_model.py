@@ -219,7 +219,8 @@ def _open_fake_quant_model(model: CalibratedModel, eval_model: EvalModel, device
     else:
         end_tokens = tuple(eval_model.manifest.generation.get("eos_token_ids", ()))
     manifest = _make_manifest(calibrated.folder, config, batch, device, end_tokens)
-    return LoadedModel(Session(manifest, runner, "the calibrated checkpoint"), processor)
+    prefix = calibrated.read_prefix((config.text.num_layers, config.text.num_kv_heads, config.text.head_dim))
+    return LoadedModel(Session(manifest, runner, "the calibrated checkpoint", prefix), processor)
 
 
 def _load_checked_processor(folder: Path, config: ModelConfig) -> Any:

@@ -21,8 +21,10 @@ from qvlm_export.calibrate.blockwise.forward import (
     NEWLINE,
     LanguageHead,
     Run,
+    name_of_cache,
     run_vision_blocks,
 )
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
@@ -43,10 +45,11 @@ class SlotCache:
     slots: int64 [B, S], where the tokens of the current pass are written. length: used slots of the longest sequence.
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+        """layers: keys and values of the first slots, by layer; None for an empty cache."""
+        self._layers = dict(layers or {})
         self.slots = torch.zeros((0, 0), dtype=torch.int64)
-        self.length = 0
+        self.length = self._layers[0][0].shape[2] if self._layers else 0
 
     def begin(self, slots: torch.Tensor) -> None:
         """Sets the slots int64 [B, S] that the next pass writes."""
@@ -126,9 +129,12 @@ class TorchRunner:
         rows = features.float().cpu().numpy()
         return rows if self._newline is None else np.concatenate([rows, self._newline])
 
-    def new_cache(self, batch: int) -> SlotCache:  # noqa: ARG002
-        """Returns an empty cache, which takes the batch size of the first pass."""
-        return SlotCache()
+    def new_cache(self, batch: int, prefix: PrefixCache | None = None) -> SlotCache:
+        """Returns a cache, empty but for the prefix's keys and values in the first slots of each sequence."""
+        if prefix is None:
+            return SlotCache()
+        arrays = [torch.from_numpy(array).to(self.device, self._dtype).repeat(batch, 1, 1, 1) for array in prefix.arrays()]
+        return SlotCache(dict(enumerate(zip(arrays[::2], arrays[1::2], strict=True))))
 
     def step(
         self, ids: np.ndarray, embeds: np.ndarray, positions: np.ndarray, index: np.ndarray, cache: SlotCache
@@ -149,9 +155,8 @@ class TorchRunner:
             window = self._blocks.sliding_window or cache.length
             mask = (distance >= 0) & (distance < window)  # [B, 1, S, slots], True where a token attends to a slot
             for block in self._blocks.text_layers:
-                x = block.module(
-                    x, attention_mask=mask, position_ids=position_ids, past_key_values=cache, position_embeddings=rope
-                )
+                named = {name_of_cache(block.module): cache}
+                x = block.module(x, attention_mask=mask, position_ids=position_ids, position_embeddings=rope, **named)
             return self._head.logits(x).float().cpu().numpy()
 
     def _embed(self, tokens: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ from qvlm_export.pipeline.preparation.outputs import (
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import Move, publish
-from qvlm_export.pipeline.stages import build, calibrate, stage_key, write_graphs
+from qvlm_export.pipeline.stages import build, calibrate, copy_prefix, stage_key, write_graphs
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
@@ -80,7 +80,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     prepared = prepare_export(options)
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(
-            prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device
+            prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device, prefix=prepared.prefix
         )
         key = stage_key(prepared, fingerprint, PARTS[-1], "build")
         finished = read_finished_export(work, key) if options.resume else None
@@ -103,6 +103,7 @@ def _run_stages(
     calibrated = calibrate(prepared, work, reporter)
     if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
         prepared.processor.save_pretrained(calibrated.folder)
+        copy_prefix(prepared, calibrated, work)
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:
         reports, checks = build(prepared, work, fingerprint, reporter)

@@ -28,7 +28,13 @@ SPOTS, SPOT_BYTES = 512, 16 * 2**10
 
 
 def work_fingerprint(
-    checkpoint: Checkpoint, linears: Mapping[str, LinearScheme], samples: Sequence[Sample], effort: str, device: str
+    checkpoint: Checkpoint,
+    linears: Mapping[str, LinearScheme],
+    samples: Sequence[Sample],
+    effort: str,
+    device: str,
+    *,
+    prefix: Sequence[int] = (),
 ) -> dict[str, str]:
     """Returns a digest, or plain text, of everything that the result of calibration depends on.
 
@@ -48,6 +54,7 @@ def work_fingerprint(
         parts["the set of samples"] = samples_digest(samples)
         parts["--effort"] = digest([effort, repr(EFFORTS[effort].config)])
         parts["--device"] = device
+        parts["--prefix"] = digest(list(prefix))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return parts | {f"the version of {name}": v for name, v in {"python": platform.python_version(), **versions}.items()}
 

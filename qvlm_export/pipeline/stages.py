@@ -5,19 +5,22 @@ Each stage reads files and writes files. What an interrupted export completed is
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from qvlm_export.calibrate.blockwise.blocks import deterministic_threads
+from qvlm_export.calibrate.blockwise.forward import compute_prefix
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork
 from qvlm_export.calibrate.calibrators.cost import is_narrow
 from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
-from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
+from qvlm_export.calibrate.checkpoint.calibrated import PREFIX_FILE, CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
@@ -28,6 +31,7 @@ from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
+from qvlm_export.inputs.prefix import describe_prefix
 from qvlm_export.pipeline.fingerprint import digest
 from qvlm_export.pipeline.preparation.outputs import file_names
 from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part
@@ -72,16 +76,27 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
         state = CalibrationWork(work.state, narrow=narrow, memory_bytes=prepared.activations_bytes)
+        blocks = prepared.blocks
+        if prepared.prefix:
+            with deterministic_threads(blocks):
+                blocks = replace(blocks, prefix=compute_prefix(blocks, checkpoint.source, prepared.prefix))
         job = CalibrationJob(
-            prepared.blocks, checkpoint.source, prepared.linears, prepared.samples, state, torch.device(prepared.device)
+            blocks, checkpoint.source, prepared.linears, prepared.samples, state, torch.device(prepared.device)
         )
         if finished := work.count_finished_blocks():
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         summary |= {"largest_activations": ranges} if ranges else {}
+        summary |= {"prefix": describe_prefix(prepared.processor, prepared.prefix)} if prepared.prefix else {}
         writer.finish(_name_float_type(checkpoint.config_json, options.dtype), summary)
     return CalibratedCheckpoint(folder)
+
+
+def copy_prefix(prepared: PreparedExport, calibrated: CalibratedCheckpoint, work: WorkFolder) -> None:
+    """Puts the prefix of the calibrated checkpoint, if it has one, beside the graphs, for sessions."""
+    if prepared.prefix:
+        shutil.copyfile(calibrated.folder / PREFIX_FILE, work.staging / file_names(prepared.options.out)["prefix"])
 
 
 def _name_float_type(config_json: dict[str, Any], float_type: str) -> dict[str, Any]:

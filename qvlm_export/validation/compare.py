@@ -20,6 +20,7 @@ import torch
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.forward import Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.calibrate.checkpoint.prefix import count_shared, cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
@@ -41,7 +42,7 @@ from qvlm_export.engines.check.polygraphy import (
     make_empty_image_embeds,
     vision_feed,
 )
-from qvlm_export.engines.manifest import Manifest, verify_file
+from qvlm_export.engines.manifest import Manifest, open_prefix, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session, embed_tiles
 from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH
@@ -131,8 +132,7 @@ def _measure_own_forward(job: ComparisonJob, blocks: ModelBlocks, reference: Ref
     """
     number = max(range(len(job.samples)), key=lambda n: len(job.samples[n].input_ids))
     source, expected = job.checkpoint.source, reference.logits(number)
-    one = replace(job, inputs=[job.inputs[number]])
-    logits = _run_in_torch(one, blocks, source, float_step(source))(0)
+    logits = _run_in_torch(job, [job.samples[number]], (blocks, source, float_step(source)))(0)
     return float(np.linalg.norm(logits - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
@@ -143,7 +143,13 @@ def _run_fake_quant(
     outputs: dict[str, np.ndarray],
     progress: Callable[[float], None],
 ) -> ModelRun:
-    """Runs the calibrated checkpoint; writes the outputs of all blocks on the traced sample to `outputs`."""
+    """Runs the calibrated checkpoint; writes the outputs of all blocks on the traced sample to `outputs`.
+
+    Logits and outputs in the decoder are those behind the prefix, if there is one.
+    """
+    text = job.manifest.config.text
+    prefix = calibrated.read_prefix((text.num_layers, text.num_kv_heads, text.head_dim))
+    samples = job.samples if prefix is None else cut_prefix(job.samples, prefix.token_ids)
     traced, done = find_traced_sample(job.samples), itertools.count(1)
 
     def record(block: str, batches: Sequence[torch.Tensor]) -> None:
@@ -156,7 +162,8 @@ def _run_fake_quant(
     float_type = job.manifest.float_type
     dequantized = DequantizedSource(calibrated, float_type)
     step = record_outputs(fake_quantized_step(calibrated, dequantized), record)
-    return ModelRun(FAKE_QUANT, _run_in_torch(job, round_rotary_tables(blocks, float_type), dequantized, step))
+    rounded = replace(round_rotary_tables(blocks, float_type), prefix=prefix)
+    return ModelRun(FAKE_QUANT, _run_in_torch(job, samples, (rounded, dequantized, step)))
 
 
 def find_traced_sample(samples: Sequence[Sample]) -> int:
@@ -164,10 +171,13 @@ def find_traced_sample(samples: Sequence[Sample]) -> int:
     return next((number for number, sample in enumerate(samples) if len(sample.pixel_values)), 0)
 
 
-def _run_in_torch(job: ComparisonJob, blocks: ModelBlocks, source: TensorSource, step: Step) -> Callable[[int], np.ndarray]:
-    """Runs all samples through the blocks and returns a function: index of a sample -> logits, float32 [S, vocab]."""
-    features = run_vision_blocks(blocks, source, job.samples, step)
-    hidden = run_decoder_blocks(blocks, source, job.samples, features, step)
+def _run_in_torch(
+    job: ComparisonJob, samples: Sequence[Sample], model: tuple[ModelBlocks, TensorSource, Step]
+) -> Callable[[int], np.ndarray]:
+    """Runs samples through the model's blocks; returns a function: index of a sample -> logits, float32 [S, vocab]."""
+    blocks, source, step = model
+    features = run_vision_blocks(blocks, source, samples, step)
+    hidden = run_decoder_blocks(blocks, source, samples, features, step)
     head = load_head(source, job.checkpoint.config.text.rms_norm_eps)
     return lambda number: head.logits(hidden[number][0]).numpy()
 
@@ -219,15 +229,20 @@ def _open_engine_run(manifest: Manifest, samples: Sequence[Sample], stack: ExitS
 
 
 def _compare_runs(job: ComparisonJob, runs: Sequence[ModelRun], progress: Callable[[float], None]) -> list[Comparison]:
-    """Compares every form that runs with the float checkpoint and with the form before it, sample by sample."""
+    """Compares every form that runs with the float checkpoint and with the form before it, sample by sample.
+
+    Tokens of the export's prefix are left out: their logits are not computed in use, as their keys and values are known.
+    """
+    prefix = open_prefix(job.manifest)
     sums: dict[tuple[str, str], dict[str, Sums]] = {}
     for number, sample in enumerate(job.samples):
-        by_kind = token_kind_masks(sample, job.manifest.config.image_token_id)
+        start = 0 if prefix is None else count_shared(prefix.token_ids, sample.input_ids)
+        by_kind = {kind: m[start:] for kind, m in token_kind_masks(sample, job.manifest.config.image_token_id).items()}
         references: list[tuple[str, np.ndarray]] = []  # the first form and the previous one, with their logits
         for run in runs:
             if run.logits is None:
                 continue
-            logits = run.logits(number)
+            logits = run.logits(number)[start - len(sample.input_ids) :]  # some forms give those of the prefix, too
             for name, reference in dict([*references[:1], *references[-1:]]).items():
                 kind_sums = sums.setdefault((run.name, name), dict.fromkeys(TOKEN_KINDS, Sums()))
                 for kind, mask in by_kind.items():
@@ -264,4 +279,5 @@ def _score_layers(traces: Traces) -> Iterator[LayerScore]:
     for block, fake_quant in traces[FAKE_QUANT].items():
         graph = traces[GRAPH].get(block)
         graph_sqnr_db = None if graph is None else sqnr_db(fake_quant, graph)
-        yield LayerScore(block, sqnr_db(traces[FLOAT][block], fake_quant), graph_sqnr_db)
+        behind_prefix = traces[FLOAT][block][-len(fake_quant) :]
+        yield LayerScore(block, sqnr_db(behind_prefix, fake_quant), graph_sqnr_db)

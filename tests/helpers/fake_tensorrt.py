@@ -19,21 +19,26 @@ class Validity(IntEnum):
 
 
 class FakeDevice:
-    """Device memory as a dictionary, address -> bytes. `unfreed`: addresses that were not freed."""
+    """Device memory as a dictionary, address -> bytes. `unfreed`: addresses that were not freed.
+
+    uploads: address -> the array that was last copied there.
+    """
 
     stream = 7
 
     def __init__(self):
         self.memory, self.next, self.closed = {}, 1000, False
+        self.uploads = {}
 
     @property
     def unfreed(self):
         return sorted(self.memory)
 
     def allocate(self, count_bytes):
-        self.next += 1000
-        self.memory[self.next] = count_bytes
-        return self.next
+        address = self.next = self.next + 1000
+        self.memory[address] = count_bytes
+        self.next += count_bytes
+        return address
 
     def holds(self, pointer):
         return pointer in self.memory
@@ -42,7 +47,10 @@ class FakeDevice:
         del self.memory[pointer]
 
     def upload(self, pointer, array):
-        assert self.memory[pointer] >= array.nbytes
+        base = max(address for address in self.memory if address <= pointer)
+        assert pointer + array.nbytes <= base + self.memory[base]
+        assert array.flags.c_contiguous
+        self.uploads[pointer] = array.copy()
 
     def download(self, array, pointer):
         assert self.memory[pointer] >= array.nbytes

@@ -34,6 +34,7 @@ def file_names(out: Path) -> dict[str, str]:
         "language_data": f"{stem}.onnx.data",
         "vision_onnx": f"{stem}.vision.onnx",
         "vision_data": f"{stem}.vision.onnx.data",
+        "prefix": f"{stem}.prefix.safetensors",
         "report": f"{stem}.report.html",
     }
 

@@ -17,6 +17,7 @@ from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
 from qvlm_export.calibrate.calibrators.block_cost import Cost
 from qvlm_export.calibrate.calibrators.cost import activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
+from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearScheme
 from qvlm_export.calibrate.errors import UserError
@@ -29,6 +30,7 @@ from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
 from qvlm_export.inference.torch_runner import check_device
+from qvlm_export.inputs.prefix import AUTO, choose_prefix, parse_prefix
 from qvlm_export.inputs.samples import (
     check_processor,
     check_saved_processor,
@@ -66,8 +68,9 @@ class ExportOptions:
     """The options of `qvlm-export`, under the names of the command line.
 
     None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
-    device: where calibration computes. dtype: float type of the graphs. overwrite: whether files that this export did not
-    write may be replaced.
+    device: where calibration computes. dtype: float type of the graphs. prefix: how many of the tokens that all prompts
+    begin with are computed once, "auto" for all of them. overwrite: whether files that this export did not write may be
+    replaced.
     """
 
     model: str
@@ -87,6 +90,7 @@ class ExportOptions:
     memory: float | None = None
     device: str = "cpu"
     dtype: str = FLOAT16
+    prefix: str = AUTO
     overwrite: bool = False
 
 
@@ -96,10 +100,10 @@ class PreparedExport:
 
     processor: the processor of transformers. linears: the quantized linears with their schemes. sizes: of the weights, by
     part. disk_bytes: the most that is on disk at a time, without the Hub's cache. download_bytes: of weights that the cache
-    lacks. samples: the calibration set; empty when no linear is quantized. range_samples: a few to run before all else, to
-    see whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of
-    calibration. activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in
-    memory.
+    lacks. prefix: the tokens that all prompts begin with, which are not quantized; empty for none. samples: the calibration
+    set, behind the prefix; empty when no linear is quantized. range_samples: a few whole ones to run before all else, to see
+    whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of calibration.
+    activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in memory.
     """
 
     options: ExportOptions
@@ -117,6 +121,7 @@ class PreparedExport:
     cost: Cost
     activations_bytes: int
     device: str
+    prefix: tuple[int, ...] = ()
     range_samples: tuple[Sample, ...] = ()
 
 
@@ -140,7 +145,9 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
     check_saved_processor(processor, checkpoint.config, checkpoint.folder)
-    samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
+    whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
+    prefix = choose_prefix(options.prefix, processor, checkpoint.config) if linears else ()
+    samples = tuple(cut_prefix(whole_samples, prefix))
     config, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):
         _refuse_text_only(options, find_linear_needing_images(blocks, linears, searched=config is not None))
@@ -177,7 +184,8 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
-        range_samples=_select_range_samples(options, checkpoint, samples, processor, limits),
+        prefix=prefix,
+        range_samples=_select_range_samples(options, checkpoint, whole_samples, processor, limits),
     )
 
 
@@ -193,6 +201,7 @@ def _check_options(options: ExportOptions) -> None:
     for name, count in (("--max-batch", options.max_batch), ("--samples", options.samples)):
         if count is not None and count < 1:
             raise UserError(f"{name} {count}: must be at least 1")
+    parse_prefix(options.prefix)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype}: unknown; choose one of {', '.join(DTYPES)}")
     if options.effort not in EFFORTS:

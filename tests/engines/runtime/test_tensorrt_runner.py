@@ -11,6 +11,7 @@ import pytest
 from fake_tensorrt import CAPABILITY, VERSION, FakeDevice, FakeTensorRT, Validity
 from small_export import open_small
 
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.config import Limits
 from qvlm_export.engines.manifest import Manifest, describe_file
@@ -276,3 +277,23 @@ def test_the_real_tensorrt_rtx_refuses_other_bytes_and_prints_nothing(manifest, 
     assert message == f"--runtime tensorrt-rtx: vision.plan: TensorRT-RTX does not take it for an engine{REMEDY}"
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_prefix_is_copied_into_the_first_slots_of_every_sequence(manifest):
+    text, tokens = manifest.config.text, 3
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((text.num_kv_heads, tokens, text.head_dim)).astype(np.float32) for _ in range(2)]
+    prefix = PrefixCache((5, 6, 7), (arrays[0],) * text.num_layers, (arrays[1],) * text.num_layers)
+    device = FakeDevice()
+    runner = open_engine(FakeTensorRT(manifest.config, PLANS), device)(manifest, "tensorrt-rtx")
+    cache = runner.new_cache(2, prefix)
+    slot = text.head_dim * 2  # bytes, in float16
+    for name, address in cache.address.items():
+        expected = arrays[name.endswith("value")].astype(np.float16)
+        for row in range(2):
+            for head in range(text.num_kv_heads):
+                place = address + (row * text.num_kv_heads + head) * LIMITS.max_length * slot
+                np.testing.assert_array_equal(device.uploads[place], expected[head])
+    del cache
+    runner.close()
+    assert device.unfreed == []
