@@ -9,7 +9,7 @@ import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.quantization.token_kinds import TokenLabel, label_tokens
+from qvlm_export.calibrate.quantization.tokens import TokenLabel, label_tokens
 
 # prompts[i] holds the prompts about the images of sample i; the first of them is sample i itself.
 Prompts = Sequence[Sequence[Sample]]

@@ -20,6 +20,8 @@ from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, check_
 from qvlm_export.calibrate.blockwise.resume import FinishedBlock
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, QuantizedLinear
 
+FALLBACKS = "fallbacks"  # key of a block's record: linears whose input stays float although their scheme quantizes it
+
 
 class BlockWriter:
     """Writes one shard for each block, reports progress, and copies at the end the tensors that are in no block.
@@ -37,7 +39,11 @@ class BlockWriter:
         blocks = {b.prefix: b for b in job.blocks.all()}
         for entry in () if job.work is None else job.work.entries:
             block = blocks[entry.name]
-            schemes = {f"{block.prefix}.{name}": scheme for name, scheme in job.block_schemes(block).items()}
+            fallbacks = entry.record.get(FALLBACKS, ())
+            schemes = {
+                f"{block.prefix}.{name}": replace(scheme, activation_bits=None) if name in fallbacks else scheme
+                for name, scheme in job.block_schemes(block).items()
+            }
             writer.adopt_shard(entry.shard, schemes)
             self._load_values(block)
             self._add_finished(block, entry.record)
@@ -48,11 +54,7 @@ class BlockWriter:
         if layer is not None and self._job.work is not None and (saved := self._job.work.load(_values_name(layer))):
             self._values[layer] = saved["values"][0].numpy()
 
-    def set_values(self, block: Block, values: torch.Tensor) -> None:
-        """Notes the prefix's values in a block whose v_proj was equalized, before the block is finished.
-
-        values: float32 [1, kv_heads, p, head_dim].
-        """
+    def _set_values(self, block: Block, values: torch.Tensor) -> None:
         layer = self._job.blocks.layer_number(block)
         if layer is None:
             raise ValueError(f"{block.prefix} is no decoder layer")
@@ -95,13 +97,18 @@ class BlockWriter:
         *,
         outputs: CachedActivations | Sequence[torch.Tensor] = (),
         record: Mapping[str, Any] | None = None,
+        prefix_values: torch.Tensor | None = None,
     ) -> None:
         """Writes a finished block's shard and notes the block as finished.
 
         linears: by name inside the block. changed: float tensors that differ from the source (equalized norms, biases), by
         name inside the block. outputs: as `store_outputs` returned them; empty when no later block needs them. record: for
-        the calibration record. Raises UserError naming the float tensor that holds NaN or infinity.
+        the calibration record. prefix_values: those of a decoder layer whose v_proj was equalized, float32
+        [1, kv_heads, p, head_dim]; None where they did not change. Raises UserError naming the float tensor that holds NaN
+        or infinity.
         """
+        if prefix_values is not None:
+            self._set_values(block, prefix_values)
         self.mark_finished(block, self.write_shard(block, linears, changed), outputs, record)
 
     def write_shard(

@@ -179,10 +179,16 @@ def make_decoder_run(blocks: ModelBlocks, layer: int) -> DecoderRun:
     return DecoderRun(blocks.rotary, blocks.sliding_window, keys, values)
 
 
-def compute_prefix(blocks: ModelBlocks, source: TensorSource, token_ids: Sequence[int]) -> PrefixCache:
+def compute_prefix(
+    blocks: ModelBlocks,
+    source: TensorSource,
+    token_ids: Sequence[int],
+    observe: Callable[[str, torch.Tensor], object] = lambda *_: None,
+) -> PrefixCache:
     """Keys and values of these tokens in every decoder layer of the float model. Loads every layer once.
 
-    token_ids: without image tokens. Raises UserError naming the tensor that holds NaN or infinity.
+    token_ids: without image tokens. observe: called with the name and the output [1, p, width] of every layer. Raises
+    UserError naming the tensor that holds NaN or infinity.
     """
     sample = Sample(np.asarray(token_ids, np.int64), np.zeros((0, 3, 1, 1), np.float32), len(token_ids))
     keys: list[np.ndarray] = []
@@ -192,6 +198,7 @@ def compute_prefix(blocks: ModelBlocks, source: TensorSource, token_ids: Sequenc
         record, (x,) = _Record(), inputs
         with load_block(block, source) as module, torch.inference_mode():
             outputs = [run(functools.partial(module, **{name_of_cache(module): record}), x)]  # type: ignore[arg-type]
+        observe(block.prefix, outputs[0])
         for parts, tensor in ((keys, record.keys), (values, record.values)):
             parts.append(tensor[0].clone().numpy())
         return outputs

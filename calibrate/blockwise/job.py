@@ -26,7 +26,8 @@ class CalibrationJob:
 
     source: the model's tensors. schemes: of each linear that is quantized, by canonical name. samples: the calibration set.
     work: the work folder, from which an interrupted run continues; None for a run that does not resume. device: where blocks
-    compute; activations between blocks are in host memory.
+    compute; activations between blocks are in host memory. strict: whether all linears keep their schemes, even W8A8 where 8
+    bits cannot hold the input.
     """
 
     blocks: ModelBlocks
@@ -35,6 +36,7 @@ class CalibrationJob:
     samples: Sequence[Sample]
     work: CalibrationWork | None = None
     device: torch.device = CPU
+    strict: bool = False
 
     @property
     def float_type(self) -> str:

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ from qvlm_export.calibrate.calibrators.partial_forward import (
     run_until,
     split_rows,
 )
-from qvlm_export.calibrate.calibrators.quantized_block import QuantizedBlock
+from qvlm_export.calibrate.calibrators.quantized_block import Probe, QuantizedBlock
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, LinearScheme
 from qvlm_export.calibrate.numerics.matmul import apply_linear, matmul
@@ -49,13 +49,23 @@ from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.equalize import apply_equalization_, choose_factors, gather_inputs
 from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, squared_sum
+from qvlm_export.calibrate.quantization.tokens import weigh_by_output
 from qvlm_export.calibrate.rounding.learned_rounding import Learned, learn_block, make_learning_batches
 from qvlm_export.calibrate.rounding.output_hessian import error_directions, root_output_importance, scale_output_hessian
-from qvlm_export.calibrate.rounding.quantize_linears import WIDE_INPUT, LayerInputs, quantize_linears, select_rows
+from qvlm_export.calibrate.rounding.quantize_linears import (
+    WIDE_INPUT,
+    LayerInputs,
+    choose_input_scale,
+    quantize_linears,
+    select_rows,
+)
 
 MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
 VALUES = "self_attn.v_proj"  # whose outputs are in a key/value cache
-MIN_MEAN_SQUARE = 1e-12  # of a block's output at one token
+# What rounding a shared input to 8 bits may add to the block's output, as a share of its squared norm. Beyond it
+# the input stays float; the weight takes the same bytes, but its product is one of float16.
+MAX_ACTIVATION_ERROR = 1e-4
+PROBED_ROWS = 512  # input rows on which the rounding error of a shared input is measured
 SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
 
@@ -71,7 +81,12 @@ class BlockSearch:
     labels: int64 [B, tokens] of every batch, TokenLabel values, for the record; None where all tokens are of one kind.
     output_hessians: by linear, and under "" for the block's output; needed for Kronecker-factored rounding.
     prefix: canonical name of the block in the model, for error messages.
+    strict: whether linears keep their schemes even where 8 bits cannot hold their input.
     largest_activations: as from `observe_magnitudes`, in the float block and in the quantized one.
+    output_weights: of all tokens, as `weigh_by_output` gives them, float32 [tokens]. output_energy: squared norm of the
+    float block's output with these weights; the unit of `activation_errors`.
+    activation_errors: by linear, what rounding its shared input to 8 bits adds to the block's output, as a share of its
+    squared norm.
     quantized, learned: what `search` found; None before, where nothing is quantized, or where no rounding is learned.
     """
 
@@ -84,9 +99,13 @@ class BlockSearch:
     labels: Sequence[torch.Tensor] | None = None
     output_hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
     prefix: str = ""
+    strict: bool = False
     forwards: float = 0
     backwards: int = 0
     largest_activations: Mapping[str, float] = field(default_factory=dict)
+    output_weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    output_energy: float = 0.0
+    activation_errors: dict[str, float] = field(default_factory=dict)
     quantized: QuantizedBlock | None = None
     learned: Learned | None = None
 
@@ -134,9 +153,17 @@ class BlockSearch:
         self._learn_rounding(self.quantized, inputs, float_outputs)
         return float_outputs, self._run_batches(self.quantized.rounded, inputs)
 
+    def fallbacks(self) -> list[str]:
+        """Returns the linears whose input stays float although their scheme has 8 bits for it, by names inside the block."""
+        return [name for name, linear in self.quantized_linears().items() if linear.scheme != self.schemes[name]]
+
     def quantized_linears(self) -> dict[str, QuantizedLinear]:
         """Returns the quantized linears by name inside the block."""
         return {} if self.quantized is None else self.quantized.linears
+
+    def prefix_values(self) -> torch.Tensor | None:
+        """Returns the prefix's values in this decoder layer, divided as v_proj was equalized; None without a prefix."""
+        return self.run.values if isinstance(self.run, DecoderRun) else None
 
     def float_tensors(self) -> dict[str, torch.Tensor]:
         """Returns the tensors that stay float, by name inside the block, as equalized or, where rounding is learned, as
@@ -154,8 +181,10 @@ class BlockSearch:
     ) -> list[torch.Tensor]:
         """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
         float_rows, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
+        weights = weigh_by_output(float_outputs)
+        self.output_weights = torch.cat([w.flatten() for w in weights])
+        self.output_energy = sum(squared_sum(y * w.sqrt()[..., None]) for y, w in zip(float_outputs, weights, strict=True))
         if self.config.token_weighting == "output":
-            weights = weigh_by_output(float_outputs)
             self.token_weights = dict.fromkeys(("", *(shared.linears[0] for shared in shared_inputs)), weights)
         for shared in shared_inputs:
             self._check_rows(shared, float_rows[shared], float_inputs)
@@ -209,14 +238,43 @@ class BlockSearch:
         weights = {name: get_linear(block.module, name).weight for name in shared.linears if name in self.schemes}
         count = len(quantized_rows)
         chosen = torch.linspace(0, count - 1, min(SQNR_ROWS, count)).long().to(quantized_rows.device)
+        roots = self.output_weights[chosen].sqrt()[:, None]
         block.probes |= {
-            name: (quantized_rows[chosen], matmul(float_rows[chosen], weight.T)) for name, weight in weights.items()
+            name: Probe(quantized_rows[chosen], matmul(float_rows[chosen], weight.T), roots)
+            for name, weight in weights.items()
         }
         rows = LayerInputs(float_rows, quantized_rows, self._row_weights(shared))
-        block.set_(quantize_linears(weights, self.schemes, self.config.linear, rows, block.output_hessians))
+        schemes, rows = self._choose_schemes(weights, rows, block.output_hessians)
+        block.set_(quantize_linears(weights, schemes, self.config.linear, rows, block.output_hessians))
         self._compute_outputs(block, shared, quantized_rows, inputs)
         labels = None if self.labels is None else torch.cat([batch.flatten() for batch in self.labels])
         block.inputs[shared.linears[0]] = observe_rows(shared.linears[0], quantized_rows, labels)
+
+    def _choose_schemes(
+        self, weights: Mapping[str, torch.Tensor], rows: LayerInputs, output_hessians: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, LinearScheme], LayerInputs]:
+        """Returns the schemes of linears that share an input, W8A16 instead of W8A8 where 8 bits cannot hold the input.
+
+        Its rounding error counts in units of the block's output, so that it compares across all blocks, and is measured on
+        some of the tokens. All linears that share the input fall back, as they are computed together. The second result
+        holds the input's scale, which is not searched again.
+        """
+        schemes = {name: self.schemes[name] for name in weights}
+        quantizing = [name for name, scheme in schemes.items() if scheme.deployable and scheme.activation_bits is not None]
+        if self.strict or not quantizing:
+            return schemes, rows
+        joined, bits = {name: weights[name] for name in quantizing}, schemes[quantizing[0]].activation_bits or 0
+        scale = choose_input_scale(self.config.linear, joined, rows, output_hessians, bits)
+        some = torch.linspace(0, len(rows.quantized_rows) - 1, min(PROBED_ROWS, len(rows.quantized_rows))).long()
+        inputs = rows.quantized_rows[some.to(rows.quantized_rows.device)]
+        rounding = fake_quantize(inputs, scale, bits) - inputs
+        rounding *= self.output_weights[some.to(self.output_weights.device)].sqrt()[:, None].to(rounding.device)
+        share = len(rows.quantized_rows) / max(len(some), 1) / max(self.output_energy, 1e-30)
+        error = share * sum(squared_sum(matmul(rounding, weight.T)) for weight in joined.values())
+        self.activation_errors |= dict.fromkeys(quantizing, error)
+        if error > MAX_ACTIVATION_ERROR:
+            schemes |= {name: replace(schemes[name], activation_bits=None) for name in quantizing}
+        return schemes, replace(rows, scales={bits: scale})
 
     def _check_rows(self, shared: SharedInput, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
         """Raises UserError naming the first linear of the shared input and the sample where a value of `rows`, or the sum of
@@ -295,31 +353,6 @@ class BlockSearch:
         computed = [name for name in list_linears(block.rounded) if not is_cached(name, block.outputs)]
         self.forwards += share_of_weights(block.rounded, computed) * sum(len(x) for x in inputs)
         return outputs
-
-
-def weigh_by_output(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Token weights float32 [B, tokens] of every batch, of mean 1: one over the mean square of the block's output.
-
-    outputs: of the float block, batches float32 [B, tokens, width].
-    """
-    weights = [1 / y.square().mean(-1).clamp(min=MIN_MEAN_SQUARE) for y in outputs]
-    count = max(sum(w.numel() for w in weights), 1)
-    mean = sum(float(w.double().sum()) for w in weights) / count
-    return [w / mean for w in weights]
-
-
-def weighted_relative_error(
-    outputs: Sequence[torch.Tensor], float_outputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
-) -> float:
-    """Returns the squared error of all outputs divided by the squared norm of the float outputs.
-
-    outputs, float_outputs: batches float32 [B, tokens, width]. weights: token weights [B, tokens] of each batch.
-    """
-    if weights is not None:
-        roots = [w.sqrt()[..., None] for w in weights]
-        outputs, float_outputs = ([x * root for x, root in zip(p, roots, strict=True)] for p in (outputs, float_outputs))
-    error = sum(squared_sum(a - b) for a, b in zip(outputs, float_outputs, strict=True))
-    return error / max(sum(squared_sum(b) for b in float_outputs), 1e-30)
 
 
 def _find_deciding_scheme(shared: SharedInput, schemes: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:

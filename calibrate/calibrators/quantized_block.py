@@ -19,6 +19,19 @@ from qvlm_export.calibrate.quantization.observers import InputObserver
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Some tokens on which the SQNR of a linear's output is measured.
+
+    inputs: X_q, [rows, in]. float_outputs: for the rows of X, [rows, out], without the bias. roots: square roots of the
+    tokens' weights, [rows, 1].
+    """
+
+    inputs: torch.Tensor
+    float_outputs: torch.Tensor
+    roots: torch.Tensor
+
+
 @dataclass
 class QuantizedBlock:
     """A block while the search quantizes it.
@@ -30,9 +43,7 @@ class QuantizedBlock:
     linears: the quantized linears by name.
     inputs: by the first linear of each shared input, the observer of its values from the already quantized preceding blocks.
     outputs: cached outputs of the linears quantized so far, for these inputs.
-    probes: by linear, some rows of its input X_q, [rows, in], and its float outputs for the rows of X, [rows, out], without
-    the bias.
-    sqnr: by linear.
+    probes, sqnr: by linear.
     """
 
     module: nn.Module
@@ -42,7 +53,7 @@ class QuantizedBlock:
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     inputs: dict[str, InputObserver] = field(default_factory=dict)
     outputs: CachedOutputs = field(default_factory=dict)
-    probes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    probes: dict[str, Probe] = field(default_factory=dict)
     sqnr: dict[str, LinearSqnr] = field(default_factory=dict)
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
@@ -60,10 +71,10 @@ class QuantizedBlock:
             self.sqnr[name] = LinearSqnr(weight_db, self._measure_output_db(name))
 
     def _measure_output_db(self, name: str) -> float | None:
-        rows, float_outputs = self.probes[name]
-        quantizer = self.input_quantizer(name)
-        rounded = rows if quantizer is None else fake_quantize(rows, *quantizer)
-        return sqnr_db(float_outputs, matmul(rounded, get_linear(self.rounded, name).weight.T))
+        probe, quantizer = self.probes[name], self.input_quantizer(name)
+        rounded = probe.inputs if quantizer is None else fake_quantize(probe.inputs, *quantizer)
+        outputs = matmul(rounded, get_linear(self.rounded, name).weight.T)
+        return sqnr_db(probe.float_outputs * probe.roots, outputs * probe.roots)
 
     def _make_input_hook(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from qvlm_export.calibrate.blockwise.block_writer import FALLBACKS
 from qvlm_export.calibrate.blockwise.blocks import Block
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
-from qvlm_export.calibrate.calibrators.block_search import BlockSearch, weighted_relative_error
+from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
 from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
-from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
+from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 
@@ -26,10 +27,12 @@ BlockOutputs = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[to
 
 
 def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, baseline: RtnBaseline) -> dict[str, Any]:
-    """Returns the record of one block. Errors are squared errors of its output, relative to the float output squared.
+    """Returns the record of one block. Errors are means over tokens of the squared error relative to the float output.
 
     results: of every input, the block's output in the float model and in the quantized one, float32 [n, tokens, width], and
     the TokenLabel of its tokens, int64 [tokens].
+    activation_errors: by linear, what an input in 8 bits adds to the block's error. FALLBACKS: linears whose input stays
+    float for that reason.
     compared: errors by label on the baseline's inputs, of round-to-nearest and of the search.
     held_out_errors: before and after learned rounding, on the samples held out from it, with its token weights; None where
     nothing was learned.
@@ -47,10 +50,12 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
         "searched": search.quantized is not None,
         "compared": compared,
         "held_out_errors": None if learned is None else [learned.error_before, learned.error_after],
-        "error": weighted_relative_error(outputs, float_outputs),
+        "error": mean_token_error(outputs, float_outputs),
         "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),
         "largest_activations": dict(search.largest_activations),
+        "activation_errors": dict(search.activation_errors),
+        FALLBACKS: search.fallbacks(),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }
@@ -59,19 +64,17 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
 def compute_errors_by_label(
     outputs: Sequence[torch.Tensor], float_outputs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
 ) -> dict[str, float]:
-    """Returns the squared error relative to the squared norm of the float outputs, for the tokens of each label that occurs.
+    """Returns the mean error, see `token_errors`, of the tokens of each label that occurs.
 
     outputs, float_outputs: float32 [n, tokens, width] of each input; labels: int64 [tokens], or [1] for all its tokens.
     """
-    error, energy = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
+    error, count = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
     for output, exact, label in zip(outputs, float_outputs, labels, strict=True):
         tokens = label.expand(output.shape[1])
-        error.index_add_(0, tokens, (output - exact).square().sum((0, 2)).double())
-        energy.index_add_(0, tokens, exact.square().sum((0, 2)).double())
+        error.index_add_(0, tokens, token_errors(output, exact).sum(0).double())
+        count.index_add_(0, tokens, torch.full(tokens.shape, float(len(output)), dtype=torch.float64))
     present = {int(n) for label in labels for n in label.unique()}
-    return {
-        label.name.lower(): float(error[label] / energy[label].clamp(min=1e-30)) for label in TokenLabel if label in present
-    }
+    return {label.name.lower(): float(error[label] / count[label].clamp(min=1)) for label in TokenLabel if label in present}
 
 
 def make_layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
 from qvlm_export.calibrate.blockwise.block_loader import CPU, move_tensors, open_block_loader
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
 from qvlm_export.calibrate.blockwise.blocks import Block, deterministic_threads, get_linear, load_finite
-from qvlm_export.calibrate.blockwise.forward import EMBEDDING, DecoderRun, Run, run_decoder_blocks, run_vision_blocks
+from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import (
     CalibrationJob,
     Progress,
@@ -42,8 +42,9 @@ from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization.activation_range import find_massive
 from qvlm_export.calibrate.quantization.config import SearchConfig
-from qvlm_export.calibrate.quantization.token_kinds import label_tokens
+from qvlm_export.calibrate.quantization.tokens import label_tokens
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
@@ -60,9 +61,9 @@ def calibrate_search(
     Raises UserError naming tensor or layer when weights or activations are not finite, or where images are missing.
     """
     _check_images(job)
-    measured = sum(_count_measure_units(config, job).values())  # units of progress before the first block
-    total = measured + SEARCH_UNITS * job.blocks.num_blocks()
-    shards = BlockWriter(job, writer, lambda done, _, name: progress(measured + SEARCH_UNITS * done, total, name))
+    before = sum(_count_measure_units(config, job).values())  # units of progress before the first block
+    total = before + SEARCH_UNITS * job.blocks.num_blocks()
+    shards = BlockWriter(job, writer, lambda done, _, name: progress(before + SEARCH_UNITS * done, total, name))
     prompts, sensitivity = _measure(job, config, lambda done, name: progress(done, total, name))
     texts, samples_of_texts = flatten_prompts(prompts)
     random_texts = _make_random_word_prompts(job, config)
@@ -78,14 +79,13 @@ def calibrate_search(
                 check_weight(f"{block.prefix}.{name}", get_linear(module, name).weight, scheme)
             check_outputs(block, inputs, numbers)  # catches what came before this block, such as a NaN in an image
             batches = batch_by_length(inputs[:half])
-            weights = {} if not block_config.needs_gradients() else sensitivity.token_weights
-            others = random_texts if is_text else []
-            token_weights = _select_token_weights(weights, block, batches, others, job.device)
+            measured = sensitivity.token_weights if block_config.needs_gradients() else {}
+            weights = _select_token_weights(measured, block, batches, random_texts if is_text else [], job.device)
             hessians = _select_inside(sensitivity.output_hessians, block) if block_config.needs_output_hessians() else {}
             labels = label_block_inputs(block, job.blocks, prompts)
             random_labels = (label_tokens(text, job.blocks.image_token_id) for text, _ in random_texts)
             merged = _merge_numbers_and_labels(batches, inputs[:half], numbers, [*labels, *random_labels][:half])
-            search = BlockSearch(module, schemes, run, block_config, token_weights, *merged, hessians, block.prefix)
+            search = BlockSearch(module, schemes, run, block_config, weights, *merged, hessians, block.prefix, job.strict)
             pairs = list(zip(inputs[: len(labels)], inputs[half:], strict=False))
             baseline = run_rtn_baseline(module, schemes, run, pairs, job.device)
             both_inputs = (move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
@@ -93,10 +93,11 @@ def calibrate_search(
             exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
             changed = _convert_to_stored_dtypes(search.float_tensors(), block, job)
             record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), baseline)
-        if isinstance(search.run, DecoderRun) and search.run.values is not None:
-            shards.set_values(block, search.run.values)
+            record["massive_activation"] = describe_massive(exact, texts) if is_text else find_massive(exact)
         stored = shards.store_outputs(block, [*exact, *rounded], numbers)
-        shards.write(block, search.quantized_linears(), changed, outputs=stored, record=record)
+        shards.write(
+            block, search.quantized_linears(), changed, outputs=stored, record=record, prefix_values=search.prefix_values()
+        )
         return stored
 
     with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
@@ -114,6 +115,15 @@ def calibrate_search(
         "tokens": sum(len(s.input_ids) for s in texts),
         **_summarize_blocks(job, config, prompts, shards.records),
     }
+
+
+def describe_massive(outputs: Sequence[torch.Tensor], texts: Sequence[Sample]) -> dict[str, float | int] | None:
+    """Returns what `find_massive` finds in a decoder layer's outputs, with the id of the token.
+
+    texts: the prompts that the outputs [1, tokens, width] belong to.
+    """
+    found = find_massive(outputs)
+    return found and found | {"token": int(texts[int(found["input"])].input_ids[int(found["position"])])}
 
 
 def _merge_numbers_and_labels(

@@ -54,8 +54,8 @@ class LinearScheme:
 
     @property
     def deployable(self) -> bool:
-        """Whether TensorRT has a kernel for it: INT4 is weight-only, INT8 needs 8 bits for weights and activations."""
-        return (self.weight_bits, self.activation_bits) in ((4, None), (8, 8))
+        """Whether TensorRT has a kernel for it: INT4 is weight-only, INT8 weights meet INT8 or float activations."""
+        return (self.weight_bits, self.activation_bits) in ((4, None), (8, 8), (8, None))
 
     @property
     def qmax(self) -> int:

@@ -23,6 +23,8 @@ from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 
 RANGE_SAMPLES = 2  # from the calibration set; the largest activations are at the first tokens of every sequence
+MASSIVE, MASSIVE_RATIO = 100.0, 300.0
+MEDIAN_VALUES = 4096  # of each output, from which the median is taken
 OUTPUT = "output"  # of a block, which is the residual stream
 
 
@@ -70,6 +72,28 @@ def observe_magnitudes(module: nn.Module) -> Iterator[dict[str, float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def find_massive(outputs: Sequence[torch.Tensor]) -> dict[str, float | int] | None:
+    """The largest activation of a block's outputs, where it is massive; None where it is not, or without outputs.
+
+    outputs: float32 [n, tokens, width] of each input. An activation is massive when it is above MASSIVE and MASSIVE_RATIO
+    times the median magnitude (Sun et al. 2024, arXiv 2402.17762, section 2, with a lower ratio). The result names the
+    number of the input, the position of the token, the channel, the magnitude, and that by the median.
+    """
+    magnitude, number, index = 0.0, 0, 0
+    for n, output in enumerate(outputs):
+        largest = float(output.abs().max()) if output.numel() else 0.0
+        if largest > magnitude:
+            magnitude, number, index = largest, n, int(output.abs().argmax())
+    if magnitude <= MASSIVE:
+        return None
+    median = float(torch.cat([x.flatten()[:: max(1, x.numel() // MEDIAN_VALUES)] for x in outputs]).abs().median())
+    if magnitude <= MASSIVE_RATIO * median:
+        return None
+    tokens, width = outputs[number].shape[-2:]
+    place = {"input": number, "position": index // width % tokens, "channel": index % width}
+    return {**place, "magnitude": magnitude, "times_median": magnitude / max(median, 1e-30)}
 
 
 def check_range(prefix: str, largest: Mapping[str, float], float_type: str) -> None:

@@ -110,7 +110,9 @@ RTN_LINEAR = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ro
 # Neither the ridge nor the activation range is searched on the calibration set. A smaller ridge always looks better on the
 # samples it is fitted to, and those samples hold no value beyond their own largest one.
 EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges="covering")
-FAST = SearchConfig("expected", EXPECTED_ERROR_LINEAR)
+# A Hessian of few calibration tokens is far from that of deployment, so more damping than in the paper is better. A token
+# counts by the size of the block's output there, so that no massive activation decides for all others.
+FAST = SearchConfig("expected", replace(EXPECTED_ERROR_LINEAR, damping=0.1), "output")
 # With many times the prompts a smaller ridge is enough. "kl" weights the tokens that decide uncertain answers; as these are
 # little data for so many directions, "logits" is added.
 KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="kronecker", ridge=0.3)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.token_kinds import ALL_LABELS, TokenLabel
+from qvlm_export.calibrate.quantization.tokens import ALL_LABELS, TokenLabel
 
 BINS = 2**14  # on each side of zero
 _CHUNK_VALUES = 2**18  # values counted at a time, few enough to stay in the processor's cache

@@ -8,7 +8,7 @@ and scales. They are quantized together because they have one input range and on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,11 +44,13 @@ class LayerInputs:
     """The shared input of linears: X in the float model, X_q after the already quantized preceding blocks.
 
     float_rows: X, quantized_rows: X_q, float32 [tokens, in]. weights: of the tokens, float32 [tokens]; None if all equal.
+    scales: of the quantized input by number of bits, where they are known already.
     """
 
     float_rows: torch.Tensor
     quantized_rows: torch.Tensor
     weights: torch.Tensor | None = None
+    scales: Mapping[int, float] = field(default_factory=dict)
 
     def scale_by_root_weights(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` [tokens, in], each multiplied by the square root of its token's weight."""
@@ -131,7 +133,8 @@ def _quantize_same_bits(
     input_scale: float | None = None
     quantized_rows = inputs.quantized_rows
     if num_bits is not None:
-        chosen = choose_input_scale(config, weights, inputs, output_hessians, num_bits)
+        known = inputs.scales.get(num_bits)
+        chosen = choose_input_scale(config, weights, inputs, output_hessians, num_bits) if known is None else known
         input_scale = stored_input_scale(chosen, schemes[next(iter(weights))])
         quantized_rows = fake_quantize(quantized_rows, input_scale, num_bits)
     hessian = matmul(inputs.scale_by_weights(quantized_rows).T, quantized_rows)

@@ -42,7 +42,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.numerics.matmul import deterministic_small_matmul
 from qvlm_export.calibrate.numerics.memory import trim_heap
 from qvlm_export.calibrate.quantization.config import SearchConfig
-from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
+from qvlm_export.calibrate.quantization.tokens import TokenLabel
 from qvlm_export.calibrate.sensitivity.block_backward import (
     MIN_TOKEN_WEIGHT,
     BackwardRequest,

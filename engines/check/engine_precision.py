@@ -132,7 +132,7 @@ def _parse_gemms(descriptors: bytes, main: bytes) -> list[Gemm]:
 def _check_linear(name: str, scheme: LinearScheme, gemms: list[Gemm]) -> LinearCheck:
     if not gemms:
         return LinearCheck(name, scheme.name, "nothing under this name", False)
-    as_it_should = _is_int8 if scheme.group_size is None else _is_int4
+    as_it_should = _is_int4 if scheme.group_size is not None else _is_int8 if scheme.activation_bits else _is_int8_weight
     passed = scheme.deployable and all(as_it_should(g) for g in gemms)
     reported = next((g for g in gemms if not as_it_should(g)), gemms[0])
     return LinearCheck(name, scheme.name, _describe(reported), passed)
@@ -143,10 +143,19 @@ def _is_int4(gemm: Gemm) -> bool:
     return len(gemm.operands) >= 2 and gemm.operands[1] == "int4" and gemm.operands[0] in ("half", "bfloat16", "bf16")
 
 
+def _is_int8_weight(gemm: Gemm) -> bool:
+    """Returns whether a float16 or bfloat16 activation meets an int8 weight, which is dequantized inside the product.
+
+    Such a product reads the scales between its two operands.
+    """
+    return gemm.operands[:1] in (("half",), ("bfloat16",), ("bf16",)) and gemm.operands[1:] == ("float", "int8")
+
+
 def _is_int8(gemm: Gemm) -> bool:
     """Returns whether both operands are int8 and the result is float32 or int32; float16 would overflow on the raw sums."""
     return gemm.operands[:2] == ("int8", "int8") and gemm.output in ("float", "int32")
 
 
 def _describe(gemm: Gemm) -> str:
-    return " x ".join(gemm.operands[:2]) + f" -> {gemm.output}"
+    operands = (gemm.operands[0], gemm.operands[2]) if _is_int8_weight(gemm) else gemm.operands[:2]
+    return " x ".join(operands) + f" -> {gemm.output}"

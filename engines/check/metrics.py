@@ -28,13 +28,16 @@ def top1_agreement(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return same
 
 
-def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """Returns the signal-to-quantization-noise ratio of whole arrays in dB.
+def token_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    """Returns the SQNR of rows [T, width] in dB, in which every row counts by its own size; NaN without rows.
 
-    It is 10 log10(sum reference^2 / sum (other - reference)^2): inf when both are equal, -inf when the reference is all zero
-    and the other is not.
+    It is -10 log10 of the mean of |other - reference|^2 / |reference|^2: inf when all rows are equal. A token with massive
+    activations would decide a ratio of sums alone.
     """
-    return _decibels(_energy(reference), _energy(other.astype(np.float64) - reference))
+    rows, others = reference.astype(np.float64), other.astype(np.float64)
+    energy = np.square(rows).sum(axis=-1)
+    errors = np.square(others - rows).sum(axis=-1) / np.maximum(energy, np.finfo(np.float32).tiny)
+    return _decibels(1.0, float(errors.mean())) if len(errors) else math.nan
 
 
 def cosine(reference: np.ndarray, other: np.ndarray) -> np.ndarray:

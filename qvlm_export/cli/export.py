@@ -70,12 +70,7 @@ def main(
     max_batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
     work_dir: Annotated[Path | None, typer.Option(help="work here, and keep the calibrated checkpoint here")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted export")] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="replace files that stand where outputs go, even if qvlm-export did not write them"
-        ),
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace also what qvlm-export did not write")] = False,
     memory: Annotated[
         float | None,
         typer.Option(min=0, callback=check_finite, help="GiB of memory for calibration; activations beyond it go to disk"),
@@ -83,6 +78,7 @@ def main(
     device: Annotated[str, typer.Option(help="device for calibration: cpu, cuda or auto")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float type of the engines: float16, or bfloat16 for its range")] = "float16",
     prefix: Annotated[str, typer.Option(help="first tokens, common to all prompts, that stay float: auto, N or 0")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="W8A8 also where 8 bits cannot hold an input")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, and only show what would be done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")] = False,
     list_models: Annotated[  # noqa: ARG001  (handled by the callback)
@@ -112,6 +108,7 @@ def main(
             device=device,
             dtype=dtype,
             prefix=prefix,
+            strict=strict,
             overwrite=overwrite,
         )
         _export(options, dry_run, as_json)

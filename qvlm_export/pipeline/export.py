@@ -80,7 +80,13 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     prepared = prepare_export(options)
     with work_folder(options.out, options.work_dir) as work:
         fingerprint = work_fingerprint(
-            prepared.checkpoint, prepared.linears, prepared.samples, options.effort, prepared.device, prefix=prepared.prefix
+            prepared.checkpoint,
+            prepared.linears,
+            prepared.samples,
+            options.effort,
+            prepared.device,
+            prefix=prepared.prefix,
+            strict=options.strict,
         )
         key = stage_key(prepared, fingerprint, PARTS[-1], "build")
         finished = read_finished_export(work, key) if options.resume else None
@@ -104,6 +110,7 @@ def _run_stages(
     if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
         prepared.processor.save_pretrained(calibrated.folder)
         copy_prefix(prepared, calibrated, work)
+        prepared = replace(prepared, linears={**prepared.linears, **calibrated.schemes})  # some may have fallen back
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:
         reports, checks = build(prepared, work, fingerprint, reporter)

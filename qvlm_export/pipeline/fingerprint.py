@@ -35,6 +35,7 @@ def work_fingerprint(
     device: str,
     *,
     prefix: Sequence[int] = (),
+    strict: bool = False,
 ) -> dict[str, str]:
     """Returns a digest, or plain text, of everything that the result of calibration depends on.
 
@@ -55,6 +56,7 @@ def work_fingerprint(
         parts["--effort"] = digest([effort, repr(EFFORTS[effort].config)])
         parts["--device"] = device
         parts["--prefix"] = digest(list(prefix))
+        parts["--strict"] = str(strict)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return parts | {f"the version of {name}": v for name, v in {"python": platform.python_version(), **versions}.items()}
 

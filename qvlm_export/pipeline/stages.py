@@ -25,7 +25,7 @@ from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
-from qvlm_export.calibrate.quantization.activation_range import measure_ranges
+from qvlm_export.calibrate.quantization.activation_range import find_massive, measure_ranges
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
@@ -76,19 +76,30 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
         state = CalibrationWork(work.state, narrow=narrow, memory_bytes=prepared.activations_bytes)
-        blocks = prepared.blocks
+        blocks, massive = prepared.blocks, dict[str, Any]()
         if prepared.prefix:
             with deterministic_threads(blocks):
-                blocks = replace(blocks, prefix=compute_prefix(blocks, checkpoint.source, prepared.prefix))
+                prefix = compute_prefix(
+                    blocks, checkpoint.source, prepared.prefix, lambda name, x: massive.update({name: find_massive([x])})
+                )
+            blocks = replace(blocks, prefix=prefix)
         job = CalibrationJob(
-            blocks, checkpoint.source, prepared.linears, prepared.samples, state, torch.device(prepared.device)
+            blocks,
+            checkpoint.source,
+            prepared.linears,
+            prepared.samples,
+            work=state,
+            device=torch.device(prepared.device),
+            strict=options.strict,
         )
         if finished := work.count_finished_blocks():
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         summary |= {"largest_activations": ranges} if ranges else {}
-        summary |= {"prefix": describe_prefix(prepared.processor, prepared.prefix)} if prepared.prefix else {}
+        if prepared.prefix:
+            found = {name: activation for name, activation in massive.items() if activation is not None}
+            summary["prefix"] = {**describe_prefix(prepared.processor, prepared.prefix), "massive_activations": found}
         writer.finish(_name_float_type(checkpoint.config_json, options.dtype), summary)
     return CalibratedCheckpoint(folder)
 

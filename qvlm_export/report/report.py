@@ -18,7 +18,7 @@ from qvlm_export.calibrate.checkpoint.files import write_atomically
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.report.contents import COMPONENTS, Component, Linear, all_linears, component_sizes
-from qvlm_export.report.rows import MODALITIES, BlockRow, LayerRow, LinearRow, Place
+from qvlm_export.report.rows import MODALITIES, BlockRow, Fallback, LayerRow, LinearRow, MassiveActivation, Place
 
 
 def write_report(manifest: Manifest, path: Path) -> None:
@@ -49,6 +49,8 @@ def report_html(manifest: Manifest) -> str:
         blocks=blocks,
         modalities=MODALITIES,
         linears=linears,
+        massive=massive_rows(calibration),
+        fallbacks=fallback_rows(calibration),
         recorded=any(row.record for row in linears),
         checked=sum(bool(check["passed"]) for check in manifest.plan_check),
     )
@@ -73,6 +75,7 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
         "method": _format_settings(calibration.get("method")),
         "calibration": ", ".join(counts) + (f" of {calibration['data']}" if "data" in calibration else ""),
         "search cost": ", ".join(cost),
+        "prefix": _describe_prefix(calibration.get("prefix")),
         "backend": re.sub(" +", " ", runtime).strip(),
         "limits": f"{manifest.limits.max_length:,} tokens, batch {manifest.limits.max_batch}",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -94,6 +97,42 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
         for block in calibration.get("blocks", ())
         if "rtn" in block.get("compared", ())  # records before 0.9 have other keys
     ]
+
+
+def _describe_prefix(prefix: Mapping[str, Any] | None) -> str:
+    if not prefix:
+        return ""
+    return f"{len(prefix['token_ids'])} tokens, {prefix['text']!r}, with keys and values of the float model"
+
+
+def massive_rows(calibration: Mapping[str, Any]) -> list[MassiveActivation]:
+    """Returns the massive activations that calibration met: those of the prefix, then those behind it, in block order."""
+    prefix = calibration.get("prefix", {})
+    tokens, rows = prefix.get("token_ids", ()), []
+    for name, found in prefix.get("massive_activations", {}).items():
+        rows.append(_massive_row(name, found, tokens[found["position"]], 0, "in the prefix, so it is never quantized"))
+    for block in calibration.get("blocks", ()):
+        if found := block.get("massive_activation"):
+            fell_back = ", ".join(block.get("fallbacks", ()))
+            treatment = f"{fell_back} of this block read float inputs" if fell_back else "inside the ranges of this block"
+            rows.append(_massive_row(block["name"], found, found.get("token"), len(tokens), treatment))
+    return rows
+
+
+def _massive_row(name: str, found: Mapping[str, Any], token: int | None, start: int, treatment: str) -> MassiveActivation:
+    position = found["position"] + (0 if token is None else start)
+    numbers = (found["channel"], found["magnitude"], found["times_median"])
+    return MassiveActivation(place_of(name), token, position, *numbers, treatment)
+
+
+def fallback_rows(calibration: Mapping[str, Any]) -> list[Fallback]:
+    """Returns the linears that kept float inputs, the one that 8 bits would have harmed most first."""
+    rows = [
+        Fallback(f"{block['name']}.{name}", block["activation_errors"][name])
+        for block in calibration.get("blocks", ())
+        for name in block.get("fallbacks", ())
+    ]
+    return sorted(rows, key=lambda row: -row.error)
 
 
 def _format_settings(method: object) -> str:

@@ -61,3 +61,28 @@ class LinearRow:
     linear: Linear
     place: Place
     record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MassiveActivation:
+    """A massive activation of the float model, see `find_massive`.
+
+    place: the block whose output holds it. token: its id, None in the vision tower. position: of the token in its sequence.
+    treatment: what was done about it.
+    """
+
+    place: Place
+    token: int | None
+    position: int
+    channel: int
+    magnitude: float
+    times_median: float
+    treatment: str
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A linear whose input stays float although the scheme quantizes it. error: what 8 bits would have added."""
+
+    linear: str
+    error: float

@@ -34,7 +34,7 @@ from qvlm_export.calibrate.quantization.fake_quantized import (
 from qvlm_export.checkpoints.checkpoint import Checkpoint
 from qvlm_export.engines.backend import install_hint
 from qvlm_export.engines.check.graph_weights import WrongWeight, run_blocks, wrong_weights
-from qvlm_export.engines.check.metrics import Sums, measure, sqnr_db
+from qvlm_export.engines.check.metrics import Sums, measure, token_sqnr_db
 from qvlm_export.engines.check.polygraphy import (
     RunnerPair,
     engine_runners,
@@ -278,6 +278,6 @@ def _run_graph_blocks(job: ComparisonJob, blocks: ModelBlocks, session: Session)
 def _score_layers(traces: Traces) -> Iterator[LayerScore]:
     for block, fake_quant in traces[FAKE_QUANT].items():
         graph = traces[GRAPH].get(block)
-        graph_sqnr_db = None if graph is None else sqnr_db(fake_quant, graph)
+        graph_sqnr_db = None if graph is None else token_sqnr_db(fake_quant, graph)
         behind_prefix = traces[FLOAT][block][-len(fake_quant) :]
-        yield LayerScore(block, sqnr_db(behind_prefix, fake_quant), graph_sqnr_db)
+        yield LayerScore(block, token_sqnr_db(behind_prefix, fake_quant), graph_sqnr_db)

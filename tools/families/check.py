@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import qvlm_export
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.forward import Step, float_step, load_head, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
+from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, round_rotary_tables
@@ -107,12 +108,16 @@ def walked_logits(blocks: ModelBlocks, source: TensorSource, epsilon: float, sam
 
 
 def simulated_logits(checkpoint: Checkpoint, folder: Path) -> Callable[[Sample], np.ndarray]:
-    """A function that computes logits with fake quantization in torch, with floats rounded as in the float16 graph."""
-    calibrated = CalibratedCheckpoint(folder)
+    """A function that computes logits with fake quantization in torch, with floats rounded as in the float16 graph.
+
+    The logits are those behind the prefix, if the checkpoint was calibrated with one.
+    """
+    calibrated, text = CalibratedCheckpoint(folder), checkpoint.config.text
     source = DequantizedSource(calibrated, "float16")
-    blocks = round_rotary_tables(make_blocks(checkpoint.hf_config), "float16")
-    step, epsilon = fake_quantized_step(calibrated, source), checkpoint.config.text.rms_norm_eps
-    return lambda sample: walked_logits(blocks, source, epsilon, sample, step)
+    prefix = calibrated.read_prefix((text.num_layers, text.num_kv_heads, text.head_dim))
+    blocks = replace(round_rotary_tables(make_blocks(checkpoint.hf_config), "float16"), prefix=prefix)
+    step, tokens = fake_quantized_step(calibrated, source), () if prefix is None else prefix.token_ids
+    return lambda sample: walked_logits(blocks, source, text.rms_norm_eps, cut_prefix([sample], tokens)[0], step)
 
 
 def session_logits(session: Session, sample: Sample) -> np.ndarray:
@@ -160,7 +165,7 @@ def int4_error(case: Kept) -> float:
     simulate = simulated_logits(case.checkpoint, result.manifest.file("calibrated"))
     with qvlm_export.load(plan, "onnxruntime:cpu") as model:
         pairs = [(session_logits(model.session, q.sample), simulate(q.sample)) for q in case.questions]
-    return max(relative(got, wanted) for got, wanted in pairs)
+    return max(relative(got[-len(wanted) :], wanted) for got, wanted in pairs)
 
 
 def build_engine(case: Kept) -> tuple[int, int]:

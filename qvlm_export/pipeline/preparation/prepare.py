@@ -69,7 +69,8 @@ class ExportOptions:
 
     None stands for a default that depends on the model or on the data. revision: of a model on the Hub. memory: in GiB.
     device: where calibration computes. dtype: float type of the graphs. prefix: how many of the tokens that all prompts
-    begin with are computed once, "auto" for all of them. overwrite: whether files that this export did not write may be
+    begin with are computed once, "auto" for all of them. strict: whether linears keep their scheme
+    even where 8 bits cannot hold their input. overwrite: whether files that this export did not write may be
     replaced.
     """
 
@@ -91,6 +92,7 @@ class ExportOptions:
     device: str = "cpu"
     dtype: str = FLOAT16
     prefix: str = AUTO
+    strict: bool = False
     overwrite: bool = False
 
 
@@ -142,9 +144,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     linears = {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
     check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
-    processor = load_processor(checkpoint.folder)
-    check_processor(processor, checkpoint.config, checkpoint.folder)
-    check_saved_processor(processor, checkpoint.config, checkpoint.folder)
+    processor = _load_checked_processor(checkpoint)
     whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
     prefix = choose_prefix(options.prefix, processor, checkpoint.config) if linears else ()
     samples = tuple(cut_prefix(whole_samples, prefix))
@@ -215,6 +215,13 @@ def estimate_export(prepared: PreparedExport) -> Estimate:
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
     return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
+
+
+def _load_checked_processor(checkpoint: Checkpoint) -> Any:
+    processor = load_processor(checkpoint.folder)
+    check_processor(processor, checkpoint.config, checkpoint.folder)
+    check_saved_processor(processor, checkpoint.config, checkpoint.folder)
+    return processor
 
 
 def _read_samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:

@@ -28,7 +28,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.backend import BFLOAT16_TARGETS, INT4_TARGETS, Backend
 
 FLOAT = "float"
-REASON = "(its INT4 is weight-only, INT8 needs 8 bits on both sides)"
+REASON = "(its INT4 is weight-only, INT8 takes INT8 or float activations)"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend, flo
         if not scheme.deployable:
             raise UserError(
                 f"--recipe: {name} is {scheme.name}, for which TensorRT has no kernel {REASON}, so it cannot be in an "
-                "engine; add --backend onnx to simulate it, or make it W4A16, W8A8 or float"
+                "engine; add --backend onnx to simulate it, or make it W4A16, W8A8, W8A16 or float"
             )
     check_targets(schemes, backend, float_type)
 

@@ -29,7 +29,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import FAST, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
-from qvlm_export.calibrate.quantization.token_kinds import TokenLabel
+from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors, weigh_by_output
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -44,7 +44,8 @@ def samples_with_answers(checkpoint: Checkpoint) -> list[Sample]:
 
 
 def job_of(checkpoint: Checkpoint, preset: str, samples: list[Sample]) -> CalibrationJob:
-    return CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes_of(checkpoint, preset), samples)
+    blocks, schemes = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, preset)
+    return CalibrationJob(blocks, checkpoint.source, schemes, samples, strict=True)  # linears keep their schemes
 
 
 def calibrated(checkpoint: Checkpoint, preset: str, folder: Path, method: Any) -> CalibratedCheckpoint:
@@ -74,6 +75,23 @@ def linears_of(checkpoint: CalibratedCheckpoint) -> dict[str, dict[str, Any]]:
     return {name: linear for layer in layers_of(checkpoint) for name, linear in layer["linears"].items()}
 
 
+def test_one_massive_token_does_not_decide_the_errors() -> None:
+    """A plain sum of squares would give the error of the token that is 3,000 times larger, and nothing else."""
+    torch.manual_seed(0)
+    exact = torch.randn(1, 50, 8)
+    exact[:, 0] *= 3000
+    output = exact.clone()
+    output[:, 1:] += 0.1 * torch.randn(1, 49, 8)
+    error = mean_token_error([output], [exact])
+    assert error == pytest.approx(float(token_errors(output, exact).mean()))
+    assert 0.005 < error < 0.03
+    output[:, 0] = 0  # the massive token is lost
+    assert mean_token_error([output], [exact]) == pytest.approx(error + 1 / 50, rel=1e-3)
+    (weights,) = weigh_by_output([exact])
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[0, 0]) < 1e-5
+
+
 def test_errors_by_label_equal_those_of_a_loop() -> None:
     torch.manual_seed(0)
     float_outputs = [torch.randn(1, 5, 3), torch.randn(2, 4, 3)]
@@ -84,8 +102,9 @@ def test_errors_by_label_equal_those_of_a_loop() -> None:
         for row in range(len(exact)):
             for token in range(exact.shape[1]):
                 label_sums = sums[int(label[token if len(label) > 1 else 0])]
-                label_sums[0] += float((output[row, token] - exact[row, token]).square().sum())
-                label_sums[1] += float(exact[row, token].square().sum())
+                error = (output[row, token] - exact[row, token]).square().sum() / exact[row, token].square().sum()
+                label_sums[0] += float(error)
+                label_sums[1] += 1
     errors = compute_errors_by_label(outputs, float_outputs, labels)
     assert errors == pytest.approx(
         {name: a / b for name, (a, b) in zip(("image", "prompt", "answer"), sums.values(), strict=True)}
@@ -136,16 +155,19 @@ def test_the_rtn_baseline_runs_few_inputs_spread_evenly() -> None:
 def test_output_sqnr_compares_a_linear_with_its_float_output(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Compared on the first block, whose input is exact; of so few rows all are measured."""
     searched = calibrated(checkpoint, "int8", tmp_path, lambda *arguments: calibrate_search(*arguments, config=SIMPLE))
-    blocks, inputs = make_blocks(checkpoint.hf_config), list[torch.Tensor]()
+    blocks, inputs, block_outputs = make_blocks(checkpoint.hf_config), list[torch.Tensor](), list[torch.Tensor]()
     first = blocks.vision_layers[0]
     layer = first.module.get_submodule("self_attn.q_proj")
     layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2).clone()))
+    first.module.register_forward_hook(lambda _, __, output: block_outputs.append(output.flatten(0, -2).clone()))
     run_vision_blocks(blocks, checkpoint.source, samples_with_answers(checkpoint), float_step(checkpoint.source))
     rows, name = torch.cat(inputs), f"{first.prefix}.self_attn.q_proj"
     linear, weight = searched.linear(name), torch.from_numpy(checkpoint.source.load(f"{name}.weight"))
     float_output = rows @ weight.T
     output = fake_quantize(rows, linear.input_scale, 8) @ torch.from_numpy(linear.dequantized()).T
-    db = 10 * math.log10(float(float_output.square().sum() / (output - float_output).square().sum()))
+    weights = 1 / torch.cat(block_outputs).square().mean(-1)  # few tokens, so that all are probed
+    signal, error = ((weights * part.square().sum(-1)).sum() for part in (float_output, output - float_output))
+    db = 10 * math.log10(float(signal / error))
     assert linears_of(searched)[name]["sqnr_db"] == pytest.approx(db, abs=1e-3)
 
 

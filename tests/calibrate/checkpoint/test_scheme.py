@@ -45,9 +45,9 @@ def test_an_invalid_scheme_name_is_refused_with_the_supported_bits(name):
         parse_scheme_bits(name)
 
 
-def test_only_w4a16_and_w8a8_are_deployable():
+def test_what_tensorrt_has_kernels_for():
     deployable = {name for name, bits in BITS.items() if fit_scheme("some.linear", (8, 128), *bits).deployable}
-    assert deployable == {"W4A16", "W8A8"}
+    assert deployable == {"W4A16", "W8A8", "W8A16"}
 
 
 @pytest.mark.parametrize(("bits", "lowest", "highest"), [(3, -4, 3), (4, -8, 7), (6, -31, 31), (8, -127, 127)])

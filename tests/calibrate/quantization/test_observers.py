@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.observers import InputObserver
-from qvlm_export.calibrate.quantization.token_kinds import ALL_LABELS, TokenLabel, label_tokens
+from qvlm_export.calibrate.quantization.tokens import ALL_LABELS, TokenLabel, label_tokens
 
 FRACTIONS = (1.0, 0.995, 0.99, 0.985, 0.98, 0.5, 0.01)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import onnx_ir as ir
 import pytest
@@ -22,6 +23,7 @@ from qvlm_export.engines.check.engine_precision import (
 )
 
 W4A16 = LinearScheme(weight_bits=4, activation_bits=None, group_size=128)
+W8A16 = LinearScheme(weight_bits=8, activation_bits=None, group_size=None)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,10 @@ def built(llava, tmp_path_factory):
     profiles = {"vision": vision_profile(checkpoint.config, LIMITS), "language": language_profile(checkpoint.config, LIMITS)}
     folder = tmp_path_factory.mktemp("plans")
     plans, jobs = {}, []
-    for preset in ("int4", "int8"):
-        calibrated = calibrate(checkpoint, schemes_of(checkpoint, preset), folder / f"{preset}.calibrated")
+    schemes = {preset: schemes_of(checkpoint, preset) for preset in ("int4", "int8")}
+    schemes["w8a16"] = {name: replace(scheme, activation_bits=None) for name, scheme in schemes["int8"].items()}
+    for preset, chosen in schemes.items():
+        calibrated = calibrate(checkpoint, chosen, folder / f"{preset}.calibrated")
         for part in PARTS if preset == "int4" else ("language",):
             onnx_file = write_quantized(checkpoint, calibrated, part, ir.DataType.FLOAT16, folder / preset)
             jobs.append(BuildJob(str(onnx_file), str(onnx_file.with_suffix(".plan")), profiles[part]))
@@ -45,6 +49,7 @@ EXECUTED = {
     ("int4", "vision"): ("W8A8", "int8 x int8 -> float", 20),
     ("int4", "language"): ("W4A16", "half x int4 -> half", 14),
     ("int8", "language"): ("W8A8", "int8 x int8 -> float", 14),
+    ("w8a16", "language"): ("W8A16", "half x int8 -> half", 14),
 }
 
 
@@ -70,6 +75,10 @@ def test_linears_of_another_scheme_fail(built):
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, LinearScheme(4, 8, 128))))
     plan, schemes = built["int8", "language"]
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, W4A16)))
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, W8A16)))
+    plan, schemes = built["w8a16", "language"]
+    assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, W8A8)))
+    plan, schemes = built["int8", "language"]
     assert not any(check.passed for check in check_engine_precision(plan, dict.fromkeys(schemes, LinearScheme(6, 6, None))))
 
 

@@ -16,8 +16,9 @@ from polygraphy.json import load_json
 from shell import run_shell
 
 import qvlm_export
+from qvlm_export.calibrate.checkpoint.prefix import count_shared
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.check.metrics import sqnr_db
+from qvlm_export.engines.check.metrics import measure
 from qvlm_export.engines.check.polygraphy import (
     RTX_SWITCH,
     RunnerPair,
@@ -28,7 +29,7 @@ from qvlm_export.engines.check.polygraphy import (
     session_runners,
     write_float32_graph,
 )
-from qvlm_export.engines.manifest import read_manifest
+from qvlm_export.engines.manifest import open_prefix, read_manifest
 from qvlm_export.engines.runtime.open import open_session
 from qvlm_export.validation.validate import read_inputs
 
@@ -89,15 +90,20 @@ def test_polygraphy_loads_the_saved_files_and_they_hold_inputs_and_outputs(saved
     (language,) = load_json(str(folder / "language" / "inputs.json"))
     types = {entry["name"]: entry["type"] for entry in manifest.interface["language"]["inputs"]}
     assert {name: array.dtype.name for name, array in language.items()} == types
-    np.testing.assert_array_equal(language["input_ids"], sample.input_ids[None])
+    prefix = open_prefix(manifest)
+    np.testing.assert_array_equal(language["input_ids"], sample.input_ids[None, len(prefix) :])
+    np.testing.assert_array_equal(language["past_key_values.0.key"][0, :, : len(prefix)], prefix.keys[0].astype(np.float16))
+    assert language["position_ids"][0].tolist() == list(range(len(prefix), len(sample.input_ids)))
+    assert language["write_index"].tolist() == [len(prefix)]
     golden = {
         name: RunResults.load(str(folder / part / "outputs.json"))[0][1][0][name]
         for part, name in (("vision", "image_embeds"), ("language", "logits"))
     }
     np.testing.assert_array_equal(language["image_embeds"], golden["image_embeds"].astype(np.float16))
     with open_session(manifest, "onnxruntime:cpu", threads=1) as session:
-        assert sqnr_db(session.runner.embed_images(sample.pixel_values), golden["image_embeds"]) > 25
-        assert sqnr_db(session.logits(sample.input_ids[None], sample.pixel_values), golden["logits"]) > 25
+        assert measure(session.runner.embed_images(sample.pixel_values), golden["image_embeds"]).sqnr_db > 25
+        logits = session.logits(sample.input_ids[None], sample.pixel_values)
+        assert measure(logits[0, len(prefix) :], golden["logits"][0]).sqnr_db > 25
 
 
 @pytest.mark.parametrize(("scheme", "line"), [("int4", 0), ("int4", 1), ("int8", 1)])
@@ -155,8 +161,10 @@ def test_a_pair_of_runners_computes_what_the_session_does(manifests, sample):
         for case in (sample, text_only, sample):
             pixels = case.pixel_values if len(case.pixel_values) else None
             expected = session.logits(case.input_ids[None], pixels)[0]
-            actual = pair.logits(case)
+            actual, behind = pair.logits(case), count_shared(open_prefix(manifest).token_ids, case.input_ids)
+            expected = expected[behind:]
             assert (actual.dtype, actual.shape) == (np.float32, expected.shape)
+            assert bool(behind) == (case is sample)
             np.testing.assert_allclose(actual, expected, atol=5e-3 * np.abs(expected).max())
 
 

@@ -20,7 +20,16 @@ from qvlm_export.engines.manifest import read_manifest, seal
 from qvlm_export.report.contents import inspect
 
 SCRIPT = Path(sys.executable).with_name("qvlm-inspect")
-HASHED = ("x.plan", "x.vision.plan", "x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data", "x.report.html")
+HASHED = (
+    "x.plan",
+    "x.vision.plan",
+    "x.onnx",
+    "x.onnx.data",
+    "x.vision.onnx",
+    "x.vision.onnx.data",
+    "x.report.html",
+    "x.prefix.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +141,7 @@ def test_verify_compares_every_file(exported: Path) -> None:
     assert count > len(HASHED) + 5
     assert f"verified {count} files in {exported.parent.resolve()}" in result.stdout
     assert "not recorded" not in result.stdout
-    assert len([line for line in result.stdout.splitlines() if line.rstrip().endswith(" verified")]) == 9
+    assert len([line for line in result.stdout.splitlines() if line.rstrip().endswith(" verified")]) == 10
     assert read(exported, "--verify")["verified"] == count
 
 
@@ -154,7 +163,7 @@ def test_files_that_an_older_export_did_not_record_are_listed(mine: Path) -> Non
     path.write_text(json.dumps(seal(content)))
     result = run_inspect(mine, "--verify")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "verified 7 files in " in result.stdout
+    assert "verified 8 files in " in result.stdout
     assert "; not recorded by that export, so not verified: x.processor, x.calibrated\n" in result.stdout
     assert {f["state"] for f in read(mine, "--verify")["files"]} == {"verified", "present"}
 

@@ -21,7 +21,7 @@ from qvlm_export.pipeline.preparation.recipe import SIMULATED
 
 Llava = Callable[..., Path]
 GRAPHS = {"x.onnx", "x.onnx.data", "x.vision.onnx", "x.vision.onnx.data"}
-FILES = {"x.json", "x.report.html", "x.calibrated", "x.processor", *GRAPHS}
+FILES = {"x.json", "x.report.html", "x.calibrated", "x.processor", "x.prefix.safetensors", *GRAPHS}
 INT4, INT8 = onnx.TensorProto.INT4, onnx.TensorProto.INT8
 SCHEMES = {"sim-w6a6": "W6A6", "sim-w4a4": "W4A4 g128", "sim-w4a8": "W4A8 g128", "sim-w3a16": "W3A16 g128"}
 

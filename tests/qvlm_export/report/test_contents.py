@@ -155,7 +155,7 @@ def test_changed_and_missing_files_are_reported(engine: Path, tmp_path: Path) ->
         "x.calibrated": "missing",
         "x.processor": "changed",
     }
-    assert len(inspection.files) == 9
+    assert len(inspection.files) == 10
     assert inspection.verified is None
 
 
@@ -166,9 +166,9 @@ def test_verification_reads_every_file(engine: Path) -> None:
         f"x.{role}": [path for path in engine.with_suffix(f".{role}").rglob("*") if path.is_file()]
         for role in ("processor", "calibrated")
     }
-    count = 7 + sum(map(len, folders.values()))
+    count = 8 + sum(map(len, folders.values()))
     assert (inspection.verified, len(fractions), fractions[-1]) == (count, count, 1.0)
-    assert Counter(file.state for file in inspection.files) == {"verified": 9}
+    assert Counter(file.state for file in inspection.files) == {"verified": 10}
     sizes = {file.name: (file.bytes, file.sha256) for file in inspection.files if file.name in folders}
     assert sizes == {name: (sum(path.stat().st_size for path in paths), None) for name, paths in folders.items()}
 
