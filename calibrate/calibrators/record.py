@@ -18,6 +18,8 @@ from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
 from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
+from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.quantization.activation_range import find_massive
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
@@ -26,11 +28,14 @@ from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entrop
 BlockOutputs = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, baseline: RtnBaseline) -> dict[str, Any]:
+def make_block_record(
+    block: Block, search: BlockSearch, results: BlockOutputs, baseline: RtnBaseline, texts: Sequence[Sample] = ()
+) -> dict[str, Any]:
     """Returns the record of one block. Errors are means over tokens of the squared error relative to the float output.
 
     results: of every input, the block's output in the float model and in the quantized one, float32 [n, tokens, width], and
     the TokenLabel of its tokens, int64 [tokens].
+    texts: of a decoder layer, the prompts of its inputs. massive_activation: see `describe_massive`.
     activation_errors: by linear, what an input in 8 bits adds to the block's error. FALLBACKS: linears whose input stays
     float for that reason.
     compared: errors by label on the baseline's inputs, of round-to-nearest and of the search.
@@ -56,9 +61,21 @@ def make_block_record(block: Block, search: BlockSearch, results: BlockOutputs, 
         "largest_activations": dict(search.largest_activations),
         "activation_errors": dict(search.activation_errors),
         FALLBACKS: search.fallbacks(),
+        "massive_activation": describe_massive(float_outputs, texts),
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }
+
+
+def describe_massive(outputs: Sequence[torch.Tensor], texts: Sequence[Sample]) -> dict[str, float | int] | None:
+    """Returns what `find_massive` finds in a block's outputs [1, tokens, width]; in the decoder with the id of the token.
+
+    texts: the prompts of a decoder layer's outputs, in order; empty for other blocks.
+    """
+    found = find_massive(outputs)
+    if found is None or not texts:
+        return found
+    return found | {"token": int(texts[int(found["input"])].input_ids[int(found["position"])])}
 
 
 def compute_errors_by_label(

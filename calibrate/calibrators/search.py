@@ -42,7 +42,6 @@ from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.activation_range import find_massive
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.tokens import label_tokens
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
@@ -92,12 +91,10 @@ def calibrate_search(
             outputs = search.search(*both_inputs)
             exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
             changed = _convert_to_stored_dtypes(search.float_tensors(), block, job)
-            record = make_block_record(block, search, (exact[: len(labels)], rounded[: len(labels)], labels), baseline)
-            record["massive_activation"] = describe_massive(exact, texts) if is_text else find_massive(exact)
-        stored = shards.store_outputs(block, [*exact, *rounded], numbers)
-        shards.write(
-            block, search.quantized_linears(), changed, outputs=stored, record=record, prefix_values=search.prefix_values()
-        )
+            results = exact[: len(labels)], rounded[: len(labels)], labels
+            record = make_block_record(block, search, results, baseline, texts if is_text else ())
+        stored, values = shards.store_outputs(block, [*exact, *rounded], numbers), search.prefix_values()
+        shards.write(block, search.quantized_linears(), changed, outputs=stored, record=record, prefix_values=values)
         return stored
 
     with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
@@ -115,15 +112,6 @@ def calibrate_search(
         "tokens": sum(len(s.input_ids) for s in texts),
         **_summarize_blocks(job, config, prompts, shards.records),
     }
-
-
-def describe_massive(outputs: Sequence[torch.Tensor], texts: Sequence[Sample]) -> dict[str, float | int] | None:
-    """Returns what `find_massive` finds in a decoder layer's outputs, with the id of the token.
-
-    texts: the prompts that the outputs [1, tokens, width] belong to.
-    """
-    found = find_massive(outputs)
-    return found and found | {"token": int(texts[int(found["input"])].input_ids[int(found["position"])])}
 
 
 def _merge_numbers_and_labels(

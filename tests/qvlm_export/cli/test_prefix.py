@@ -52,7 +52,8 @@ def test_the_default_is_all_that_prompts_begin_with(exported: Path) -> None:
         ids = encode_prompt(model.processor, model.manifest.config, "USER: Why? ASSISTANT:", []).input_ids
         assert tuple(ids[: len(prefix)]) == prefix.token_ids == find_common_prefix(model.processor, model.manifest.config)
         assert model.session.prefix is not None
-    assert manifest["calibration"]["prefix"] == {"token_ids": list(prefix.token_ids), "text": "<s>USER:"}
+    found = {"token_ids": list(prefix.token_ids), "text": "<s>USER:", "massive_activations": {}}
+    assert manifest["calibration"]["prefix"] == found
     assert manifest["files"]["prefix"]["name"] == "x.prefix.safetensors"
     beside = exported.with_name("x.calibrated") / "prefix.safetensors"
     assert beside.read_bytes() == exported.with_name("x.prefix.safetensors").read_bytes()
