@@ -1,1 +1,1 @@
-"""A trained LLaVA of 160 M parameters from pinned wheels: its decoder, tower, projector, data and scores."""
+"""A trained LLaVA of 157 M parameters from pinned wheels: its decoder, tower, projector, data and scores."""

@@ -27,7 +27,8 @@ from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.inputs.samples import encode_entries, load_processor, read_entries
 from tools.bench.data import save_samples
-from tools.smol import sources, tower, wheels
+from tools.smol import sources
+from tools.smol.parts import tower, wheels
 from tools.tiny import scenes
 
 SEEDS = (0, 1, 2)

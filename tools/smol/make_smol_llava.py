@@ -1,4 +1,4 @@
-"""Makes a trained LLaVA of 160 M parameters in llava-hf's layout, from two pinned wheels and the projector beside this file.
+"""Makes a trained LLaVA of 157 M parameters in llava-hf's layout, from two pinned wheels and the projector beside this file.
 
     python -m tools.smol.make_smol_llava --out build/smol
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tools.smol import decoder, wheels
-from tools.smol.model import PROJECTOR_FILE, make_model, make_processor
+from tools.smol.parts import decoder, wheels
+from tools.smol.parts.model import PROJECTOR_FILE, make_model, make_processor
 
 
 def make(out: Path, wheels_folder: Path, projector: Path = PROJECTOR_FILE) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from qvlm_export.checkpoints.chat_templates import chat_text
-from tools.smol.model import IMAGE_TOKENS
+from tools.smol.parts.model import IMAGE_TOKENS
 from tools.tiny.scenes import Question
 
 PADDING = -1  # segment of padding

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.smol import wheels
+from tools.smol.parts import wheels
 
 SPLITS = ("calib", "test")
 PHOTOS = {

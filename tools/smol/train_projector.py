@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from tools.smol import decoder, packing, tower, wheels
-from tools.smol.model import FEATURE_LAYER, make_model, make_processor
+from tools.smol import packing
+from tools.smol.parts import decoder, tower, wheels
+from tools.smol.parts.model import FEATURE_LAYER, make_model, make_processor
 from tools.tiny import scenes
 
 KINDS = ("describe", "color", "shape", "position", "count", "yesno", "yesno", "choice")

@@ -14,11 +14,11 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from tools.smol import decoder, tower
+from tools.smol.parts import decoder, tower
 
 IMAGE_TOKENS = (tower.IMAGE_SIZE // tower.PATCH) ** 2
 FEATURE_LAYER = -5
-PROJECTOR_FILE = Path(__file__).with_name("projector.safetensors")
+PROJECTOR_FILE = Path(__file__).resolve().parents[1] / "projector.safetensors"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # SmolLM2's own template, with messages in parts and a picture before the text, as other LLaVAs have it.
 CHAT_TEMPLATE = (

