@@ -5,8 +5,8 @@
 Writes calibration-0, -1, -2 (64 samples each) and test (208), each as .jsonl, .npz and a folder of pictures. A fifth to two
 fifths of each set are of one kind: questions about drawn scenes; photographs; English, to continue or to answer, with and
 without a picture; and long ones, of 400 to 700 tokens of text. Calibration and test share no scene, photograph, tale or
-question, the calibration sets among them no scene or passage. Answers to photographs and to questions in English are what
-the float model itself says, by greedy decoding in float32, on one thread; the others are given.
+question, the calibration sets among them no scene or passage. Captions of photographs, answers about scenes and passages of
+tales are given; all other answers are what the float model itself says, by greedy decoding in float32, on one thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -69,10 +70,14 @@ def scene_items(split: str, count: int, seed: int) -> Iterator[Item]:
 
 
 def photo_items(split: str, count: int, seed: int, folder: Path) -> Iterator[Item]:
-    """A prompt for each crop of a photograph."""
+    """A prompt for each crop of a photograph; half of the prompts ask for a caption, which is given."""
+    prompts, photos = sources.PHOTO_PROMPTS, list(sources.PHOTOS[split])
     for number, crop in enumerate(sources.photo_crops(split, count, seed, folder)):
-        prompt = sources.PHOTO_PROMPTS[(number + number // len(sources.PHOTO_PROMPTS)) % len(sources.PHOTO_PROMPTS)]
-        yield Item("photos", prompt, None, crop)
+        turn = number // len(photos)  # each photograph gets another prompt in each turn
+        place = (number + turn) % len(prompts)
+        captions = sources.PHOTOS[split][photos[number % len(photos)]]
+        given = captions[(turn + seed) % len(captions)] if place < sources.CAPTION_PROMPTS else None
+        yield Item("photos", prompts[place], given, crop)
 
 
 def question_items(split: str, count: int, seed: int) -> Iterator[Item]:
@@ -154,10 +159,14 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, item
 
 
 def whole_sentences(text: str) -> str:
-    """The text without a last sentence that has no end, unless it is the only one."""
-    text = text.strip()
-    end = max(text.rfind(mark) for mark in ".!?")
-    return text[: end + 1] if end > 0 else text
+    """The text up to its last full sentence, or up to where it repeats one; the whole text if it has no full sentence."""
+    text, end, seen = text.strip(), 0, set()
+    for match in re.finditer(r"\S.*?[.!?](?=\s|$)", text, re.DOTALL):
+        if match[0] in seen:
+            break
+        seen.add(match[0])
+        end = match.end()
+    return text[:end] if end else text
 
 
 def write_set(out: Path, name: str, items: Sequence[Item]) -> Path:

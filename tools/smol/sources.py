@@ -18,18 +18,48 @@ from PIL import Image
 from tools.smol.parts import wheels
 
 SPLITS = ("calib", "test")
+# File of a photograph -> captions.
 PHOTOS = {
-    "calib": ("astronaut.png", "rocket.jpg", "coins.png", "brick.png", "retina.jpg", "clock_motion.png", "gravel.png"),
-    "test": ("chelsea.png", "coffee.png", "camera.png", "hubble_deep_field.jpg", "grass.png", "ihc.png"),
-}
+    "calib": {
+        "astronaut.png": ("A smiling woman in an orange space suit stands before a flag and a model of a space shuttle.",
+                          "The portrait shows an astronaut who holds her white helmet in her hands."),
+        "rocket.jpg": ("A rocket takes off at dusk, and its bright flame lights up the clouds of smoke.",
+                       "The picture shows the launch of a tall white rocket beside a tower."),
+        "coins.png": ("Several rows of old metal coins lie on a dark table.",
+                      "The picture shows ancient coins with worn heads on them, in black and white."),
+        "brick.png": ("A wall of rough bricks, seen from close up.",
+                      "The picture shows bricks of different sizes with mortar between them."),
+        "retina.jpg": ("A photograph of the inside of an eye, with thin red blood vessels on an orange ground.",
+                       "The picture shows a retina; the bright spot is where the nerve leaves the eye."),
+        "clock_motion.png": ("A round clock on a wall, blurred because the camera moved.",
+                             "The picture shows the face of a clock, but its hands can hardly be seen."),
+        "gravel.png": ("Small grey stones cover the whole ground.",
+                       "The picture shows gravel from above, with stones of many shapes."),
+    },
+    "test": {
+        "chelsea.png": ("A ginger cat with long whiskers looks calmly at something beside the camera.",
+                        "The picture shows the face of a tabby cat from close up."),
+        "coffee.png": ("A cup of coffee with a spoon stands on a saucer on a wooden table.",
+                       "The picture shows a dark espresso in a white cup, seen from the side."),
+        "camera.png": ("A man in a long coat looks through a camera that stands on a tripod.",
+                       "The black and white picture shows a photographer at work in a wide field."),
+        "hubble_deep_field.jpg": ("Hundreds of distant galaxies shine in the black sky.",
+                                  "The picture shows stars and galaxies of many colors, photographed by a space telescope."),
+        "grass.png": ("Blades of grass grow close together, seen from above.",
+                      "The picture shows a meadow in shades of grey."),
+        "ihc.png": ("A thin slice of tissue under a microscope, stained in brown and blue.",
+                    "The picture shows round rings of cells in a medical sample."),
+    },
+}  # fmt: skip
 PHOTO_PROMPTS = (
     "Describe the picture.",
     "What does the picture show?",
+    "Write a short caption for this picture.",
     "Which colors does the picture have?",
     "Is there a person in the picture?",
-    "Write a short caption for this picture.",
     "What could have happened before this picture was taken?",
 )
+CAPTION_PROMPTS = 3  # as many of the first prompts ask for a caption
 TALES = {"calib": "grimm-tales-selected", "test": "andersen"}
 QUESTIONS = {
     "calib": (
@@ -73,8 +103,8 @@ class Passage:
 def photo_crops(split: str, count: int, seed: int, folder: Path) -> list[Image.Image]:
     """`count` random square crops, RGB, at least a third of the shorter side large, of the split's photographs in turn."""
     rng = random.Random(f"photos/{split}/{seed}")
-    names = PHOTOS[split]
-    photos = [Image.open(io.BytesIO(wheels.read(wheels.SCIKIT_IMAGE, f"skimage/data/{n}", folder))) for n in names]
+    contents = (wheels.read(wheels.SCIKIT_IMAGE, f"skimage/data/{name}", folder) for name in PHOTOS[split])
+    photos = [Image.open(io.BytesIO(content)) for content in contents]
     crops = []
     for number in range(count):
         photo = photos[number % len(photos)].convert("RGB")

@@ -30,6 +30,8 @@ def test_calibration_and_test_share_no_photograph_and_no_question():
 def test_answers_end_with_a_sentence():
     assert make_data.whole_sentences(" One. Two! Thr") == "One. Two!"
     assert make_data.whole_sentences("a red ring ") == "a red ring"
+    assert make_data.whole_sentences("It is.\n\nWhy? It is. No, it is not.") == "It is.\n\nWhy?"
+    assert make_data.whole_sentences("About 1.5 meters. And") == "About 1.5 meters."
 
 
 def test_one_text_in_four_has_no_picture(monkeypatch):
