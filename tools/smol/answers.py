@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from qvlm_export.inputs.samples import load_processor
-from tools.bench.data import answer_spans, encode_items
+from tools.bench.data import answer_spans
 from tools.smol.parts import tower
+from tools.smol.samples import encode_sample
 from tools.smol.scores import hidden_states, load_head
 from tools.tiny import scenes
 from tools.tiny.accuracy import Item, rates
@@ -33,7 +34,8 @@ def unseen_items(count: int) -> list[Item]:
 
 def right_answers(model_folder: Path, items: list[Item]) -> list[bool]:
     """Whether transformers' model, in float32, answers each item correctly."""
-    samples = encode_items(items, load_processor(model_folder))
+    processor = load_processor(model_folder)
+    samples = [encode_sample(processor, item.prompt, item.answer, item.image) for item in items]
     hidden, head = hidden_states(model_folder, samples), load_head(model_folder)
     starts = np.cumsum([0, *(len(sample.input_ids) for sample in samples)])
     right = []

@@ -25,15 +25,14 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from qvlm_export.checkpoints.chat_templates import chat_text
-from qvlm_export.checkpoints.checkpoint import open_checkpoint
-from qvlm_export.inputs.samples import encode_entries, load_processor, read_entries
+from qvlm_export.inputs.samples import load_processor
 from tools.bench.data import save_samples
 from tools.smol import sources
 from tools.smol.parts import tower, wheels
+from tools.smol.samples import encode_sample
 from tools.tiny import scenes
 
 SEEDS = (0, 1, 2)
-MAX_LENGTH = 1024
 ANSWER_TOKENS, BATCH = 40, 8
 
 
@@ -169,8 +168,8 @@ def whole_sentences(text: str) -> str:
     return text[:end] if end else text
 
 
-def write_set(out: Path, name: str, items: Sequence[Item]) -> Path:
-    """Writes OUT/NAME.jsonl with its pictures in OUT/NAME; returns the path of the JSONL file."""
+def write_set(out: Path, name: str, items: Sequence[Item]) -> None:
+    """Writes OUT/NAME.jsonl with its pictures in OUT/NAME."""
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
     lines = []
@@ -180,22 +179,21 @@ def write_set(out: Path, name: str, items: Sequence[Item]) -> Path:
             line["image"] = f"{name}/{number:03d}.png"
             item.image.save(out / line["image"], optimize=True)
         lines.append(json.dumps(line) + "\n")
-    path = out / f"{name}.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def make_data(model_folder: Path, out: Path, wheels_folder: Path) -> None:
     """Writes all sets into `out`."""
     model = LlavaForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
-    processor, config = load_processor(model_folder), open_checkpoint(str(model_folder)).config
+    processor = load_processor(model_folder)
     sets = {
         f"calibration-{s}": i for s, i in zip(SEEDS, make_items("calib", CALIBRATION, wheels_folder, SEEDS), strict=True)
     }
     sets["test"] = make_items("test", TEST, wheels_folder)[0]
     for name, items in sets.items():
-        path = write_set(out, name, answer(model, processor, items))
-        samples = encode_entries(read_entries(path, len(items), len(items)), processor, config, MAX_LENGTH)
+        answered = answer(model, processor, items)
+        write_set(out, name, answered)
+        samples = [encode_sample(processor, item.prompt, str(item.answer), item.image) for item in answered]
         save_samples(out / f"{name}.npz", samples)
         print(f"{name}: {len(samples)} samples, {sum(len(s.input_ids) for s in samples)} tokens with pictures", flush=True)
 

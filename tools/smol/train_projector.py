@@ -29,6 +29,7 @@ from tools.smol.parts import decoder, tower, wheels
 from tools.smol.parts.model import FEATURE_LAYER, make_model, make_processor
 from tools.tiny import scenes
 
+LAYERS = tower.make_config().num_hidden_layers + 1 + FEATURE_LAYER  # layers of the tower before the projector
 KINDS = ("describe", "color", "shape", "position", "count", "yesno", "yesno", "choice")
 REGRESSION_SCENES, REGRESSION_STEPS, REGRESSION_PATCHES = 1500, 1500, 1024
 LEARNING_RATE, WARMUP_STEPS = 1e-3, 20
@@ -55,7 +56,7 @@ def draw(scene: scenes.Scene, index: int) -> Image.Image:
 def features(model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image.Image]) -> torch.Tensor:
     """float32 [n, 64, 384]: the hidden states of the tower that the projector reads."""
     pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[LAYERS]
 
 
 def shown_cells(scene: scenes.Scene) -> np.ndarray:
@@ -90,8 +91,7 @@ def load_parts(wheels_folder: Path) -> tuple[Parts, torch.Tensor, list[scenes.Sc
     """The model with an untrained projector, and the features and scenes of the regression."""
     tokenizer = decoder.make_tokenizer(decoder.open_gguf(wheels_folder))
     model, processor = make_model(wheels_folder, tokenizer), make_processor(tokenizer)
-    del model.model.vision_tower.encoder.layers[FEATURE_LAYER + 1 :]  # not read by the projector
-    model.model.vision_tower.config.num_hidden_layers += FEATURE_LAYER + 1
+    del model.model.vision_tower.encoder.layers[LAYERS:]
     # Scenes of their own, which the later steps do not draw.
     drawn = [scenes.make_scene("train", 10**6 + index) for index in range(REGRESSION_SCENES)]
     parts = [

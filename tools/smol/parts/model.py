@@ -17,7 +17,8 @@ from transformers import (
 from tools.smol.parts import decoder, tower
 
 IMAGE_TOKENS = (tower.IMAGE_SIZE // tower.PATCH) ** 2
-FEATURE_LAYER = -5
+# The output of layer 4 of 12: later ones differ more from what the tower would give with its class token.
+FEATURE_LAYER = -9
 PROJECTOR_FILE = Path(__file__).resolve().parents[1] / "projector.safetensors"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # SmolLM2's own template, with messages in parts and a picture before the text, as other LLaVAs have it.
