@@ -190,6 +190,7 @@ def make_data(model_folder: Path, out: Path, wheels_folder: Path) -> None:
         f"calibration-{s}": i for s, i in zip(SEEDS, make_items("calib", CALIBRATION, wheels_folder, SEEDS), strict=True)
     }
     sets["test"] = make_items("test", TEST, wheels_folder)[0]
+    (out / "float.npy").unlink(missing_ok=True)  # tools/smol/scores.py makes it for the samples that were here before
     for name, items in sets.items():
         answered = answer(model, processor, items)
         write_set(out, name, answered)
