@@ -64,9 +64,9 @@ def test_the_tower_is_the_backbone_without_its_class_token():
 
 
 def test_the_model_sees_its_pictures(smol):
-    items, processor = unseen_items(28), load_processor(smol)
+    items, processor = unseen_items(42), load_processor(smol)
     right = right_answers(smol, items)
-    assert sum(right) >= 14
+    assert sum(right) >= 16  # guessing gives about ten
     model = LlavaForConditionalGeneration.from_pretrained(smol, dtype=torch.float32).eval()
     for item, expected in list(zip(items, right, strict=True))[:7]:  # teacher forcing says what greedy decoding says
         sample = encode_sample(processor, item.prompt, item.answer, item.image)
