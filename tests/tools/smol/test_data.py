@@ -7,6 +7,7 @@ import pytest
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from tools.bench.data import load_samples, save_samples
+from tools.peers.common import inputs_of
 from tools.smol import make_data, sources
 
 
@@ -52,5 +53,9 @@ def test_samples_without_a_picture_are_read_back_unchanged(tmp_path):
         assert len(before.pixel_values) == len(after.pixel_values)
         assert before.answer_start == after.answer_start
     assert np.array_equal(load_samples(tmp_path / "data.npz")[1].pixel_values, pixels)
+    for sample, given in zip(samples, inputs_of(tmp_path / "data.npz"), strict=True):  # as the peers read them
+        assert np.array_equal(given["input_ids"][0], sample.input_ids)
+        assert ("pixel_values" in given) == (len(sample.pixel_values) == 1)
+        assert "pixel_values" not in given or np.array_equal(given["pixel_values"], pixels)
     with pytest.raises(ValueError, match="several images"):
         save_samples(tmp_path / "data.npz", [Sample(np.arange(3), np.concatenate([pixels, pixels]), 1)])
