@@ -52,18 +52,23 @@ def encode_items(items: Sequence[Item], processor: Any) -> list[Sample]:
 
 
 def save_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes samples of one image each as .npz.
+    """Writes samples of at most one image each as .npz.
 
-    The arrays are input_ids int64 [tokens of all samples], offsets int64 [n + 1], pixel_values float32 [n, 3, R, R] and
-    answer_start int64 [n], which counts from the sample's own first token.
+    The arrays are input_ids int64 [tokens of all samples], offsets int64 [n + 1], pixel_values float32 [m, 3, R, R] of the m
+    samples with an image and answer_start int64 [n], which counts from the sample's own first token. If some samples have no
+    image, there is also has_image bool [n]. Raises ValueError if a sample has several images.
     """
+    has_image = np.array([len(s.pixel_values) for s in samples])
+    if has_image.max(initial=0) > 1:
+        raise ValueError("a sample has several images")
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,
         input_ids=np.concatenate([s.input_ids for s in samples]),
         offsets=np.cumsum([0, *(len(s.input_ids) for s in samples)]),
-        pixel_values=np.concatenate([s.pixel_values for s in samples]),
+        pixel_values=np.concatenate([s.pixel_values for s in samples if len(s.pixel_values)] or [samples[0].pixel_values]),
         answer_start=np.array([s.answer_start for s in samples]),
+        **({} if has_image.all() else {"has_image": has_image.astype(bool)}),
     )
 
 
@@ -71,10 +76,12 @@ def load_samples(path: Path) -> list[Sample]:
     """Reads the samples that `save_samples` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
+    has_image = arrays.get("has_image", np.ones(len(arrays["answer_start"]), bool))
     spans = zip(arrays["offsets"], arrays["offsets"][1:], arrays["answer_start"], strict=False)
+    ends = np.cumsum(has_image)
     return [
-        Sample(arrays["input_ids"][first:last], arrays["pixel_values"][number : number + 1], int(start))
-        for number, (first, last, start) in enumerate(spans)
+        Sample(arrays["input_ids"][first:last], arrays["pixel_values"][end - image : end], int(start))
+        for (first, last, start), image, end in zip(spans, has_image.astype(int), ends, strict=True)
     ]
 
 

@@ -111,13 +111,14 @@ def inputs_of(path: Path) -> list[dict[str, torch.Tensor]]:
         arrays = dict(file)
     ids, offsets = torch.from_numpy(arrays["input_ids"]), arrays["offsets"]
     pixels = torch.from_numpy(arrays["pixel_values"])
+    has_image = arrays.get("has_image", np.ones(len(offsets) - 1, bool))  # only files with texts alone have this array
     return [
         {
             "input_ids": ids[first:last][None],
             "attention_mask": torch.ones(1, last - first, dtype=torch.long),
-            "pixel_values": pixels[number : number + 1],
+            **({"pixel_values": pixels[end - 1 : end]} if image else {}),
         }
-        for number, (first, last) in enumerate(itertools.pairwise(offsets))
+        for (first, last), image, end in zip(itertools.pairwise(offsets), has_image, np.cumsum(has_image), strict=True)
     ]
 
 
@@ -125,7 +126,13 @@ def batches_of(path: Path) -> list[dict[str, torch.Tensor]]:
     """Keyword arguments of the model's forward for batches of samples of equal length, without padding."""
     inputs = inputs_of(path)
     batches = equal_lengths([i["input_ids"].shape[1] for i in inputs])
-    return [{key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]} for numbers in batches]
+    return [_join([inputs[n] for n in numbers]) for numbers in batches]
+
+
+def _join(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of samples of equal length; those without an image add nothing to pixel_values."""
+    keys = {key: None for one in inputs for key in one}
+    return {key: torch.cat([one[key] for one in inputs if key in one]) for key in keys}
 
 
 def run_all(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> None:
@@ -145,7 +152,7 @@ def answer_logits(model: torch.nn.Module, path: Path) -> np.ndarray:
         starts = file["answer_start"]
     by_question: dict[int, np.ndarray] = {}
     for numbers in equal_lengths([i["input_ids"].shape[1] for i in inputs]):
-        batch = {key: torch.cat([inputs[n][key] for n in numbers]) for key in inputs[0]}
+        batch = _join([inputs[n] for n in numbers])
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits.float()
         for row, number in enumerate(numbers):

@@ -1,0 +1,1 @@
+"""A trained LLaVA of 157 M parameters from pinned wheels: its decoder, tower, projector, data and scores."""
