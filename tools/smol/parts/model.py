@@ -17,7 +17,7 @@ from transformers import (
 from tools.smol.parts import decoder, tower
 
 IMAGE_TOKENS = (tower.IMAGE_SIZE // tower.PATCH) ** 2
-# The output of layer 4 of 12: later ones differ more from what the tower would give with its class token.
+# The output of layer 4 of 12, which the projector was trained on. Later layers lose more without the class token.
 FEATURE_LAYER = -9
 PROJECTOR_FILE = Path(__file__).resolve().parents[1] / "projector.safetensors"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
