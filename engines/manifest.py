@@ -24,8 +24,8 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.config import Limits, ModelConfig
 from qvlm_export.engines.manifest_schema import CONFIG, CONTENT, LIMITS, check_config
 
-FORMAT, VERSION = "qvlm-export", 2
-READABLE = (1, 2)  # versions; 1 has neither tiles nor several feature layers
+FORMAT, VERSION = "qvlm-export", 3
+READABLE = (1, 2, 3)  # versions; 1 has neither tiles nor several feature layers, 2 no prefix
 VERIFY_AT_OPEN_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 

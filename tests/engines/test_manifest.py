@@ -130,11 +130,11 @@ def test_json_that_is_no_manifest_is_refused(tmp_path, content):
     assert_refused(tmp_path / "engine.json", "is no manifest of qvlm-export")
 
 
-@pytest.mark.parametrize("version", [3, 99, "1"])
+@pytest.mark.parametrize("version", [4, 99, "1"])
 def test_a_newer_version_is_refused(manifest, version):
     write_manifest(manifest)
     change(manifest.path, version=version)
-    assert_refused(manifest.path, f"manifest version {version}, this program reads 2", "update qvlm-export")
+    assert_refused(manifest.path, f"manifest version {version}, this program reads 3", "update qvlm-export")
 
 
 KEYS = ("model", "config", "limits", "float_type", "scheme", "linears", "calibration", "backend")
