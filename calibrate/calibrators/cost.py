@@ -136,6 +136,13 @@ def estimate_calibration_cost(
     return sum((count_rtn(b, _inside(schemes, b), x if n < num_run else []) for n, (b, x) in enumerate(parts)), Cost())
 
 
+def estimate_accuracy_cost(blocks: ModelBlocks, samples: Sequence[Sample]) -> Cost:
+    """Returns the cost of `measure_accuracy`: a float and a quantized forward pass."""
+    images = [blocks.num_patches()] * sum(len(sample.pixel_values) for sample in samples)
+    texts = [len(sample.input_ids) for sample in samples]
+    return (count_forward(blocks.vision(), images) + count_forward(blocks.text_layers, texts)).times(2)
+
+
 def _inside(schemes: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearScheme]:
     """Returns the schemes of one block's linears, by their names inside it."""
     start = f"{block.prefix}."

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qvlm_export.cli.common import OneLineErrors, check_finite, errors_as_lines
+from qvlm_export.engines.check.thresholds import MAX_KL, MIN_AGREEMENT
 from qvlm_export.inference.forms import FLOAT
-from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
 NOT_MET = 1  # exit code when a threshold is not met, or the graph is not what was calibrated
 

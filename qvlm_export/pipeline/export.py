@@ -46,7 +46,15 @@ from qvlm_export.pipeline.preparation.outputs import (
 from qvlm_export.pipeline.preparation.prepare import PARTS, ExportOptions, PreparedExport, estimate_export, prepare_export
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.publish import Move, publish
-from qvlm_export.pipeline.stages import build, calibrate, copy_prefix, stage_key, write_graphs
+from qvlm_export.pipeline.stages import (
+    ACCURACY,
+    build,
+    calibrate,
+    copy_prefix,
+    measure_held_back,
+    stage_key,
+    write_graphs,
+)
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
 from qvlm_export.report.report import write_report
 
@@ -82,7 +90,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         fingerprint = work_fingerprint(
             prepared.checkpoint,
             prepared.linears,
-            prepared.samples,
+            [*prepared.samples, *prepared.checked_samples],
             options.effort,
             prepared.device,
             prefix=prepared.prefix,
@@ -106,9 +114,10 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
 def _run_stages(
     prepared: PreparedExport, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
 ) -> ExportResult:
-    calibrated = calibrate(prepared, work, reporter)
+    calibrated, accuracy = calibrate(prepared, work, reporter), dict[str, Any]()
     if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
         prepared.processor.save_pretrained(calibrated.folder)
+        accuracy = measure_held_back(prepared, calibrated, work, fingerprint, reporter)
         copy_prefix(prepared, calibrated, work)
         prepared = replace(prepared, linears={**prepared.linears, **calibrated.schemes})  # some may have fallen back
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
@@ -123,6 +132,7 @@ def _run_stages(
     prepared.processor.save_pretrained(work.staging / f"{prepared.options.out.stem}.processor")
     with reporter.stage("check"):
         manifest = _make_manifest(prepared, work.staging, calibrated, interfaces, checks)
+        manifest = replace(manifest, calibration={**manifest.calibration, **({ACCURACY: accuracy} if accuracy else {})})
         manifest = _add_report(
             prepared, work.staging, replace(manifest, files=_describe_files(prepared.options.out, work.staging, known))
         )

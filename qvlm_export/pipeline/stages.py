@@ -6,7 +6,7 @@ Each stage reads files and writes files. What an interrupted export completed is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qvlm_export.calibrate.blockwise.blocks import deterministic_threads
+from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, deterministic_threads
 from qvlm_export.calibrate.blockwise.forward import compute_prefix
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.blockwise.resume import CalibrationWork
@@ -26,8 +26,10 @@ from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.calibrate.quantization.activation_range import find_massive, measure_ranges
+from qvlm_export.calibrate.sensitivity.accuracy import Accuracy, measure_accuracy
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
+from qvlm_export.engines.check.thresholds import MAX_KL, MIN_AGREEMENT
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
@@ -38,6 +40,8 @@ from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, sele
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.work_folder import WorkFolder
 
+ACCURACY = "accuracy"  # name of the stage, and key in the record
+WORST = 3  # linears that a warning names
 PART_CONFIGS = ("text_config", "vision_config")
 
 
@@ -76,13 +80,8 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
         state = CalibrationWork(work.state, narrow=narrow, memory_bytes=prepared.activations_bytes)
-        blocks, massive = prepared.blocks, dict[str, Any]()
-        if prepared.prefix:
-            with deterministic_threads(blocks):
-                prefix = compute_prefix(
-                    blocks, checkpoint.source, prepared.prefix, lambda name, x: massive.update({name: find_massive([x])})
-                )
-            blocks = replace(blocks, prefix=prefix)
+        massive = dict[str, Any]()
+        blocks = put_prefix(prepared, lambda name, x: massive.update({name: find_massive([x])}))
         job = CalibrationJob(
             blocks,
             checkpoint.source,
@@ -102,6 +101,58 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             summary["prefix"] = {**describe_prefix(prepared.processor, prepared.prefix), "massive_activations": found}
         writer.finish(_name_float_type(checkpoint.config_json, options.dtype), summary)
     return CalibratedCheckpoint(folder)
+
+
+def put_prefix(prepared: PreparedExport, observe: Callable[[str, torch.Tensor], object] = lambda *_: None) -> ModelBlocks:
+    """Returns the model's blocks with the float model's prefix, if there is one. observe: as for `compute_prefix`."""
+    if not prepared.prefix:
+        return prepared.blocks
+    with deterministic_threads(prepared.blocks):
+        prefix = compute_prefix(prepared.blocks, prepared.checkpoint.source, prepared.prefix, observe)
+    return replace(prepared.blocks, prefix=prefix)
+
+
+def measure_held_back(
+    prepared: PreparedExport,
+    calibrated: CalibratedCheckpoint,
+    work: WorkFolder,
+    fingerprint: Mapping[str, str],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Returns for the manifest how far the calibrated model is from the float model, and says so where that is too far."""
+    key = digest([dict(fingerprint), prepared.options.dtype])
+    recorded = work.completed_stages().get(ACCURACY, {})
+    if recorded.get("key") == key:
+        return dict(recorded[ACCURACY])
+    samples, source = prepared.checked_samples, prepared.checkpoint.source
+    with reporter.stage(ACCURACY) as stage, deterministic_threads(prepared.blocks):
+        device = torch.device(prepared.device)
+        accuracy = measure_accuracy(
+            put_prefix(prepared), source, calibrated, samples, device=device, progress=stage.fraction
+        )
+    held_back = not any(sample is other for sample in samples for other in prepared.samples)
+    worst = find_worst_linears(accuracy, calibrated.summary)
+    found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}
+    if accuracy.agreement < MIN_AGREEMENT or accuracy.kl > MAX_KL:
+        cure = "take more calibration samples, or" if EFFORTS[prepared.options.effort].config else "add --effort fast, or"
+        reporter.note(
+            f"warning: on {len(samples)} {'held-back ' if held_back else ''}calibration samples the quantized model has the "
+            f"float model's first choice for {100 * accuracy.agreement:.0f} % of {accuracy.tokens} tokens (KL divergence "
+            f"{accuracy.kl:.2g} nats); most is lost in {', '.join(worst)}; {cure} keep these in float by --recipe"
+        )
+    work.record_stage(ACCURACY, key, [], **{ACCURACY: found})
+    return found
+
+
+def find_worst_linears(accuracy: Accuracy, summary: Mapping[str, Any]) -> list[str]:
+    """Returns the linears with the lowest SQNR in the blocks that lose most; the blocks where no SQNR is recorded."""
+    records = {block["name"]: block for block in summary.get("blocks", ())}
+    worst = []
+    for name in accuracy.worst_blocks(WORST):
+        layers = records.get(name, {}).get("layers", ())
+        sqnr = {n: x["sqnr_db"] for layer in layers for n, x in layer["linears"].items() if x.get("sqnr_db") is not None}
+        worst.append(min(sqnr, key=lambda n: sqnr[n]) if sqnr else name)
+    return worst
 
 
 def copy_prefix(prepared: PreparedExport, calibrated: CalibratedCheckpoint, work: WorkFolder) -> None:

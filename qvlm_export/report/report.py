@@ -76,6 +76,7 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
         "calibration": ", ".join(counts) + (f" of {calibration['data']}" if "data" in calibration else ""),
         "search cost": ", ".join(cost),
         "prefix": _describe_prefix(calibration.get("prefix")),
+        "accuracy": _describe_accuracy(calibration.get("accuracy")),
         "backend": re.sub(" +", " ", runtime).strip(),
         "limits": f"{manifest.limits.max_length:,} tokens, batch {manifest.limits.max_batch}",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -97,6 +98,17 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
         for block in calibration.get("blocks", ())
         if "rtn" in block.get("compared", ())  # records before 0.9 have other keys
     ]
+
+
+def _describe_accuracy(accuracy: Mapping[str, Any] | None) -> str:
+    if not accuracy:
+        return ""
+    which = "held-back calibration samples" if accuracy["held_back"] else "calibration samples, none of which was held back"
+    share, worst = f"{100 * accuracy['agreement']:.1f} %", ", ".join(accuracy["worst"])
+    return (
+        f"first choice of the float model for {share} of {accuracy['tokens']:,} tokens, KL divergence {accuracy['kl']:.3g} "
+        f"nats, on {accuracy['samples']} {which}; most is lost in {worst}"
+    )
 
 
 def _describe_prefix(prefix: Mapping[str, Any] | None) -> str:

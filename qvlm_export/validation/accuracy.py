@@ -17,8 +17,8 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import MAX_FLOAT16
 from qvlm_export.engines.check.graph_weights import WrongWeight
 from qvlm_export.engines.check.metrics import Sums
+from qvlm_export.engines.check.thresholds import SAME_AGREEMENT, SAME_FORWARD, SAME_KL
 from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH
-from qvlm_export.validation.thresholds import SAME_AGREEMENT, SAME_FORWARD, SAME_KL
 
 OWN_FORWARD = "float, block by block"  # this package's own forward pass, on which calibration relies
 TOKEN_KINDS = ("image", "prompt", "answer")

@@ -20,6 +20,7 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.checkpoints.origin import open_exported
 from qvlm_export.engines.check.metrics import Sums
 from qvlm_export.engines.check.polygraphy import SavedComparison, compare_runs, engine_runners, save_case, session_runners
+from qvlm_export.engines.check.thresholds import MAX_KL, MIN_AGREEMENT
 from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, read_manifest, verify_file
 from qvlm_export.inference.forms import ENGINE, FLOAT, GRAPH
@@ -35,7 +36,6 @@ from qvlm_export.validation.accuracy import (
 )
 from qvlm_export.validation.compare import ComparisonJob, compare_forms, find_traced_sample, graph_obstacle
 from qvlm_export.validation.reference import ReferenceInput, reference_inputs
-from qvlm_export.validation.thresholds import MAX_KL, MIN_AGREEMENT
 
 
 @dataclass(frozen=True)

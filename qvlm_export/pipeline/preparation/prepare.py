@@ -5,7 +5,7 @@ Only headers and small files are read: weights are neither loaded nor written. `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,19 @@ import numpy as np
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
 from qvlm_export.calibrate.blockwise.job import find_linear_needing_images
 from qvlm_export.calibrate.calibrators.block_cost import Cost
-from qvlm_export.calibrate.calibrators.cost import activation_cache_bytes, estimate_calibration_cost, sensitivity_bytes
+from qvlm_export.calibrate.calibrators.cost import (
+    activation_cache_bytes,
+    estimate_accuracy_cost,
+    estimate_calibration_cost,
+    sensitivity_bytes,
+)
 from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
 from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
+from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.checkpoints.files.download import remaining_bytes
 from qvlm_export.checkpoints.files.headers import find_downloads
@@ -61,6 +67,7 @@ TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest i
 DTYPES = (FLOAT16, BFLOAT16)
 MAX_MEMORY_GIB, MAX_BATCH = 2**20, 2**16  # beyond any machine
 MAX_SAMPLES = 128  # used at most when --samples is not given
+HELD_BACK, LEAST_SAMPLES = 4, 32  # samples that accuracy is measured on, and from how many on these are held back
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class PreparedExport:
     set, behind the prefix; empty when no linear is quantized. range_samples: a few whole ones to run before all else, to see
     whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of calibration.
     activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in memory.
+    checked_samples: on which the calibrated model is compared with the float model; held back from `samples` where there are
+    enough.
     """
 
     options: ExportOptions
@@ -123,6 +132,7 @@ class PreparedExport:
     cost: Cost
     activations_bytes: int
     device: str
+    checked_samples: tuple[Sample, ...] = ()
     prefix: tuple[int, ...] = ()
     range_samples: tuple[Sample, ...] = ()
 
@@ -140,18 +150,17 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     limits = _choose_limits(options, checkpoint)
     blocks = make_blocks(checkpoint.hf_config)
     shapes = expected_shapes(checkpoint.config)
-    schemes = assign_schemes(recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
-    linears = {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
+    linears = _assign_linears(options, recipe, {name: shapes[f"{name}.weight"] for name in blocks.quantizable()})
     check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = _load_checked_processor(checkpoint)
     whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
     prefix = choose_prefix(options.prefix, processor, checkpoint.config) if linears else ()
-    samples = tuple(cut_prefix(whole_samples, prefix))
+    samples, checked = _hold_back(cut_prefix(whole_samples, prefix))
     config, builds = EFFORTS[options.effort].config, backend.module is not None
     if samples and not any(len(sample.pixel_values) for sample in samples):
         _refuse_text_only(options, find_linear_needing_images(blocks, linears, searched=config is not None))
-    cost = estimate_calibration_cost(blocks, linears, samples, config) if linears else Cost()
+    cost = _estimate_cost(blocks, linears, samples, checked, config)
     disk = disk_needed(
         total_sizes(sizes),
         calibrates=bool(linears),
@@ -184,6 +193,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
+        checked_samples=checked,
         prefix=prefix,
         range_samples=_select_range_samples(options, checkpoint, whole_samples, processor, limits),
     )
@@ -215,6 +225,35 @@ def estimate_export(prepared: PreparedExport) -> Estimate:
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
     return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
+
+
+def _assign_linears(options: ExportOptions, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, LinearScheme]:
+    schemes = assign_schemes(recipe, shapes)
+    return {name: replace(scheme, float_type=options.dtype) for name, scheme in schemes.items()}
+
+
+def _estimate_cost(
+    blocks: ModelBlocks,
+    linears: Mapping[str, LinearScheme],
+    samples: Sequence[Sample],
+    checked: Sequence[Sample],
+    config: SearchConfig | None,
+) -> Cost:
+    """Returns the cost of calibration and of the comparison with the float model; that of nothing where all stays float."""
+    if not linears:
+        return Cost()
+    return estimate_calibration_cost(blocks, linears, samples, config) + estimate_accuracy_cost(blocks, checked)
+
+
+def _hold_back(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Returns the samples to calibrate on, and those to compare the result with the float model on.
+
+    The latter are HELD_BACK of them, evenly spaced. Where there are fewer than LEAST_SAMPLES, all calibrate.
+    """
+    numbers = [n * len(samples) // HELD_BACK for n in range(min(HELD_BACK, len(samples)))]
+    checked = tuple(samples[n] for n in numbers)
+    held_back = set(numbers) if len(samples) >= LEAST_SAMPLES else set()
+    return tuple(sample for n, sample in enumerate(samples) if n not in held_back), checked
 
 
 def _load_checked_processor(checkpoint: Checkpoint) -> Any:
