@@ -146,7 +146,7 @@ def measure_held_back(
 
 def find_worst_linears(accuracy: Accuracy, summary: Mapping[str, Any]) -> list[str]:
     """Returns the linears with the lowest SQNR in the blocks that lose most; the blocks where no SQNR is recorded."""
-    records = {block["name"]: block for block in summary.get("blocks", ())}
+    records = {block.get("name"): block for block in summary.get("blocks", ())}
     worst = []
     for name in accuracy.worst_blocks(WORST):
         layers = records.get(name, {}).get("layers", ())
