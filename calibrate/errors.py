@@ -6,6 +6,10 @@ import struct
 import zlib
 
 
+class PrefixWarning(UserWarning):
+    """A prompt does not begin with the tokens that an export's prefix cache is for."""
+
+
 class UserError(Exception):
     """An error that the user can correct. The message is one line: what is wrong, where, and what to do.
 

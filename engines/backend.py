@@ -22,6 +22,7 @@ BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnx")
 # Ahead-of-time targets of TensorRT-RTX 1.7. SM75 has no INT4.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "current")
 INT4_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+WEIGHT_ONLY_INT8_TARGETS = INT4_TARGETS  # SM75 multiplies such weights in float16, after writing them out
 BFLOAT16_TARGETS = INT4_TARGETS  # SM75 has no bfloat16 either
 # GPUs that TensorRT-RTX does not build for: target as one may write it -> whose it is. TensorRT builds for them.
 OTHER_GPUS = {

@@ -181,13 +181,14 @@ class BlockSearch:
     ) -> list[torch.Tensor]:
         """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
         float_rows, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
+        for shared in shared_inputs:
+            self._check_rows(shared, float_rows[shared], float_inputs)
         weights = weigh_by_output(float_outputs)
         self.output_weights = torch.cat([w.flatten() for w in weights])
         self.output_energy = sum(squared_sum(y * w.sqrt()[..., None]) for y, w in zip(float_outputs, weights, strict=True))
         if self.config.token_weighting == "output":
             self.token_weights = dict.fromkeys(("", *(shared.linears[0] for shared in shared_inputs)), weights)
         for shared in shared_inputs:
-            self._check_rows(shared, float_rows[shared], float_inputs)
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
         if self.config.learn_steps:  # learning starts from the float weights, so they are kept
             block.rounded = copy.deepcopy(block.module)

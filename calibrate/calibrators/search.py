@@ -169,6 +169,8 @@ def _make_random_word_prompts(job: CalibrationJob, config: SearchConfig) -> list
     if not config.random_word_prompts:
         return []
     weights = embedding_norm_weights(load_finite(job.source, EMBEDDING).numpy())
+    if job.blocks.prefix is not None:  # which every prompt begins with, so its tokens are none to draw
+        weights[list(job.blocks.prefix.token_ids)] = 0
     return replace_words(job.samples, config.random_word_prompts, weights, job.blocks.image_token_id, config.seed)
 
 

@@ -130,9 +130,17 @@ class CalibratedCheckpoint:
         return None if bits is None else (float(self.floats.load(f"{name}.input_scale")[0]), bits)
 
     def read_prefix(self, shape: tuple[int, int, int]) -> PrefixCache | None:
-        """The prefix behind which the model was calibrated, None without one. shape: as for `prefix.read_prefix`."""
-        path = self.folder / PREFIX_FILE
-        return read_prefix(path, shape) if path.exists() else None
+        """The prefix behind which the model was calibrated, None without one.
+
+        shape: as for `prefix.read_prefix`. Raises UserError when the file is missing or damaged, or of another checkpoint.
+        """
+        path, recorded = self.folder / PREFIX_FILE, self.summary.get("prefix")
+        if not recorded and not path.exists():
+            return None
+        prefix = read_prefix(path, shape)
+        if recorded and list(prefix.token_ids) != recorded.get("token_ids"):
+            raise UserError(f"{path}: is for other tokens than {RECORD_FILE} names; calibrate again")
+        return prefix
 
     def linear(self, name: str) -> QuantizedLinear:
         """The quantized linear `name`: scheme, codes and scales."""

@@ -38,6 +38,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def first(self, count: int) -> PrefixCache:
+        """The prefix of the first `count` tokens alone, which do not depend on those behind them."""
+        keys, values = (tuple(array[:, :count] for array in part) for part in (self.keys, self.values))
+        return PrefixCache(self.token_ids[:count], keys, values)
+
     def arrays(self) -> list[np.ndarray]:
         """Key and value of every layer, in the order of a key/value cache."""
         return [array for pair in zip(self.keys, self.values, strict=True) for array in pair]

@@ -28,6 +28,8 @@ from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantize_inputs
 from qvlm_export.calibrate.quantization.tokens import mean_token_error
 
+PLACES = 128  # tokens whose logits are in memory together
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -88,12 +90,13 @@ def measure_accuracy(
 
     features = run_vision_blocks(blocks, source, [*samples, *samples], step)
     hidden = run_decoder_blocks(blocks, source, [*samples, *samples], features, step)
-    head = load_head(source, blocks.final_epsilon)
-    quantized_head = load_head(dequantized, blocks.final_epsilon)
+    head = load_head(source, blocks.final_epsilon)  # of both, as it is never quantized
     sums = []
     for sample, exact, rounded in zip(samples, hidden, hidden[len(samples) :], strict=False):
         places = _compared_places(sample, blocks.image_token_id)
-        sums.append(_compare(head, quantized_head, exact[0], rounded[0], places))
+        for start in range(places.start, places.stop, PLACES):
+            part = slice(start, min(start + PLACES, places.stop))
+            sums.append(_compare(head, exact[0][part], rounded[0][part]))
     tokens = sum(count for count, _, _ in sums)
     kl, same = (math.fsum(part[k] for part in sums) / max(tokens, 1) for k in (1, 2))
     return Accuracy(tokens, kl, same, errors)
@@ -116,12 +119,9 @@ def _compared_places(sample: Sample, image_token_id: int) -> range:
     return range(int(images.max()) if len(images) else 0, length)
 
 
-def _compare(
-    head: LanguageHead, quantized_head: LanguageHead, exact: torch.Tensor, rounded: torch.Tensor, places: range
-) -> tuple[int, float, float]:
-    """Number of tokens, sum of their KL divergences, and number of equal first choices. exact, rounded: [S, width]."""
-    first = head.logits(exact[places.start : places.stop]).log_softmax(-1)
-    second = quantized_head.logits(rounded[places.start : places.stop]).log_softmax(-1)
+def _compare(head: LanguageHead, exact: torch.Tensor, rounded: torch.Tensor) -> tuple[int, float, float]:
+    """Number of tokens, sum of their KL divergences, and number of equal first choices. exact, rounded: [tokens, width]."""
+    first, second = (head.logits(hidden).log_softmax(-1) for hidden in (exact, rounded))
     divergence = (first.exp() * (first - second)).sum(-1)
     same = first.argmax(-1) == second.argmax(-1)
-    return len(places), float(divergence.double().sum()), float(same.sum())
+    return len(exact), float(divergence.double().sum()), float(same.sum())

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qvlm_export.calibrate.checkpoint.prefix import count_shared, put_first
+from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, count_shared, put_first
 from qvlm_export.calibrate.checkpoint.samples import Sample, place_features
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.engines.manifest import Manifest, open_prefix
@@ -72,27 +72,46 @@ def vision_feed(sample: Sample) -> dict[str, np.ndarray]:
     return {"pixel_values": np.ascontiguousarray(sample.pixel_values, np.float32)}
 
 
-def language_feed(manifest: Manifest, sample: Sample, image_embeds: np.ndarray) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Caches:
+    """The caches that a prefill starts with, by name of the input, in types that numpy has.
+
+    prefix: of the export, None without one. filled: with the prefix in the first slots; empty: one array of zeros for all.
+    """
+
+    prefix: PrefixCache | None
+    filled: Mapping[str, np.ndarray]
+    empty: Mapping[str, np.ndarray]
+
+
+def make_caches(manifest: Manifest) -> Caches:
+    """Returns the caches of a prefill with this export, which all samples can share, as runners do not write into inputs."""
+    text, prefix = manifest.config.text, open_prefix(manifest)
+    # Polygraphy saves numpy arrays, and numpy has no bfloat16.
+    dtype = np.float16 if manifest.float_type == "float16" else np.float32
+    zeros = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), dtype)
+    names = [f"past_key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")]
+    arrays = [zeros] * len(names) if prefix is None else [put_first(zeros.copy(), array) for array in prefix.arrays()]
+    return Caches(prefix, dict(zip(names, arrays, strict=True)), dict.fromkeys(names, zeros))
+
+
+def language_feed(
+    manifest: Manifest, sample: Sample, image_embeds: np.ndarray, caches: Caches | None = None
+) -> dict[str, np.ndarray]:
     """Returns the inputs of the language graph for the prefill of a sample, in the engine's types.
 
     Caches are empty but for the export's prefix, behind which the sample starts. image_embeds: [n, hidden], the output of
-    the vision graph, or the dummy row of `make_empty_image_embeds`.
+    the vision graph, or the dummy row of `make_empty_image_embeds`. caches: of `make_caches`; None makes them anew.
     """
-    text, length, prefix = manifest.config.text, len(sample.input_ids), open_prefix(manifest)
-    start = 0 if prefix is None else count_shared(prefix.token_ids, sample.input_ids)
-    # Polygraphy saves numpy arrays, and numpy has no bfloat16.
+    caches, length = caches or make_caches(manifest), len(sample.input_ids)
+    start = 0 if caches.prefix is None else count_shared(caches.prefix.token_ids, sample.input_ids)
     dtype = np.float16 if manifest.float_type == "float16" else np.float32
-    empty = np.zeros((1, text.num_kv_heads, manifest.limits.max_length, text.head_dim), dtype)
-    caches = [empty] * (2 * text.num_layers)
-    if prefix is not None and start:
-        caches = [put_first(empty.copy(), array) for array in prefix.arrays()]
-    names = [f"past_key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")]
     return {
         "input_ids": sample.input_ids[None, start:],
         "image_embeds": place_features(image_embeds, sample.placement).astype(dtype),
         "position_ids": np.arange(start, length, dtype=np.int64)[None],
         "write_index": np.full(1, start, np.int64),
-        **dict(zip(names, caches, strict=True)),
+        **(caches.filled if start else caches.empty),
     }
 
 
@@ -178,6 +197,7 @@ class RunnerPair:
 
     def __init__(self, manifest: Manifest, runners: Runners) -> None:
         self._manifest, self._runners, self._stack = manifest, runners, ExitStack()
+        self._caches = make_caches(manifest)
 
     def __enter__(self) -> RunnerPair:
         with quiet():
@@ -194,7 +214,7 @@ class RunnerPair:
         embeds = make_empty_image_embeds(self._manifest)
         if len(sample.pixel_values):
             embeds = self._infer("vision", vision_feed(sample))
-        logits: np.ndarray = self._infer("language", language_feed(self._manifest, sample, embeds))[0]
+        logits: np.ndarray = self._infer("language", language_feed(self._manifest, sample, embeds, self._caches))[0]
         return logits
 
     def _infer(self, part: str, feed: Mapping[str, np.ndarray]) -> np.ndarray:

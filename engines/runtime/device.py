@@ -66,6 +66,15 @@ class Device:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._unwrap(self._runtime.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self.stream))
 
+    def upload_rows(self, pointer: int, pitch: int, array: np.ndarray) -> None:
+        """Copies the rows of a contiguous array to the GPU, `pitch` bytes apart, in order with the stream.
+
+        array: [rows, ..]. It must live until the stream has come that far.
+        """
+        kind, width = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, array.nbytes // len(array)
+        place = (pointer, pitch, array.ctypes.data, width, width, len(array))
+        self._unwrap(self._runtime.cudaMemcpy2DAsync(*place, kind, self.stream))
+
     def download(self, array: np.ndarray, pointer: int) -> None:
         """Copies from the GPU into a contiguous array and waits until it is filled."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost

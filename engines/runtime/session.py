@@ -16,13 +16,9 @@ import numpy as np
 
 from qvlm_export.calibrate.checkpoint.prefix import PrefixCache, count_shared
 from qvlm_export.calibrate.checkpoint.samples import Placement, place_features
-from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.errors import PrefixWarning, UserError
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.engines.runtime.sampling import Sampling, pick_token
-
-
-class PrefixWarning(UserWarning):
-    """A prompt does not begin with the tokens that the export's prefix cache is for."""
 
 
 class ContextError(UserError):
@@ -109,11 +105,13 @@ class Session:
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or len(ids) != 1:
             raise UserError(f"input_ids has shape {list(ids.shape)}; give [1, tokens]")
-        sequences, behind = self._begin([ids[0]])
-        logits = self._feed(sequences, behind, pixel_values, placement)
-        if shared := int(sequences.cached[0]):
+        first = np.zeros((1, 0, self.manifest.config.text.vocab_size), np.float32)
+        if shared := 0 if self.prefix is None else count_shared(self.prefix.token_ids, ids[0]):
             alone = Sequences([[]], np.zeros(1, np.int64), self.runner.new_cache(1))
-            logits = np.concatenate([self._feed(alone, [ids[0, :shared]], None, None), logits], axis=1)
+            first = self._feed(alone, [ids[0, :shared]], None, None)
+            del alone  # its cache may be gigabytes, and there is another one next
+        sequences, behind = self._begin([ids[0]])
+        logits = np.concatenate([first, self._feed(sequences, behind, pixel_values, placement)], axis=1)
         if require_finite:
             self._check_finite(logits[0])
         return logits

@@ -116,12 +116,14 @@ class Cache:
         for name in (f"key_values.{i}.{part}" for i in range(text.num_layers) for part in ("key", "value")):
             self.address[name] = device.allocate(count_bytes)
 
-    def upload(self, address: int, first: np.ndarray) -> None:
-        """Copies `first` [kv_heads, p, head_dim] into the first slots of every sequence of the cache at `address`."""
+    def fill(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copies key and value of every layer, [kv_heads, p, head_dim], into the first slots of all sequences, and waits."""
         batch, heads, length, width = self.shape
-        stride = length * width * first.itemsize  # bytes between two heads, and between the last of a sequence and the next
-        for number in range(batch * heads):
-            self._device.upload(address + number * stride, first[number % heads])
+        for address, array in zip(self.address.values(), arrays, strict=True):
+            pitch = length * width * array.itemsize  # bytes from one head to the next
+            for row in range(batch):
+                self._device.upload_rows(address + row * heads * pitch, pitch, array)
+        self._device.synchronize()
 
     def __del__(self) -> None:
         for address in self.address.values():
@@ -149,6 +151,8 @@ class TensorRTRunner:
         except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
             raise UnusableEngineError(f"{name} cannot be loaded ({error})") from error
         self._manifest, self._device = manifest, open_device()
+        self._prefix: PrefixCache | None = None  # the last one, and its arrays in the engine's type
+        self._prefix_arrays: list[np.ndarray] = []
         try:
             self._vision = Engine(trt, self._device, manifest, "vision_plan")
             self._language = Engine(trt, self._device, manifest, "language_plan")
@@ -167,9 +171,9 @@ class TensorRTRunner:
         dtype = self._language.dtype("past_key_values.0.key")
         cache = Cache(self._device, self._manifest, dtype, batch)
         if prefix is not None:
-            for address, array in zip(cache.address.values(), prefix.arrays(), strict=True):
-                cache.upload(address, array.astype(dtype))
-            self._device.synchronize()  # until then the arrays are needed
+            if self._prefix is not prefix:
+                self._prefix, self._prefix_arrays = prefix, [np.ascontiguousarray(a, dtype) for a in prefix.arrays()]
+            cache.fill(self._prefix_arrays)
         return cache
 
     def step(

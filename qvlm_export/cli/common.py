@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from qvlm_export.calibrate.checkpoint.files import printable
-from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.errors import PrefixWarning, UserError
 from qvlm_export.cli.commands import BAD_INPUT, INTERRUPTED
 from qvlm_export.pipeline.refusals import REFUSALS, refusal_in_words
 
@@ -118,3 +118,9 @@ def quiet_libraries() -> None:
     for name in ("transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    warnings.simplefilter("once", PrefixWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {_join_lines(str(message))}", file=sys.stderr)

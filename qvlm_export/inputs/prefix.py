@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
+from qvlm_export.calibrate.checkpoint.prefix import count_shared
+from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import DAMAGED_FILE_ERRORS, UserError
 from qvlm_export.checkpoints.chat_templates import chat_text
 from qvlm_export.engines.config import ModelConfig
@@ -20,6 +23,10 @@ _CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"role": "user", "text": "Describe the pictures.", "images": 2},),
     ({"role": "user", "text": "1 + 1?"},),
     ({"role": "user", "text": "\u4f60\u597d"},),
+    # Tokenizers join white space with the line break before it.
+    ({"role": "user", "text": "  two spaces"},),
+    ({"role": "user", "text": "\n\na line"},),
+    ({"role": "user", "text": "\tx"},),
     ({"role": "user", "text": "why"}, {"role": "assistant", "text": "Because."}, {"role": "user", "text": "Sure?"}),
 )
 
@@ -52,8 +59,8 @@ def find_common_prefix(processor: Any, config: ModelConfig) -> tuple[int, ...]:
     return tuple(common)
 
 
-def choose_prefix(value: str, processor: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the tokens of the prefix that `--prefix` asks for; none for 0.
+def choose_prefix(value: str, processor: Any, config: ModelConfig, samples: Sequence[Sample]) -> tuple[int, ...]:
+    """Returns the tokens of the prefix that `--prefix` asks for; none for 0. Those of `auto` begin every sample, too.
 
     Raises UserError when the prompts of the model's chat template share fewer tokens.
     """
@@ -64,7 +71,9 @@ def choose_prefix(value: str, processor: Any, config: ModelConfig) -> tuple[int,
     if asked is not None and asked > len(common):
         what = f"only the first {len(common)} tokens" if common else "no token"
         raise UserError(f"--prefix {value}: prompts of this model's chat template share {what}; give auto or 0")
-    return common[:asked]
+    if asked is not None:
+        return common[:asked]
+    return common[: min((count_shared(common, sample.input_ids) for sample in samples), default=len(common))]
 
 
 def describe_prefix(processor: Any, token_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
             options.effort,
             prepared.device,
             prefix=prepared.prefix,
-            strict=options.strict,
+            strict=prepared.strict,
         )
         key = stage_key(prepared, fingerprint, PARTS[-1], "build")
         finished = read_finished_export(work, key) if options.resume else None

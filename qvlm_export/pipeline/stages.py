@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -23,7 +24,7 @@ from qvlm_export.calibrate.calibrators.efforts import EFFORTS, run_effort
 from qvlm_export.calibrate.checkpoint.calibrated import PREFIX_FILE, CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.files import clear_leftovers
 from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
-from qvlm_export.calibrate.checkpoint.scheme import FLOAT16
+from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, MAX_FLOAT16
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.calibrate.quantization.activation_range import find_massive, measure_ranges
 from qvlm_export.calibrate.sensitivity.accuracy import Accuracy, measure_accuracy
@@ -89,7 +90,7 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
             prepared.samples,
             work=state,
             device=torch.device(prepared.device),
-            strict=options.strict,
+            strict=prepared.strict,
         )
         if finished := work.count_finished_blocks():
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
@@ -109,6 +110,12 @@ def put_prefix(prepared: PreparedExport, observe: Callable[[str, torch.Tensor], 
         return prepared.blocks
     with deterministic_threads(prepared.blocks):
         prefix = compute_prefix(prepared.blocks, prepared.checkpoint.source, prepared.prefix, observe)
+    largest = max(float(np.abs(array).max()) for array in prefix.arrays())
+    if prepared.options.dtype == FLOAT16 and not largest <= MAX_FLOAT16:
+        raise UserError(
+            f"keys or values of the prompt's first tokens reach {largest:.3g}, beyond float16's {MAX_FLOAT16:.0f}; add "
+            "--dtype bfloat16"
+        )
     return replace(prepared.blocks, prefix=prefix)
 
 
@@ -122,26 +129,31 @@ def measure_held_back(
     """Returns for the manifest how far the calibrated model is from the float model, and says so where that is too far."""
     key = digest([dict(fingerprint), prepared.options.dtype])
     recorded = work.completed_stages().get(ACCURACY, {})
-    if recorded.get("key") == key:
-        return dict(recorded[ACCURACY])
-    samples, source = prepared.checked_samples, prepared.checkpoint.source
-    with reporter.stage(ACCURACY) as stage, deterministic_threads(prepared.blocks):
-        device = torch.device(prepared.device)
-        accuracy = measure_accuracy(
-            put_prefix(prepared), source, calibrated, samples, device=device, progress=stage.fraction
-        )
-    held_back = not any(sample is other for sample in samples for other in prepared.samples)
-    worst = find_worst_linears(accuracy, calibrated.summary)
-    found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}
-    if accuracy.agreement < MIN_AGREEMENT or accuracy.kl > MAX_KL:
-        cure = "take more calibration samples, or" if EFFORTS[prepared.options.effort].config else "add --effort fast, or"
-        reporter.note(
-            f"warning: on {len(samples)} {'held-back ' if held_back else ''}calibration samples the quantized model has the "
-            f"float model's first choice for {100 * accuracy.agreement:.0f} % of {accuracy.tokens} tokens (KL divergence "
-            f"{accuracy.kl:.2g} nats); most is lost in {', '.join(worst)}; {cure} keep these in float by --recipe"
-        )
-    work.record_stage(ACCURACY, key, [], **{ACCURACY: found})
+    if recorded.get("key") != key:
+        samples, source, device = prepared.checked_samples, prepared.checkpoint.source, torch.device(prepared.device)
+        with reporter.stage(ACCURACY) as stage, deterministic_threads(prepared.blocks):
+            accuracy = measure_accuracy(
+                put_prefix(prepared), source, calibrated, samples, device=device, progress=stage.fraction
+            )
+        held_back = not any(sample is other for sample in samples for other in prepared.samples)
+        worst = find_worst_linears(accuracy, calibrated.summary)
+        found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}
+        work.record_stage(ACCURACY, key, [], **{ACCURACY: found})
+    found = dict(work.completed_stages()[ACCURACY][ACCURACY])
+    if found["agreement"] < MIN_AGREEMENT or found["kl"] > MAX_KL:
+        reporter.note(warn_of(found, searched=EFFORTS[prepared.options.effort].config is not None))
     return found
+
+
+def warn_of(accuracy: Mapping[str, Any], *, searched: bool) -> str:
+    """Returns the warning about a poor export. accuracy: as in the manifest. searched: whether the effort searches."""
+    cure = "take more calibration samples, or" if searched else "add --effort fast, or"
+    share, kind = f"{100 * accuracy['agreement']:.0f} %", "held-back " if accuracy["held_back"] else ""
+    return (
+        f"warning: on {accuracy['samples']} {kind}calibration samples the quantized model has the float model's first "
+        f"choice for {share} of {accuracy['tokens']} tokens (KL divergence {accuracy['kl']:.2g} nats); most is lost in "
+        f"{', '.join(accuracy['worst'])}; {cure} keep these in float by --recipe"
+    )
 
 
 def find_worst_linears(accuracy: Accuracy, summary: Mapping[str, Any]) -> list[str]:

@@ -94,7 +94,7 @@ class WorkFolder:
     def has_unfinished_work(self) -> bool:
         """Returns whether an interrupted export left results that a new one would have to compute again."""
         begun = (self.state / BEGUN).exists()
-        return bool(self.completed_stages()) or (
+        return any(stage["files"] for stage in self.completed_stages().values()) or (
             begun and (holds_work(self.state) or (self.calibrated / INDEX_FILE).exists())
         )
 

@@ -145,10 +145,12 @@ def _run_fake_quant(
 ) -> ModelRun:
     """Runs the calibrated checkpoint; writes the outputs of all blocks on the traced sample to `outputs`.
 
-    Logits and outputs in the decoder are those behind the prefix, if there is one.
+    Logits and outputs in the decoder are those behind the prefix, as far as all samples share it.
     """
     text = job.manifest.config.text
     prefix = calibrated.read_prefix((text.num_layers, text.num_kv_heads, text.head_dim))
+    shared = 0 if prefix is None else min(count_shared(prefix.token_ids, sample.input_ids) for sample in job.samples)
+    prefix = None if prefix is None or not shared else prefix.first(shared)
     samples = job.samples if prefix is None else cut_prefix(job.samples, prefix.token_ids)
     traced, done = find_traced_sample(job.samples), itertools.count(1)
 
@@ -234,9 +236,9 @@ def _compare_runs(job: ComparisonJob, runs: Sequence[ModelRun], progress: Callab
     Tokens of the export's prefix are left out: their logits are not computed in use, as their keys and values are known.
     """
     prefix = open_prefix(job.manifest)
+    start = 0 if prefix is None else min(count_shared(prefix.token_ids, sample.input_ids) for sample in job.samples)
     sums: dict[tuple[str, str], dict[str, Sums]] = {}
     for number, sample in enumerate(job.samples):
-        start = 0 if prefix is None else count_shared(prefix.token_ids, sample.input_ids)
         by_kind = {kind: m[start:] for kind, m in token_kind_masks(sample, job.manifest.config.image_token_id).items()}
         references: list[tuple[str, np.ndarray]] = []  # the first form and the previous one, with their logits
         for run in runs:

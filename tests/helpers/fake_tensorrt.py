@@ -52,6 +52,10 @@ class FakeDevice:
         assert array.flags.c_contiguous
         self.uploads[pointer] = array.copy()
 
+    def upload_rows(self, pointer, pitch, array):
+        for number, row in enumerate(array):
+            self.upload(pointer + number * pitch, row)
+
     def download(self, array, pointer):
         assert self.memory[pointer] >= array.nbytes
         array[...] = 0

@@ -74,7 +74,7 @@ def calibrate(
     """Runs the calibrator on `samples`, by default on `mixed_samples`; returns the calibrated checkpoint in `folder`."""
     writer = CalibratedWriter(folder)
     calibration_set = mixed_samples(checkpoint) if samples is None else samples
-    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, calibration_set)
+    job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, calibration_set, strict=True)
     writer.finish(checkpoint.config_json, calibrator(job, writer, lambda *_: None))
     return CalibratedCheckpoint(folder)
 

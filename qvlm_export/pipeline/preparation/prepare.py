@@ -59,7 +59,13 @@ from qvlm_export.pipeline.preparation.estimate import (
 )
 from qvlm_export.pipeline.preparation.machine import measure_machine
 from qvlm_export.pipeline.preparation.preflight import check_disk, check_out, check_work_dir, disk_needed
-from qvlm_export.pipeline.preparation.recipe import Recipe, assign_schemes, check_engine_schemes, choose_recipe
+from qvlm_export.pipeline.preparation.recipe import (
+    Recipe,
+    assign_schemes,
+    check_engine_schemes,
+    choose_recipe,
+    runs_weight_only_int8,
+)
 
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
@@ -113,8 +119,8 @@ class PreparedExport:
     set, behind the prefix; empty when no linear is quantized. range_samples: a few whole ones to run before all else, to see
     whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of calibration.
     activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in memory.
-    checked_samples: on which the calibrated model is compared with the float model; held back from `samples` where there are
-    enough.
+    strict: whether all linears keep their schemes, because of `--strict` or of a target that has no W8A16. checked_samples:
+    on which the calibrated model is compared with the float model; held back from `samples` where there are enough.
     """
 
     options: ExportOptions
@@ -132,6 +138,7 @@ class PreparedExport:
     cost: Cost
     activations_bytes: int
     device: str
+    strict: bool = False
     checked_samples: tuple[Sample, ...] = ()
     prefix: tuple[int, ...] = ()
     range_samples: tuple[Sample, ...] = ()
@@ -155,11 +162,10 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = _load_checked_processor(checkpoint)
     whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
-    prefix = choose_prefix(options.prefix, processor, checkpoint.config) if linears else ()
+    prefix = choose_prefix(options.prefix, processor, checkpoint.config, whole_samples) if linears else ()
     samples, checked = _hold_back(cut_prefix(whole_samples, prefix))
     config, builds = EFFORTS[options.effort].config, backend.module is not None
-    if samples and not any(len(sample.pixel_values) for sample in samples):
-        _refuse_text_only(options, find_linear_needing_images(blocks, linears, searched=config is not None))
+    _require_pictures(options, samples, find_linear_needing_images(blocks, linears, searched=config is not None))
     cost = _estimate_cost(blocks, linears, samples, checked, config)
     disk = disk_needed(
         total_sizes(sizes),
@@ -193,6 +199,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
+        strict=options.strict or not all(map(runs_weight_only_int8, backend.targets)),
         checked_samples=checked,
         prefix=prefix,
         range_samples=_select_range_samples(options, checkpoint, whole_samples, processor, limits),
@@ -248,12 +255,15 @@ def _estimate_cost(
 def _hold_back(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Returns the samples to calibrate on, and those to compare the result with the float model on.
 
-    The latter are HELD_BACK of them, evenly spaced. Where there are fewer than LEAST_SAMPLES, all calibrate.
+    The latter are HELD_BACK of them, evenly spaced. All calibrate where there are fewer than LEAST_SAMPLES, and where none
+    of the others has a picture.
     """
-    numbers = [n * len(samples) // HELD_BACK for n in range(min(HELD_BACK, len(samples)))]
+    count = min(HELD_BACK, len(samples))
+    numbers = [n * len(samples) // count for n in range(count)]
+    rest = tuple(sample for n, sample in enumerate(samples) if n not in numbers)
     checked = tuple(samples[n] for n in numbers)
-    held_back = set(numbers) if len(samples) >= LEAST_SAMPLES else set()
-    return tuple(sample for n, sample in enumerate(samples) if n not in held_back), checked
+    loses_pictures = any(len(s.pixel_values) for s in checked) and not any(len(s.pixel_values) for s in rest)
+    return (tuple(samples) if len(samples) < LEAST_SAMPLES or loses_pictures else rest), checked
 
 
 def _load_checked_processor(checkpoint: Checkpoint) -> Any:
@@ -284,8 +294,10 @@ def _select_range_samples(
     return tuple(sorted(found, key=lambda sample: len(sample.pixel_values) == 0)[:RANGE_SAMPLES])
 
 
-def _refuse_text_only(options: ExportOptions, linear: str | None) -> None:
-    """Raises UserError unless `linear`, the first one whose calibration needs images, is None."""
+def _require_pictures(options: ExportOptions, samples: Sequence[Sample], linear: str | None) -> None:
+    """Raises UserError when no sample has a picture, unless `linear`, the first whose calibration needs images, is None."""
+    if samples and any(len(sample.pixel_values) for sample in samples):
+        return
     if linear is not None:
         raise UserError(
             f"--calib-data {options.calib_data}: no sample has a picture, and how {linear} is quantized depends on them; "

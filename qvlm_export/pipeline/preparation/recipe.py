@@ -25,7 +25,7 @@ from qvlm_export.calibrate.checkpoint.scheme import (
     parse_scheme_bits,
 )
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.engines.backend import BFLOAT16_TARGETS, INT4_TARGETS, Backend
+from qvlm_export.engines.backend import BFLOAT16_TARGETS, INT4_TARGETS, WEIGHT_ONLY_INT8_TARGETS, Backend
 
 FLOAT = "float"
 REASON = "(its INT4 is weight-only, INT8 takes INT8 or float activations)"
@@ -173,8 +173,18 @@ def check_engine_schemes(schemes: dict[str, LinearScheme], backend: Backend, flo
     check_targets(schemes, backend, float_type)
 
 
+def is_weight_only_int8(scheme: LinearScheme) -> bool:
+    """Returns whether a scheme is W8A16."""
+    return (scheme.weight_bits, scheme.activation_bits) == (8, None)
+
+
+def runs_weight_only_int8(target: str) -> bool:
+    """Returns whether a target of TensorRT-RTX multiplies float16 activations with int8 weights."""
+    return target in (*WEIGHT_ONLY_INT8_TARGETS, "current")
+
+
 def check_targets(schemes: dict[str, LinearScheme], backend: Backend, float_type: str = FLOAT16) -> None:
-    """Raises UserError when a target lacks what is needed of INT4 and bfloat16.
+    """Raises UserError when a target lacks what is needed of INT4, W8A16 and bfloat16.
 
     Only TensorRT-RTX builds for chosen targets.
     """
@@ -182,6 +192,11 @@ def check_targets(schemes: dict[str, LinearScheme], backend: Backend, float_type
     for target in backend.targets if backend.name == "tensorrt-rtx" else ():
         if needs_int4 and target not in (*INT4_TARGETS, "current"):
             raise UserError(f"--target {target}: has no INT4; use --scheme int8, or targets among {', '.join(INT4_TARGETS)}")
+        if any(is_weight_only_int8(scheme) for scheme in schemes.values()) and not runs_weight_only_int8(target):
+            raise UserError(
+                f"--target {target}: has no product of float16 and int8 weights (W8A16); use W8A8, or targets among "
+                f"{', '.join(WEIGHT_ONLY_INT8_TARGETS)}"
+            )
         if float_type == BFLOAT16 and target not in (*BFLOAT16_TARGETS, "current"):
             raise UserError(
                 f"--target {target}: has no bfloat16; leave --dtype out, or use targets among {', '.join(BFLOAT16_TARGETS)}"

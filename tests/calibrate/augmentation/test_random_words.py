@@ -107,7 +107,7 @@ def test_activation_ranges_cover_words_that_no_sample_has(llava, tmp_path, monke
 
     monkeypatch.setattr(checkpoint.source, "load", load_with_outliers)
     weights = embedding_norm_weights(load_finite(checkpoint.source, EMBEDDING).numpy())
-    job, scales = CalibrationJob(blocks, checkpoint.source, schemes, samples), {}
+    job, scales = CalibrationJob(blocks, checkpoint.source, schemes, samples, strict=True), {}
     for count in (0, 6):
         writer = CalibratedWriter(tmp_path / str(count))
         summary = calibrate_search(

@@ -103,7 +103,8 @@ def test_the_same_search_twice_writes_the_same_bytes_and_counts_its_passes(llava
 
 
 def test_fast_takes_no_gradients():
-    assert (FAST.token_weighting, FAST.learn_steps) == ("plain", 0)
+    assert (FAST.token_weighting, FAST.learn_steps) == ("output", 0)
+    assert not FAST.needs_gradients()
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -106,7 +106,7 @@ def test_equalization_works_if_only_some_linears_of_a_shared_input_are_quantized
                 hidden = part.input_layernorm(x)
                 return torch.cat([getattr(part.self_attn, name)(hidden) for name in ("q_proj", "k_proj", "v_proj")], -1)
 
-            search = BlockSearch(candidate, {"self_attn.q_proj": W8A8}, run, config)
+            search = BlockSearch(candidate, {"self_attn.q_proj": W8A8}, run, config, strict=True)
             float_outputs, outputs = search.search(inputs, inputs)
             pairs = zip(float_outputs[0].split(32, -1), outputs[0].split(32, -1), strict=True)
             errors.append([float((a - b).norm() / a.norm()) for a, b in pairs])

@@ -14,9 +14,10 @@ from export_graphs import export_session
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.forward import compute_prefix
+from qvlm_export.calibrate.errors import PrefixWarning
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.engines.config import Limits
-from qvlm_export.engines.runtime.session import PrefixWarning, Session
+from qvlm_export.engines.runtime.session import Session
 
 PREFIX = np.array([7, 8, 9, 10], np.int64)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -111,3 +112,10 @@ def test_keys_and_values_in_the_cache_are_what_is_attended_to(session: Session) 
     other = replace(session.prefix, values=tuple(values + 1 for values in session.prefix.values))
     changed = Session(session.manifest, session.runner, prefix=other)
     assert not np.allclose(changed.logits(prompt(4, 5)[None])[0, 4:], session.logits(prompt(4, 5)[None])[0, 4:], **CLOSE)
+
+
+def test_a_shorter_prefix_is_the_beginning_of_a_longer_one(session: Session) -> None:
+    assert session.prefix is not None
+    first = session.prefix.first(2)
+    assert first.token_ids == session.prefix.token_ids[:2]
+    assert all(np.array_equal(a, b[:, :2]) for a, b in zip(first.arrays(), session.prefix.arrays(), strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import pytest
 from commands import (
     ANY_ACCURACY,
     ASK,
+    PICTURE,
     assert_refused,
     copy_checkpoint,
     export_onnx,
     export_to,
     read_files,
+    run_export,
     run_model,
     write_calibration,
 )
@@ -22,7 +26,10 @@ from typer.testing import CliRunner
 
 import qvlm_export
 from qvlm_export.calibrate.blockwise import block_writer
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.prefix import read_prefix
+from qvlm_export.calibrate.errors import PrefixWarning, UserError
+from qvlm_export.cli.common import quiet_libraries
 from qvlm_export.cli.inspect import app as inspect_app
 from qvlm_export.cli.validate import app as validate_app
 from qvlm_export.inputs.prefix import find_common_prefix
@@ -158,3 +165,33 @@ def test_an_export_that_was_killed_goes_on_with_the_same_prefix(llava: Llava, tm
     names = ("x.prefix.safetensors", "x.onnx.data")
     whole, killed = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("whole", "killed"))
     assert whole == killed
+
+
+def test_a_calibrated_checkpoint_without_its_prefix_is_refused(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.with_name("x.calibrated"), tmp_path / "x.calibrated")
+    (folder / "prefix.safetensors").unlink()
+    with pytest.raises(UserError, match=r"prefix\.safetensors"):
+        CalibratedCheckpoint(folder).read_prefix((2, 2, 64))
+
+
+@pytest.mark.parametrize("prompt", ["  two spaces", "\n\nlines", "\tx", "a"])
+def test_prompts_that_begin_with_white_space_share_the_prefix(
+    llava: Llava, absent: Path, tmp_path: Path, prompt: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = ({"prompt": prompt, "answer": "2"}, {"image": str(PICTURE), "prompt": prompt, "answer": "2"})
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    result = run_export(llava(), absent, "--backend", "onnx", "--calib-data", data, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_warning_of_the_session_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        previous = warnings.showwarning
+        try:
+            quiet_libraries()
+            warnings.warn("two\nlines", PrefixWarning, stacklevel=1)
+            warnings.warn("of a library", FutureWarning, stacklevel=1)
+        finally:
+            warnings.showwarning = previous
+    assert capsys.readouterr().err == "warning: two lines\n"

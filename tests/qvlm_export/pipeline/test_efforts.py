@@ -30,7 +30,8 @@ def texts(tmp_path: Path) -> Path:
 def test_linears_with_a_shared_input_share_its_quantizer(llava: Llava, tmp_path: Path, effort: str) -> None:
     """Linears that read the same input read the same QuantizeLinear node in the graph."""
     out, data = tmp_path / "x.plan", write_calibration(tmp_path, 3)
-    export_to(llava(), out, "--scheme", "int8", "--effort", effort, "--backend", "onnx", "--calib-data", data)
+    export_to(llava(), out, "--scheme", "int8", "--effort", effort, "--backend", "onnx", "--calib-data", data,
+              "--strict")  # fmt: skip
     calibrated = CalibratedCheckpoint(tmp_path / "x.calibrated")
     for graph, prefix in {"x.vision.onnx": "vision_tower.", "x.onnx": "language_model."}.items():
         nodes = [node.op_type for node in onnx.load(tmp_path / graph, load_external_data=False).graph.node]

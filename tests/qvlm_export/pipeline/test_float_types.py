@@ -128,7 +128,7 @@ def test_an_activation_scale_may_be_beyond_float16(llava: Llava, tmp_path: Path,
     model = scale_tensors(llava(dtype="bfloat16"), tmp_path / "norm", {norm: 2.0**24})
     plan = tmp_path / "out" / "x.plan"
     export_to(model, plan, "--backend", "onnx", "--scheme", "int8", "--dtype", "bfloat16", "--effort", effort,
-              "--calib-data", write_calibration(tmp_path))  # fmt: skip
+              "--strict", "--calib-data", write_calibration(tmp_path))  # fmt: skip
     scale = CalibratedCheckpoint(plan.parent / "x.calibrated").input_scale("language_model.model.layers.0.self_attn.q_proj")
     assert scale is not None
     assert 65504 < scale < 2.0**24

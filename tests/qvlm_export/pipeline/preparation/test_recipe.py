@@ -96,8 +96,8 @@ def test_simulated_presets_are_for_the_onnx_backend(name: str, backend: str) -> 
     with pytest.raises(UserError) as caught:
         choose_recipe(name, None, backend)
     assert str(caught.value) == (
-        f"--scheme {name}: TensorRT has no kernel for {bits} (its INT4 is weight-only, INT8 needs 8 bits on both sides), so "
-        "it cannot be an engine; add --backend onnx to simulate it, or take int4 or int8 for an engine"
+        f"--scheme {name}: TensorRT has no kernel for {bits} (its INT4 is weight-only, INT8 takes INT8 or float "
+        "activations), so it cannot be an engine; add --backend onnx to simulate it, or take int4 or int8 for an engine"
     )
     assert choose_recipe(name, None, "onnx") == recipe_of_preset(name)
     assert choose_recipe("int4", None, backend) == recipe_of_preset("int4")
