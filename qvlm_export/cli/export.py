@@ -150,7 +150,7 @@ def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
         "max_batch": prepared.limits.max_batch,
         "linears": counts,
         "calibration_data": str(prepared.options.calib_data or "built-in") if prepared.samples else None,
-        "calibration_samples": len(prepared.samples),
+        "calibration_samples": len({id(sample) for sample in (*prepared.samples, *prepared.checked_samples)}),
         "parts": {
             part: {
                 "float16_bytes": sizes.float16_bytes,

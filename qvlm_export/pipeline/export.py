@@ -53,6 +53,7 @@ from qvlm_export.pipeline.stages import (
     copy_prefix,
     measure_held_back,
     stage_key,
+    warn_of,
     write_graphs,
 )
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
@@ -102,13 +103,20 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
             work.begin(fingerprint, options.resume)
         try:
             if finished is not None:
-                return _publish(prepared, work, *finished, reporter)
+                return _warn(_publish(prepared, work, *finished, reporter), reporter)
             prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
             if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
                 reporter.note(estimate_export(prepared).in_words())
-            return _run_stages(prepared, work, fingerprint, reporter)
+            return _warn(_run_stages(prepared, work, fingerprint, reporter), reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error
+
+
+def _warn(result: ExportResult, reporter: Reporter) -> ExportResult:
+    """Says of a finished export when its answers differ too much from the float model's; returns the result."""
+    if warning := warn_of(result.manifest.calibration):
+        reporter.note(warning)
+    return result
 
 
 def _run_stages(

@@ -126,7 +126,7 @@ def measure_held_back(
     fingerprint: Mapping[str, str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Returns for the manifest how far the calibrated model is from the float model, and says so where that is too far."""
+    """Returns for the manifest how far the calibrated model is from the float model, see `Accuracy`."""
     key = digest([dict(fingerprint), prepared.options.dtype])
     recorded = work.completed_stages().get(ACCURACY, {})
     if recorded.get("key") != key:
@@ -139,14 +139,18 @@ def measure_held_back(
         worst = find_worst_linears(accuracy, calibrated.summary)
         found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}
         work.record_stage(ACCURACY, key, [], **{ACCURACY: found})
-    found = dict(work.completed_stages()[ACCURACY][ACCURACY])
-    if found["agreement"] < MIN_AGREEMENT or found["kl"] > MAX_KL:
-        reporter.note(warn_of(found, searched=EFFORTS[prepared.options.effort].config is not None))
-    return found
+    return dict(work.completed_stages()[ACCURACY][ACCURACY])
 
 
-def warn_of(accuracy: Mapping[str, Any], *, searched: bool) -> str:
-    """Returns the warning about a poor export. accuracy: as in the manifest. searched: whether the effort searches."""
+def warn_of(calibration: Mapping[str, Any]) -> str | None:
+    """Returns the warning about an export whose answers differ too much from the float model's, else None.
+
+    calibration: the section of this name in the manifest.
+    """
+    accuracy = calibration.get(ACCURACY)
+    if not accuracy or (accuracy["agreement"] >= MIN_AGREEMENT and accuracy["kl"] <= MAX_KL):
+        return None
+    searched = EFFORTS[calibration["effort"]].config is not None
     cure = "take more calibration samples, or" if searched else "add --effort fast, or"
     share, kind = f"{100 * accuracy['agreement']:.0f} %", "held-back " if accuracy["held_back"] else ""
     return (

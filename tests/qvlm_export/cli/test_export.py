@@ -120,7 +120,7 @@ def test_json_lists_what_was_written(int4: tuple[Path, dict[str, Any]]) -> None:
     folder, stdout = int4
     assert stdout["manifest"] == str(folder / "x.json")
     assert {Path(entry["path"]) for entry in stdout["files"].values()} == {p for p in folder.iterdir() if p.name != "x.json"}
-    assert set(stdout["seconds"]) == {"calibrate", "graph", "build", "check"}
+    assert set(stdout["seconds"]) == {"calibrate", "accuracy", "graph", "build", "check"}
     assert stdout["peak_bytes"] > 10**8  # torch alone takes more than that
 
 
