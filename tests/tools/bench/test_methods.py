@@ -75,7 +75,7 @@ def test_only_cells_without_a_result_are_run(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     results.add(Cell("m", "rtn", "W8A8", 0, 0), {"model_hash": "a"})
     results.add(Cell("m", "rtn", "W8A8", 1, 10), {"model_hash": "a"})  # another evaluation set: another cell
-    bench = methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [], 64)
+    bench = methods.Bench(Path("m"), tmp_path, "a", results, tmp_path, tmp_path / "e.npz", 0, 64, lambda _: {})
     row = next(r for r in ours.ROWS if r.name == "rtn")
     cells = list(methods.cells_to_run(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
     assert [(c.column, c.seed) for c in cells] == [("W8A8", 1), ("W4A4", 0), ("W4A4", 1)]
