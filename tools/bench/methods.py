@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ import numpy as np
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.engines.check.metrics import measure
-from tools.bench import ours, trained
+from tools.bench import ours
+from tools.bench.cells import trained
+from tools.bench.cells.results import Cell, Results
 from tools.bench.data import (
     CALIBRATION_SAMPLES,
     QUESTIONS,
@@ -58,63 +60,6 @@ from tools.smol.scores import open_evaluation_set
 TOOLS = Path(__file__).resolve().parents[1]
 TINY = TOOLS.parent / "qvlm_export" / "tiny"
 Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    model: name of its folder. questions: size of the evaluation set. samples: size of the calibration set.
-    """
-
-    model: str
-    row: str
-    column: str
-    seed: int
-    questions: int = QUESTIONS
-    samples: int = CALIBRATION_SAMPLES
-
-    @staticmethod
-    def of(record: Mapping[str, Any]) -> Cell:
-        """The cell to which a record of the results belongs."""
-        return Cell(**{field.name: record[field.name] for field in fields(Cell) if field.name in record})
-
-
-class Results:
-    """The results of all cells measured so far, in a JSONL file that is only appended to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._records: dict[Cell, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}"):  # a killed run may have left half a line
-                    self._store(json.loads(line))
-
-    def _store(self, record: dict[str, Any]) -> None:
-        cell = Cell.of(record)
-        self._records.pop(cell, None)  # reinserted below, so that the newest comes last
-        self._records[cell] = record
-
-    def get(self, cell: Cell, model_hash: str) -> dict[str, Any] | None:
-        """The record of the cell, or None if there is none for a model with this hash."""
-        record = self._records.get(cell)
-        return record if record is not None and record["model_hash"] == model_hash else None
-
-    def add(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        """Appends the record of a cell; it replaces an earlier one."""
-        full_record = {**vars(cell), **record}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # If a killed run has left half a line, it is ended here.
-        broken = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a") as file:
-            file.write(("\n" if broken else "") + json.dumps(full_record) + "\n")
-        self._store(full_record)
-
-    def current(self) -> list[dict[str, Any]]:
-        """The records that belong to the newest hash of each model."""
-        newest = {record["model"]: record["model_hash"] for record in self._records.values()}
-        return [record for record in self._records.values() if record["model_hash"] == newest[record["model"]]]
 
 
 def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) -> Metrics:

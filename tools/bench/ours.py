@@ -24,17 +24,7 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.forward import (
-    LanguageHead,
-    Step,
-    compute_prefix,
-    embed_tokens,
-    float_step,
-    load_finite,
-    load_head,
-    make_decoder_run,
-    run_vision_blocks,
-)
+from qvlm_export.calibrate.blockwise.forward import compute_prefix, float_step
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
@@ -42,22 +32,19 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, Ca
 from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fit_scheme
-from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.quantization.config import FAST, FULL, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.inputs.prefix import find_common_prefix
 from qvlm_export.inputs.samples import load_processor
-from tools.bench.data import CALIBRATION_SAMPLES, answer_spans, calibration_file, load_samples
-from tools.peers.common import HIDDEN, LOGITS, Measured, equal_lengths, measured
+from tools.bench.cells.evaluate import EVALUATIONS, Evaluation, answer_logits
+from tools.bench.data import CALIBRATION_SAMPLES, calibration_file, load_samples
+from tools.peers.common import LOGITS, Measured, measured
 from tools.peers.rows import ALL
 
 GROUP_SIZE = 64
-VISION_BATCH = 50
 Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, Any]]
-# Runs a model on samples; the arguments are those of `answer_logits`.
-Evaluation = Callable[[Checkpoint, ModelBlocks, TensorSource, Step, Sequence[Sample]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -212,7 +199,7 @@ def calibrate_and_run(
     checkpoint: Checkpoint,
     calibrator: Calibrator,
     samples: Sequence[Sample],
-    evaluate: Evaluation | None = None,
+    evaluate: Evaluation = answer_logits,
 ) -> tuple[np.ndarray, dict[str, Any], Measured]:
     """Calibrates and runs the fake-quantized model on `samples`, behind the prefix of the job if it has one.
 
@@ -229,58 +216,7 @@ def calibrate_and_run(
         prefix = calibrated.read_prefix((text.num_layers, text.num_kv_heads, text.head_dim))
         source, blocks = DequantizedSource(calibrated), replace(job.blocks, prefix=prefix)
         step = fake_quantized_step(calibrated, source)
-        return (evaluate or answer_logits)(checkpoint, blocks, source, step, samples), summary, cost
-
-
-def answer_logits(
-    checkpoint: Checkpoint, blocks: ModelBlocks, source: TensorSource, step: Step, samples: Sequence[Sample]
-) -> np.ndarray:
-    """Logits of the answer tokens, float32 [tokens, vocab]; the counterpart of peers.common.answer_logits."""
-    head, outputs = run_model(checkpoint, blocks, source, step, samples)
-    start = 0 if blocks.prefix is None else len(blocks.prefix)
-    spans = answer_spans(samples)
-    return np.concatenate([head.logits(x[a - start : b - start]).numpy() for x, (a, b) in zip(outputs, spans, strict=True)])
-
-
-def hidden_states(
-    checkpoint: Checkpoint, blocks: ModelBlocks, source: TensorSource, step: Step, samples: Sequence[Sample]
-) -> np.ndarray:
-    """The input of lm_head, float32 [tokens of all samples, hidden]; the counterpart of peers.common.hidden_states.
-
-    Rows of prefix tokens hold NaN, as they are not computed.
-    """
-    head, outputs = run_model(checkpoint, blocks, source, step, samples)
-    unknown = torch.full((0 if blocks.prefix is None else len(blocks.prefix), len(head.gain)), torch.nan)
-    normed = (torch.nn.functional.rms_norm(x, head.gain.shape, head.gain, head.epsilon) for x in outputs)
-    return np.concatenate([part.numpy() for x in normed for part in (unknown, x)])
-
-
-def run_model(
-    checkpoint: Checkpoint, blocks: ModelBlocks, source: TensorSource, step: Step, samples: Sequence[Sample]
-) -> tuple[LanguageHead, list[torch.Tensor]]:
-    """The head, and what the last decoder layer gives for each sample, float32 [tokens behind the prefix, hidden].
-
-    Computed block by block; samples of equal length form a batch. samples: begin with the tokens of the prefix.
-    """
-    if blocks.prefix is not None:
-        samples = cut_prefix(samples, blocks.prefix.token_ids)
-    images: list[torch.Tensor] = []
-    for start in range(0, len(samples), VISION_BATCH):
-        part = samples[start : start + VISION_BATCH]
-        stacked = Sample(np.zeros(0, np.int64), np.concatenate([s.pixel_values for s in part]), 0)
-        counts = [int((s.input_ids == blocks.image_token_id).sum()) for s in part]
-        images += run_vision_blocks(blocks, source, [stacked], step)[0].split(counts)
-    table = load_finite(source, "language_model.model.embed_tokens.weight")
-    batches = list(equal_lengths([len(s.input_ids) for s in samples]))
-    hidden = [torch.cat([embed_tokens(table, blocks.image_token_id, samples[n], images[n]) for n in b]) for b in batches]
-    for number, block in enumerate(blocks.text_layers):
-        hidden = list(step(block, hidden, make_decoder_run(blocks, number)))
-    outputs = {n: row for numbers, batch in zip(batches, hidden, strict=True) for n, row in zip(numbers, batch, strict=True)}
-    head = load_head(source, checkpoint.config.text.rms_norm_eps)
-    return head, [outputs[number] for number in range(len(samples))]
-
-
-EVALUATIONS: Mapping[str, Evaluation] = {LOGITS: answer_logits, HIDDEN: hidden_states}
+        return evaluate(checkpoint, blocks, source, step, samples), summary, cost
 
 
 def reference_logits(model_folder: Path, samples: Sequence[Sample]) -> np.ndarray:

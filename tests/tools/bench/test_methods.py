@@ -19,6 +19,7 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.inputs.samples import load_processor
 from tools.bench import methods, ours, runtime
+from tools.bench.cells.results import Cell, Results
 from tools.bench.data import (
     answer_spans,
     calibration_file,
@@ -28,7 +29,7 @@ from tools.bench.data import (
     make_data,
     save_samples,
 )
-from tools.bench.methods import Cell, Results, score
+from tools.bench.methods import score
 from tools.bench.tables import ablation_table, best_of, medians, write_tables
 from tools.peers.common import SCHEMES, check_levels, equal_lengths, measured
 from tools.peers.rows import ALL, ROWS

@@ -11,7 +11,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.inputs.samples import load_processor
-from tools.bench import methods, ours, trained
+from tools.bench import methods, ours
+from tools.bench.cells import trained
+from tools.bench.cells.evaluate import answer_logits, hidden_states
 from tools.bench.data import calibration_items, load_samples, save_samples
 from tools.bench.tables import write_tables
 from tools.peers import common
@@ -39,16 +41,16 @@ def test_hidden_states_of_all_programs_agree_and_those_of_the_prefix_are_unknown
     samples, (checkpoint, blocks) = load_samples(data / "test.npz"), ours.load_model(model)
     theirs = common.hidden_states(common.load_model(model), data / "test.npz")
     step = ours.float_step(checkpoint.source)
-    own = ours.hidden_states(checkpoint, blocks, checkpoint.source, step, samples)
+    own = hidden_states(checkpoint, blocks, checkpoint.source, step, samples)
     np.testing.assert_allclose(own, theirs, atol=1e-4)
     tokens = ours.find_prefix(model)
     assert len(tokens) > 0
     behind = ours.replace(blocks, prefix=ours.compute_prefix(blocks, checkpoint.source, tokens))
-    found = ours.hidden_states(checkpoint, behind, checkpoint.source, step, samples)
+    found = hidden_states(checkpoint, behind, checkpoint.source, step, samples)
     places = np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])
     assert (np.isnan(found).all(1) == (places < len(tokens))).all()
     np.testing.assert_allclose(found[places >= len(tokens)], theirs[places >= len(tokens)], atol=1e-4)
-    logits = [ours.answer_logits(checkpoint, b, checkpoint.source, step, samples) for b in (blocks, behind)]
+    logits = [answer_logits(checkpoint, b, checkpoint.source, step, samples) for b in (blocks, behind)]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-3)
 
 
