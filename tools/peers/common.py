@@ -141,6 +141,11 @@ def _join(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([one[key] for one in inputs if key in one]) for key in keys}
 
 
+def with_picture(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The first inputs that have pictures, which therefore reach every linear."""
+    return next(one for one in inputs if "pixel_values" in one)
+
+
 def run_all(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> None:
     """Forward passes over all inputs without gradients, as most peers calibrate."""
     with torch.no_grad():
