@@ -206,9 +206,8 @@ def without_prefix(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str
     return [
         "",
         "**Earlier version.** Our rows are calibrated and run behind the prefix of the chat template, as exports are by",
-        "default, and leave inputs float that 8 bits cannot hold. Rows of",
-        f"{' and '.join(models)} were measured before that, without both (those in `bench_results.jsonl` that do not have",
-        "`prefix` among their settings).",
+        "default, and leave inputs float that 8 bits cannot hold. Those in `bench_results.jsonl` that have no `prefix`",
+        f"among their settings were measured before that, without both. They are of {' and '.join(models)}.",
     ]
 
 

@@ -24,17 +24,17 @@ TEXT = """## {model}
 
 `make smol` makes this LLaVA and `tools/smol/make_data.py` its data ([smol.md](smol.md)): 157 M parameters, and a decoder
 that was trained on English. A calibration set has 64 samples, the test set {samples}: questions about drawn scenes,
-photographs, English, and texts of 400 to 700 tokens. Each of the {tokens:,} tokens of text behind the pictures is scored,
-those of prompts and of answers, against the float model: mean KL divergence in nats a token / top-1 agreement in percent /
-perplexity. {seeds}
+photographs, English, and texts of 400 to 700 tokens. Scored are all tokens of text behind the picture (or the template,
+without one), {tokens:,} in prompts and answers, against the float model: mean KL divergence in nats a token / top-1
+agreement in percent / perplexity. {seeds}
 
 ```
 python -m tools.bench.methods --model-dir build/{model} --data build/{model}-data --docs docs
 ```
 
-`--rows`, `--columns` and `--seeds` choose cells. Measured on one thread of {processors}. Our rows are calibrated and run
-behind the prefix of the chat template, as exports are by default; the peers have no prefix. Tower and projector have the
-scheme of the column, too; exports to `int4` have W8A8 there.
+`--rows`, `--columns` and `--seeds` choose cells. Measured on one thread; processor: {processors}. Our rows are calibrated
+and run behind the prefix of the chat template, as exports are by default; the peers have no prefix. Tower and projector have
+the scheme of the column, too; exports to `int4` have W8A8 there.
 """
 
 
