@@ -165,13 +165,15 @@ def test_the_trained_model_comes_first_on_the_page(tmp_path):
     assert "One calibration seed so far." in text
     assert "processor: a processor" in text
     summary = text[text.index("| | W8A8 | W4A16 |") :]
-    assert summary.splitlines()[2:8] == [
+    assert summary.splitlines()[2:10] == [
         "| float | 0 / 100 / 8.0 | 0 / 100 / 8.0 |",
         "| round-to-nearest, absmax | 0.5 / 90.0 / 9.0 | – |",
         "| modelopt, best as released | 0.03 / 90.0 / 9.0 | – |",
         "| llmcompressor, best | 0.04 / 90.0 / 9.0 | – |",
         "| ours, fast | 0.01 / 90.0 / 9.0 | 0.02 / 90.0 / 9.0 |",
-        "| KL of the best peer / KL of fast | 3 | – |",
+        "| fast, strict | 0.005 / 90.0 / 9.0 | – |",
+        "| KL of the best peer / KL of `fast` | 3 | – |",
+        "| KL of the best peer / KL of `fast: strict` | 6 | – |",
     ]
     assert "`fast` at W8A8: 7 of 70 linears (seed 0)" in text
     detail = [line for line in text.splitlines() if line.startswith("| fast: strict | 1 | 0.005 | 0.0005 | 90.00 | 9.00 |")]

@@ -14,7 +14,8 @@ from tools.bench.tables import Median, Section, best_of, medians, without_ablati
 from tools.peers.rows import ALL, BY_HAND, COMPRESSOR, RELEASED, ROUND
 from tools.smol.scores import KINDS, Score
 
-OURS, PEERS = "ours, fast", (RELEASED, BY_HAND, COMPRESSOR, ROUND)
+PEERS = (RELEASED, BY_HAND, COMPRESSOR, ROUND)
+OURS = {"ours, fast": "fast", "fast, strict": "fast: strict"}  # lines of the summary table that peers are compared with
 COUNTS = ("prefix", "fallbacks")  # in the settings of our rows
 METRICS = (
     "kl", "kl_error", "top1", "perplexity", "kl_answer", *(f"kl_{kind}" for kind in KINDS), *COUNTS, "seconds", "peak_bytes",
@@ -102,22 +103,29 @@ def _model_lines(
 
 
 def summary_table(exact: Mapping[str, Any], cells: Sequence[Median], lines: Sequence[str], seeds: int) -> list[str]:
-    """Lines of a Markdown table: KL / top-1 / perplexity of the best row of each line, and how much `fast` is ahead."""
-    main_cells, model = without_ablations(cells), exact["model"]
+    """Lines of a Markdown table: KL / top-1 / perplexity of the best row of each line, and how much `fast` is ahead.
+
+    `fast: strict` is shown, too, as all its linears have the scheme of the column, like those of the peers.
+    """
+    model, main_cells = exact["model"], [*without_ablations(cells), *(c for c in cells if c.row == OURS["fast, strict"])]
     columns = [column for column in ALL if any(cell.column == column for cell in main_cells)]
     best = {(line, column): best_of(main_cells, model, line, column) for line in lines for column in columns}
     table = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     table.append("| float | " + " | ".join([f"0 / 100 / {exact['perplexity']:.1f}"] * len(columns)) + " |")
-    for line in sorted(lines, key=lambda line: line.startswith("ours")):  # stable; ours come last, beside the peers
+    ordered = sorted(lines, key=lambda line: line in OURS or line.startswith("ours"))  # stable; ours come behind the peers
+    for line in ordered:
         entries = [_entry(best[line, column], seeds) for column in columns]
         if set(entries) != {"–"}:
             table.append(f"| {line} | {' | '.join(entries)} |")
-    ratios = []
-    for column in columns:
-        own, peers = best.get((OURS, column)), [cell for line in PEERS if (cell := best.get((line, column)))]
-        least = min((cell.values["kl"] for cell in peers), default=None)
-        ratios.append("–" if own is None or least is None else f"{least / own.values['kl']:.2g}")
-    return [*table, f"| KL of the best peer / KL of fast | {' | '.join(ratios)} |"]
+    for line, row in OURS.items():
+        ratios = []
+        for column in columns:
+            own, peers = best.get((line, column)), [cell for peer in PEERS if (cell := best.get((peer, column)))]
+            least = min((cell.values["kl"] for cell in peers), default=None)
+            ratios.append("–" if own is None or least is None else f"{least / own.values['kl']:.2g}")
+        if set(ratios) != {"–"}:
+            table.append(f"| KL of the best peer / KL of `{row}` | {' | '.join(ratios)} |")
+    return table
 
 
 def _entry(cell: Median | None, seeds: int) -> str:
@@ -140,7 +148,8 @@ def fallback_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = "; ".join(f"{row}: {', '.join(by_seed[seed] for seed in sorted(by_seed))}" for row, by_seed in found.items())
     return [
         "",
-        f"Inputs that 8 bits cannot hold stay float, as in exports without `--strict`. {notes}. `fast: strict` has none.",
+        "Inputs of linears that 8 bits cannot hold stay float (W8A16), as in exports without `--strict`; peers have none of",
+        f"these, nor has `fast: strict`. {notes}.",
     ]
 
 
