@@ -193,6 +193,13 @@ def test_more_seeds_give_medians():
     assert "1 of 70 linears (seed 1), 2 of 70 linears (seed 2)" in text
 
 
+def test_checks_of_peers_look_at_a_sample_with_a_picture(folders):
+    inputs = common.inputs_of(folders[1] / "test.npz")
+    without = [one for one in inputs if "pixel_values" not in one]
+    assert len(without) == 1
+    assert common.with_picture([*without, *inputs]) is inputs[0]
+
+
 def test_transformers_gives_the_same_hidden_states(folders):
     model, data = folders
     samples = load_samples(data / "test.npz")
