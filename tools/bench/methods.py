@@ -1,4 +1,4 @@
-"""Benchmark of quantization methods on the tiny LLaVA: ours and released peers, by bits, over three calibration seeds.
+"""Benchmark of quantization methods: ours and released peers, by bits, over three calibration seeds.
 
     python -m tools.peers.make_envs build/peers               # once: makes an environment for each peer
     python -m tools.bench.methods                             # runs all cells that are missing
@@ -7,10 +7,14 @@
     python -m tools.bench.methods --model-dir build/tiny-hard # the same on another model, in tables of its own
     python -m tools.bench.methods --questions 10000 --rows fast full "llmcompressor: awq + gptq" --columns W3A16
     python -m tools.bench.methods --samples 8 --rows rtn fast full --columns W8A8 W4A16
+    python -m tools.bench.methods --model-dir build/smol --data build/smol-data --rows rtn fast "modelopt*" --seeds 0
 
 A cell is one row (a method), one column (a scheme) and one calibration seed. Each result is appended to
 build/bench/results.jsonl, so a run that was killed continues where it stopped; if a cell has several lines, the last one
 counts. Each cell calibrates on one thread and reports processor seconds, which other load on the machine does not lengthen.
+
+Without --data, the model is a tiny one, which is scored on answers to questions about scenes. With --data, it is the trained
+one of `make smol`, and the folder that of `tools/smol/make_data.py`: it is scored on every token of text (trained.py).
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,8 @@ import numpy as np
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.engines.check.metrics import measure
 from tools.bench import ours
+from tools.bench.cells import trained
+from tools.bench.cells.results import Cell, Results
 from tools.bench.data import (
     CALIBRATION_SAMPLES,
     QUESTIONS,
@@ -44,72 +50,19 @@ from tools.bench.data import (
     load_samples,
     make_data,
 )
+from tools.bench.runtime import machine
 from tools.bench.tables import write_tables
+from tools.peers.common import HIDDEN, LOGITS
 from tools.peers.rows import ALL, PeerRow
 from tools.peers.rows import ROWS as PEER_ROWS
+from tools.smol.scores import open_evaluation_set
 
 TOOLS = Path(__file__).resolve().parents[1]
 TINY = TOOLS.parent / "qvlm_export" / "tiny"
+Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    model: name of its folder. questions: size of the evaluation set. samples: size of the calibration set.
-    """
-
-    model: str
-    row: str
-    column: str
-    seed: int
-    questions: int = QUESTIONS
-    samples: int = CALIBRATION_SAMPLES
-
-    @staticmethod
-    def of(record: Mapping[str, Any]) -> Cell:
-        """The cell to which a record of the results belongs."""
-        return Cell(**{field.name: record[field.name] for field in fields(Cell) if field.name in record})
-
-
-class Results:
-    """The results of all cells measured so far, in a JSONL file that is only appended to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._records: dict[Cell, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}"):  # a killed run may have left half a line
-                    self._store(json.loads(line))
-
-    def _store(self, record: dict[str, Any]) -> None:
-        cell = Cell.of(record)
-        self._records.pop(cell, None)  # reinserted below, so that the newest comes last
-        self._records[cell] = record
-
-    def get(self, cell: Cell, model_hash: str) -> dict[str, Any] | None:
-        """The record of the cell, or None if there is none for a model with this hash."""
-        record = self._records.get(cell)
-        return record if record is not None and record["model_hash"] == model_hash else None
-
-    def add(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        """Appends the record of a cell; it replaces an earlier one."""
-        full_record = {**vars(cell), **record}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # If a killed run has left half a line, it is ended here.
-        broken = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a") as file:
-            file.write(("\n" if broken else "") + json.dumps(full_record) + "\n")
-        self._store(full_record)
-
-    def current(self) -> list[dict[str, Any]]:
-        """The records that belong to the newest hash of each model."""
-        newest = {record["model"]: record["model_hash"] for record in self._records.values()}
-        return [record for record in self._records.values() if record["model_hash"] == newest[record["model"]]]
-
-
-def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) -> dict[str, float]:
+def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) -> Metrics:
     """The metrics of the tables: mean KL in nats, SQNR of the logits in dB, top-1 agreement, exact match.
 
     reference and logits: [answer tokens of all samples, vocab]. exact_match is the share of questions whose every answer
@@ -132,57 +85,78 @@ def score(reference: np.ndarray, logits: np.ndarray, samples: Sequence[Sample]) 
 
 @dataclass(frozen=True)
 class Bench:
-    """The model that is measured, the folders, and the evaluation data.
+    """The model that is measured, the folders, and the evaluation set.
 
-    reference: float32 logits of the answer tokens. samples: the evaluation set. calibration_size: in samples.
+    data: folder of the calibration sets. evaluation: file of the evaluation set. questions, calibration_size: the sizes of
+    both in samples. score: the metrics of what a cell stores. states: what that is: LOGITS or HIDDEN.
     """
 
     model: Path
-    work: Path
     envs: Path
     model_hash: str
     results: Results
-    reference: np.ndarray
-    samples: Sequence[Sample]
+    data: Path
+    evaluation: Path
+    questions: int
     calibration_size: int
-
-    @property
-    def data(self) -> Path:
-        """Folder of the calibration and evaluation sets."""
-        return self.work / "data"
-
-    @property
-    def evaluation(self) -> Path:
-        """File of the evaluation set."""
-        return evaluation_file(self.data, len(self.samples))
+    score: Callable[[np.ndarray], Metrics]
+    states: str = LOGITS
 
     def add_cell(self, cell: Cell, npy: Path) -> None:
-        """Scores the logits of a finished cell (COLUMN-SEED.npy, with its cost in a .json beside it) and adds the result."""
+        """Scores what a finished cell has stored (an .npy file, with its cost in a .json beside it) and adds the result."""
         cost = json.loads(npy.with_suffix(".json").read_text())
-        scores = score(self.reference, np.load(npy), self.samples)
-        self.results.add(cell, {"model_hash": self.model_hash, **scores, **cost, "measured": time.strftime("%Y-%m-%d")})
-        print(f"  {cell.row:34} {cell.column:6} seed {cell.seed}: {scores['kl']:.3g} nats, {scores['sqnr_db']:.1f} dB, "
-              f"{cost['seconds']:.0f} s", flush=True)  # fmt: skip
+        scores = self.score(np.load(npy))
+        self.add(cell, {**scores, **cost, "processor": machine()["processor"], "measured": time.strftime("%Y-%m-%d")})
+        print(f"  {cell.row:34} {cell.column:6} seed {cell.seed}: {scores['kl']:.3g} nats, "
+              f"top-1 {100 * scores['top1']:.2f} %, {cost['seconds']:.0f} s", flush=True)  # fmt: skip
+
+    def add(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Adds the record of a cell to the results."""
+        self.results.add(cell, {"model_hash": self.model_hash, **record})
+
+    def add_float(self, metrics: Callable[[], Metrics]) -> None:
+        """Adds what the float model itself scores, unless it is there."""
+        cell = Cell(self.model.name, "float32", "float32", 0, self.questions)
+        if self.results.get(cell, self.model_hash) is None:
+            self.add(cell, metrics())
 
 
-def open_bench(model: Path, work: Path, envs: Path, counts: tuple[int, int] = (QUESTIONS, CALIBRATION_SAMPLES)) -> Bench:
-    """Makes the data and the reference logits where they are missing.
+def hash_weights(model: Path) -> str:
+    """Hash of the checkpoint's weights, which tells models of the same name apart."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
-    counts: sizes of the evaluation set and of the calibration set.
-    """
-    questions, calibration_size = counts
-    model_hash = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
-    make_data(model, work / "data", questions, calibration_size)
-    samples = load_samples(evaluation_file(work / "data", questions))
+
+def open_tiny(model: Path, work: Path, envs: Path, questions: int, calibration_size: int) -> Bench:
+    """The benchmark of a tiny model; makes the data and the reference logits where they are missing."""
+    model_hash, data = hash_weights(model), work / "data"
+    make_data(model, data, questions, calibration_size)
+    evaluation = evaluation_file(data, questions)
+    samples = load_samples(evaluation)
     reference_file = work / f"reference-{model_hash}-{questions}.npy"
     if not reference_file.exists():
         np.save(reference_file, ours.reference_logits(model, samples))
-    reference = np.load(reference_file)
-    bench = Bench(model, work, envs, model_hash, Results(work / "results.jsonl"), reference, samples, calibration_size)
-    float_cell = Cell(model.name, "float32", "float32", 0, questions)
-    if bench.results.get(float_cell, model_hash) is None:
-        scores = score(reference, reference, samples)
-        bench.results.add(float_cell, {"model_hash": model_hash, "kl": 0.0, "exact_match": scores["exact_match"]})
+    reference, results = np.load(reference_file), Results(work / "results.jsonl")
+
+    def score_logits(logits: np.ndarray) -> Metrics:
+        return score(reference, logits, samples)
+
+    bench = Bench(model, envs, model_hash, results, data, evaluation, questions, calibration_size, score_logits)
+    bench.add_float(lambda: {"kl": 0.0, "exact_match": score_logits(reference)["exact_match"]})
+    return bench
+
+
+def open_trained(model: Path, data: Path, work: Path, envs: Path) -> Bench:
+    """The benchmark of the trained model. data: folder that tools/smol/make_data.py has written."""
+    test, results = open_evaluation_set(model, data), Results(work / "results.jsonl")
+
+    def score_hidden(hidden: np.ndarray) -> Metrics:
+        return trained.cell_metrics(test.score(hidden))
+
+    model_hash, size = hash_weights(model), CALIBRATION_SAMPLES
+    bench = Bench(
+        model, envs, model_hash, results, data, data / "test.npz", len(test.kinds), size, score_hidden, HIDDEN
+    )  # fmt: skip
+    bench.add_float(lambda: score_hidden(test.reference))
     return bench
 
 
@@ -203,6 +177,7 @@ def run_peer(bench: Bench, row: PeerRow, cells: Sequence[Cell]) -> None:
             options = {
                 "--model": bench.model, "--calibration": calibration_file(bench.data, cell.seed, cell.samples),
                 "--evaluation": bench.evaluation, "--column": cell.column, "--row": row.recipe, "--out": out,
+                "--states": bench.states,
             }  # fmt: skip
             program = TOOLS / "peers" / f"peer_{row.peer}.py"
             command = [str(python), str(program), *(str(part) for pair in options.items() for part in pair)]
@@ -219,7 +194,8 @@ def run_ours(bench: Bench, row: ours.OurRow, cells: Sequence[Cell]) -> None:
         command = [
             sys.executable, "-m", "tools.bench.ours", "--row", row.name, "--model", str(bench.model),
             "--data", str(bench.data), "--evaluation", str(bench.evaluation), "--out", scratch,
-            "--samples", str(cells[0].samples), "--cells", *(f"{c.column}/{c.seed}" for c in cells),
+            "--samples", str(cells[0].samples), "--states", bench.states,
+            "--cells", *(f"{c.column}/{c.seed}" for c in cells),
         ]  # fmt: skip
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -236,7 +212,7 @@ def cells_to_run(
     applies = row.columns if extra else row.main
     for column in columns:
         for seed in seeds:
-            cell = Cell(bench.model.name, row.name, column, seed, len(bench.samples), bench.calibration_size)
+            cell = Cell(bench.model.name, row.name, column, seed, bench.questions, bench.calibration_size)
             if column in applies and (redo or bench.results.get(cell, bench.model_hash) is None):
                 yield cell
 
@@ -246,19 +222,25 @@ def main() -> None:
     rows = [r for r in (*ours.ROWS, *PEER_ROWS) if any(fnmatch.fnmatch(r.name, pattern) for pattern in args.rows)]
     if not rows:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
-    bench = open_bench(args.model_dir, args.work, args.envs, (args.questions, args.samples))
+    if args.data:
+        bench = open_trained(args.model_dir, args.data, args.work, args.envs)
+    else:
+        bench = open_tiny(args.model_dir, args.work, args.envs, args.questions, args.samples)
     for row in rows:
         if cells := list(cells_to_run(bench, row, args.columns, args.seeds, args.extra, args.redo)):
             print(f"{row.name}: {len(cells)} cells", flush=True)
             (run_peer if isinstance(row, PeerRow) else run_ours)(bench, row, cells)  # type: ignore[operator]
     if args.docs:
         lines = {row.name: row.line for row in (*ours.ROWS, *PEER_ROWS)}
-        write_tables(bench.results.current(), lines, args.docs)
+        records = bench.results.current()
+        tiny = [record for record in records if not trained.is_trained(record)]
+        write_tables(tiny, lines, args.docs, trained.make_section(records, lines))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", type=Path, default=TINY)
+    parser.add_argument("--data", type=Path, help="folder of tools/smol/make_data.py, for the model of make smol")
     parser.add_argument("--rows", nargs="+", default=["*"], help="names, or patterns as in file names")
     parser.add_argument("--columns", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
@@ -276,7 +258,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--envs", type=Path, default=Path("build/peers"))
     parser.add_argument("--docs", type=Path, help="write methods.md and bench_methods.json into this folder")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data and (args.questions, args.samples) != (QUESTIONS, CALIBRATION_SAMPLES):
+        parser.error("--data has sets of fixed sizes, so it goes without --questions and --samples")
+    return args
 
 
 if __name__ == "__main__":

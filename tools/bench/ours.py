@@ -1,10 +1,11 @@
-"""Our rows of the methods benchmark: calibrates, computes with fake quantization in torch, and stores the logits.
+"""Our rows of the methods benchmark: calibrates, computes with fake quantization in torch, and stores what it computed.
 
     python -m tools.bench.ours --row rtn --cells W8A8/0 W4A16/0 --model qvlm_export/tiny --data build/bench/data \\
         --evaluation build/bench/data/evaluation-1000.npz --out DIR
 
-One process runs all cells of one row. For each cell it writes COLUMN-SEED.npy (logits of the answer tokens) and
-COLUMN-SEED.json (cost and settings) into DIR and then prints the cell. The peers' programs write the same for one cell.
+One process runs all cells of one row. For each cell it writes COLUMN-SEED.npy (logits of the answer tokens, or hidden states
+of all tokens with `--states hidden`) and COLUMN-SEED.json (cost and settings) into DIR and then prints the cell. The peers'
+programs write the same for one cell. A model is calibrated and run behind the prefix of its chat template, as an export is.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ import numpy as np
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks, make_blocks
-from qvlm_export.calibrate.blockwise.forward import Step, embed_tokens, float_step, load_finite, load_head, run_vision_blocks
+from qvlm_export.calibrate.blockwise.forward import compute_prefix, float_step
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
+from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fit_scheme
-from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.quantization.config import FAST, FULL, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from tools.bench.data import CALIBRATION_SAMPLES, answer_spans, calibration_file, load_samples
-from tools.peers.common import Measured, equal_lengths, measured
+from qvlm_export.inputs.prefix import find_common_prefix
+from qvlm_export.inputs.samples import load_processor
+from tools.bench.cells.evaluate import EVALUATIONS, Evaluation, answer_logits
+from tools.bench.data import CALIBRATION_SAMPLES, calibration_file, load_samples
+from tools.peers.common import LOGITS, Measured, measured
 from tools.peers.rows import ALL
 
 GROUP_SIZE = 64
-VISION_BATCH = 50
 Calibrator = Callable[[CalibrationJob, CalibratedWriter, Progress], dict[str, Any]]
 
 
@@ -49,7 +52,9 @@ class OurRow:
     """A row of the table.
 
     line: the line of the summary table to which it belongs. columns: the schemes that can be run; those that are not in
-    `main` are run with --extra only, as are all columns of the ablations.
+    `main` are run with --extra only, as are all columns of the ablations. prefix: whether the model is calibrated and run
+    behind the keys and values of the tokens that all its prompts begin with. strict: whether every linear keeps its scheme;
+    else inputs that 8 bits cannot hold stay float.
     """
 
     name: str
@@ -57,6 +62,8 @@ class OurRow:
     calibrator: Calibrator
     columns: tuple[str, ...] = ALL
     main: tuple[str, ...] = ALL
+    prefix: bool = True
+    strict: bool = False
 
 
 def _make_calibrator(config: SearchConfig) -> Calibrator:
@@ -83,6 +90,9 @@ ROWS = (
     OurRow("qvlm", "Q-VLM as printed", calibrate_qvlm),
     OurRow("fast", "ours, fast", _make_calibrator(FAST)),
     OurRow("full", "ours, full", _make_calibrator(FULL)),
+    OurRow("fast: no prefix", "fast, no prefix", _make_calibrator(FAST), main=(), prefix=False),
+    # Only W8A8 has a scheme to fall back to.
+    OurRow("fast: strict", "fast, strict", _make_calibrator(FAST), columns=("W8A8",), main=(), strict=True),
     *(
         OurRow(f"fast: {name}", f"fast, {name}", _make_calibrator(config), main=())
         for name, config in {
@@ -147,81 +157,66 @@ def schemes_of(checkpoint: Checkpoint, blocks: ModelBlocks, column: str) -> dict
     }
 
 
-def calibrated_logits(
-    model_folder: Path,
-    method_name: str,
-    column: str,
-    calibration_samples: Sequence[Sample],
-    evaluation_samples: Sequence[Sample],
+@functools.lru_cache(maxsize=1)
+def find_prefix(model_folder: Path) -> tuple[int, ...]:
+    """The tokens that all prompts of the model's chat template begin with, which an export uses by default."""
+    checkpoint, _ = load_model(model_folder)
+    return find_common_prefix(load_processor(model_folder), checkpoint.config)
+
+
+def run_cell(
+    model_folder: Path, row: OurRow, column: str, calibration: Sequence[Sample], evaluation: Sequence[Sample], states: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Calibrates one cell; returns logits of the answer tokens, float32 [tokens, vocab], and the record of its cost.
+    """Calibrates one cell; returns what `EVALUATIONS[states]` computes on `evaluation`, and the record of its cost.
 
     The cost leaves out opening the checkpoint. The calibrated checkpoint is written to a temporary folder and read back, so
-    the logits are those of what is stored.
+    the results are those of what is stored.
     """
-    row = next(r for r in ROWS if r.name == method_name)
     checkpoint, blocks = load_model(model_folder)
-    job = CalibrationJob(blocks, checkpoint.source, schemes_of(checkpoint, blocks, column), calibration_samples)
-    logits, summary, cost = calibrate_and_run(job, checkpoint, row.calibrator, evaluation_samples)
+    tokens = find_prefix(model_folder) if row.prefix else ()
+    with measured() as prefix_cost:
+        if tokens:
+            blocks = replace(blocks, prefix=compute_prefix(blocks, checkpoint.source, tokens))
+            calibration = cut_prefix(calibration, tokens)
+    schemes = schemes_of(checkpoint, blocks, column)
+    job = CalibrationJob(blocks, checkpoint.source, schemes, calibration, strict=row.strict)
+    found, summary, cost = calibrate_and_run(job, checkpoint, row.calibrator, evaluation, EVALUATIONS[states])
+    settings = {k: v for k, v in summary.items() if isinstance(v, str | int | float)}
+    fallbacks = sum(len(block.get("fallbacks", ())) for block in summary.get("blocks", ()))
     record = {
-        "seconds": cost.seconds,
-        "wall_seconds": cost.wall_seconds,
-        "peak_bytes": cost.peak_bytes,
-        "settings": {k: v for k, v in summary.items() if isinstance(v, str | int | float)},
+        "seconds": prefix_cost.seconds + cost.seconds,
+        "wall_seconds": prefix_cost.wall_seconds + cost.wall_seconds,
+        "peak_bytes": max(prefix_cost.peak_bytes, cost.peak_bytes),
+        "settings": {**settings, "prefix": len(tokens), "linears": len(schemes), "fallbacks": fallbacks},
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
-    return logits, record
+    return found, record
 
 
 def calibrate_and_run(
-    job: CalibrationJob, checkpoint: Checkpoint, calibrator: Calibrator, samples: Sequence[Sample]
+    job: CalibrationJob,
+    checkpoint: Checkpoint,
+    calibrator: Calibrator,
+    samples: Sequence[Sample],
+    evaluate: Evaluation = answer_logits,
 ) -> tuple[np.ndarray, dict[str, Any], Measured]:
-    """Calibrates and runs the fake-quantized model on `samples`.
+    """Calibrates and runs the fake-quantized model on `samples`, behind the prefix of the job if it has one.
 
-    Returns logits of the answer tokens, float32 [tokens, vocab], the summary of the calibrator, and its cost.
+    Returns the result of `evaluate` (by default logits of the answer tokens), the summary of the calibrator, and its cost.
     """
+    text = checkpoint.config.text
     with tempfile.TemporaryDirectory() as scratch:
         writer = CalibratedWriter(Path(scratch))
         with measured() as cost:
             summary = calibrator(job, writer, lambda *_: None)
             writer.finish(checkpoint.config_json, summary)
         calibrated = CalibratedCheckpoint(Path(scratch))
-        source = DequantizedSource(calibrated)
-        return answer_logits(checkpoint, job.blocks, source, fake_quantized_step(calibrated, source), samples), summary, cost
-
-
-def answer_logits(
-    checkpoint: Checkpoint, blocks: ModelBlocks, source: TensorSource, step: Step, samples: Sequence[Sample]
-) -> np.ndarray:
-    """Logits of the answer tokens, float32 [tokens, vocab], block by block; questions of equal length form a batch.
-
-    The counterpart of peers.common.answer_logits, which runs a whole torch model.
-    """
-    images = []
-    for start in range(0, len(samples), VISION_BATCH):
-        part = samples[start : start + VISION_BATCH]
-        stacked = Sample(np.zeros(0, np.int64), np.concatenate([s.pixel_values for s in part]), 0)
-        images += run_vision_blocks(blocks, source, [stacked], step)[0].chunk(len(part))
-    table = load_finite(source, "language_model.model.embed_tokens.weight")
-    batches = list(equal_lengths([len(s.input_ids) for s in samples]))
-    hidden = [torch.cat([embed_tokens(table, blocks.image_token_id, samples[n], images[n]) for n in b]) for b in batches]
-
-    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(x.shape[1])[None]
-        rope = blocks.rotary(x, position_ids=positions)
-        return module(x, attention_mask=None, position_ids=positions, position_embeddings=rope)
-
-    for block in blocks.text_layers:
-        hidden = step(block, hidden, run)
-    head = load_head(source, checkpoint.config.text.rms_norm_eps)
-    spans = answer_spans(samples)
-    logits = {}
-    for numbers, batch in zip(batches, hidden, strict=True):
-        for row, number in enumerate(numbers):
-            first, last = spans[number]
-            logits[number] = head.logits(batch[row, first:last]).numpy()
-    return np.concatenate([logits[number] for number in range(len(samples))])
+        # Equalization divides the prefix's values, too, so those that were stored are read.
+        prefix = calibrated.read_prefix((text.num_layers, text.num_kv_heads, text.head_dim))
+        source, blocks = DequantizedSource(calibrated), replace(job.blocks, prefix=prefix)
+        step = fake_quantized_step(calibrated, source)
+        return evaluate(checkpoint, blocks, source, step, samples), summary, cost
 
 
 def reference_logits(model_folder: Path, samples: Sequence[Sample]) -> np.ndarray:
@@ -240,18 +235,19 @@ def main() -> None:
     parser.add_argument("--row", choices=[r.name for r in ROWS], required=True)
     parser.add_argument("--cells", nargs="+", required=True, help="COLUMN/SEED")
     parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help="size of the calibration set")
+    parser.add_argument("--states", choices=EVALUATIONS, default=LOGITS, help="what is stored")
     for name in ("model", "data", "evaluation", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
-    evaluation = load_samples(args.evaluation)
+    evaluation, row = load_samples(args.evaluation), next(r for r in ROWS if r.name == args.row)
     load_model(args.model)
     for cell in args.cells:
         column, seed = cell.split("/")
         calibration = load_samples(calibration_file(args.data, int(seed), args.samples))
         torch.manual_seed(int(seed))
-        logits, record = calibrated_logits(args.model, args.row, column, calibration, evaluation)
+        found, record = run_cell(args.model, row, column, calibration, evaluation, args.states)
         out = args.out / f"{column}-{seed}.npy"
-        np.save(out, logits)
+        np.save(out, found)
         out.with_suffix(".json").write_text(json.dumps(record) + "\n")
         print(f"{cell} {out}", flush=True)
 

@@ -6,6 +6,7 @@ Used by `python -m tools.bench.methods --docs docs`.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ HEAD = """# Quantization methods compared
 `python -m tools.bench.methods --docs docs` runs the cells that are missing and writes this page. (`python -m
 tools.peers.make_envs build/peers` first makes the environments of the peers, the released tools compared with.)
 
-**Task.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint, on the answer
-tokens of 1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in nats a
-token / SQNR of the logits in dB: medians over {seeds} calibration seeds, or over the number of seeds in brackets. KL's
-standard error is 15 to 30 %, so smaller differences mean nothing. Rows that are close to each other are also evaluated on
-more questions (`--questions 10000`), with the same calibration.
+**Task of the tiny models.** Every row is calibrated on the same 64 questions and evaluated against the float32 checkpoint,
+on the answer tokens of 1,000 questions about scenes that neither training nor calibration saw. Entries are KL divergence in
+nats a token / SQNR of the logits in dB: medians over {seeds} calibration seeds, or over the number of seeds in brackets.
+KL's standard error is 15 to 30 %, so smaller differences mean nothing. Rows that are close to each other are also evaluated
+on more questions (`--questions 10000`), with the same calibration.
 
 **Quantization.** All linears except lm_head, symmetric. Weights of 3 and 4 bits have scales for groups of 64, weights of
 6 and 8 bits a scale per output channel; activations have one static scale per tensor. All rows are fake-quantized in
@@ -43,12 +44,22 @@ column. modelopt multiplies the inputs of *every* linear by smoothing factors at
 folded into the preceding layer (after GELU, across grouped heads); the factors of ours and of llmcompressor are folded
 and cost nothing. A recipe "by hand" is not one that the package offers in one pass.
 
-**Models.** `tiny` is the model that ships; equalization undoes its planted outliers. `tiny-hard` (`python -m
+**Models.** `smol` ([smol.md](smol.md)) was trained on English and is scored on all text, as its section says. `tiny` is the
+model that ships; equalization undoes its planted outliers. `tiny-hard` (`python -m
 tools.tiny.plant_hard_outliers`, then `--model-dir build/tiny-hard`) computes the same function with outliers that
 equalization cannot undo: after GELU, in the residual stream of a few tokens, and in sheared value heads.
 
 What the tables show, and why: [study.md](study.md).
 """
+
+
+@dataclass(frozen=True)
+class Section:
+    """Lines of the page on models that are scored in another way, their records and the medians of these."""
+
+    text: Sequence[str] = ()
+    records: Sequence[Mapping[str, Any]] = ()
+    cells: Sequence[Median] = ()
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,12 @@ class Median:
     measured: str  # date of the newest seed
 
 
-def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[Median]:
+def medians(
+    records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], metrics: Sequence[str] = METRICS
+) -> list[Median]:
     """Medians of every metric over the seeds.
 
-    lines: row -> the line of the summary table to which it belongs; other rows are left out.
+    lines: row -> the line of the summary table to which it belongs; other rows are left out. metrics: keys of the records.
     """
     cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for record in records:
@@ -80,7 +93,7 @@ def medians(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> l
             lines[row],
             column,
             len(runs),
-            {m: statistics.median(r[m] for r in runs) for m in METRICS},
+            {m: statistics.median(r[m] for r in runs) for m in metrics},
             max(r["measured"] for r in runs),
         )
         for (model, row, column), runs in cells.items()
@@ -184,8 +197,29 @@ def detail_table(cells: Sequence[Median], model: str, column: str) -> list[str]:
     return table
 
 
-def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path) -> None:
-    """Writes methods.md and bench_methods.json. lines: row -> its line of the summary table, in the order of the table."""
+def without_prefix(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> list[str]:
+    """Lines that say which models have rows of ours that were measured when these had no prefix; empty if none has."""
+    ours = [r for r in records if r["row"] in lines and "qvlm-export" in r["versions"]]
+    models = dict.fromkeys(f"`{r['model']}`" for r in ours if "prefix" not in r["settings"])
+    if not models:
+        return []
+    return [
+        "",
+        "**Earlier version.** Our rows are calibrated and run behind the prefix of the chat template, as exports are by",
+        "default, and leave inputs float that 8 bits cannot hold. Those in `bench_results.jsonl` that have no `prefix`",
+        f"among their settings were measured before that, without both. They are of {' and '.join(models)}.",
+    ]
+
+
+def write_tables(
+    records: Sequence[Mapping[str, Any]], lines: Mapping[str, str], folder: Path, first: Section | None = None
+) -> None:
+    """Writes methods.md and bench_methods.json.
+
+    records: of the tiny models. lines: row -> its line of the summary table, in the order of the table. first: the section
+    of other models, before those of the tiny ones.
+    """
+    first = first or Section()
     usual_questions = [record for record in records if record.get("questions", QUESTIONS) == QUESTIONS]
     usual_samples = [record for record in records if record.get("samples", CALIBRATION_SAMPLES) == CALIBRATION_SAMPLES]
     larger = [record for record in usual_samples if record not in usual_questions]
@@ -194,7 +228,7 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
     main_cells = without_ablations(cells)
     models = list(dict.fromkeys(c.model for c in cells))
     seeds = max((c.seeds for c in cells), default=0)
-    text = HEAD.format(seeds=seeds).splitlines()
+    text = [*HEAD.format(seeds=seeds).splitlines(), *without_prefix(records, lines), "", *first.text]
     for model in models:
         exact = next(r["exact_match"] for r in records if r["model"] == model and r["row"] == "float32")
         text += ["", f"## {model}", "", f"The float32 checkpoint answers {100 * exact:.1f} % of the questions exactly.", ""]
@@ -215,8 +249,13 @@ def write_tables(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str],
             if any((c.model, c.column) == (model, column) for c in main_cells):
                 text += ["", f"### {model}, {column}", "", *detail_table(main_cells, model, column)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "methods.md").write_text("\n".join(text) + "\n")
-    versions = {p: v for r in records if r["row"] in lines for p, v in r["versions"].items()}
-    settings = {f"{r['row']}, {r['column']}": r["settings"] for r in records if r["row"] in lines}
+    (folder / "methods.md").write_text(re.sub(r"\n{3,}", "\n\n", "\n".join(text)) + "\n")
+    write_json([r for r in (*records, *first.records) if r["row"] in lines], [*first.cells, *cells], folder)
+
+
+def write_json(records: Sequence[Mapping[str, Any]], cells: Sequence[Median], folder: Path) -> None:
+    """Writes bench_methods.json: the medians, the settings of each row, and the versions of all packages."""
+    versions = {package: version for record in records for package, version in record["versions"].items()}
+    settings = {f"{r['model']}, {r['row']}, {r['column']}": r["settings"] for r in records}
     content = {"versions": versions, "settings": settings, "medians": [vars(c) | {"values": dict(c.values)} for c in cells]}
     (folder / "bench_methods.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -22,6 +22,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 EVALUATION_BATCH = 32
+LOGITS, HIDDEN = "logits", "hidden"  # what a cell stores
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of the benchmark. out: the `.npy` file of the logits; the record is written to `.json` beside it."""
+    """One cell of the benchmark.
+
+    out: the `.npy` file of logits or hidden states, as `states` says; the record is written to `.json` beside it.
+    """
 
     model: Path
     calibration: Path
@@ -57,6 +61,7 @@ class Job:
     column: str
     row: str
     out: Path
+    states: str = LOGITS
 
     @property
     def scheme(self) -> Scheme:
@@ -84,6 +89,7 @@ def parse_job(description: str) -> Job:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--column", choices=SCHEMES, required=True)
     parser.add_argument("--row", required=True)
+    parser.add_argument("--states", choices=(LOGITS, HIDDEN), default=LOGITS, help="what is stored of every sample")
     return Job(**vars(parser.parse_args()))
 
 
@@ -135,6 +141,11 @@ def _join(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([one[key] for one in inputs if key in one]) for key in keys}
 
 
+def with_picture(inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The first inputs that have pictures, which therefore reach every linear."""
+    return next(one for one in inputs if "pixel_values" in one)
+
+
 def run_all(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> None:
     """Forward passes over all inputs without gradients, as most peers calibrate."""
     with torch.no_grad():
@@ -158,6 +169,20 @@ def answer_logits(model: torch.nn.Module, path: Path) -> np.ndarray:
         for row, number in enumerate(numbers):
             by_question[number] = logits[row, starts[number] - 1 : -1].numpy().copy()
     return np.concatenate([by_question[number] for number in range(len(inputs))])
+
+
+def hidden_states(model: Any, path: Path) -> np.ndarray:
+    """The input of lm_head for all tokens, sample after sample, float32 [tokens of all samples, hidden].
+
+    lm_head is not run. Samples of equal length form a batch, without padding.
+    """
+    inputs = inputs_of(path)
+    by_sample: dict[int, np.ndarray] = {}
+    for numbers in equal_lengths([i["input_ids"].shape[1] for i in inputs]):
+        with torch.no_grad():
+            states = model.model(**_join([inputs[n] for n in numbers]), use_cache=False).last_hidden_state.float()
+        by_sample.update((number, row.numpy().copy()) for number, row in zip(numbers, states, strict=True))
+    return np.concatenate([by_sample[number] for number in range(len(inputs))])
 
 
 def equal_lengths(lengths: list[int]) -> Iterator[list[int]]:
@@ -212,7 +237,8 @@ def run_cell(calibrate: Callable[[Job, Any], tuple[Any, Measured]], packages: li
     job = parse_job(calibrate.__doc__ or "")
     torch.manual_seed(0)
     model, result = calibrate(job, load_model(job.model))
-    np.save(job.out, answer_logits(model, job.evaluation))
+    evaluate = hidden_states if job.states == HIDDEN else answer_logits
+    np.save(job.out, evaluate(model, job.evaluation))
     versions = {p: importlib.metadata.version(p) for p in (*packages, "torch", "transformers", "numpy")}
     record = {
         "seconds": result.seconds,

@@ -6,6 +6,9 @@ modules get hooks but no ranges, and GPTQ fails on them. The basic pipeline does
 call, because static activation ranges must be observed after it. AWQ does not work with the basic pipeline: it would search
 with uncalibrated quantizers enabled and get outputs of zero. The mappings name every pair of layers that can be equalized in
 this model, including those of the tower and up_proj -> down_proj, which the SmoothQuant defaults leave out.
+
+The sequential pipeline traces the model once, so all batches must have the same inputs. Where some have no pictures, it gets
+embeddings, in which the features of the pictures are in place already. The recipes with AWQ do not run on such samples.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Job, Measured, Scheme, batches_of, check_levels, measured, quantizable, run_all, run_cell
+from common import Job, Measured, Scheme, batches_of, check_levels, measured, quantizable, run_all, run_cell, with_picture
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from llmcompressor import oneshot
@@ -24,6 +27,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.utils.helpers import DisableQuantization
 from torch.utils.data import DataLoader
 
 # (layer that produces the activation, linears that read it, scope). Under grouped-query attention v_proj and o_proj differ
@@ -122,14 +126,32 @@ def passes_of(recipe: Recipe, names: list[str], scheme: Scheme) -> list[tuple[st
     return passes
 
 
+def embed(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with embeddings instead of tokens and pictures, float32 [B, tokens, hidden].
+
+    Quantizers are off, as they are while the sequential pipeline computes them.
+    """
+    with torch.no_grad(), DisableQuantization(model):
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        if "pixel_values" in batch:
+            features = torch.cat(list(model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output))
+            places = (batch["input_ids"] == model.config.image_token_id)[..., None].expand_as(embeds)
+            embeds = embeds.masked_scatter(places, features)
+    return {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+
+
 def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
     """Runs one cell of the benchmark with llmcompressor and writes its logits."""
     recipe, names = RECIPES[job.row], quantizable(model)
     inputs = batches_of(job.calibration)
     passes = passes_of(recipe, names, job.scheme)
+    mixed = not all("pixel_values" in batch for batch in inputs)
+    if mixed and recipe.smoothing == "awq":
+        raise ValueError("llmcompressor's AWQ does not run on samples of which some have no picture")
     with measured() as result:
         for pipeline, modifiers in passes:
-            loader = DataLoader(inputs, batch_size=None)
+            embedded = mixed and pipeline == "sequential"
+            loader = DataLoader([embed(model, batch) for batch in inputs] if embedded else inputs, batch_size=None)
             model = oneshot(model=model, dataset=loader, recipe=modifiers, pipeline=pipeline, clear_sparse_session=True)
     result.settings = {
         "passes": [[pipeline, *(type(m).__name__ for m in modifiers)] for pipeline, modifiers in passes],
@@ -137,7 +159,7 @@ def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
         "smoothing_strength": 0.5 if recipe.smoothing == "smoothquant" else None,
         "awq_duo_scaling": "both" if recipe.smoothing == "awq" else None,
     }
-    check(model, names, job, inputs[0])
+    check(model, names, job, with_picture(inputs))
     return model, result
 
 

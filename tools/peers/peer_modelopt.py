@@ -15,7 +15,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
-from common import Job, Measured, Scheme, batches_of, check_levels, measured, quantizable, run_all, run_cell
+from common import Job, Measured, Scheme, batches_of, check_levels, measured, quantizable, run_all, run_cell, with_picture
 from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 
 FINE_MSE = {"method": "mse", "step_size": 0.02, "start_multiplier": 0.4, "stop_multiplier": 1.0}
@@ -92,7 +92,7 @@ def calibrate(job: Job, model: Any) -> tuple[Any, Measured]:
     messages = {str(w.message) for w in caught if "skip" in str(w.message)}
     if skipped := [name for name in names if any(name in message for message in messages)]:
         raise ValueError(f"modelopt left out {len(skipped)} linears, the first {skipped[0]}")
-    check(model, names, job, inputs[0])
+    check(model, names, job, with_picture(inputs))
     return model, result
 
 

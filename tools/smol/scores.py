@@ -96,15 +96,16 @@ def user_text_start(processor: object, tokenizer: object) -> int:
 
 
 def find_places(samples: Sequence[Sample], image_token: int, text_start: int) -> Places:
-    """The positions whose next token is text: from the last image token on, or from where the user's text begins.
+    """The positions whose next token is text: from the last image token on, or from the first token of the user's text.
 
-    text_start: tokens before the user's text in a sample without picture.
+    The tokens before that may be a prefix, whose hidden states an export does not compute. text_start: how many they are in
+    a sample without picture.
     """
     rows, targets, owners, answers, offset = [], [], [], [], 0
     for number, sample in enumerate(samples):
         ids = sample.input_ids
         images = np.flatnonzero(ids == image_token)
-        first = int(images[-1]) if len(images) else text_start - 1
+        first = int(images[-1]) if len(images) else text_start
         places = np.arange(first, len(ids) - 1)
         rows.append(offset + places)
         targets.append(ids[places + 1])
@@ -188,6 +189,35 @@ def load_kinds(path: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What hidden states on the test set are scored with.
+
+    head: weight of lm_head, float32 [vocab, hidden]. reference: hidden states of the float model, float32 [tokens of all
+    samples, hidden]. kinds: of the samples.
+    """
+
+    head: np.ndarray
+    reference: np.ndarray
+    places: Places
+    kinds: Sequence[str]
+
+    def score(self, hidden: np.ndarray) -> dict[str, dict[str, Score]]:
+        """The scores of a quantized model by kind of sample. hidden: float32 [tokens of all samples, hidden]."""
+        return score(self.head, self.reference, hidden, self.places, self.kinds)
+
+
+def open_evaluation_set(model: Path, data: Path) -> EvaluationSet:
+    """The test set in the folder that make_data has written; computes and stores float.npy if it is missing."""
+    samples, float_file = load_samples(data / "test.npz"), data / "float.npy"
+    if not float_file.exists():
+        np.save(float_file, hidden_states(model, samples))
+    processor = load_processor(model)
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    places = find_places(samples, image_token, user_text_start(processor, processor.tokenizer))
+    return EvaluationSet(load_head(model), np.load(float_file), places, load_kinds(data / "test.jsonl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -195,15 +225,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=Path, nargs="*", default=[], help=".npy files of hidden states on the test set")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    samples, float_file = load_samples(args.data / "test.npz"), args.data / "float.npy"
-    if not float_file.exists():
-        np.save(float_file, hidden_states(args.model, samples))
-    reference, processor = np.load(float_file), load_processor(args.model)
-    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    places = find_places(samples, image_token, user_text_start(processor, processor.tokenizer))
-    for path in args.hidden or [float_file]:
-        table = score(load_head(args.model), reference, np.load(path), places, load_kinds(args.data / "test.jsonl"))
-        for kind, rows in table.items():
+    test = open_evaluation_set(args.model, args.data)
+    for path in args.hidden or [args.data / "float.npy"]:
+        for kind, rows in test.score(np.load(path)).items():
             for tokens, row in rows.items():
                 values = {key: round(value, 5) for key, value in asdict(row).items()}
                 print(json.dumps({"name": path.stem, "kind": kind, "of": tokens, **values}), flush=True)

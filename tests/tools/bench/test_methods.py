@@ -19,6 +19,7 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.inputs.samples import load_processor
 from tools.bench import methods, ours, runtime
+from tools.bench.cells.results import Cell, Results
 from tools.bench.data import (
     answer_spans,
     calibration_file,
@@ -28,7 +29,7 @@ from tools.bench.data import (
     make_data,
     save_samples,
 )
-from tools.bench.methods import Cell, Results, score
+from tools.bench.methods import score
 from tools.bench.tables import ablation_table, best_of, medians, write_tables
 from tools.peers.common import SCHEMES, check_levels, equal_lengths, measured
 from tools.peers.rows import ALL, ROWS
@@ -75,7 +76,7 @@ def test_only_cells_without_a_result_are_run(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     results.add(Cell("m", "rtn", "W8A8", 0, 0), {"model_hash": "a"})
     results.add(Cell("m", "rtn", "W8A8", 1, 10), {"model_hash": "a"})  # another evaluation set: another cell
-    bench = methods.Bench(Path("m"), tmp_path, tmp_path, "a", results, np.zeros((0, 2)), [], 64)
+    bench = methods.Bench(Path("m"), tmp_path, "a", results, tmp_path, tmp_path / "e.npz", 0, 64, lambda _: {})
     row = next(r for r in ours.ROWS if r.name == "rtn")
     cells = list(methods.cells_to_run(bench, row, ("W8A8", "W4A4"), (0, 1), extra=False, redo=False))
     assert [(c.column, c.seed) for c in cells] == [("W8A8", 1), ("W4A4", 0), ("W4A4", 1)]
