@@ -19,7 +19,7 @@ import torch
 
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.efforts import run_effort
-from qvlm_export.engines.check.metrics import kl_divergence, sqnr_db
+from qvlm_export.engines.check.metrics import kl_divergence, measure
 from tools.bench.data import calibration_file, evaluation_file, load_samples, make_data
 from tools.bench.ours import calibrate_and_run, load_model, reference_logits, schemes_of
 from tools.bench.tables import number
@@ -64,7 +64,7 @@ def main() -> None:
             logits, _, _ = calibrate_and_run(job, checkpoint, functools.partial(run_effort, "fast"), evaluation)
             divergence = np.sort(kl_divergence(reference, logits))
             share = divergence[-WORST:].sum() / divergence.sum()
-            entries.append(f"{number(float(divergence.mean()))} / {sqnr_db(reference, logits):.1f} / {100 * share:.0f} %")
+            entries.append(f"{number(float(divergence.mean()))} / {measure(reference, logits).sqnr_db:.1f} / {100 * share:.0f} %")
         lines.append(f"| {part} | {' | '.join(entries)} |")
         print(lines[-1], flush=True)
     args.out.write_text(HEAD.format(worst=WORST, tokens=f"{len(reference):,}") + "\n" + "\n".join(lines) + "\n")
