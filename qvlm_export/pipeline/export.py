@@ -7,6 +7,7 @@ complete; a resumed export does not repeat them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -31,7 +32,7 @@ from qvlm_export.engines.manifest import (
     write_manifest,
 )
 from qvlm_export.pipeline.fetch import fetch_weights
-from qvlm_export.pipeline.fingerprint import work_fingerprint
+from qvlm_export.pipeline.fingerprint import digest, work_fingerprint
 from qvlm_export.pipeline.preparation.estimate import total_sizes
 from qvlm_export.pipeline.preparation.outputs import (
     ASIDE,
@@ -52,6 +53,7 @@ from qvlm_export.pipeline.stages import (
     calibrate,
     copy_prefix,
     measure_held_back,
+    put_prefix,
     stage_key,
     warn_of,
     write_graphs,
@@ -122,10 +124,12 @@ def _warn(result: ExportResult, reporter: Reporter) -> ExportResult:
 def _run_stages(
     prepared: PreparedExport, work: WorkFolder, fingerprint: Mapping[str, str], reporter: Reporter
 ) -> ExportResult:
-    calibrated, accuracy = calibrate(prepared, work, reporter), dict[str, Any]()
+    get_blocks = functools.cache(functools.partial(put_prefix, prepared))  # one pass serves both
+    calibrated, accuracy = calibrate(prepared, work, reporter, get_blocks), dict[str, Any]()
     if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
         prepared.processor.save_pretrained(calibrated.folder)
-        accuracy = measure_held_back(prepared, calibrated, work, fingerprint, reporter)
+        key = digest([dict(fingerprint), prepared.options.dtype])
+        accuracy = measure_held_back(prepared, calibrated, work, key, reporter=reporter, get_blocks=get_blocks)
         copy_prefix(prepared, calibrated, work)
         prepared = replace(prepared, linears={**prepared.linears, **calibrated.schemes})  # some may have fallen back
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)

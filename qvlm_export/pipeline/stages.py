@@ -43,6 +43,7 @@ from qvlm_export.pipeline.work_folder import WorkFolder
 
 ACCURACY = "accuracy"  # name of the stage, and key in the record
 WORST = 3  # linears that a warning names
+GetBlocks = Callable[[], tuple[ModelBlocks, dict[str, Any]]]
 PART_CONFIGS = ("text_config", "vision_config")
 
 
@@ -55,8 +56,10 @@ def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: st
     return digest([dict(fingerprint), asdict(prepared.limits), prepared.options.dtype, part, backend])
 
 
-def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) -> CalibratedCheckpoint | None:
-    """Writes the calibrated checkpoint, unless it exists, and returns it.
+def calibrate(
+    prepared: PreparedExport, work: WorkFolder, reporter: Reporter, get_blocks: GetBlocks
+) -> CalibratedCheckpoint | None:
+    """Writes the calibrated checkpoint, unless it exists, and returns it. get_blocks: gives what `put_prefix` returns.
 
     Returns None when no linear is quantized; the graphs then take their weights from the source checkpoint.
     Raises UserError when weights or activations are not finite, or beyond the range of the graphs' float type.
@@ -81,8 +84,7 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
     with reporter.stage("calibrate") as stage:
         narrow = is_narrow(prepared.blocks, prepared.samples, EFFORTS[options.effort].config)
         state = CalibrationWork(work.state, narrow=narrow, memory_bytes=prepared.activations_bytes)
-        massive = dict[str, Any]()
-        blocks = put_prefix(prepared, lambda name, x: massive.update({name: find_massive([x])}))
+        blocks, massive = get_blocks()
         job = CalibrationJob(
             blocks,
             checkpoint.source,
@@ -98,43 +100,55 @@ def calibrate(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) ->
         summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
         summary |= {"largest_activations": ranges} if ranges else {}
         if prepared.prefix:
-            found = {name: activation for name, activation in massive.items() if activation is not None}
-            summary["prefix"] = {**describe_prefix(prepared.processor, prepared.prefix), "massive_activations": found}
+            summary["prefix"] = {**describe_prefix(prepared.processor, prepared.prefix), "massive_activations": massive}
         writer.finish(_name_float_type(checkpoint.config_json, options.dtype), summary)
     return CalibratedCheckpoint(folder)
 
 
-def put_prefix(prepared: PreparedExport, observe: Callable[[str, torch.Tensor], object] = lambda *_: None) -> ModelBlocks:
-    """Returns the model's blocks with the float model's prefix, if there is one. observe: as for `compute_prefix`."""
+def put_prefix(prepared: PreparedExport) -> tuple[ModelBlocks, dict[str, Any]]:
+    """Returns the model's blocks with the float model's prefix, and the massive activations in the prefix, by layer.
+
+    Without a prefix the blocks are as they are. Reads every decoder layer once. Raises UserError for keys and values that a
+    float16 cache cannot hold.
+    """
     if not prepared.prefix:
-        return prepared.blocks
+        return prepared.blocks, {}
+    massive: dict[str, Any] = {}
     with deterministic_threads(prepared.blocks):
-        prefix = compute_prefix(prepared.blocks, prepared.checkpoint.source, prepared.prefix, observe)
+        prefix = compute_prefix(
+            prepared.blocks,
+            prepared.checkpoint.source,
+            prepared.prefix,
+            lambda name, x: massive.update({name: find_massive([x])}),
+        )
     largest = max(float(np.abs(array).max()) for array in prefix.arrays())
     if prepared.options.dtype == FLOAT16 and not largest <= MAX_FLOAT16:
         raise UserError(
             f"keys or values of the prompt's first tokens reach {largest:.3g}, beyond float16's {MAX_FLOAT16:.0f}; add "
             "--dtype bfloat16"
         )
-    return replace(prepared.blocks, prefix=prefix)
+    found = {name: activation for name, activation in massive.items() if activation is not None}
+    return replace(prepared.blocks, prefix=prefix), found
 
 
 def measure_held_back(
     prepared: PreparedExport,
     calibrated: CalibratedCheckpoint,
     work: WorkFolder,
-    fingerprint: Mapping[str, str],
+    key: str,
+    *,
     reporter: Reporter,
+    get_blocks: GetBlocks,
 ) -> dict[str, Any]:
-    """Returns for the manifest how far the calibrated model is from the float model, see `Accuracy`."""
-    key = digest([dict(fingerprint), prepared.options.dtype])
+    """Returns for the manifest how far the calibrated model is from the float model, see `Accuracy`.
+
+    key: a digest of all that it depends on. get_blocks: gives what `put_prefix` returns.
+    """
     recorded = work.completed_stages().get(ACCURACY, {})
     if recorded.get("key") != key:
         samples, source, device = prepared.checked_samples, prepared.checkpoint.source, torch.device(prepared.device)
         with reporter.stage(ACCURACY) as stage, deterministic_threads(prepared.blocks):
-            accuracy = measure_accuracy(
-                put_prefix(prepared), source, calibrated, samples, device=device, progress=stage.fraction
-            )
+            accuracy = measure_accuracy(get_blocks()[0], source, calibrated, samples, device=device, progress=stage.fraction)
         held_back = not any(sample is other for sample in samples for other in prepared.samples)
         worst = find_worst_linears(accuracy, calibrated.summary)
         found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}

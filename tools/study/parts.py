@@ -64,7 +64,9 @@ def main() -> None:
             logits, _, _ = calibrate_and_run(job, checkpoint, functools.partial(run_effort, "fast"), evaluation)
             divergence = np.sort(kl_divergence(reference, logits))
             share = divergence[-WORST:].sum() / divergence.sum()
-            entries.append(f"{number(float(divergence.mean()))} / {measure(reference, logits).sqnr_db:.1f} / {100 * share:.0f} %")
+            entries.append(
+                f"{number(float(divergence.mean()))} / {measure(reference, logits).sqnr_db:.1f} / {100 * share:.0f} %"
+            )
         lines.append(f"| {part} | {' | '.join(entries)} |")
         print(lines[-1], flush=True)
     args.out.write_text(HEAD.format(worst=WORST, tokens=f"{len(reference):,}") + "\n" + "\n".join(lines) + "\n")

@@ -14,10 +14,10 @@ from export_graphs import export_session
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.forward import compute_prefix
-from qvlm_export.calibrate.errors import PrefixWarning
+from qvlm_export.calibrate.errors import PrefixWarning, UserError
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
 from qvlm_export.engines.config import Limits
-from qvlm_export.engines.runtime.session import Session
+from qvlm_export.engines.runtime.session import ContextError, Session
 
 PREFIX = np.array([7, 8, 9, 10], np.int64)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -101,9 +101,9 @@ def test_a_conversation_goes_on_behind_the_prefix(session: Session, plain: Sessi
 
 def test_the_prefix_counts_towards_the_context(session: Session) -> None:
     session.start([prompt(4, 44)])
-    with pytest.raises(Exception, match="the context would be 49 tokens long, the engine was built for 48"):
+    with pytest.raises(ContextError, match="the context would be 49 tokens long, the engine was built for 48"):
         session.start([prompt(4, 45)])
-    with pytest.raises(Exception, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         session.start([prompt(0, 0)])
 
 
