@@ -52,7 +52,7 @@ from qvlm_export.pipeline.stages import (
     build,
     calibrate,
     copy_prefix,
-    measure_held_back,
+    measure_held_out,
     put_prefix,
     stage_key,
     warn_of,
@@ -129,7 +129,7 @@ def _run_stages(
     if calibrated is not None:  # so that transformers loads the folder as it loads any checkpoint
         prepared.processor.save_pretrained(calibrated.folder)
         key = digest([dict(fingerprint), prepared.options.dtype])
-        accuracy = measure_held_back(prepared, calibrated, work, key, reporter=reporter, get_blocks=get_blocks)
+        accuracy = measure_held_out(prepared, calibrated, work, key, reporter=reporter, get_blocks=get_blocks)
         copy_prefix(prepared, calibrated, work)
         prepared = replace(prepared, linears={**prepared.linears, **calibrated.schemes})  # some may have fallen back
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)

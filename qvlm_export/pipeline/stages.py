@@ -131,7 +131,7 @@ def put_prefix(prepared: PreparedExport) -> tuple[ModelBlocks, dict[str, Any]]:
     return replace(prepared.blocks, prefix=prefix), found
 
 
-def measure_held_back(
+def measure_held_out(
     prepared: PreparedExport,
     calibrated: CalibratedCheckpoint,
     work: WorkFolder,
@@ -149,9 +149,9 @@ def measure_held_back(
         samples, source, device = prepared.checked_samples, prepared.checkpoint.source, torch.device(prepared.device)
         with reporter.stage(ACCURACY) as stage, deterministic_threads(prepared.blocks):
             accuracy = measure_accuracy(get_blocks()[0], source, calibrated, samples, device=device, progress=stage.fraction)
-        held_back = not any(sample is other for sample in samples for other in prepared.samples)
+        held_out = not any(sample is other for sample in samples for other in prepared.samples)
         worst = find_worst_linears(accuracy, calibrated.summary)
-        found = {"samples": len(samples), "held_back": held_back, **asdict(accuracy), "worst": worst}
+        found = {"samples": len(samples), "held_out": held_out, **asdict(accuracy), "worst": worst}
         work.record_stage(ACCURACY, key, [], **{ACCURACY: found})
     return dict(work.completed_stages()[ACCURACY][ACCURACY])
 
@@ -166,7 +166,7 @@ def warn_of(calibration: Mapping[str, Any]) -> str | None:
         return None
     searched = EFFORTS[calibration["effort"]].config is not None
     cure = "take more calibration samples, or" if searched else "add --effort fast, or"
-    share, kind = f"{100 * accuracy['agreement']:.0f} %", "held-back " if accuracy["held_back"] else ""
+    share, kind = f"{100 * accuracy['agreement']:.0f} %", "held-out " if accuracy["held_out"] else ""
     return (
         f"warning: on {accuracy['samples']} {kind}calibration samples the quantized model has the float model's first "
         f"choice for {share} of {accuracy['tokens']} tokens (KL divergence {accuracy['kl']:.2g} nats); most is lost in "

@@ -103,7 +103,7 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
 def _describe_accuracy(accuracy: Mapping[str, Any] | None) -> str:
     if not accuracy:
         return ""
-    which = "held-back calibration samples" if accuracy["held_back"] else "calibration samples, none of which was held back"
+    which = "held-out calibration samples" if accuracy["held_out"] else "calibration samples, none of which was held out"
     share, worst = f"{100 * accuracy['agreement']:.1f} %", ", ".join(accuracy["worst"])
     return (
         f"first choice of the float model for {share} of {accuracy['tokens']:,} tokens, KL divergence {accuracy['kl']:.3g} "

@@ -73,7 +73,7 @@ TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest i
 DTYPES = (FLOAT16, BFLOAT16)
 MAX_MEMORY_GIB, MAX_BATCH = 2**20, 2**16  # beyond any machine
 MAX_SAMPLES = 128  # used at most when --samples is not given
-HELD_BACK, LEAST_SAMPLES = 4, 32  # samples that accuracy is measured on, and from how many on these are held back
+HELD_OUT, LEAST_SAMPLES = 4, 32  # samples that accuracy is measured on, and from how many on these are held out
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class PreparedExport:
     whether activations leave float16's range; empty for a checkpoint in float16, and for other graphs. cost: of calibration.
     activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in memory.
     strict: whether all linears keep their schemes, because of `--strict` or of a target that has no W8A16. checked_samples:
-    on which the calibrated model is compared with the float model; held back from `samples` where there are enough.
+    on which the calibrated model is compared with the float model; held out from `samples` where there are enough.
     """
 
     options: ExportOptions
@@ -163,7 +163,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     processor = _load_checked_processor(checkpoint)
     whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
     prefix = choose_prefix(options.prefix, processor, checkpoint.config, whole_samples) if linears else ()
-    samples, checked = _hold_back(cut_prefix(whole_samples, prefix))
+    samples, checked = _hold_out(cut_prefix(whole_samples, prefix))
     config, builds = EFFORTS[options.effort].config, backend.module is not None
     _require_pictures(options, samples, find_linear_needing_images(blocks, linears, searched=config is not None))
     cost = _estimate_cost(blocks, linears, samples, checked, config)
@@ -252,13 +252,13 @@ def _estimate_cost(
     return estimate_calibration_cost(blocks, linears, samples, config) + estimate_accuracy_cost(blocks, checked)
 
 
-def _hold_back(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def _hold_out(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Returns the samples to calibrate on, and those to compare the result with the float model on.
 
-    The latter are HELD_BACK of them, evenly spaced. All calibrate where there are fewer than LEAST_SAMPLES, and where none
+    The latter are HELD_OUT of them, evenly spaced. All calibrate where there are fewer than LEAST_SAMPLES, and where none
     of the others has a picture.
     """
-    count = min(HELD_BACK, len(samples))
+    count = min(HELD_OUT, len(samples))
     numbers = [n * len(samples) // count for n in range(count)]
     rest = tuple(sample for n, sample in enumerate(samples) if n not in numbers)
     checked = tuple(samples[n] for n in numbers)

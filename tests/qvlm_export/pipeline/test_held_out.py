@@ -34,12 +34,12 @@ def test_a_poor_export_ends_with_a_warning(
     assert "warning: on 2 calibration samples the quantized model has the float model's first choice for " in text
     assert cure in text
     accuracy = json.loads(out.with_suffix(".json").read_text())["calibration"]["accuracy"]
-    assert (accuracy["samples"], accuracy["held_back"]) == (2, False)
+    assert (accuracy["samples"], accuracy["held_out"]) == (2, False)
     assert effort == "fast" or accuracy["agreement"] < 0.8 or accuracy["kl"] > 0.5
     assert len(accuracy["worst"]) == 3
     assert all(name in text for name in accuracy["worst"])
     assert any(named in name for name in accuracy["worst"])
-    assert "none of which was held back; most is lost in " in out.with_name("x.report.html").read_text()
+    assert "none of which was held out; most is lost in " in out.with_name("x.report.html").read_text()
 
 
 def test_a_good_export_does_not_warn(llava: Llava, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_good_export_does_not_warn(llava: Llava, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lines", "calibrated", "checked"), [(64, 60, 4), (32, 28, 4), (31, 31, 4), (3, 3, 3), (1, 1, 1)])
-def test_samples_are_held_back_where_there_are_enough(
+def test_samples_are_held_out_where_there_are_enough(
     llava: Llava, tmp_path: Path, lines: int, calibrated: int, checked: int
 ) -> None:
     data = write_calibration(tmp_path, lines)
