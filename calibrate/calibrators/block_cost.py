@@ -27,6 +27,7 @@ from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.equalize import EXPONENTS
 from qvlm_export.calibrate.quantization.expected_error import MAX_ROWS, STEPS
 from qvlm_export.calibrate.rounding.gptq import RANGE_FRACTIONS
+from qvlm_export.calibrate.rounding.kronecker_rounding import SLABS
 from qvlm_export.calibrate.rounding.learned_rounding import HELD_OUT_EVERY, NUM_CHECKS, STEP_TOKENS
 from qvlm_export.calibrate.rounding.output_hessian import SKETCH_ROWS
 from qvlm_export.calibrate.rounding.quantize_linears import MAX_SEARCH_ROWS, WIDE_INPUT
@@ -38,7 +39,7 @@ SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
 # Copies of a block's weights in memory during learned rounding: codes, offsets, gradients, Adam's two moments, what rounding
 # keeps for the gradients, and the copy that is evaluated.
 LEARNING_COPIES = 12
-KRONECKER_SLOWDOWN = 175  # Kronecker-factored rounding of a weight, by its anti-diagonals, in units of round-to-nearest
+SLAB_COLUMN = 12_000  # weights that are rounded to nearest in the time of one column of a slab (`kronecker_rounding.py`)
 # Factorizations, by rows^3: Cholesky for output matching; Cholesky in float64, at half the speed, for rounding and for the
 # residual energies of the expected error.
 SOLVE_FLOPS, ROUNDER_FLOPS, ENERGY_FLOPS = 1 / 3, 2 / 3, 2 / 3
@@ -164,7 +165,7 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         if config.needs_output_hessians():
             flops += sum(2.0 * shape[0] ** 2 * width for shape in shapes)
             factors += sum((_factorization_cost(ROUNDER_FLOPS * shape[0] ** 3, shape[0]) for shape in shapes), Cost())
-            rounded += KRONECKER_SLOWDOWN * out * width
+            rounded += SLAB_COLUMN * SLABS * width
         if config.equalization == "expected" and shared.preceding is not None:
             rounded += STEPS * min(out, MAX_ROWS) * width
             flops += 2.0 * tokens * width**2

@@ -30,6 +30,9 @@ Rounding = Literal["nearest", "gptq", "kronecker"]
 # error moves the logits of the answer tokens, their KL divergence, or both. modality: the mean of "logits" over the tokens
 # of its kind.
 TokenWeighting = Literal["plain", "output", "modality", "logits", "kl", "kl+logits"]
+# The tokens whose prediction gradients are measured by: those of the answers, or all text behind the last image token, where
+# samples have few answer tokens.
+ProbedTokens = Literal["answers", "text"]
 # The objective for vision tower and projector (Q-VLM, section 3.3). language: as for the decoder, the error of the language
 # model's output. own: the error of their own output, with equal token weights. none: they are rounded to nearest.
 VisionTarget = Literal["language", "own", "none"]
@@ -58,7 +61,7 @@ class SearchConfig:
     """How blocks are searched, and with which prompts.
 
     equalization: how outlier channels are moved into weights. linear: how the linears of every shared input are quantized.
-    token_weighting: how the errors of tokens are weighted.
+    token_weighting: how the errors of tokens are weighted. probed_tokens: whose logits gradients are taken of.
     learn_steps: steps of learned rounding for the whole block after that; 0 for none.
     vision_target: the objective for vision tower and projector.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
@@ -72,6 +75,7 @@ class SearchConfig:
     equalization: Equalization = "search"
     linear: LinearConfig = LinearConfig()
     token_weighting: TokenWeighting = "plain"
+    probed_tokens: ProbedTokens = "answers"
     learn_steps: int = 0
     vision_target: VisionTarget = "language"
     leverage: bool = True
@@ -86,7 +90,7 @@ class SearchConfig:
 
     def needs_gradients(self) -> bool:
         """Whether the weights of tokens, or rounding, need a backward pass through the float model."""
-        return self.token_weighting not in ("plain", "output")
+        return self.token_weighting not in ("plain", "output") or self.needs_output_hessians()
 
     def by_output(self) -> bool:
         """Whether equalization and activation ranges weight each output by the diagonal of its output Hessian."""

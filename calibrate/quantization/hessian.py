@@ -23,7 +23,7 @@ _COPIED_ROWS = 256  # rows of H copied at a time
 class HessianFactor:
     """The Cholesky factor of a damped Hessian, H = L L^T, for all linears that share the input.
 
-    order: int64 [in], columns by increasing input energy; they are rounded from the last to the first (act-order). lower: L,
+    order: int64 [in], columns by increasing input energy (act-order); they are rounded from the last to the first. lower: L,
     float64 [in, in], in that order and column-major in memory.
     """
 
@@ -31,15 +31,17 @@ class HessianFactor:
     lower: torch.Tensor
 
 
-def factor_hessian(hessian: torch.Tensor, damping: float = DAMPING) -> HessianFactor:
+def factor_hessian(hessian: torch.Tensor, damping: float = DAMPING, order: torch.Tensor | None = None) -> HessianFactor:
     """The factor of a Hessian damped by `damping` times its mean diagonal, ten times more until it can be factored.
 
-    hessian: float32 [in, in]. Raises UserError if its diagonal is not finite, which no damping mends.
+    hessian: float32 [in, in]. order: int64 [in], of the columns; None for act-order. Raises UserError if its diagonal is not
+    finite, which no damping mends.
 
     Only one float64 matrix is made, as it is most of the memory that a wide linear takes. It is column-major, so that LAPACK
     needs no copy.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).flip(0)
+    if order is None:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True).flip(0)
     mean_diagonal = float(hessian.diagonal()[order].double().mean().clamp(min=1e-12))
     if not math.isfinite(mean_diagonal):
         raise UserError(

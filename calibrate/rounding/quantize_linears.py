@@ -7,7 +7,7 @@ and scales. They are quantized together because they have one input range and on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,36 +146,36 @@ def _quantize_same_bits(
     del quantized_rows
     factor = factor_hessian(hessian, config.damping) if config.rounding != "nearest" else None
     linears = {}
-    for names in _join_for_rounding(weights, schemes, separate=config.rounding == "kronecker"):
+    for names in _join_for_rounding(weights, schemes):
         scheme, sizes = schemes[names[0]], [len(weights[name]) for name in names]
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        output_hessian = (output_hessians or {})[names[0]] if config.rounding == "kronecker" else None
-        codes, scale = _round_weight(weight, hessian, factor, output_hessian, (config, scheme))
+        measured = [output_hessians[name] for name in names] if config.rounding == "kronecker" and output_hessians else []
+        output_factors = [factor_output_hessian(output_hessian, weight.device) for output_hessian in measured]
+        codes, scale = _round_weight(weight, hessian, factor, output_factors, (config, scheme))
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
             linears[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)
     return linears
 
 
-def _join_for_rounding(
-    weights: Mapping[str, torch.Tensor], schemes: Mapping[str, LinearScheme], *, separate: bool
-) -> list[list[str]]:
-    """Lists of names of linears to round as if they were one: those of one scheme; each one alone if `separate`."""
-    names_by_key: dict[object, list[str]] = {}
+def _join_for_rounding(weights: Mapping[str, torch.Tensor], schemes: Mapping[str, LinearScheme]) -> list[list[str]]:
+    """Lists of names of linears to round as if they were one: those of one scheme."""
+    names_by_scheme: dict[LinearScheme, list[str]] = {}
     for name in weights:
-        names_by_key.setdefault(name if separate else schemes[name], []).append(name)
-    return list(names_by_key.values())
+        names_by_scheme.setdefault(schemes[name], []).append(name)
+    return list(names_by_scheme.values())
 
 
 def _round_weight(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     factor: HessianFactor | None,
-    output_hessian: torch.Tensor | None,
+    output_factors: Sequence[HessianFactor],
     settings: tuple[LinearConfig, LinearScheme],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [out, in] and scales as stored.
 
-    factor: of the Hessian, None for round-to-nearest; output_hessian: None for all but Kronecker-factored rounding.
+    factor: of the Hessian, None for round-to-nearest; output_factors: of each linear's output Hessian, empty for all but
+    Kronecker-factored rounding.
     """
     config, scheme = settings
     scale = choose_weight_scale(config, weight, hessian, scheme)
@@ -183,9 +183,9 @@ def _round_weight(
         return round_to_codes(weight, scale, scheme), scale
     if config.weight_ranges == "rounded":
         scale = search_gptq_scale(weight, hessian, factor, scale, scheme)
-    if output_hessian is None:
+    if not output_factors:
         return gptq_round(weight, factor, scale, scheme), scale
-    return kronecker_round(weight, factor, factor_output_hessian(output_hessian, weight.device), scale, scheme), scale
+    return kronecker_round(weight, factor, output_factors, scale, scheme), scale
 
 
 def choose_weight_scale(

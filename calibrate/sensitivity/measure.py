@@ -257,31 +257,34 @@ def _compute_partner_features(job: CalibrationJob, prompts: Prompts) -> dict[int
 
 
 def _backpropagate_probes(job: CalibrationJob, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], part: _Part) -> None:
-    """Backpropagates the answer tokens' randomly signed logits into the gradients of the last block's leaves.
+    """Backpropagates the randomly signed logits of the probed tokens into the gradients of the last block's leaves.
 
     hidden: the last block's outputs, float32 [1, S, hidden] for each text.
     """
     head = load_head(job.source, job.blocks.final_epsilon)
 
-    def answer_logits(sample: Sample, states: torch.Tensor) -> torch.Tensor:
+    def probed_logits(sample: Sample, states: torch.Tensor) -> torch.Tensor:
         first = max(sample.answer_start - 1, 0)
+        if part.config.probed_tokens == "text":
+            images = (torch.from_numpy(sample.input_ids) == job.blocks.image_token_id).nonzero()
+            first = int(images.max()) if len(images) else 0
         return head.logits(states[0, first : max(first + 1, len(sample.input_ids) - 1)])
 
     weighting, generator = part.config.token_weighting, part.make_generator()
-    logits_share = 0.0 if weighting == "kl" else 1.0
+    logits_share = 0.0 if weighting in {"kl", "output"} else 1.0
     if weighting == "kl+logits":
         # The mean trace of diag(p) - p p^T over that of the identity, which is the logits' second derivative.
         with torch.no_grad():
-            traces = [1 - answer_logits(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
+            traces = [1 - probed_logits(*pair).softmax(-1).square().sum(-1) for pair in zip(texts, hidden, strict=True)]
         logits_share = float(torch.cat(traces).double().mean()) / len(head.weight)
 
     def draw_signs(like: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1.0
 
     for sample, states in zip(texts, hidden, strict=True):
-        logits = answer_logits(sample, states)
+        logits = probed_logits(sample, states)
         probe = logits_share**0.5 * draw_signs(logits) if logits_share else torch.zeros_like(logits)
-        if weighting in {"kl", "kl+logits"}:
+        if weighting in {"kl", "kl+logits", "output"}:
             p = logits.detach().softmax(-1)
             signed_roots = p.sqrt() * draw_signs(logits)
             probe = probe + signed_roots - p * signed_roots.sum(-1, keepdim=True)

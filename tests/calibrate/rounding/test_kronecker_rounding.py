@@ -48,7 +48,7 @@ def output_hessian_of(gradients: torch.Tensor) -> torch.Tensor:
 def round_one_at_a_time(
     weight: torch.Tensor, columns: HessianFactor, rows: HessianFactor, scale: torch.Tensor, scheme: LinearScheme
 ) -> torch.Tensor:
-    """Codes int8 [out, in] by the formula of the module docstring, in float64, with one entry after another."""
+    """Codes int8 [out, in] that minimize |M^T E L|^2 in float64, with one entry after another: slabs of a single output."""
     l_factor, m_factor = columns.lower, rows.lower
     exact = weight.double()[rows.order][:, columns.order]
     steps = expand_scales(scale, weight.shape[1]).double()[rows.order][:, columns.order]
@@ -66,24 +66,47 @@ def round_one_at_a_time(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    out=st.integers(1, 40),
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     groups=st.integers(1, 5),
-    block=st.sampled_from([4, 7, 16, 64]),
     seed=st.integers(0, 9),
     scheme=st.sampled_from([INT4, W8A8]),
 )
-def test_codes_equal_those_of_rounding_one_entry_at_a_time(
-    out: int, groups: int, block: int, seed: int, scheme: LinearScheme
-):
-    weight, inputs, gradients = problem(out, 8 * groups, seed)
-    columns, rows = factor_hessian(inputs.T @ inputs), factor_output_hessian(output_hessian_of(gradients), CPU)
-    scale = covering_scale(weight, scheme)
+def test_slabs_of_one_output_are_rounded_as_one_entry_at_a_time(
+    sizes: list[int], groups: int, seed: int, scheme: LinearScheme
+) -> None:
+    """Also where several linears share the input: each is rounded as if it were alone."""
+    weight, inputs, _ = problem(sum(sizes), 8 * groups, seed)
+    columns, scale = factor_hessian(inputs.T @ inputs), covering_scale(weight, scheme)
+    gradients = [correlated(3 * size, size, seed + 2) for size in sizes]
+    factors = [factor_output_hessian(output_hessian_of(gradient), CPU) for gradient in gradients]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(kronecker_rounding, "BLOCK", block)
-        codes = kronecker_round(weight, columns, rows, scale, scheme)
-    expected = round_one_at_a_time(weight, columns, rows, scale, scheme)
+        patched.setattr(kronecker_rounding, "SLABS", 20)
+        codes = kronecker_round(weight, columns, factors, scale, scheme)
+    parts = zip(weight.split(sizes), factors, scale.split(sizes), strict=True)
+    expected = torch.cat([round_one_at_a_time(part, columns, rows, step, scheme) for part, rows, step in parts])
     # float32 against float64: a value that lies on a rounding edge may fall the other way, and others follow it
     assert (codes != expected).double().mean() <= 0.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(out=st.integers(1, 50), slabs=st.integers(1, 20), seed=st.integers(0, 9))
+def test_every_slab_is_moved_by_what_the_slabs_before_it_left(out: int, slabs: int, seed: int) -> None:
+    """The move minimizes |M^T E| over the slab's rows and those that are rounded after it: found here by least squares."""
+    weight, inputs, gradients = problem(out, 16, seed)
+    columns, rows = factor_hessian(inputs.T @ inputs), factor_output_hessian(output_hessian_of(gradients), CPU)
+    scale, m = covering_scale(weight, INT4), rows.lower
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kronecker_rounding, "SLABS", slabs)
+        codes = kronecker_round(weight, columns, [rows], scale, INT4)[rows.order]
+    exact, steps = weight[rows.order], scale[rows.order]
+    errors = exact.double() - codes.double() * expand_scales(steps, 16)
+    for slab in range(slabs):
+        start, stop = slab * out // slabs, (slab + 1) * out // slabs
+        if start < stop:
+            best = torch.linalg.lstsq(m[:stop].T, -m[stop:].T @ errors[stop:]).solution
+            moved = exact[start:stop] - best[start:].float()
+            expected = gptq_round(moved, columns, steps[start:stop], INT4)
+            assert (codes[start:stop] != expected).double().mean() <= 0.05
 
 
 def test_error_of_the_model_output_is_below_half_of_gptqs():
@@ -95,7 +118,7 @@ def test_error_of_the_model_output_is_below_half_of_gptqs():
         error_matrix = weight - codes.float() * expand_scales(scale, 64)
         return float((gradients @ error_matrix @ inputs.T).square().sum())
 
-    kronecker = kronecker_round(weight, columns, factor_output_hessian(fisher, CPU), scale, INT4)
+    kronecker = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
     assert error(kronecker) < 0.5 * error(gptq_round(weight, columns, scale, INT4))
     assert error(kronecker) < 0.25 * error(round_to_codes(weight, scale, INT4))
 
@@ -104,7 +127,7 @@ def test_an_output_hessian_of_identity_or_zero_rounds_as_gptq():
     weight, inputs, _ = problem(24, 64)
     columns, scale = factor_hessian(inputs.T @ inputs), covering_scale(weight, INT4)
     for fisher in (torch.eye(24), torch.zeros(24, 24)):
-        codes = kronecker_round(weight, columns, factor_output_hessian(fisher, CPU), scale, INT4)
+        codes = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
         assert (codes != gptq_round(weight, columns, scale, INT4)).double().mean() < 0.01
 
 
@@ -122,7 +145,7 @@ def test_rounding_by_a_sketched_output_hessian_beats_gptq(monkeypatch: pytest.Mo
         error_matrix = weight - codes.float() * expand_scales(scale, 64)
         return float((gradients @ error_matrix @ inputs.T).square().sum())
 
-    codes = kronecker_round(weight, columns, factor_output_hessian(sketch, CPU), scale, INT4)
+    codes = kronecker_round(weight, columns, [factor_output_hessian(sketch, CPU)], scale, INT4)
     assert error(codes) < 0.8 * error(gptq_round(weight, columns, scale, INT4))
 
 

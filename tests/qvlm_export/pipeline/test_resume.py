@@ -52,7 +52,7 @@ def kill_until_done(options: ExportOptions, draw: Callable[[], int]) -> int:
     raise AssertionError("it never came to an end")
 
 
-@pytest.mark.parametrize(("effort", "at_least"), [("rtn", 8), ("fast", 3), ("full", 2)])
+@pytest.mark.parametrize(("effort", "at_least"), [("rtn", 4), ("fast", 2), ("full", 1)])
 def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     llava: Llava, tmp_path: Path, effort: str, at_least: int
 ) -> None:
@@ -67,16 +67,16 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
         assert read_files(folder) == expected
 
 
-def test_killed_at_every_third_operation_near_the_end(llava: Llava, tmp_path: Path) -> None:
+def test_killed_at_every_fifth_operation_near_the_end(llava: Llava, tmp_path: Path) -> None:
     """Among these are writing the report and the manifest, moving files into place, and removing the work folder."""
     model, data = llava(**SMALL), write_calibration(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     assert run_and_kill(options_of(model, whole, data), None) == 0
     options = options_of(model, folder, data)
     assert run_and_kill(options, 112) == -signal.SIGKILL
-    operations = iter(range(24, 200, 3))
+    operations = iter(range(24, 200, 5))
     kills = kill_until_done(options, lambda: next(operations))
-    assert kills > 5
+    assert kills > 3
     assert read_files(folder) == read_files(whole)
 
 
@@ -251,7 +251,7 @@ def test_killed_at_any_point_a_work_dir_is_resumed_and_holds_nothing_else(llava:
     options = options_of(llava(**SMALL), whole, data)
     assert run_and_kill(replace(options, work_dir=whole / "work"), None) == 0
     expected, kills = read_files(whole), 0
-    for operation in range(14, 200, 21):
+    for operation in range(14, 200, 34):
         folder = tmp_path / str(operation)
         options = replace(options_of(llava(**SMALL), folder, data), work_dir=folder / "work")
         if run_and_kill(options, operation) == 0:
@@ -260,7 +260,7 @@ def test_killed_at_any_point_a_work_dir_is_resumed_and_holds_nothing_else(llava:
         assert run_and_kill(replace(options, resume=True), None) == 0
         assert read_files(folder) == expected
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-    assert kills > 5
+    assert kills > 3
 
 
 def test_what_a_kill_leaves_of_a_shard_is_not_published(llava: Llava, tmp_path: Path) -> None:
