@@ -178,3 +178,15 @@ def _iterate_checked(block: Block, outputs: Iterable[torch.Tensor], samples: Seq
     for number, output in enumerate(outputs):
         check_output(block, samples[number % len(samples)], output)
         yield output.cpu()
+
+
+def convert_to_stored_dtypes(
+    tensors: Mapping[str, torch.Tensor], block: Block, job: CalibrationJob
+) -> dict[str, np.ndarray]:
+    """Returns the tensors as float32 where the source has float32, the others in the graph's float type.
+
+    Equalization rounded the gains of norms to that type; another would round them again.
+    """
+    narrow = np.dtype(job.float_type)
+    is_float32 = {name: job.source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
+    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else narrow) for n, t in tensors.items()}

@@ -18,6 +18,7 @@ from qvlm_export.calibrate.errors import UserError
 
 # Called with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
+MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ def find_linear_needing_images(blocks: ModelBlocks, schemes: Mapping[str, Linear
             if name.startswith(f"{block.prefix}.") and (searched or scheme.activation_bits is not None):
                 return name
     return None
+
+
+def check_images(job: CalibrationJob) -> None:
+    """Raises UserError where images are missing; called before anything is measured, as measuring takes long."""
+    name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
+    if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
+        raise UserError(
+            f"{name}: no calibration sample has a picture, so no input of it can be observed; add samples with pictures"
+        )
 
 
 def check_outputs(block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int]) -> None:

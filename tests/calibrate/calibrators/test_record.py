@@ -18,9 +18,8 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.forward import float_step, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr, make_linear_record
-from qvlm_export.calibrate.calibrators.record import compute_errors_by_label, mark_partition
-from qvlm_export.calibrate.calibrators.rtn import RtnBaseline, calibrate_rtn, run_rtn_baseline
+from qvlm_export.calibrate.calibrators.record import mark_partition
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.samples import Sample
@@ -29,6 +28,13 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import FAST, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
+from qvlm_export.calibrate.quantization.record import (
+    LinearSqnr,
+    RtnBaseline,
+    compute_errors_by_label,
+    make_linear_record,
+    run_rtn_baseline,
+)
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors, weigh_by_output
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
