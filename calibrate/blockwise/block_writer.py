@@ -180,13 +180,16 @@ def _iterate_checked(block: Block, outputs: Iterable[torch.Tensor], samples: Seq
         yield output.cpu()
 
 
+def stored_dtype(name: str, job: CalibrationJob) -> np.dtype:
+    """The type in which a changed float tensor is stored: float32 where the source has that, else the graph's float type."""
+    return np.dtype(np.float32) if job.source.dtype(name) == np.float32 else np.dtype(job.float_type)
+
+
 def convert_to_stored_dtypes(
     tensors: Mapping[str, torch.Tensor], block: Block, job: CalibrationJob
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors as float32 where the source has float32, the others in the graph's float type.
+    """The changed float tensors of a block, by name inside it, in the types in which they are stored.
 
     Equalization rounded the gains of norms to that type; another would round them again.
     """
-    narrow = np.dtype(job.float_type)
-    is_float32 = {name: job.source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
-    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else narrow) for n, t in tensors.items()}
+    return {name: t.cpu().numpy().astype(stored_dtype(f"{block.prefix}.{name}", job)) for name, t in tensors.items()}

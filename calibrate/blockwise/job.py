@@ -28,7 +28,7 @@ class CalibrationJob:
     source: the model's tensors. schemes: of each linear that is quantized, by canonical name. samples: the calibration set.
     work: the work folder, from which an interrupted run continues; None for a run that does not resume. device: where blocks
     compute; activations between blocks are in host memory. strict: whether all linears keep their schemes, even W8A8 where 8
-    bits cannot hold the input.
+    bits cannot hold the input. numbers: of the samples in the whole calibration set, for errors; None where they are all.
     """
 
     blocks: ModelBlocks
@@ -38,6 +38,7 @@ class CalibrationJob:
     work: CalibrationWork | None = None
     device: torch.device = CPU
     strict: bool = False
+    numbers: Sequence[int] | None = None
 
     @property
     def float_type(self) -> str:
@@ -48,6 +49,10 @@ class CalibrationJob:
         """The sample number of each input of a block: all in the decoder, those with images in tower and projector."""
         all_samples = block in self.blocks.text_layers
         return [number for number, sample in enumerate(self.samples) if all_samples or len(sample.pixel_values)]
+
+    def numbers_in_set(self, numbers: Iterable[int]) -> list[int]:
+        """The numbers that samples of this job have in the whole calibration set."""
+        return [number if self.numbers is None else self.numbers[number] for number in numbers]
 
     def block_schemes(self, block: Block) -> dict[str, LinearScheme]:
         """The schemes of one block's linears, by their names inside it."""
