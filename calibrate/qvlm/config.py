@@ -24,9 +24,9 @@ class QvlmConfig:
     vision_epochs: int = 10
     vision_samples: int = 64
     vision_batch: int = 8
-    entropy_weight: float = 0.1
+    entropy_weight: float = 1.0
     error_weight: float = 1.0
-    vision_rate: float = 1e-3
+    vision_rate: float = 1e-2
     seed: int = 0
 
 

@@ -49,7 +49,7 @@ from qvlm_export.calibrate.qvlm.observe import set_tensors_
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
-ENTROPY_VALUES = 2**13  # of each input, from which the entropy of its codes is estimated
+ENTROPY_VALUES = 2**11  # of each input, from which the entropy of its codes is estimated
 # The gradients that weight tokens and layers; only the weighting of tokens and the seed count.
 GRADIENTS = SearchConfig("none", token_weighting="kl")
 

@@ -36,7 +36,6 @@ from qvlm_export.calibrate.quantization.record import (
     run_rtn_baseline,
 )
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors, weigh_by_output
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
@@ -318,12 +317,6 @@ def test_the_record_holds_the_ranges_after_learning(checkpoint: Checkpoint, tmp_
     assert any(block["held_out_errors"][0] > block["held_out_errors"][1] for block in learned.summary["blocks"])
     for name, record in linears_of(learned).items():
         assert record["input_scale"] == learned.input_scale(name)
-
-
-def test_qvlm_writes_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    qvlm = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_qvlm)
-    assert qvlm.summary["samples"] == 3
-    assert "entropy_thresholds" in qvlm.summary
 
 
 def test_an_image_with_nan_is_refused_by_block_and_sample(checkpoint: Checkpoint, tmp_path: Path) -> None:
