@@ -260,7 +260,8 @@ def _draw_plots(
         verb = "searches" if joint_searches(calibration) else "would search"
         text = (
             "Entropy of the codes of each layer's input (of float inputs: as if they had the weights' bits). Layers between "
-            f"two lines are what the Q-VLM rule {verb} jointly: where entropy is above the median (dashed) of all layers with as many bits."
+            f"two lines are what the Q-VLM rule {verb} jointly: where entropy is above the median (dashed) of all "
+            "layers with as many bits."
         )
         svg = report_plots.plot_entropies(layers, calibration.get("entropy_thresholds", {}))
         plots.append({"title": "Entropy of each layer", "text": text, "svg": svg})
