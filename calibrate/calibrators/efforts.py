@@ -34,7 +34,7 @@ EFFORTS = {
         Effort("rtn", "absmax ranges, round to nearest"),
         Effort("fast", "equalization, GPTQ towards the float model's output", FAST),
         Effort("full", "more prompts, Kronecker-factored rounding weighted by gradients, learned rounding", FULL),
-        Effort("qvlm", "the Q-VLM paper's method as printed, W8A8 everywhere as with --strict", QVLM),
+        Effort("qvlm", "the Q-VLM paper's method, as a baseline; W8A8 everywhere, as with --strict", QVLM),
     )
 }
 DEFAULT_EFFORT = "rtn"
