@@ -157,7 +157,7 @@ def whole(checkpoint, tmp_path_factory):
 
 def few(checkpoint):
     """Schemes of some blocks only, as others take time."""
-    parts = (f"{TOWER}.0.", f"{TOWER}.1.mlp", "multi_modal_projector", LAST)
+    parts = (f"{TOWER}.0.mlp", f"{TOWER}.1.mlp", f"{LAST}.mlp")
     return {name: scheme for name, scheme in schemes_of(checkpoint, "sim-w4a8").items() if name.startswith(parts)}
 
 
@@ -172,8 +172,8 @@ def test_progress_never_goes_back(whole):
 def test_a_run_that_was_interrupted_continues_to_the_same_bytes(checkpoint, tmp_path, whole, share):
     """Inside the optimization of the visual encoder, in the observation, and between two searched blocks."""
     expected, steps = whole
-    assert expected.summary["vision_optimization"]["tuned"] == 3
-    assert any(0.05 < done / total < 0.06 for done, total, _ in steps)  # a block was tuned before
+    assert expected.summary["vision_optimization"]["tuned"] == 2
+    assert any(0.06 < done / total < 0.07 for done, total, _ in steps)  # when the first block was tuned
 
     def kill(done, total, _):
         if done >= share * total:
