@@ -178,3 +178,18 @@ def _iterate_checked(block: Block, outputs: Iterable[torch.Tensor], samples: Seq
     for number, output in enumerate(outputs):
         check_output(block, samples[number % len(samples)], output)
         yield output.cpu()
+
+
+def stored_dtype(name: str, job: CalibrationJob) -> np.dtype:
+    """The type in which a changed float tensor is stored: float32 where the source has that, else the graph's float type."""
+    return np.dtype(np.float32) if job.source.dtype(name) == np.float32 else np.dtype(job.float_type)
+
+
+def convert_to_stored_dtypes(
+    tensors: Mapping[str, torch.Tensor], block: Block, job: CalibrationJob
+) -> dict[str, np.ndarray]:
+    """The changed float tensors of a block, by name inside it, in the types in which they are stored.
+
+    Equalization rounded the gains of norms to that type; another would round them again.
+    """
+    return {name: t.cpu().numpy().astype(stored_dtype(f"{block.prefix}.{name}", job)) for name, t in tensors.items()}

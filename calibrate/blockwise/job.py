@@ -18,6 +18,7 @@ from qvlm_export.calibrate.errors import UserError
 
 # Called with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
+MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CalibrationJob:
     source: the model's tensors. schemes: of each linear that is quantized, by canonical name. samples: the calibration set.
     work: the work folder, from which an interrupted run continues; None for a run that does not resume. device: where blocks
     compute; activations between blocks are in host memory. strict: whether all linears keep their schemes, even W8A8 where 8
-    bits cannot hold the input.
+    bits cannot hold the input. numbers: of the samples in the whole calibration set, for errors; None where they are all.
     """
 
     blocks: ModelBlocks
@@ -37,6 +38,7 @@ class CalibrationJob:
     work: CalibrationWork | None = None
     device: torch.device = CPU
     strict: bool = False
+    numbers: Sequence[int] | None = None
 
     @property
     def float_type(self) -> str:
@@ -47,6 +49,10 @@ class CalibrationJob:
         """The sample number of each input of a block: all in the decoder, those with images in tower and projector."""
         all_samples = block in self.blocks.text_layers
         return [number for number, sample in enumerate(self.samples) if all_samples or len(sample.pixel_values)]
+
+    def numbers_in_set(self, numbers: Iterable[int]) -> list[int]:
+        """The numbers that samples of this job have in the whole calibration set."""
+        return [number if self.numbers is None else self.numbers[number] for number in numbers]
 
     def block_schemes(self, block: Block) -> dict[str, LinearScheme]:
         """The schemes of one block's linears, by their names inside it."""
@@ -64,6 +70,15 @@ def find_linear_needing_images(blocks: ModelBlocks, schemes: Mapping[str, Linear
             if name.startswith(f"{block.prefix}.") and (searched or scheme.activation_bits is not None):
                 return name
     return None
+
+
+def check_images(job: CalibrationJob) -> None:
+    """Raises UserError where images are missing; called before anything is measured, as measuring takes long."""
+    name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
+    if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
+        raise UserError(
+            f"{name}: no calibration sample has a picture, so no input of it can be observed; add samples with pictures"
+        )
 
 
 def check_outputs(block: Block, outputs: Iterable[torch.Tensor], samples: Sequence[int]) -> None:

@@ -87,17 +87,17 @@ class Cost:
 
 def count_forward(blocks: Iterable[Block], lengths: Sequence[int]) -> Cost:
     """Returns the cost of one float forward pass through the blocks."""
-    return sum((Cost(_forward_flops(block, lengths), forwards=len(lengths)) for block in blocks), Cost())
+    return sum((Cost(forward_flops(block, lengths), forwards=len(lengths)) for block in blocks), Cost())
 
 
 def count_rtn(block: Block, schemes: Mapping[str, LinearScheme], lengths: Sequence[int]) -> Cost:
     """Returns the cost of round-to-nearest in one block. lengths: of its inputs; none where the block is not run."""
-    weights = _num_weights(block, block.linear_names())
-    quantized = _num_weights(block, [f"{block.prefix}.{name}" for name in schemes])
+    weights = num_weights(block, block.linear_names())
+    quantized = num_weights(block, [f"{block.prefix}.{name}" for name in schemes])
     memory = (FLOAT32_BYTES if lengths else 2 * 2) * weights + 2 * quantized
-    elements = _elements(block, lengths) / 4
+    elements = count_elements(block, lengths) / 4
     return Cost(
-        _forward_flops(block, lengths), rounded=quantized, forwards=len(lengths), memory_bytes=memory, elements=elements
+        forward_flops(block, lengths), rounded=quantized, forwards=len(lengths), memory_bytes=memory, elements=elements
     )
 
 
@@ -110,11 +110,13 @@ def count_backward(block: Block, lengths: Sequence[int], config: SearchConfig, *
     the inverse of a factor, and a product with it.
     """
     batch_tokens = max((min(lengths.count(n) * n, max(n, BATCH_TOKENS)) for n in set(lengths)), default=0)
-    memory = MAX_GRAPH_BYTES if in_memory else FLOAT32_BYTES * int(_num_weights(block) + _elements(block, [batch_tokens]))
+    memory = (
+        MAX_GRAPH_BYTES if in_memory else FLOAT32_BYTES * int(num_weights(block) + count_elements(block, [batch_tokens]))
+    )
     backwards = config.num_backward_passes()
     forwards = 1 if in_memory else 1 + backwards
-    flops = (forwards + backwards) * _linear_flops(block, lengths)
-    flops += (forwards + 2 * backwards) * _attention_flops(block, lengths)
+    flops = (forwards + backwards) * linear_flops(block, lengths)
+    flops += (forwards + 2 * backwards) * attention_flops(block, lengths)
     factors = Cost()
     if config.needs_output_hessians():
         flops += sum(2.0 * sum(lengths) * min(out, SKETCH_ROWS) * out for out, _ in _shapes(block))
@@ -123,7 +125,7 @@ def count_backward(block: Block, lengths: Sequence[int], config: SearchConfig, *
         flops += sum(6.0 * sum(lengths) * width**2 for width in widths)
         factors = Cost(single_flops=sum((ROUNDER_FLOPS + INVERSE_FLOPS) * width**3 for width in widths))
         memory += sum(2 * FLOAT32_BYTES * width**2 for width in widths) + 3 * FLOAT64_BYTES * max(widths) ** 2
-    elements = (forwards + backwards) * _elements(block, lengths)
+    elements = (forwards + backwards) * count_elements(block, lengths)
     return Cost(flops, forwards=forwards * len(lengths), memory_bytes=memory, elements=elements) + factors
 
 
@@ -143,10 +145,10 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
     """Returns the cost of `BlockSearch`: a float run, and a quantized one from shared input to shared input."""
     shared_inputs = [s for s in find_shared_inputs(block.module) if any(name in schemes for name in s.linears)]
     if not shared_inputs:
-        memory, elements = FLOAT32_BYTES * _num_weights(block), 2 * _elements(block, lengths)
-        return Cost(2 * _forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
+        memory, elements = FLOAT32_BYTES * num_weights(block), 2 * count_elements(block, lengths)
+        return Cost(2 * forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
     runs = 1 + _num_quantized_runs(block, shared_inputs, learns=config.learn_steps > 0)
-    flops = runs * _linear_flops(block, lengths) + 2 * _attention_flops(block, lengths)  # as if o_proj were quantized
+    flops = runs * linear_flops(block, lengths) + 2 * attention_flops(block, lengths)  # as if o_proj were quantized
     factors, rounded, memory = Cost(), 0.0, 0
     tokens = sum(lengths)
     for shared in shared_inputs:
@@ -181,9 +183,9 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
     input_widths = sum(get_linear(block.module, shared.linears[0]).in_features for shared in shared_inputs)
     # The block, a second copy where learned rounding starts from the float weights; every shared input in the float model.
     copies = 1 + int(config.learn_steps > 0)
-    memory += FLOAT32_BYTES * (copies * _num_weights(block) + tokens * input_widths)
+    memory += FLOAT32_BYTES * (copies * num_weights(block) + tokens * input_widths)
     learning = _learning_cost(block, lengths, config)
-    search = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * _elements(block, lengths))
+    search = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * count_elements(block, lengths))
     return replace(search + factors + learning, memory_bytes=memory + learning.memory_bytes)
 
 
@@ -197,10 +199,10 @@ def _learning_cost(block: Block, lengths: Sequence[int], config: SearchConfig) -
         return Cost()
     evaluations, tokens = 1 + (1 + NUM_CHECKS) / HELD_OUT_EVERY, sum(lengths)
     step_tokens = config.learn_steps * STEP_TOKENS
-    flops = 2.0 * _num_weights(block) * (3 * step_tokens + evaluations * tokens)
+    flops = 2.0 * num_weights(block) * (3 * step_tokens + evaluations * tokens)
     forwards = step_tokens * len(lengths) / max(tokens, 1) + evaluations * len(lengths)
-    memory = LEARNING_COPIES * FLOAT32_BYTES * _num_weights(block)
-    rounded = 3.0 * config.learn_steps * _num_weights(block)
+    memory = LEARNING_COPIES * FLOAT32_BYTES * num_weights(block)
+    rounded = 3.0 * config.learn_steps * num_weights(block)
     return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
 
 
@@ -252,24 +254,24 @@ def _num_equalization_candidates(equalization: str) -> int:
     return 20 if equalization == "awq" else 1 + 2 * len(EXPONENTS)
 
 
-def _forward_flops(block: Block, lengths: Sequence[int]) -> float:
-    return _linear_flops(block, lengths) + _attention_flops(block, lengths)
+def forward_flops(block: Block, lengths: Sequence[int]) -> float:
+    return linear_flops(block, lengths) + attention_flops(block, lengths)
 
 
-def _linear_flops(block: Block, lengths: Sequence[int]) -> float:
-    return 2.0 * sum(lengths) * _num_weights(block)
+def linear_flops(block: Block, lengths: Sequence[int]) -> float:
+    return 2.0 * sum(lengths) * num_weights(block)
 
 
-def _attention_flops(block: Block, lengths: Sequence[int]) -> float:
+def attention_flops(block: Block, lengths: Sequence[int]) -> float:
     return 4.0 * sum(length**2 for length in lengths) * input_width(block) if "layers" in block.prefix else 0.0
 
 
-def _elements(block: Block, lengths: Sequence[int]) -> float:
+def count_elements(block: Block, lengths: Sequence[int]) -> float:
     """Returns how many activations go into and come out of the block's linears."""
     return float(sum(lengths)) * sum(out + width for out, width in _shapes(block))
 
 
-def _num_weights(block: Block, names: Iterable[str] | None = None) -> int:
+def num_weights(block: Block, names: Iterable[str] | None = None) -> int:
     """Returns the number of weights in these linears, by canonical name; None for all of the block."""
     inside = (name.removeprefix(f"{block.prefix}.") for name in (block.linear_names() if names is None else names))
     return sum(get_linear(block.module, name).weight.numel() for name in inside)
@@ -278,3 +280,9 @@ def _num_weights(block: Block, names: Iterable[str] | None = None) -> int:
 def input_width(block: Block) -> int:
     """Returns the number of input features of the block's first linear."""
     return get_linear(block.module, block.linear_names()[0].removeprefix(f"{block.prefix}.")).in_features
+
+
+def select_inside(schemes: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearScheme]:
+    """Returns the schemes of one block's linears, by their names inside it."""
+    start = f"{block.prefix}."
+    return {name.removeprefix(start): scheme for name, scheme in schemes.items() if name.startswith(start)}

@@ -22,7 +22,7 @@ from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import DecoderRun, Run
-from qvlm_export.calibrate.blockwise.job import non_finite_error
+from qvlm_export.calibrate.blockwise.job import MAX_INPUT, non_finite_error
 from qvlm_export.calibrate.blockwise.shared_inputs import (
     SharedInput,
     find_channel_sharing,
@@ -60,7 +60,6 @@ from qvlm_export.calibrate.rounding.quantize_linears import (
     select_rows,
 )
 
-MAX_INPUT = 1e15  # magnitude whose square float32 can still sum over a hundred million tokens
 VALUES = "self_attn.v_proj"  # whose outputs are in a key/value cache
 # What rounding a shared input to 8 bits may add to the block's output, as a share of its squared norm. Beyond it
 # the input stays float; the weight takes the same bytes, but its product is one of float16.

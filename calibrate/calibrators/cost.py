@@ -11,7 +11,7 @@ from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompt
 from qvlm_export.calibrate.augmentation.mixup import MIXING_SHARES, MixupPair, make_mixup_pairs
 from qvlm_export.calibrate.augmentation.prompts import flatten_prompts
 from qvlm_export.calibrate.augmentation.random_words import replace_words
-from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
+from qvlm_export.calibrate.blockwise.blocks import ModelBlocks
 from qvlm_export.calibrate.calibrators.block_cost import (
     FLOAT32_BYTES,
     Cost,
@@ -21,17 +21,21 @@ from qvlm_export.calibrate.calibrators.block_cost import (
     count_search,
     input_width,
     output_hessian_bytes,
+    select_inside,
 )
+from qvlm_export.calibrate.calibrators.efforts import EffortConfig
+from qvlm_export.calibrate.calibrators.qvlm_cost import count_qvlm, count_vision_tokens
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.qvlm.config import QvlmConfig
 from qvlm_export.calibrate.sensitivity.measure import MAX_TAPE_VALUES
 from qvlm_export.calibrate.sensitivity.tape import fits_in_memory
 
 NARROW_ABOVE_BYTES = 2**29  # of activations between two blocks; smaller ones stay in 32 bits
 
 
-def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig | None) -> bool:
+def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConfig) -> bool:
     """Whether the activations between blocks are kept in 16 bits.
 
     This depends on the model, the samples and the method alone, as `--memory` must not change a bit of the result.
@@ -40,7 +44,7 @@ def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConf
     return FLOAT32_BYTES * _num_streams(config) * tokens * input_width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
 
 
-def activation_cache_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig | None) -> int:
+def activation_cache_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConfig) -> int:
     """Returns the largest size of the activation cache on disk, in bytes.
 
     It holds the inputs and outputs of one block, and the outputs of the vision layers that the projector reads.
@@ -52,12 +56,15 @@ def activation_cache_bytes(blocks: ModelBlocks, samples: Sequence[Sample], confi
     return item * _num_streams(config) * max(vision + patches * input_width(blocks.text_layers[0]), text)
 
 
-def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig | None) -> int:
+def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConfig) -> int:
     """Returns the disk space in bytes that measuring token sensitivities and output Hessians takes before the search.
 
     It holds the tape, which is what flows between all blocks for some samples at a time, and the output Hessians of
     Kronecker-factored rounding, twice for a moment.
     """
+    if isinstance(config, QvlmConfig):
+        tokens = count_vision_tokens(samples, config)
+        return FLOAT32_BYTES * min(MAX_TAPE_VALUES, blocks.text_width() * blocks.num_blocks() * tokens)
     if config is None or not config.needs_gradients():
         return 0
     values = blocks.text_width() * blocks.num_blocks() * sum(_measured_lengths(blocks, samples, config))
@@ -66,15 +73,15 @@ def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: Se
     return FLOAT32_BYTES * min(MAX_TAPE_VALUES, values) + 2 * hessians
 
 
-def _num_streams(config: SearchConfig | None) -> int:
+def _num_streams(config: EffortConfig) -> int:
     """Returns how often the calibration set runs through each block: in float and, for a search, quantized as well."""
     return 1 if config is None else 2
 
 
-def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig | None) -> list[int]:
+def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConfig) -> list[int]:
     """Returns the number of tokens of each prompt that the decoder reads."""
     lengths = _measured_lengths(blocks, samples, config)
-    if config is None:
+    if not isinstance(config, SearchConfig):
         return lengths
     # Which words are drawn does not change the lengths, so uniform weights do.
     random_texts = replace_words(
@@ -83,9 +90,9 @@ def _text_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: Search
     return lengths + [len(text.input_ids) for text, _ in random_texts]
 
 
-def _measured_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig | None) -> list[int]:
+def _measured_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConfig) -> list[int]:
     """Returns the number of tokens of each prompt that token sensitivities are measured on: all but random texts."""
-    if config is None:
+    if not isinstance(config, SearchConfig):
         return [len(sample.input_ids) for sample in samples]
     prompts = cross_pair_prompts(samples, config.questions_per_image, blocks.image_token_id, config.seed)
     return [len(prompt.input_ids) for prompt in flatten_prompts(prompts)[0]] + [
@@ -99,12 +106,15 @@ def _mixup_pairs(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchC
 
 
 def estimate_calibration_cost(
-    blocks: ModelBlocks, schemes: Mapping[str, LinearScheme], samples: Sequence[Sample], config: SearchConfig | None
+    blocks: ModelBlocks, schemes: Mapping[str, LinearScheme], samples: Sequence[Sample], config: EffortConfig
 ) -> Cost:
     """Returns the cost of a calibration.
 
-    schemes: by canonical name, of the linears to quantize. config: of the block-wise search; None for round-to-nearest.
+    schemes: by canonical name, of the linears to quantize. config: of the effort. For Q-VLM this is the most it can cost,
+    as the partition is not known yet.
     """
+    if isinstance(config, QvlmConfig):
+        return count_qvlm(blocks, schemes, samples, config)
     texts = _text_lengths(blocks, samples, config)
     patches = blocks.num_patches()
     images = [patches] * sum(len(sample.pixel_values) for sample in samples)
@@ -127,13 +137,13 @@ def estimate_calibration_cost(
                 others = sum(len(samples[n].pixel_values) for n in {pair.other for pair in mixup_pairs})
                 measured += count_forward(vision, [patches] * others)
         methods = [config if block in blocks.text_layers else config.for_vision() for block, _ in parts]
-        searches = (count_search(b, _inside(schemes, b), x, m) for (b, x), m in zip(parts, methods, strict=True))
+        searches = (count_search(b, select_inside(schemes, b), x, m) for (b, x), m in zip(parts, methods, strict=True))
         cost = sum(searches, measured)
         hessians = sum(output_hessian_bytes(b, config) for b, _ in parts) if config.needs_output_hessians() else 0
         return replace(cost, memory_bytes=cost.memory_bytes + hessians)
-    observed = [any(s.activation_bits is not None for s in _inside(schemes, block).values()) for block, _ in parts]
+    observed = [any(s.activation_bits is not None for s in select_inside(schemes, block).values()) for block, _ in parts]
     num_run = max((number + 1 for number, needed in enumerate(observed) if needed), default=0)
-    return sum((count_rtn(b, _inside(schemes, b), x if n < num_run else []) for n, (b, x) in enumerate(parts)), Cost())
+    return sum((count_rtn(b, select_inside(schemes, b), x if n < num_run else []) for n, (b, x) in enumerate(parts)), Cost())
 
 
 def estimate_accuracy_cost(blocks: ModelBlocks, samples: Sequence[Sample]) -> Cost:
@@ -141,9 +151,3 @@ def estimate_accuracy_cost(blocks: ModelBlocks, samples: Sequence[Sample]) -> Co
     images = [blocks.num_patches()] * sum(len(sample.pixel_values) for sample in samples)
     texts = [len(sample.input_ids) for sample in samples]
     return (count_forward(blocks.vision(), images) + count_forward(blocks.text_layers, texts)).times(2)
-
-
-def _inside(schemes: Mapping[str, LinearScheme], block: Block) -> dict[str, LinearScheme]:
-    """Returns the schemes of one block's linears, by their names inside it."""
-    start = f"{block.prefix}."
-    return {name.removeprefix(start): scheme for name, scheme in schemes.items() if name.startswith(start)}

@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+from qvlm_export.calibrate.qvlm.config import QVLM, QvlmConfig
 
 if TYPE_CHECKING:
     from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress
     from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 
+# How linears are quantized: by the block-wise search, by Q-VLM, or by round-to-nearest (None).
+EffortConfig = SearchConfig | QvlmConfig | None
+
 
 @dataclass(frozen=True)
 class Effort:
-    """One value of `--effort`. summary: text for the help. config: of the block-wise search; None for round-to-nearest."""
+    """One value of `--effort`. summary: text for the help. config: what is done; its type says by which calibrator."""
 
     name: str
     summary: str
-    config: SearchConfig | None = None
+    config: EffortConfig = None
 
 
 EFFORTS = {
@@ -30,6 +34,7 @@ EFFORTS = {
         Effort("rtn", "absmax ranges, round to nearest"),
         Effort("fast", "equalization, GPTQ towards the float model's output", FAST),
         Effort("full", "more prompts, Kronecker-factored rounding weighted by gradients, learned rounding", FULL),
+        Effort("qvlm", "the Q-VLM paper's method, as a baseline; W8A8 everywhere, as with --strict", QVLM),
     )
 }
 DEFAULT_EFFORT = "rtn"
@@ -42,6 +47,12 @@ def run_effort(name: str, job: CalibrationJob, writer: CalibratedWriter, progres
     """
     from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
     from qvlm_export.calibrate.calibrators.search import calibrate_search
+    from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 
-    config = EFFORTS[name].config
-    return calibrate_rtn(job, writer, progress) if config is None else calibrate_search(job, writer, progress, config)
+    match EFFORTS[name].config:
+        case None:
+            return calibrate_rtn(job, writer, progress)
+        case QvlmConfig() as config:
+            return calibrate_qvlm(job, writer, progress, config)
+        case config:
+            return calibrate_search(job, writer, progress, config)

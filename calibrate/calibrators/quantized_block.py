@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear
-from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr
 from qvlm_export.calibrate.calibrators.partial_forward import CachedOutputs
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.quantization.observers import InputObserver
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
+from qvlm_export.calibrate.quantization.record import LinearSqnr
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from qvlm_export.calibrate.blockwise.block_writer import FALLBACKS
 from qvlm_export.calibrate.blockwise.blocks import Block
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.linear_record import make_linear_record
-from qvlm_export.calibrate.calibrators.rtn import RtnBaseline
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.quantization.activation_range import find_massive
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
-from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors
+from qvlm_export.calibrate.quantization.record import (
+    RtnBaseline,
+    compute_errors_by_label,
+    describe_massive,
+    make_linear_record,
+)
+from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error
 from qvlm_export.calibrate.qvlm.entropy import histogram_entropy
 from qvlm_export.calibrate.qvlm.partition import LayerInput, partition_by_entropy
 
@@ -65,33 +68,6 @@ def make_block_record(
         "forwards": round(search.forwards, 1),
         "backwards": search.backwards,
     }
-
-
-def describe_massive(outputs: Sequence[torch.Tensor], texts: Sequence[Sample]) -> dict[str, float | int] | None:
-    """Returns what `find_massive` finds in a block's outputs [1, tokens, width]; in the decoder with the id of the token.
-
-    texts: the prompts of a decoder layer's outputs, in order; empty for other blocks.
-    """
-    found = find_massive(outputs)
-    if found is None or not texts:
-        return found
-    return found | {"token": int(texts[int(found["input"])].input_ids[int(found["position"])])}
-
-
-def compute_errors_by_label(
-    outputs: Sequence[torch.Tensor], float_outputs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
-) -> dict[str, float]:
-    """Returns the mean error, see `token_errors`, of the tokens of each label that occurs.
-
-    outputs, float_outputs: float32 [n, tokens, width] of each input; labels: int64 [tokens], or [1] for all its tokens.
-    """
-    error, count = torch.zeros(2, len(TokenLabel), dtype=torch.float64)
-    for output, exact, label in zip(outputs, float_outputs, labels, strict=True):
-        tokens = label.expand(output.shape[1])
-        error.index_add_(0, tokens, token_errors(output, exact).sum(0).double())
-        count.index_add_(0, tokens, torch.full(tokens.shape, float(len(output)), dtype=torch.float64))
-    present = {int(n) for label in labels for n in label.unique()}
-    return {label.name.lower(): float(error[label] / count[label].clamp(min=1)) for label in TokenLabel if label in present}
 
 
 def make_layer_records(block: Block, search: BlockSearch) -> list[dict[str, Any]]:

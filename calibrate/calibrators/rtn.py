@@ -1,4 +1,4 @@
-"""Round-to-nearest (RTN) quantization with absmax ranges: the calibrator, and the baseline that the record compares with.
+"""Round-to-nearest (RTN) quantization with absmax ranges.
 
 Blocks stream through memory one at a time: each is read once, run on the calibration set to observe the largest magnitude of
 every linear's input, quantized, written to its own shard of the calibrated checkpoint, and released. Weights are quantized
@@ -7,7 +7,6 @@ without looking at the samples, so the blocks behind the last quantized activati
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,23 +14,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from qvlm_export.calibrate.blockwise.block_loader import CPU, open_block_loader
+from qvlm_export.calibrate.blockwise.block_loader import open_block_loader
 from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, as_tensor, check_finite, get_linear
 from qvlm_export.calibrate.blockwise.forward import Run, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob, Progress, check_weight
-from qvlm_export.calibrate.calibrators.linear_record import make_linear_record, measure_weight_sqnr
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.activation_range import check_range, observe_magnitudes
-from qvlm_export.calibrate.quantization.fake_quantized import fake_quantize_inputs
 from qvlm_export.calibrate.quantization.quantizer import quantize_linear
-
-MAX_COMPARED_INPUTS = 8  # inputs of a block, which is enough for a mean over their tokens and costs next to nothing
+from qvlm_export.calibrate.quantization.record import make_linear_record, measure_weight_sqnr
 
 
 def calibrate_rtn(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
@@ -135,44 +130,3 @@ def _quantize(name: str, weight: torch.Tensor, scheme: LinearScheme, amax: float
         raise UserError(f"{name}: no calibration sample reached it, so its activation range is unknown; add samples")
     linear = quantize_linear(weight, scheme, amax)
     return _LinearResult(linear, make_linear_record(linear, measure_weight_sqnr(weight, linear), amax))
-
-
-@dataclass(frozen=True)
-class RtnBaseline:
-    """Outputs of a block quantized by round-to-nearest, float32 [n, tokens, width], for some of its inputs.
-
-    numbers: of these inputs among all inputs of the block.
-    """
-
-    numbers: tuple[int, ...]
-    outputs: tuple[torch.Tensor, ...]
-
-
-def run_rtn_baseline(
-    module: nn.Module,
-    schemes: Mapping[str, LinearScheme],
-    run: Run,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device = CPU,
-) -> RtnBaseline:
-    """Quantizes weights and inputs of a copy of the block by round-to-nearest with absmax ranges, and returns its outputs.
-
-    pairs: every input of the block, X in the float model and X_q from the already quantized preceding blocks. Up to
-    MAX_COMPARED_INPUTS of them are run, spread evenly: X through the float block to observe the ranges, X_q through the
-    quantized copy. device: of the module.
-    """
-    numbers = tuple(range(0, len(pairs), -(-len(pairs) // MAX_COMPARED_INPUTS) or 1))
-    if not schemes or not numbers:
-        return RtnBaseline((), ())
-    with observe_magnitudes(module) as largest:
-        for number in numbers:
-            run(module, pairs[number][0].to(device))
-    rounded, quantizers = copy.deepcopy(module), dict[str, tuple[float, int]]()
-    for name, scheme in schemes.items():
-        layer = get_linear(rounded, name)
-        linear = quantize_linear(layer.weight, scheme, largest[f"{name}.input"])
-        layer.weight.copy_(torch.from_numpy(linear.dequantized()))
-        if linear.input_scale is not None and scheme.activation_bits is not None:
-            quantizers[name] = (linear.input_scale, scheme.activation_bits)
-    with fake_quantize_inputs(rounded, quantizers):
-        return RtnBaseline(numbers, tuple(run(rounded, pairs[number][1].to(device)).cpu() for number in numbers))

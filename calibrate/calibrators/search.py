@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
@@ -26,23 +25,22 @@ from qvlm_export.calibrate.augmentation.prompts import (
 from qvlm_export.calibrate.augmentation.random_words import embedding_norm_weights, replace_words
 from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
 from qvlm_export.calibrate.blockwise.block_loader import CPU, move_tensors, open_block_loader
-from qvlm_export.calibrate.blockwise.block_writer import BlockWriter
+from qvlm_export.calibrate.blockwise.block_writer import BlockWriter, convert_to_stored_dtypes
 from qvlm_export.calibrate.blockwise.blocks import Block, deterministic_threads, get_linear, load_finite
 from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import (
     CalibrationJob,
     Progress,
+    check_images,
     check_outputs,
     check_weight,
-    find_linear_needing_images,
 )
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
 from qvlm_export.calibrate.calibrators.record import make_block_record, mark_partition
-from qvlm_export.calibrate.calibrators.rtn import run_rtn_baseline
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
-from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import SearchConfig
+from qvlm_export.calibrate.quantization.record import run_rtn_baseline
 from qvlm_export.calibrate.quantization.tokens import label_tokens
 from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
@@ -59,7 +57,7 @@ def calibrate_search(
 
     Raises UserError naming tensor or layer when weights or activations are not finite, or where images are missing.
     """
-    _check_images(job)
+    check_images(job)
     before = sum(_count_measure_units(config, job).values())  # units of progress before the first block
     total = before + SEARCH_UNITS * job.blocks.num_blocks()
     shards = BlockWriter(job, writer, lambda done, _, name: progress(before + SEARCH_UNITS * done, total, name))
@@ -90,7 +88,7 @@ def calibrate_search(
             both_inputs = (move_tensors(job.device, batches.merge(part)) for part in (inputs[:half], inputs[half:]))
             outputs = search.search(*both_inputs)
             exact, rounded = (move_tensors(CPU, batches.split(part)) for part in outputs)
-            changed = _convert_to_stored_dtypes(search.float_tensors(), block, job)
+            changed = convert_to_stored_dtypes(search.float_tensors(), block, job)
             results = exact[: len(labels)], rounded[: len(labels)], labels
             record = make_block_record(block, search, results, baseline, texts if is_text else ())
         stored, values = shards.store_outputs(block, [*exact, *rounded], numbers), search.prefix_values()
@@ -125,15 +123,6 @@ def _merge_numbers_and_labels(
     expanded_numbers = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
     expanded_labels = [label.expand(x.shape[:2]) for label, x in zip(labels, inputs, strict=True)]
     return batches.merge(expanded_numbers), batches.merge(expanded_labels)
-
-
-def _check_images(job: CalibrationJob) -> None:
-    """Raises UserError where images are missing; called before anything is measured, as measuring takes long."""
-    name = find_linear_needing_images(job.blocks, job.schemes, searched=True)
-    if name is not None and not any(len(sample.pixel_values) for sample in job.samples):
-        raise UserError(
-            f"{name}: no calibration sample has a picture, so no input of it can be observed; add samples with pictures"
-        )
 
 
 def _count_measure_units(config: SearchConfig, job: CalibrationJob) -> dict[str, int]:
@@ -208,15 +197,3 @@ def _select_token_weights(
 def _select_inside(named: Mapping[str, _T], block: Block) -> dict[str, _T]:
     """Returns the values that belong to one block, by names inside it, "" being the block itself."""
     return {n.removeprefix(block.prefix).removeprefix("."): value for n, value in select_block(named, block).items()}
-
-
-def _convert_to_stored_dtypes(
-    tensors: Mapping[str, torch.Tensor], block: Block, job: CalibrationJob
-) -> dict[str, np.ndarray]:
-    """Returns the tensors as float32 where the source has float32, the others in the graph's float type.
-
-    Equalization rounded the gains of norms to that type; another would round them again.
-    """
-    narrow = np.dtype(job.float_type)
-    is_float32 = {name: job.source.dtype(f"{block.prefix}.{name}") == np.float32 for name in tensors}
-    return {n: t.cpu().numpy().astype(np.float32 if is_float32[n] else narrow) for n, t in tensors.items()}

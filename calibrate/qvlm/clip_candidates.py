@@ -16,6 +16,7 @@ from torch import nn
 from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.calibrate.numerics.matmul import apply_linear
 from qvlm_export.calibrate.quantization.quantizer import (
     activation_scale,
     expand_scales,
@@ -59,14 +60,15 @@ class QuantizableLayer:
         rows: the layer's input, float32 [tokens, in].
         """
         outputs = {}
+        inputs: dict[tuple[float | None, int | None], torch.Tensor] = {(None, None): rows}  # by quantizer
         for name, linear in self.linears.items():
-            x, weight = rows, linear.weight
+            quantizer, weight = self._input_quantizer(name, clips), linear.weight
+            if quantizer not in inputs and quantizer[0] is not None and quantizer[1] is not None:
+                inputs[quantizer] = fake_quantize(rows, quantizer[0], quantizer[1])
             if name in self.schemes:
-                if (input_scale := self._input_scale(name, clips)) is not None:
-                    x = fake_quantize(rows, input_scale, self.schemes[name].activation_bits or 8)
                 codes, scale = self._round_weight(name, clips)
                 weight = codes.float() * expand_scales(scale, codes.shape[1])
-            outputs[name] = nn.functional.linear(x, weight, linear.bias)
+            outputs[name] = apply_linear(inputs[quantizer], weight, linear.bias)
         return outputs
 
     def quantize(self, clips: Clips) -> dict[str, QuantizedLinear]:
@@ -74,14 +76,17 @@ class QuantizableLayer:
         linears = {}
         for name, scheme in self.schemes.items():
             codes, scale = self._round_weight(name, clips)
-            linears[name] = QuantizedLinear(scheme, codes.numpy(), scale.numpy(), self._input_scale(name, clips))
+            input_scale, _ = self._input_quantizer(name, clips)
+            linears[name] = QuantizedLinear(scheme, codes.cpu().numpy(), scale.cpu().numpy(), input_scale)
         return linears
 
-    def _input_scale(self, name: str, clips: Clips) -> float | None:
-        scheme = self.schemes[name]
-        if scheme.activation_bits is None:
-            return None
-        return stored_input_scale(activation_scale(self.ranges[clips.activation], scheme.activation_bits), scheme)
+    def _input_quantizer(self, name: str, clips: Clips) -> tuple[float | None, int | None]:
+        """Returns the scale and the number of bits of a linear's input; None for both where it stays float."""
+        scheme = self.schemes.get(name)
+        if scheme is None or scheme.activation_bits is None:
+            return None, None
+        scale = activation_scale(self.ranges[clips.activation], scheme.activation_bits)
+        return stored_input_scale(scale, scheme), scheme.activation_bits
 
     def _round_weight(self, name: str, clips: Clips) -> tuple[torch.Tensor, torch.Tensor]:
         scale = weight_scale(self.weight_ranges[name, clips.weight], self.schemes[name])

@@ -8,9 +8,10 @@ candidate. `apply` is what takes the time, and is counted as a layer forward. `R
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import Run
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.observers import Histogram
+from qvlm_export.calibrate.quantization.quantizer import squared_sum
 
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)  # the paper's
 
@@ -74,15 +76,20 @@ class SearchResult:
     """The best combination of a search.
 
     choice: index of each layer's candidate. outputs: of the layers before the block, and of the block's layers with that
-    choice. error: of the block's output. first_error: the error with the first candidate of every layer. layer_forwards: how
-    often `apply` was called.
+    choice. error: of the block's output. first_error: the error with the first candidate of every layer. calls: how often
+    `apply` was called for each layer.
     """
 
     choice: tuple[int, ...]
     outputs: Outputs
     error: float
     first_error: float
-    layer_forwards: int
+    calls: tuple[int, ...]
+
+    @property
+    def layer_forwards(self) -> int:
+        """How often `apply` was called."""
+        return sum(self.calls)
 
 
 def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], before: Outputs = ()) -> SearchResult:
@@ -94,15 +101,14 @@ def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], be
     K + K^2 + .. + K^depth layer forwards, in the memory of one output for each layer.
     """
     best: list[SearchResult] = []
-    forwards = 0
+    calls = [0] * len(layers)
 
     def descend(outputs: Outputs, choice: tuple[int, ...]) -> None:
-        nonlocal forwards
         layer = layers[len(choice)]
         x = layer.prepare(outputs)
         for index, candidate in enumerate(layer.candidates):
             output = layer.apply(x, candidate)
-            forwards += 1
+            calls[len(choice)] += 1
             chosen = (*choice, index)
             if len(chosen) < len(layers):
                 descend((*outputs, output), chosen)
@@ -110,24 +116,29 @@ def search_tree(layers: Sequence[SearchLayer], error: Callable[[Any], float], be
             cost = error(output)
             if not best or cost < best[0].error:
                 first = best[0].first_error if best else cost
-                best[:] = [SearchResult(chosen, (*outputs, output), cost, first, 0)]
+                best[:] = [SearchResult(chosen, (*outputs, output), cost, first, ())]
 
     descend(before, ())
-    return SearchResult(best[0].choice, best[0].outputs, best[0].error, best[0].first_error, forwards)
+    return replace(best[0], calls=tuple(calls))
+
+
+class _StopReplay(Exception):  # noqa: N818 - no error
+    """Ends a forward pass at the layer whose input is wanted."""
 
 
 class _Tap(nn.Module):
-    """Stands in for a linear: records its last input, and returns the output that was set, or zeros where none is set."""
+    """Stands in for a linear: records its last input and returns the output that was set; where none is set, it stops."""
 
-    def __init__(self, out_features: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._out_features = out_features
         self.input = torch.empty(0)
         self.output: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.input = x
-        return x.new_zeros(*x.shape[:-1], self._out_features) if self.output is None else self.output
+        if self.output is None:
+            raise _StopReplay
+        return self.output
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Replay:
 
     A layer is the names of the linears that share an input. Its outputs are a mapping from these names to float32
     [tokens, out], the tokens of all `inputs` one after another. A replay computes none of these linears, so it costs little
-    compared to a layer forward.
+    compared to a layer forward. runs: how often the module was replayed up to each layer, and to its end.
     """
 
     module: nn.Module
@@ -144,6 +155,7 @@ class Replay:
     run: Run
     inputs: Sequence[torch.Tensor]
     taps: Mapping[str, _Tap]
+    runs: Counter[int] = field(default_factory=Counter)
 
     def layer_input(self, outputs: Outputs) -> torch.Tensor:
         """Returns the input of the layer that follows those whose outputs are `outputs`, float32 [tokens, in]."""
@@ -152,10 +164,14 @@ class Replay:
 
     def finish(self, outputs: Outputs) -> list[torch.Tensor]:
         """Returns the module's output for every input, from the outputs of all its layers."""
-        return list(self._run_inputs(outputs))
+        return [output for output in self._run_inputs(outputs) if output is not None]
 
-    def _run_inputs(self, outputs: Outputs) -> Iterator[torch.Tensor]:
-        """Runs the module on one input after another, with the outputs of its first layers set; yields its outputs."""
+    def _run_inputs(self, outputs: Outputs) -> Iterator[torch.Tensor | None]:
+        """Runs the module on one input after another, with the outputs of its first layers set, up to the layer after them.
+
+        Yields its outputs where that is its end, else None.
+        """
+        self.runs[len(outputs)] += 1
         start = 0
         for x in self.inputs:
             stop = start + x.shape[:-1].numel()
@@ -164,7 +180,10 @@ class Replay:
             for output in outputs:
                 for name, rows in output.items():
                     self.taps[name].output = rows[start:stop].unflatten(0, x.shape[:-1])
-            yield self.run(self.module, x)
+            output = None
+            with suppress(_StopReplay):
+                output = self.run(self.module, x)
+            yield output
             start = stop
 
 
@@ -174,7 +193,7 @@ def replay_module(
 ) -> Iterator[Replay]:
     """Replaces the linears of `layers` in the module by taps while the context is open."""
     linears = {name: get_linear(module, name) for layer in layers for name in layer}
-    taps = {name: _Tap(linear.out_features) for name, linear in linears.items()}
+    taps = {name: _Tap() for name in linears}
     try:
         for name, tap in taps.items():
             module.set_submodule(name, tap)
@@ -185,13 +204,29 @@ def replay_module(
 
 
 def record_linear_outputs(
-    module: nn.Module, names: Sequence[str], run: Run, batches: Sequence[torch.Tensor]
+    module: nn.Module,
+    names: Sequence[str],
+    run: Run,
+    batches: Sequence[torch.Tensor],
+    rows: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Runs the module; returns its outputs, and those of the named linears, float32 [tokens of all batches, out]."""
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    """Runs the module; returns its outputs, and those of the named linears, float32 [tokens of all batches, out].
+
+    rows: for linears of which only some tokens are kept, the numbers of these tokens, int64 in ascending order.
+    """
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
     def make_hook(name: str) -> Callable[..., None]:
-        return lambda _, __, output: rows[name].append(output.flatten(0, -2))
+        start, kept = 0, None if rows is None else rows.get(name)
+
+        def hook(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            nonlocal start
+            part = output.flatten(0, -2)
+            stop = start + len(part)
+            parts[name].append(part if kept is None else part[kept[(kept >= start) & (kept < stop)] - start])
+            start = stop
+
+        return hook
 
     handles = [get_linear(module, name).register_forward_hook(make_hook(name)) for name in names]
     try:
@@ -199,7 +234,7 @@ def record_linear_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return outputs, {name: torch.cat(parts) for name, parts in rows.items()}
+    return outputs, {name: torch.cat(part) for name, part in parts.items()}
 
 
 def relative_error(outputs: Mapping[str, torch.Tensor], float_outputs: Mapping[str, torch.Tensor]) -> float:
@@ -207,6 +242,6 @@ def relative_error(outputs: Mapping[str, torch.Tensor], float_outputs: Mapping[s
 
     Values of both mappings: float32 [tokens, out].
     """
-    error = sum(float((rows - float_outputs[name]).square_().sum(dtype=torch.float64)) for name, rows in outputs.items())
-    energy = sum(float(float_outputs[name].square().sum(dtype=torch.float64)) for name in outputs)
+    error = sum(squared_sum(rows - float_outputs[name]) for name, rows in outputs.items())
+    energy = sum(squared_sum(float_outputs[name]) for name in outputs)
     return error / max(energy, 1e-300)

@@ -28,11 +28,11 @@ from qvlm_export.calibrate.quantization.quantizer import (
     stored_input_scale,
     weight_scale,
 )
-from qvlm_export.calibrate.quantization.range_search import search_activation_scale, search_weight_scale
 from qvlm_export.calibrate.rounding.gptq import gptq_round, search_gptq_scale
 from qvlm_export.calibrate.rounding.kronecker_rounding import factor_output_hessian, kronecker_round
 from qvlm_export.calibrate.rounding.output_hessian import root_output_importance
 from qvlm_export.calibrate.rounding.output_matching import match_outputs, match_outputs_by_tokens
+from qvlm_export.calibrate.rounding.range_search import search_activation_scale, search_weight_scale
 
 # From this many inputs on, output matching for more outputs than inputs solves for the identity instead, and multiplies.
 WIDE_INPUT = 1024

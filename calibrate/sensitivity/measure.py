@@ -128,7 +128,8 @@ def measure_sensitivity(
     tokens = total.token_weights
     if config.token_weighting == "modality":
         tokens = {name: _average_by_label(weights, _label_tokens(name, job, prompts)) for name, weights in tokens.items()}
-    return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.output_hessians)
+    mean_squares = {name: _mean(weights) for name, weights in total.token_weights.items()}
+    return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.output_hessians, mean_squares)
 
 
 def _load_total(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
@@ -216,7 +217,8 @@ def _measure_part(job: CalibrationJob, prompts: Prompts, part: _Part) -> TokenWe
                 else:
                     leaves = [run(module, x.to(job.device)).cpu() for x in batches.iter_merged(block_inputs)]
             numbers = sample_of_text if block in blocks.text_layers else part_job.sample_numbers(block)
-            check_outputs(block, batches.split(leaves), [part.first_sample + number for number in numbers])
+            numbers = job.numbers_in_set(part.first_sample + number for number in numbers)
+            check_outputs(block, batches.split(leaves), numbers)
         for leaf in leaves:
             leaf.requires_grad_()
         tape.add(TapeEntry(block, run, batches, block_inputs, leaves, recorded), restored=restored is not None)
@@ -313,8 +315,12 @@ def _average_by_label(weights: Sequence[torch.Tensor], labels: Sequence[torch.Te
 
 def _normalize(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Weights of mean 1 over all tokens, with MIN_TOKEN_WEIGHT times the mean added before; all 1 where all are 0."""
-    count = sum(w.numel() for w in weights)
-    mean = sum(float(w.double().sum()) for w in weights) / max(count, 1)
+    mean = _mean(weights)
     if not mean > 0.0:
         return [torch.ones_like(w) for w in weights]
     return [(w / mean + MIN_TOKEN_WEIGHT) / (1.0 + MIN_TOKEN_WEIGHT) for w in weights]
+
+
+def _mean(weights: Sequence[torch.Tensor]) -> float:
+    """The mean over all tokens; 0 without tokens."""
+    return sum(float(w.double().sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)

@@ -27,6 +27,7 @@ from qvlm_export.calibrate.checkpoint.safetensors_source import INDEX_FILE
 from qvlm_export.calibrate.checkpoint.scheme import FLOAT16, MAX_FLOAT16
 from qvlm_export.calibrate.errors import UnfinishedError, UserError
 from qvlm_export.calibrate.quantization.activation_range import find_massive, measure_ranges
+from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.sensitivity.accuracy import Accuracy, measure_accuracy
 from qvlm_export.engines.builder.build import BuildJob, BuildReport, build_engines, language_profile, vision_profile
 from qvlm_export.engines.check.engine_precision import LinearCheck, check_engine_precision, require_integer_products
@@ -164,7 +165,7 @@ def warn_of(calibration: Mapping[str, Any]) -> str | None:
     accuracy = calibration.get(ACCURACY)
     if not accuracy or (accuracy["agreement"] >= MIN_AGREEMENT and accuracy["kl"] <= MAX_KL):
         return None
-    searched = EFFORTS[calibration["effort"]].config is not None
+    searched = isinstance(EFFORTS[calibration["effort"]].config, SearchConfig)
     cure = "take more calibration samples, or" if searched else "add --effort fast, or"
     share, kind = f"{100 * accuracy['agreement']:.0f} %", "held-out " if accuracy["held_out"] else ""
     return (

@@ -6,6 +6,7 @@ same manifest gives the same bytes. Sections whose numbers the calibrator did no
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,16 @@ from qvlm_export.calibrate.checkpoint.files import write_atomically
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.manifest import Manifest
 from qvlm_export.report.contents import COMPONENTS, Component, Linear, all_linears, component_sizes
-from qvlm_export.report.rows import MODALITIES, BlockRow, Fallback, LayerRow, LinearRow, MassiveActivation, Place
+from qvlm_export.report.rows import (
+    MODALITIES,
+    BlockRow,
+    Fallback,
+    JointSearch,
+    LayerRow,
+    LinearRow,
+    MassiveActivation,
+    Place,
+)
 
 
 def write_report(manifest: Manifest, path: Path) -> None:
@@ -39,7 +49,13 @@ def report_html(manifest: Manifest) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"error": _format_error, "size": _format_size, "whole": "{:,}".format, "count": _format_count}
+    environment.filters |= {
+        "percentile": _format_percentile,
+        "error": _format_error,
+        "size": _format_size,
+        "whole": "{:,}".format,
+        "count": _format_count,
+    }
     sizes = component_sizes(manifest, shapes)
     return environment.get_template("report.html.jinja").render(
         manifest=manifest,
@@ -51,6 +67,7 @@ def report_html(manifest: Manifest) -> str:
         linears=linears,
         massive=massive_rows(calibration),
         fallbacks=fallback_rows(calibration),
+        joint_searches=joint_searches(calibration),
         recorded=any(row.record for row in linears),
         checked=sum(bool(check["passed"]) for check in manifest.plan_check),
     )
@@ -76,6 +93,7 @@ def header_facts(manifest: Manifest) -> dict[str, str]:
         "calibration": ", ".join(counts) + (f" of {calibration['data']}" if "data" in calibration else ""),
         "search cost": ", ".join(cost),
         "prefix": _describe_prefix(calibration.get("prefix")),
+        "visual encoder": _describe_vision(calibration.get("vision_optimization")),
         "accuracy": _describe_accuracy(calibration.get("accuracy")),
         "backend": re.sub(" +", " ", runtime).strip(),
         "limits": f"{manifest.limits.max_length:,} tokens, batch {manifest.limits.max_batch}",
@@ -108,6 +126,18 @@ def _describe_accuracy(accuracy: Mapping[str, Any] | None) -> str:
     return (
         f"first choice of the float model for {share} of {accuracy['tokens']:,} tokens, KL divergence {accuracy['kl']:.3g} "
         f"nats, on {accuracy['samples']} {which}; most is lost in {worst}"
+    )
+
+
+def _describe_vision(vision: Mapping[str, Any] | None) -> str:
+    """Returns what Q-VLM's optimization of the visual encoder did, and its errors next to the decoder."""
+    if not vision:
+        return ""
+    before, after = vision["before"], vision["after"]
+    return (
+        f"gains and biases of {vision['tuned']} of {vision['blocks']} blocks tuned on {vision['samples']} samples; error at "
+        f"the end with round-to-nearest, weighted by gradients {before['task']:.2e}, then {after['task']:.2e}, plain "
+        f"{before['error']:.2e}, then {after['error']:.2e}"
     )
 
 
@@ -145,6 +175,27 @@ def fallback_rows(calibration: Mapping[str, Any]) -> list[Fallback]:
         for name in block.get("fallbacks", ())
     ]
     return sorted(rows, key=lambda row: -row.error)
+
+
+def joint_searches(calibration: Mapping[str, Any]) -> list[JointSearch]:
+    """Returns the joint searches of Q-VLM in the order of the layers; none for other calibrators."""
+    rows = []
+    for block in calibration.get("blocks", ()):
+        layers = iter(block.get("layers", ()))
+        for search in block.get("joint_searches", ()):
+            part = list(itertools.islice(layers, search["layers"]))
+            rows.append(
+                JointSearch(
+                    place_of(block["name"]),
+                    tuple(", ".join(name.removeprefix(f"{block['name']}.") for name in layer["linears"]) for layer in part),
+                    tuple(layer["activation_percentile"] for layer in part),
+                    tuple(layer["weight_percentile"] for layer in part),
+                    search["error_before"],
+                    search["error_after"],
+                    search["layer_forwards"],
+                )
+            )
+    return rows
 
 
 def _format_settings(method: object) -> str:
@@ -206,9 +257,10 @@ def _draw_plots(
         )
         plots.append({"title": "Error of each block", "text": text, "svg": report_plots.plot_errors(blocks)})
     if layers:
+        verb = "searches" if joint_searches(calibration) else "would search"
         text = (
             "Entropy of the codes of each layer's input (of float inputs: as if they had the weights' bits). Layers between "
-            "two lines are what the Q-VLM rule would search jointly: where entropy is above the median (dashed) of all "
+            f"two lines are what the Q-VLM rule {verb} jointly: where entropy is above the median (dashed) of all "
             "layers with as many bits."
         )
         svg = report_plots.plot_entropies(layers, calibration.get("entropy_thresholds", {}))
@@ -225,6 +277,10 @@ def _draw_plots(
 
 def _format_error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
+
+
+def _format_percentile(share: float | None) -> str:
+    return "float" if share is None else f"{100 * share:.1f}"
 
 
 def _format_count(count: float) -> str:

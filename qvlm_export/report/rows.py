@@ -86,3 +86,21 @@ class Fallback:
 
     linear: str
     error: float
+
+
+@dataclass(frozen=True)
+class JointSearch:
+    """Layers whose clipping ranges Q-VLM searched jointly.
+
+    layers: their linears, without the name of the block, one text for each layer. activation_percentiles: of each layer,
+    None where its input stays float; weight_percentiles. error_before, error_after: relative squared error of the last
+    layer's linears, with absmax ranges and as chosen. layer_forwards: what the search took.
+    """
+
+    place: Place
+    layers: tuple[str, ...]
+    activation_percentiles: tuple[float | None, ...]
+    weight_percentiles: tuple[float, ...]
+    error_before: float
+    error_after: float
+    layer_forwards: int

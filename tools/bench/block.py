@@ -34,12 +34,13 @@ from qvlm_export.calibrate.checkpoint.files import write_json
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
+from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.checkpoints.model_config import model_config
 from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.pipeline.preparation.recipe import assign_schemes, recipe_of_preset
 from tools.families.make_random_llava import GEOMETRIES, make_config, random_tensor
 
-SEARCH_EFFORTS = [effort.name for effort in EFFORTS.values() if effort.config is not None]
+CONFIGS = {effort.name: effort.config for effort in EFFORTS.values() if isinstance(effort.config, SearchConfig)}
 WIDTH, REPEATS = 2048, 8
 
 
@@ -108,13 +109,13 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     no_images = np.zeros((0, 3, 1, 1), np.float32)
     prompts = [Sample(rng.integers(5, 30000, tokens), no_images, tokens) for _ in range(samples)]
-    cost, threads = estimate_calibration_cost(blocks, schemes, prompts, EFFORTS[effort].config), torch.get_num_threads()
+    cost, threads = estimate_calibration_cost(blocks, schemes, prompts, CONFIGS[effort]), torch.get_num_threads()
     rates_before = product_rates(threads)
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, processor = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         job = CalibrationJob(blocks, source, schemes, prompts)
-        summary = calibrate_search(job, CalibratedWriter(Path(folder)), lambda *_: None, EFFORTS[effort].config)
+        summary = calibrate_search(job, CalibratedWriter(Path(folder)), lambda *_: None, CONFIGS[effort])
     wall, processor = time.monotonic() - wall, time.process_time() - processor
     rates, single_rates = zip(rates_before, product_rates(threads), strict=True)
     # In processor time: a product keeps all threads busy; a factorization, or each of its pieces, keeps one.
@@ -144,7 +145,7 @@ def bench(like: str, effort: str, samples: int, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", choices=GEOMETRIES, required=True)
-    parser.add_argument("--effort", choices=SEARCH_EFFORTS, default="fast")
+    parser.add_argument("--effort", choices=CONFIGS, default="fast")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--out", type=Path)

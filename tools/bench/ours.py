@@ -34,7 +34,8 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fit_scheme
 from qvlm_export.calibrate.quantization.config import FAST, FULL, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_percentile, calibrate_qvlm
+from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
+from qvlm_export.calibrate.qvlm.config import QVLM, QvlmConfig
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.inputs.prefix import find_common_prefix
 from qvlm_export.inputs.samples import load_processor
@@ -70,6 +71,10 @@ def _make_calibrator(config: SearchConfig) -> Calibrator:
     return functools.partial(calibrate_search, config=config)
 
 
+def _make_qvlm(config: QvlmConfig) -> Calibrator:
+    return functools.partial(calibrate_qvlm, config=config)
+
+
 def _change_linear(config: SearchConfig, **settings: Any) -> SearchConfig:
     """The configuration with other settings of its linears."""
     return replace(config, linear=replace(config.linear, **settings))
@@ -78,7 +83,7 @@ def _change_linear(config: SearchConfig, **settings: Any) -> SearchConfig:
 GPTQ = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
 ROWS = (
     OurRow("rtn", "round-to-nearest, absmax", calibrate_rtn),
-    OurRow("percentile", "layer-wise percentile", calibrate_percentile),
+    OurRow("percentile", "layer-wise percentile", _make_qvlm(replace(QVLM, partition="layers", vision_epochs=0))),
     OurRow("smoothquant", "SmoothQuant", _make_calibrator(SearchConfig("smoothquant", RTN_LINEAR))),
     OurRow("awq", "AWQ-style", _make_calibrator(SearchConfig("awq", RTN_LINEAR))),
     OurRow("gptq", "GPTQ", _make_calibrator(SearchConfig("none", GPTQ))),
@@ -87,9 +92,16 @@ ROWS = (
         "equalization + output-MSE + GPTQ",
         _make_calibrator(SearchConfig("search", LinearConfig(ridge=None))),
     ),
-    OurRow("qvlm", "Q-VLM as printed", calibrate_qvlm),
+    OurRow("qvlm", "Q-VLM as printed", _make_qvlm(QVLM)),
     OurRow("fast", "ours, fast", _make_calibrator(FAST)),
     OurRow("full", "ours, full", _make_calibrator(FULL)),
+    OurRow(
+        "qvlm: no visual-encoder optimization",
+        "Q-VLM, no visual-encoder optimization",
+        _make_qvlm(replace(QVLM, vision_epochs=0)),
+        main=(),
+    ),
+    OurRow("qvlm: no entropy term", "Q-VLM, no entropy term", _make_qvlm(replace(QVLM, entropy_weight=0.0)), main=()),
     OurRow("fast: no prefix", "fast, no prefix", _make_calibrator(FAST), main=(), prefix=False),
     # Only W8A8 has a scheme to fall back to.
     OurRow("fast: strict", "fast, strict", _make_calibrator(FAST), columns=("W8A8",), main=(), strict=True),

@@ -208,6 +208,7 @@ def without_prefix(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str
         "**Earlier version.** Our rows are calibrated and run behind the prefix of the chat template, as exports are by",
         "default, and leave inputs float that 8 bits cannot hold. Those in `bench_results.jsonl` that have no `prefix`",
         f"among their settings were measured before that, without both. They are of {' and '.join(models)}.",
+        "Those of `qvlm` are without the visual-encoder optimization, too.",
     ]
 
 

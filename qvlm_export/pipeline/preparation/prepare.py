@@ -21,13 +21,12 @@ from qvlm_export.calibrate.calibrators.cost import (
     estimate_calibration_cost,
     sensitivity_bytes,
 )
-from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS
+from qvlm_export.calibrate.calibrators.efforts import DEFAULT_EFFORT, EFFORTS, EffortConfig
 from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearScheme
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
-from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qvlm_export.checkpoints.files.download import remaining_bytes
 from qvlm_export.checkpoints.files.headers import find_downloads
@@ -244,7 +243,7 @@ def _estimate_cost(
     linears: Mapping[str, LinearScheme],
     samples: Sequence[Sample],
     checked: Sequence[Sample],
-    config: SearchConfig | None,
+    config: EffortConfig,
 ) -> Cost:
     """Returns the cost of calibration and of the comparison with the float model; that of nothing where all stays float."""
     if not linears:

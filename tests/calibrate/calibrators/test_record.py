@@ -18,9 +18,8 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.forward import float_step, run_decoder_blocks, run_vision_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
 from qvlm_export.calibrate.calibrators.block_search import BlockSearch
-from qvlm_export.calibrate.calibrators.linear_record import LinearSqnr, make_linear_record
-from qvlm_export.calibrate.calibrators.record import compute_errors_by_label, mark_partition
-from qvlm_export.calibrate.calibrators.rtn import RtnBaseline, calibrate_rtn, run_rtn_baseline
+from qvlm_export.calibrate.calibrators.record import mark_partition
+from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter, QuantizedLinear
 from qvlm_export.calibrate.checkpoint.samples import Sample
@@ -29,8 +28,14 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import FAST, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step, record_outputs
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, sqnr_db
+from qvlm_export.calibrate.quantization.record import (
+    LinearSqnr,
+    RtnBaseline,
+    compute_errors_by_label,
+    make_linear_record,
+    run_rtn_baseline,
+)
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors, weigh_by_output
-from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
@@ -312,12 +317,6 @@ def test_the_record_holds_the_ranges_after_learning(checkpoint: Checkpoint, tmp_
     assert any(block["held_out_errors"][0] > block["held_out_errors"][1] for block in learned.summary["blocks"])
     for name, record in linears_of(learned).items():
         assert record["input_scale"] == learned.input_scale(name)
-
-
-def test_qvlm_writes_a_record_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    qvlm = calibrated(checkpoint, "int4", tmp_path / "c", calibrate_qvlm)
-    assert qvlm.summary["samples"] == 3
-    assert "entropy_thresholds" in qvlm.summary
 
 
 def test_an_image_with_nan_is_refused_by_block_and_sample(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from transformers import LlavaForConditionalGeneration
 
 from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.blockwise.job import CalibrationJob
-from qvlm_export.calibrate.calibrators import linear_record
 from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost
 from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.errors import UserError
+from qvlm_export.calibrate.quantization import record as record_parts
 from qvlm_export.calibrate.quantization.quantizer import activation_scale, quantize_linear, sqnr_db
 from qvlm_export.checkpoints.families import find_layout, make_renamer
 
@@ -228,7 +228,7 @@ def test_progress_counts_the_blocks_and_the_summary_names_them(llava, tmp_path):
 
 @pytest.mark.parametrize("preset", ["int4", "int8", "sim-w4a8"])
 def test_the_record_of_every_linear_agrees_with_the_checkpoint(llava, tmp_path, preset, monkeypatch):
-    monkeypatch.setattr(linear_record, "SQNR_CHANNELS", 16)
+    monkeypatch.setattr(record_parts, "SQNR_CHANNELS", 16)
     checkpoint = open_small(llava())
     blocks, schemes, samples = make_blocks(checkpoint.hf_config), schemes_of(checkpoint, preset), mixed_samples(checkpoint)
     calibrated = calibrate(checkpoint, schemes, tmp_path, samples)
@@ -256,6 +256,5 @@ def test_the_record_of_every_linear_agrees_with_the_checkpoint(llava, tmp_path, 
 def test_sqnr_of_a_small_linear_is_measured_on_all_its_channels():
     weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     linear = quantize_linear(weight, W8A8, 1.0)
-    assert linear_record.measure_weight_sqnr(weight, linear).weight_db == sqnr_db(
-        weight, torch.from_numpy(linear.dequantized())
-    )
+    expected = sqnr_db(weight, torch.from_numpy(linear.dequantized()))
+    assert record_parts.measure_weight_sqnr(weight, linear).weight_db == expected

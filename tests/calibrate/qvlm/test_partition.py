@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm_export.calibrate.qvlm.partition import entropy_dependencies, median_thresholds, partition_by_rule
+from qvlm_export.calibrate.qvlm.partition import (
+    LayerInput,
+    entropy_dependencies,
+    median_thresholds,
+    partition_by_entropy,
+    partition_by_rule,
+)
 
 
 def all_partitions(layers, boundaries, max_depth):
@@ -66,3 +72,12 @@ def test_thresholds_are_medians_over_the_layers_with_the_same_number_of_bits():
     entropies, bits = [5.0, 1.0, 2.0, 3.0, 7.0], [8, 4, 4, 4, 8]
     assert median_thresholds(entropies, bits) == [2.0, 2.0, 2.0, 6.0]
     assert entropy_dependencies(entropies) == [1.0, 2.0, 3.0, 7.0]
+
+
+def test_blocks_end_with_their_module_and_thresholds_are_by_bits():
+    entropies = [("a", 4, 1.0), ("a", 4, 3.0), ("b", 4, 3.0), ("b", 4, 3.0), ("b", 8, 4.0), ("b", 8, 6.0)]
+    inputs = [LayerInput(block, ("x",), bits, entropy, {}) for block, bits, entropy in entropies]
+    blocks, thresholds = partition_by_entropy(inputs)
+    assert thresholds == {"4": 3.0, "8": 5.0}
+    assert [(b.start, b.stop) for b in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6)]
+    assert partition_by_entropy([]) == ((), {})

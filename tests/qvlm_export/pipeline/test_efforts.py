@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 
 Llava = Callable[..., Path]
-EFFORTS = ("rtn", "fast", "full")
+EFFORTS = ("rtn", "fast", "full", "qvlm")
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_values_that_overflow_inside_a_block_are_refused(llava: Llava, tmp_path:
     assert_refused(float16, "language_model.model.layers.1", "beyond float16's 65504", "--dtype bfloat16")
     arguments = (*arguments, "--dtype", "bfloat16")
     refused = run_export(folder, tmp_path / "out" / "x.plan", *arguments)
-    # Only `fast` checks the inputs of a linear before the outputs of its block.
+    # Only `fast` and `qvlm` check the inputs of a linear before the outputs of its block.
     cause = "reach 3e+30, which is too large" if effort == "fast" else "are not finite"
     assert_refused(refused, "language_model.model.layers.1", f"activations of sample 1 {cause}")
     assert not list((tmp_path / "out").glob("x.*"))

@@ -52,7 +52,7 @@ def kill_until_done(options: ExportOptions, draw: Callable[[], int]) -> int:
     raise AssertionError("it never came to an end")
 
 
-@pytest.mark.parametrize(("effort", "at_least"), [("rtn", 4), ("fast", 2), ("full", 1)])
+@pytest.mark.parametrize(("effort", "at_least"), [("rtn", 4), ("fast", 2), ("full", 1), ("qvlm", 1)])
 def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     llava: Llava, tmp_path: Path, effort: str, at_least: int
 ) -> None:

@@ -15,7 +15,7 @@ from commands import write_calibration
 import qvlm_export
 from qvlm_export.engines.manifest import Manifest, read_manifest
 from qvlm_export.report.contents import inspect
-from qvlm_export.report.report import block_rows, header_facts, layer_rows, place_of, report_html, write_report
+from qvlm_export.report.report import header_facts, layer_rows, place_of, report_html, write_report
 
 Llava = Callable[..., Path]
 PLOTS = ["Error of each block", "Entropy of each layer", "SQNR of each linear's output"]
@@ -256,18 +256,35 @@ def test_an_rtn_export_has_bits_ranges_and_weight_sqnr(exports: Callable[..., Pa
     assert header_facts(manifest)["search cost"] == forwards
 
 
-def test_a_record_of_the_q_vlm_baseline_has_its_entropies(fast: Manifest) -> None:
-    names = list(fast.linears)[:3]
-    layers = [{"linears": [n], "bits": 8, "entropy": e} for n, e in zip(names, (1.0, 2.0, 3.0), strict=True)]
-    blocks = [{"layers": layers[:2], "error_before": 0.2}, {"layers": layers[2:], "error_before": 0.1}]
-    manifest = replace(fast, calibration={"method": "qvlm", "samples": 2, "blocks": blocks})
-    assert [(row.entropy, row.starts_block) for row in layer_rows(manifest.calibration)] == [
-        (1.0, True),
-        (2.0, False),
-        (3.0, True),
-    ]
-    assert block_rows(manifest.calibration) == []
-    assert [heading for heading in Page(report_html(manifest)).headings if heading in PLOTS] == PLOTS[1:2]
+def test_the_page_of_q_vlm_shows_partition_percentiles_and_errors(exports: Callable[..., Path]) -> None:
+    manifest = read_manifest(exports("int4", "qvlm"))
+    page, records = page_beside(manifest), manifest.calibration["blocks"]
+    assert [heading for heading in page.headings if heading in PLOTS] == PLOTS
+    head, *rows = page.tables["searches"]
+    searches = [(block, search) for block in records for search in block["joint_searches"]]
+    assert len(rows) == len(searches)
+    layers = iter([layer for block in records for layer in block["layers"]])
+    for cells, (block, search) in zip(rows, searches, strict=True):
+        row, part = dict(zip(head, cells, strict=True)), [next(layers) for _ in range(search["layers"])]
+        assert row["block"] == str(place_of(block["name"]))
+        names = "; ".join(", ".join(n.removeprefix(f"{block['name']}.") for n in layer["linears"]) for layer in part)
+        assert row["layers"] == names
+        assert [layer["starts_block"] for layer in part] == [True] + [False] * (len(part) - 1)
+        percentiles = [[layer[f"{kind}_percentile"] for layer in part] for kind in ("activation", "weight")]
+        for column, shares in zip(("inputs, %", "weights, %"), percentiles, strict=True):
+            assert row[column] == "; ".join("float" if share is None else f"{100 * share:.1f}" for share in shares)
+        assert row["absmax"] == f"{search['error_before']:.2e}"
+        assert row["chosen"] == f"{search['error_after']:.2e}"
+    decoder = [cells[2] for cells in rows if cells[0].startswith("language")]
+    assert decoder
+    assert all(set(text.split("; ")) == {"float"} for text in decoder)
+    facts = header_facts(manifest)
+    assert facts["effort"] == "qvlm"
+    assert facts["method"].startswith("partition entropy, vision epochs 10")
+    assert "block backwards" in facts["search cost"]
+    assert " of 4 blocks tuned on 2 samples" in facts["visual encoder"]
+    assert "would search" not in report_html(manifest)
+    assert "fallbacks" not in page.tables
 
 
 def test_names_are_escaped(fast: Manifest) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
 from qvlm_export.calibrate.quantization.quantizer import activation_scale, group_amax, round_to_codes, weight_scale
-from qvlm_export.calibrate.quantization.range_search import (
+from qvlm_export.calibrate.rounding.range_search import (
     ACTIVATION_FRACTIONS,
     WEIGHT_FRACTIONS,
     fake_quantize,
