@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks
 from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, label_tokens
 
+# Multiplications of the decoder's weights with the samples' tokens, beyond which no prompts are added to the samples. They
+# would make the calibration take many times as long, which only small models can afford.
+MAX_SAMPLE_PRODUCTS = 3e10
 # prompts[i] holds the prompts about the images of sample i; the first of them is sample i itself.
 Prompts = Sequence[Sequence[Sample]]
 
@@ -24,6 +28,14 @@ class MixupSample(Sample):
 
     other: int = 0
     share: float = 0.0
+
+
+def limit_prompts(config: SearchConfig, blocks: ModelBlocks, samples: Sequence[Sample]) -> SearchConfig:
+    """What is done for this model: `config` itself, or where the decoder is too large for more prompts, `config.large`."""
+    weights = sum(parameter.numel() for block in blocks.text_layers for parameter in block.module.parameters())
+    if weights * sum(len(sample.input_ids) for sample in samples) <= MAX_SAMPLE_PRODUCTS:
+        return config
+    return config.large or replace(config, questions_per_image=1, mixup_prompts=0, random_word_prompts=0)
 
 
 def flatten_prompts(prompts: Prompts) -> tuple[list[Sample], list[int]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
 from qvlm_export.calibrate.augmentation.mixup import MIXING_SHARES, MixupPair, make_mixup_pairs
-from qvlm_export.calibrate.augmentation.prompts import flatten_prompts
+from qvlm_export.calibrate.augmentation.prompts import flatten_prompts, limit_prompts
 from qvlm_export.calibrate.augmentation.random_words import replace_words
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks
 from qvlm_export.calibrate.calibrators.block_cost import (
@@ -40,7 +40,7 @@ def is_narrow(blocks: ModelBlocks, samples: Sequence[Sample], config: EffortConf
 
     This depends on the model, the samples and the method alone, as `--memory` must not change a bit of the result.
     """
-    tokens = sum(_text_lengths(blocks, samples, config))
+    tokens = sum(_text_lengths(blocks, samples, _fit(config, blocks, samples)))
     return FLOAT32_BYTES * _num_streams(config) * tokens * input_width(blocks.text_layers[0]) > NARROW_ABOVE_BYTES
 
 
@@ -52,7 +52,7 @@ def activation_cache_bytes(blocks: ModelBlocks, samples: Sequence[Sample], confi
     item = FLOAT32_BYTES // 2 if is_narrow(blocks, samples, config) else FLOAT32_BYTES
     patches = blocks.num_patches() * sum(len(sample.pixel_values) for sample in samples)
     vision = (1 + len(blocks.features)) * patches * input_width(blocks.vision_layers[0])
-    text = 2 * sum(_text_lengths(blocks, samples, config)) * input_width(blocks.text_layers[0])
+    text = 2 * sum(_text_lengths(blocks, samples, _fit(config, blocks, samples))) * input_width(blocks.text_layers[0])
     return item * _num_streams(config) * max(vision + patches * input_width(blocks.text_layers[0]), text)
 
 
@@ -62,6 +62,7 @@ def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: Ef
     It holds the tape, which is what flows between all blocks for some samples at a time, and the output Hessians of
     Kronecker-factored rounding, twice for a moment.
     """
+    config = _fit(config, blocks, samples)
     if isinstance(config, QvlmConfig):
         tokens = count_vision_tokens(samples, config)
         return FLOAT32_BYTES * min(MAX_TAPE_VALUES, blocks.text_width() * blocks.num_blocks() * tokens)
@@ -71,6 +72,11 @@ def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: Ef
     all_blocks = blocks.all()
     hessians = sum(output_hessian_bytes(block, config) for block in all_blocks) if config.needs_output_hessians() else 0
     return FLOAT32_BYTES * min(MAX_TAPE_VALUES, values) + 2 * hessians
+
+
+def _fit(config: EffortConfig, blocks: ModelBlocks, samples: Sequence[Sample]) -> EffortConfig:
+    """Returns what is done for this model: a search of a large decoder adds no prompts."""
+    return limit_prompts(config, blocks, samples) if isinstance(config, SearchConfig) else config
 
 
 def _num_streams(config: EffortConfig) -> int:
@@ -113,6 +119,7 @@ def estimate_calibration_cost(
     schemes: by canonical name, of the linears to quantize. config: of the effort. For Q-VLM this is the most it can cost,
     as the partition is not known yet.
     """
+    config = _fit(config, blocks, samples)
     if isinstance(config, QvlmConfig):
         return count_qvlm(blocks, schemes, samples, config)
     texts = _text_lengths(blocks, samples, config)

@@ -33,7 +33,11 @@ EFFORTS = {
     for effort in (
         Effort("rtn", "absmax ranges, round to nearest"),
         Effort("fast", "equalization, GPTQ towards the float model's output", FAST),
-        Effort("full", "more prompts, Kronecker-factored rounding weighted by gradients, learned rounding", FULL),
+        Effort(
+            "full",
+            "fast, with rounding by the effect on the predicted tokens (Kronecker-factored), measured by gradients",
+            FULL,
+        ),
         Effort("qvlm", "the Q-VLM paper's method, as a baseline; W8A8 everywhere, as with --strict", QVLM),
     )
 }

@@ -21,6 +21,7 @@ from qvlm_export.calibrate.augmentation.prompts import (
     flatten_prompts,
     image_features_of_prompts,
     label_block_inputs,
+    limit_prompts,
 )
 from qvlm_export.calibrate.augmentation.random_words import embedding_norm_weights, replace_words
 from qvlm_export.calibrate.blockwise.batching import Batches, batch_by_length
@@ -58,14 +59,13 @@ def calibrate_search(
     Raises UserError naming tensor or layer when weights or activations are not finite, or where images are missing.
     """
     check_images(job)
+    config = limit_prompts(config, job.blocks, job.samples)
     before = sum(_count_measure_units(config, job).values())  # units of progress before the first block
     total = before + SEARCH_UNITS * job.blocks.num_blocks()
     shards = BlockWriter(job, writer, lambda done, _, name: progress(before + SEARCH_UNITS * done, total, name))
     prompts, sensitivity = _measure(job, config, lambda done, name: progress(done, total, name))
-    texts, samples_of_texts = flatten_prompts(prompts)
     random_texts = _make_random_word_prompts(job, config)
-    texts = [*texts, *(text for text, _ in random_texts)]
-    samples_of_texts = [*samples_of_texts, *(number for _, number in random_texts)]
+    texts, samples_of_texts = _append_texts(prompts, random_texts)
 
     def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
         is_text = block in job.blocks.text_layers
@@ -110,6 +110,12 @@ def calibrate_search(
         "tokens": sum(len(s.input_ids) for s in texts),
         **_summarize_blocks(job, config, prompts, shards.records),
     }
+
+
+def _append_texts(prompts: Prompts, more: Sequence[tuple[Sample, int]]) -> tuple[list[Sample], list[int]]:
+    """Returns all prompts, those of `more` last, and for each the number of the sample whose images it is about."""
+    texts, numbers = flatten_prompts(prompts)
+    return [*texts, *(text for text, _ in more)], [*numbers, *(number for _, number in more)]
 
 
 def _merge_numbers_and_labels(

@@ -45,7 +45,7 @@ class LinearConfig:
     ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
     by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
     Hessian. It needs Kronecker-factored rounding ("kronecker"), without which there are no output Hessians.
-    damping: of GPTQ, relative to the mean diagonal of the input Hessian.
+    damping: of GPTQ, relative to the mean diagonal of the input Hessian. output_damping: the same of the output Hessian.
     """
 
     activation_ranges: InputRange = "output"
@@ -54,6 +54,7 @@ class LinearConfig:
     ridge: float | None = 1.0
     by_output: bool = True
     damping: float = 0.01
+    output_damping: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SearchConfig:
     random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
     for none.
     seed: of everything that is drawn at random.
+    large: what is done instead for decoders that are too large for more prompts; None for the same without them.
     """
 
     equalization: Equalization = "search"
@@ -83,6 +85,7 @@ class SearchConfig:
     mixup_prompts: int = 0
     random_word_prompts: int = 0
     seed: int = 0
+    large: SearchConfig | None = None
 
     def needs_output_hessians(self) -> bool:
         """Whether rounding uses the output Hessians of linears (Kronecker-factored rounding)."""
@@ -117,9 +120,21 @@ EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges
 # A Hessian of few calibration tokens is far from that of deployment, so more damping than in the paper is better. A token
 # counts by the size of the block's output there, so that no massive activation decides for all others.
 FAST = SearchConfig("expected", replace(EXPECTED_ERROR_LINEAR, damping=0.1), "output")
-# With many times the prompts a smaller ridge is enough. "kl" weights the tokens that decide uncertain answers; as these are
-# little data for so many directions, "logits" is added.
+# `full` of all but the smallest decoders. It rounds by the effect on the predictions of all text, as gradients of the few
+# answer tokens of a calibration set say too little about so many directions.
+LARGE_KRONECKER_LINEAR = replace(
+    FAST.linear, weight_ranges="rounded", rounding="kronecker", by_output=False, output_damping=0.3
+)
+FULL_LARGE = replace(FAST, linear=LARGE_KRONECKER_LINEAR, probed_tokens="text", leverage=False)
+# With many times the prompts, which only small decoders can afford (`augmentation/prompts.py`), a smaller ridge is enough.
+# "kl" weights the tokens that decide uncertain answers; as these are little data for so many directions, "logits" is added.
 KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="kronecker", ridge=0.3)
 FULL = SearchConfig(
-    "expected", KRONECKER_LINEAR, "kl+logits", learn_steps=24, questions_per_image=8, mixup_prompts=4, random_word_prompts=16
+    "expected",
+    KRONECKER_LINEAR,
+    "kl+logits",
+    questions_per_image=8,
+    mixup_prompts=4,
+    random_word_prompts=16,
+    large=FULL_LARGE,
 )

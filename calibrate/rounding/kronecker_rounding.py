@@ -33,16 +33,17 @@ from qvlm_export.calibrate.rounding.output_hessian import DAMPING
 SLABS = 16  # into which the outputs of each linear are divided
 
 
-def factor_output_hessian(output_hessian: torch.Tensor, device: torch.device) -> HessianFactor:
+def factor_output_hessian(output_hessian: torch.Tensor, device: torch.device, damping: float = DAMPING) -> HessianFactor:
     """The rounding order of the outputs, which is random, and the factor M of the damped G, scaled to a mean diagonal of 1.
 
     output_hessian: G or a sketch of it, as `empty_output_hessian` lays it out. device: where to compute the factor.
+    damping: relative to the mean of G's diagonal.
     """
     stored = output_hessian.to(device).float()
     full = stored if len(stored) == stored.shape[1] else matmul(stored.T, stored)
     mean_diagonal = full.diagonal().mean().clamp(min=1e-30)
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(0)).to(device)
-    return factor_hessian(full / mean_diagonal, DAMPING, order)
+    return factor_hessian(full / mean_diagonal, damping, order)
 
 
 def kronecker_round(

@@ -18,7 +18,7 @@ from qvlm_export.calibrate.quantization.quantizer import squared_sum
 
 DAMPING = 0.1  # of the mean of G's diagonal: ten times that of H, as the gradients come from few samples
 
-SKETCH_ROWS = 1024  # the number of outputs beyond which a sketch of this many rows replaces G
+SKETCH_ROWS = 2048  # the number of outputs beyond which a sketch of this many rows replaces G
 
 
 def empty_output_hessian(outputs: int) -> torch.Tensor:

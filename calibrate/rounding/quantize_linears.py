@@ -150,7 +150,7 @@ def _quantize_same_bits(
         scheme, sizes = schemes[names[0]], [len(weights[name]) for name in names]
         weight = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         measured = [output_hessians[name] for name in names] if config.rounding == "kronecker" and output_hessians else []
-        output_factors = [factor_output_hessian(output_hessian, weight.device) for output_hessian in measured]
+        output_factors = [factor_output_hessian(one, weight.device, config.output_damping) for one in measured]
         codes, scale = _round_weight(weight, hessian, factor, output_factors, (config, scheme))
         for name, code, step in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
             linears[name] = QuantizedLinear(scheme, code.cpu().numpy(), step.cpu().numpy(), input_scale)

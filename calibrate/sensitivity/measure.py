@@ -4,12 +4,13 @@ In go the samples and all prompts about them; out come a weight for every token 
 where rounding needs it, the output Hessian of every linear (`Sensitivity.outputs`, see `kronecker_rounding.py`).
 
 An error at a token that nothing later attends to costs nothing, such as the last layer's at the question, and a few tokens
-decide an answer. So errors are weighted token by token with the squared gradient of the answer tokens' logits by the
-linear's output. One backward pass does for all logits together: with random signs s, the expected square of the gradient of
-s . logits is the sum of the squared gradients of all logits (Hutchinson). For "kl" the signs are multiplied by a square root
-of the divergence's second derivative, diag(p) - p p^T. "kl+logits" is the sum of both, the logits' part scaled to the trace
-of the divergence's, as a divergence that few tokens decide says little about most directions. "modality" is the mean over
-all tokens of a kind, as MBQ (Li et al. 2024, section 3) weighs vision and language tokens.
+decide an answer. So errors are weighted token by token with the squared gradient of the logits of the probed tokens, which
+are those of the answers or of all text, by the linear's output. One backward pass does for all logits together: with random
+signs s, the expected square of the gradient of s . logits is the sum of the squared gradients of all logits (Hutchinson).
+For "kl", and for the output Hessians where tokens are weighted otherwise ("output"), the signs are multiplied by a square
+root of the divergence's second derivative, diag(p) - p p^T. "kl+logits" is the sum of both, the logits' part scaled to the
+trace of the divergence's, as a divergence that few tokens decide says little about most directions. "modality" is the mean
+over all tokens of a kind, as MBQ (Li et al. 2024, section 3) weighs vision and language tokens.
 
 Both passes go block by block, with one block's weights in memory at a time (`block_backward.py`). Block outputs are kept on
 a tape (`tape.py`), so many samples go through in parts. For a small model the autograd graphs of all blocks are kept.

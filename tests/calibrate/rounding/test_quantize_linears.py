@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,12 +119,12 @@ def test_the_input_range_depends_on_the_output_hessian() -> None:
     quantized_rows[:, 0] = torch.where(torch.rand(300) < 0.02, 30.0, 0.1)
     weight = torch.zeros(2, 64)
     weight[0, 0], weight[1, 1:] = 1.0, 1.0
-    scales = {}
+    scales, by_output = {}, replace(KRONECKER_LINEAR, by_output=True)
     for important in range(2):
         output_hessian = torch.zeros(2, 2)
         output_hessian[important, important] = 1.0
         inputs = LayerInputs(quantized_rows, quantized_rows)
-        linears = quantize_linears({"q": weight}, {"q": W8A8}, KRONECKER_LINEAR, inputs, {"q": output_hessian})
+        linears = quantize_linears({"q": weight}, {"q": W8A8}, by_output, inputs, {"q": output_hessian})
         scales[important] = linears["q"].input_scale
     assert scales[0] is not None
     assert scales[1] is not None

@@ -24,7 +24,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
 from qvlm_export.calibrate.calibrators.cost import sensitivity_bytes
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.config import KRONECKER_LINEAR, SearchConfig, TokenWeighting
+from qvlm_export.calibrate.quantization.config import KRONECKER_LINEAR, LinearConfig, SearchConfig, TokenWeighting
 from qvlm_export.calibrate.quantization.tokens import label_tokens
 from qvlm_export.calibrate.rounding import output_hessian
 from qvlm_export.calibrate.rounding.quantize_linears import LayerInputs
@@ -125,6 +125,26 @@ def test_in_the_last_block_only_answer_tokens_have_weight_behind_attention(job: 
         [w[0, : s.answer_start - 1] for w, s in zip(token_weights[f"{last}.self_attn.q_proj"], job.samples, strict=True)]
     )
     assert float(keys.max()) > 2 * least  # answer tokens attend to the question's keys and values
+
+
+def test_all_text_behind_the_last_image_token_is_probed_on_request(job: CalibrationJob) -> None:
+    config = SearchConfig(token_weighting="logits", probed_tokens="text")
+    token_weights = measure_sensitivity(job, own_prompts(job), config).token_weights
+    last, least = job.blocks.text_layers[-1].prefix, MIN_TOKEN_WEIGHT / (1 + MIN_TOKEN_WEIGHT)
+    for weights, sample in zip(token_weights[f"{last}.mlp.down_proj"], job.samples, strict=True):
+        images = np.flatnonzero(sample.input_ids == job.blocks.image_token_id)
+        first = int(images[-1]) if len(images) else 0
+        assert weights[0, :first].numpy() == pytest.approx(least, rel=1e-5)
+        assert (weights[0, first : len(sample.input_ids) - 1] > 1.1 * least).all()
+
+
+def test_output_hessians_do_not_need_measured_token_weights(job: CalibrationJob) -> None:
+    """Gradients are then those of the KL divergence."""
+    config = SearchConfig(token_weighting="output", leverage=False, linear=LinearConfig(rounding="kronecker"))
+    by_kl = replace(config, token_weighting="kl")
+    first, second = (measure_sensitivity(job, own_prompts(job), one).output_hessians for one in (config, by_kl))
+    assert first.keys() == second.keys() != set()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("weighting", ["logits", "kl", "kl+logits", "modality"])
