@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.lines import Line
 from qvlm_export.inputs.samples import Entry, encode_answered, encode_prompt, read_entries
 
-SEED, BATCH = 0, 16
+BATCH = 16
 COUNT = 64  # conversations of a whole set
 FILE = "self.jsonl"
 _MARKER = "\u2063"  # an invisible separator, which no template writes
@@ -97,15 +97,18 @@ KINDS = (
 )
 
 
+SAMPLING = Sampling(temperature=1.0)
 MOST_TOKENS = max(kind.prompt_tokens + kind.answer_tokens for kind in KINDS)
 
 
-def plan_drafts(count: int, pictures: Sequence[Entry]) -> list[Draft]:
+def plan_drafts(count: int, pictures: Sequence[Entry], kinds: Sequence[Kind] = ()) -> list[Draft]:
     """Returns `count` conversations to write, of all kinds in their shares. pictures: the built-in set, used in turn.
+
+    kinds: other ones than KINDS.
 
     A kind whose prompts are empty asks what the built-in set asks about the picture.
     """
-    kinds = [kind for kind in KINDS for _ in range(kind.share)]
+    kinds = [kind for kind in kinds or KINDS for _ in range(kind.share)]
     drafts: list[Draft] = []
     for number in range(count):
         kind = kinds[number * len(kinds) // count % len(kinds)]
@@ -150,6 +153,7 @@ def write_own_set(
     *,
     length: int,
     progress: Callable[[float], None],
+    sampling: Sampling = SAMPLING,
 ) -> list[Entry]:
     """Writes the conversations into `folder`, with their pictures, in parts that a killed run need not write again.
 
@@ -169,7 +173,7 @@ def write_own_set(
                 progress((before + done) / len(batches))
 
             if not path.exists():
-                writer = writer or _Writer(stack.enter_context(open_model()), length)
+                writer = writer or _Writer(stack.enter_context(open_model()), length, sampling)
                 lines = writer.write(batch, number, report)
                 _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             report(1.0)
@@ -205,7 +209,8 @@ def repeats_itself(text: str) -> bool:
 class _Writer:
     """Continues texts with the float model. length: of the longest sample in tokens."""
 
-    def __init__(self, model: LoadedModel, length: int) -> None:
+    def __init__(self, model: LoadedModel, length: int, sampling: Sampling) -> None:
+        self._sampling = sampling
         self._model, self._length = model, min(length, model.manifest.limits.max_length)
         self._before = [self._split_template(images) for images in (0, 1)]
         behind = self._before[0][1].strip().split("\n")[0]
@@ -264,7 +269,7 @@ class _Writer:
         )
         starts = [len(tokens) for tokens in sequences.tokens]
         most = min(max(limits), self._length - max(starts) - _MARGIN)
-        for _ in model.session.generate(sequences, most, self._ends, Sampling(temperature=1.0, seed=seed)):
+        for _ in model.session.generate(sequences, most, self._ends, replace(self._sampling, seed=seed)):
             step()
         written = [t[start : start + limit] for t, start, limit in zip(sequences.tokens, starts, limits, strict=True)]
         texts = [str(model.processor.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]

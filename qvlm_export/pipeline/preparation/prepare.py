@@ -29,6 +29,7 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.files.aliases import TINY
 from qvlm_export.checkpoints.files.download import remaining_bytes
 from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.engines.backend import Backend, choose_backend
@@ -287,7 +288,7 @@ def _choose_set(options: ExportOptions, checkpoint: Checkpoint, sizes: Mapping[s
     needed, memory = writing_memory(checkpoint.config, total_sizes(sizes).float16_bytes, device), installed_memory(device)
     if options.memory is not None and device == "cpu":
         memory = min(memory, int(options.memory * 2**30))
-    searched = EFFORTS[options.effort].config is not None
+    searched = EFFORTS[options.effort].config is not None and options.model != TINY  # which was trained on the scenes
     return choose_calibration_set(
         options.calib_data, options.samples, searched=searched, needed_bytes=needed, memory_bytes=memory
     )
