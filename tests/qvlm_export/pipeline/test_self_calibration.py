@@ -17,8 +17,8 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.cli.export import dry_run_summary
 from qvlm_export.inference import self_calibration as writing
 from qvlm_export.inputs.lines import Line
-from qvlm_export.inputs.samples import Entry
-from qvlm_export.pipeline.preparation.calibration_set import describe_faults
+from qvlm_export.inputs.samples import Entry, read_entries
+from qvlm_export.pipeline.preparation.calibration_set import EMPTY, describe_faults
 from qvlm_export.pipeline.preparation.machine import Machine
 from qvlm_export.pipeline.preparation.prepare import ExportOptions, estimate_export, prepare_export
 
@@ -129,16 +129,19 @@ def test_memory_is_what_the_user_gives(llava: Llava, absent: Path) -> None:
     assert_refused(refused, "--calib-data self: the float model takes 0.7 GiB of memory, of 0.5 GiB")
 
 
-@pytest.mark.parametrize("name", ["self", "built-in"])
 def test_a_file_of_that_name_is_ambiguous(
-    llava: Llava, absent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    llava: Llava, absent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_calibration(tmp_path, 6).rename(tmp_path / name)
+    write_calibration(tmp_path, 2).rename(tmp_path / "self")
+    (tmp_path / "built-in").mkdir()
     monkeypatch.chdir(tmp_path)
-    refused = run_export(llava(), absent, *OPTIONS, "--calib-data", name)
-    assert_refused(refused, f"--calib-data {name}: is a choice, and a file here; give the file by its full path")
-    options = ExportOptions(str(llava()), absent, backend="onnx", calib_data=tmp_path / name)
-    assert prepare_export(options).calibration_set.name == name
+    for name in ("self", "built-in"):
+        refused = run_export(llava(), absent, *OPTIONS, "--calib-data", name)
+        assert_refused(refused, f"--calib-data {name}: is a choice, and a file here; give the file by its full path")
+    options = ExportOptions(str(llava()), absent, backend="onnx", calib_data=tmp_path / "self")
+    assert prepare_export(options).calibration_set == replace(
+        EMPTY, name="self", entries=tuple(read_entries(tmp_path / "self", None, 2))
+    )
 
 
 def test_the_estimate_counts_the_writing(llava: Llava, absent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
