@@ -31,11 +31,13 @@ from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.lines import Line
 from qvlm_export.inputs.samples import Entry, encode_answered, encode_prompt, read_entries
 
-BATCH = 16
+BATCH = 32
 COUNT = 64  # conversations of a whole set
 FILE = "self.jsonl"
 _MARKER = "\u2063"  # an invisible separator, which no template writes
+_TEMPLATE_TOKENS = 64  # of chat template and given prompts, for estimates
 _MARGIN = 8  # tokens that a text may gain when it is encoded again, prompt and answer as one text
+_DRAWS, _SPACES = 1000, ("\u0120", "\u2581")  # what byte-level BPE and SentencePiece write for a space before a word
 _LOOP_WORDS, _LOOP_SHARE = 16, 0.25  # a text repeats itself when fewer of its words than this share differ
 
 
@@ -44,7 +46,8 @@ class Kind:
     """A kind of conversation. share: how many of COUNT are of it.
 
     pictures: whether it is about a picture. prompts: what the user says, one after the other; None where the model writes
-    that, too. prompt_tokens, answer_tokens: the most that is written.
+    that, too. prompt_tokens, answer_tokens: the most that is written. random_word: whether a word drawn from the vocabulary
+    begins a prompt that the model writes, as models begin most of theirs alike (LLM-QAT draws the first token so).
     """
 
     share: int
@@ -52,6 +55,7 @@ class Kind:
     prompts: tuple[str, ...] | None
     prompt_tokens: int
     answer_tokens: int
+    random_word: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,13 @@ ABOUT_ANYTHING = (
 )
 KINDS = (
     Kind(12, pictures=True, prompts=(), prompt_tokens=0, answer_tokens=64),
-    Kind(12, pictures=True, prompts=ABOUT_PICTURES, prompt_tokens=0, answer_tokens=96),
-    Kind(14, pictures=True, prompts=None, prompt_tokens=48, answer_tokens=96),
-    Kind(20, pictures=False, prompts=None, prompt_tokens=64, answer_tokens=128),
+    Kind(8, pictures=True, prompts=ABOUT_PICTURES, prompt_tokens=0, answer_tokens=96),
+    Kind(12, pictures=True, prompts=None, prompt_tokens=48, answer_tokens=64),
+    Kind(8, pictures=False, prompts=None, prompt_tokens=64, answer_tokens=192),
+    Kind(18, pictures=False, prompts=None, prompt_tokens=256, answer_tokens=128, random_word=True),
     Kind(6, pictures=False, prompts=ABOUT_ANYTHING, prompt_tokens=0, answer_tokens=384),
 )
-
-
 SAMPLING = Sampling(temperature=1.0)
-MOST_TOKENS = max(kind.prompt_tokens + kind.answer_tokens for kind in KINDS)
 
 
 def plan_drafts(count: int, pictures: Sequence[Entry], kinds: Sequence[Kind] = ()) -> list[Draft]:
@@ -134,6 +136,12 @@ def stand_ins(drafts: Sequence[Draft]) -> list[Entry]:
         )
         for draft in drafts
     ]
+
+
+def most_tokens(image_tokens: int) -> tuple[int, int]:
+    """Returns how many tokens are prefilled at most, and how many a conversation has. image_tokens: of a picture."""
+    begun = [_TEMPLATE_TOKENS + kind.pictures * image_tokens + kind.prompt_tokens for kind in KINDS]
+    return max(begun), max(tokens + kind.answer_tokens for tokens, kind in zip(begun, KINDS, strict=True))
 
 
 def count_steps(drafts: Sequence[Draft]) -> int:
@@ -235,15 +243,29 @@ class _Writer:
 
         prompts = [draft.prompt for draft in drafts]
         open_ones = [n for n, d in enumerate(drafts) if d.prompt is None and self._can_begin(d)]
-        begun = [(self._before[drafts[n].picture is not None][0], drafts[n]) for n in open_ones]
+        words = [self._draw_word(drafts[n], [seed, n]) for n in open_ones]
+        before = [self._before[drafts[n].picture is not None][0] for n in open_ones]
+        begun = [
+            (text + (word if text[-1:].isspace() else f" {word}".rstrip()), drafts[n])
+            for text, word, n in zip(before, words, open_ones, strict=True)
+        ]
         limits = [drafts[n].kind.prompt_tokens for n in open_ones]
-        for n, text in zip(open_ones, self._continue(begun, limits, 2 * seed, step), strict=True):
-            prompts[n] = text
+        for n, word, text in zip(open_ones, words, self._continue(begun, limits, 2 * seed, step), strict=True):
+            prompts[n] = (word + text).strip()
         asked = [text or draft.spare for text, draft in zip(prompts, drafts, strict=True)]
         texts = [self._chat_text(text, draft) for text, draft in zip(asked, drafts, strict=True)]
         limits = [draft.kind.answer_tokens for draft in drafts]
         answers = self._continue(list(zip(texts, drafts, strict=True)), limits, 2 * seed + 1, step)
-        return [self._make_line(*parts) for parts in zip(drafts, asked, answers, strict=True)]
+        return [self._make_line(d, text, answer.strip()) for d, text, answer in zip(drafts, asked, answers, strict=True)]
+
+    def _draw_word(self, draft: Draft, seed: Sequence[int]) -> str:
+        """Returns the word that begins a prompt; none where none is asked for, or the vocabulary has none."""
+        tokenizer, random = self._model.processor.tokenizer, np.random.default_rng(seed)
+        for token in random.integers(len(tokenizer), size=_DRAWS if draft.kind.random_word else 0).tolist():
+            word = str(tokenizer.decode([token])).strip()
+            if str(tokenizer.convert_ids_to_tokens(token)).startswith(_SPACES) and len(word) > 2 and word.isalpha():
+                return word
+        return ""
 
     def _can_begin(self, draft: Draft) -> bool:
         """Whether the model can write what the user says: not where the template puts the picture behind it."""
@@ -271,9 +293,16 @@ class _Writer:
         most = min(max(limits), self._length - max(starts) - _MARGIN)
         for _ in model.session.generate(sequences, most, self._ends, replace(self._sampling, seed=seed)):
             step()
-        written = [t[start : start + limit] for t, start, limit in zip(sequences.tokens, starts, limits, strict=True)]
-        texts = [str(model.processor.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
-        return [cut_at_stop(text, self._stop)[0].strip() for text in texts]
+        spans = zip(sequences.tokens, starts, limits, strict=True)
+        texts = [self._decode(tokens[start - 1 : start + limit]) for tokens, start, limit in spans]
+        return [cut_at_stop(text, self._stop)[0] for text in texts]
+
+    def _decode(self, tokens: list[int]) -> str:
+        """Returns the text of all tokens but the first; some tokenizers leave out the space before what they decode."""
+        first, whole = (
+            str(self._model.processor.tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens[:1], tokens)
+        )
+        return whole.removeprefix(first)
 
     def _make_line(self, draft: Draft, prompt: str, answer: str) -> dict[str, str]:
         """Returns a line of the set, shortened where it is too long once prompt and answer are one text."""

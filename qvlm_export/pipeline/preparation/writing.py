@@ -12,7 +12,7 @@ from qvlm_export.calibrate.blockwise.blocks import ModelBlocks
 from qvlm_export.calibrate.calibrators.block_cost import count_forward
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.engines.config import ModelConfig
-from qvlm_export.inference.self_calibration import BATCH, MOST_TOKENS, Draft, count_steps
+from qvlm_export.inference.self_calibration import BATCH, Draft, count_steps, most_tokens
 from qvlm_export.inference.torch_runner import DTYPES, SLOT_STEP
 from qvlm_export.inference.torch_session import choose_batch
 from qvlm_export.pipeline.preparation.estimate import CUDA_BYTES, PROGRAM_BYTES, SURELY, Estimate
@@ -20,7 +20,6 @@ from qvlm_export.pipeline.preparation.machine import Machine
 
 # Bytes of weights that a decoding step reads in a second of CPU time; between one core of a server and all of a desktop.
 STEP_BYTES = 8e9
-LOGITS_COPIES = 2
 WRITE = "write"  # in estimates and progress
 
 
@@ -47,9 +46,9 @@ def installed_memory(device: str) -> int:
 def writing_memory(config: ModelConfig, float16_bytes: int, device: str) -> int:
     """Returns the bytes of the float model, and of a batch's key/value caches and logits. float16_bytes: of all weights."""
     text, size, item = config.text, choose_batch(config, BATCH), DTYPES[device].itemsize
-    tokens = config.most_image_tokens + MOST_TOKENS
-    cache = 2 * item * size * (tokens + SLOT_STEP) * text.num_layers * text.num_kv_heads * text.head_dim
-    logits = LOGITS_COPIES * 4 * size * tokens * text.vocab_size
+    prefilled, whole = most_tokens(config.most_image_tokens)
+    cache = 2 * item * size * (whole + SLOT_STEP) * text.num_layers * text.num_kv_heads * text.head_dim
+    logits = 4 * size * prefilled * text.vocab_size
     return (PROGRAM_BYTES if device == "cpu" else CUDA_BYTES) + float16_bytes * item // 2 + cache + logits
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.inference import self_calibration
 from qvlm_export.inference.model import LoadedModel
 from qvlm_export.inference.self_calibration import (
     ABOUT_ANYTHING,
@@ -38,6 +39,13 @@ from qvlm_export.inputs.samples import (
 COUNT, LENGTH = 20, 128
 PICTURES = read_entries(default_calibration(), None, 64)
 Open = Callable[[], LoadedModel]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(self_calibration, "BATCH", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +137,18 @@ def test_a_joined_set_is_read_back_as_the_same_samples(
         np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
         assert one.answer_start == other.answer_start
     assert not list((tmp_path / "moved").glob("0*.jsonl"))
+
+
+def test_a_word_of_the_vocabulary_begins_some_prompts(
+    checkpoint: Checkpoint, drafts: list[Draft], written: tuple[Path, list[Sample]]
+) -> None:
+    lines = [json.loads(line) for part in parts_of(written[0]).values() for line in part.splitlines()]
+    prompts = [line["prompt"] for line, draft in zip(lines, drafts, strict=True) if draft.kind.random_word]
+    assert len(prompts) > 3
+    vocabulary = load_processor(checkpoint.folder).tokenizer.get_vocab()
+    words = {token[1:] for token in vocabulary if token.startswith("\u0120") and len(token) > 3 and token[1:].isalpha()}
+    assert all(any(prompt.startswith(word) for word in words) for prompt in prompts)
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_stand_ins_are_as_long_as_what_is_written(
