@@ -61,7 +61,9 @@ def main(
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a model on the Hub")] = None,
     scheme: Annotated[str, typer.Option(help="int4, int8, fp16; sim-w6a6 and others with --backend onnx")] = "int4",
     recipe: Annotated[Path | None, typer.Option(help="YAML file of schemes for single modules, instead of --scheme")] = None,
-    calib_data: Annotated[Path | None, typer.Option(help="JSONL calibration set: image, prompt, answer (optional)")] = None,
+    calib_data: Annotated[
+        Path | None, typer.Option(help="JSONL of image, prompt, answer; self: the model writes its own; built-in")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="number of calibration samples; default: up to 128")] = None,
     effort: Annotated[str, typer.Option(help=EFFORT_HELP)] = DEFAULT_EFFORT,
     backend: Annotated[str, typer.Option(help="auto, tensorrt, tensorrt-rtx or onnx (graphs only)")] = "auto",
@@ -149,7 +151,7 @@ def dry_run_summary(prepared: Any, estimated: Any) -> dict[str, Any]:
         "max_length": prepared.limits.max_length,
         "max_batch": prepared.limits.max_batch,
         "linears": counts,
-        "calibration_data": str(prepared.options.calib_data or "built-in") if prepared.samples else None,
+        "calibration_data": str(prepared.options.calib_data or prepared.calibration_set.name) if prepared.samples else None,
         "calibration_samples": len({id(sample) for sample in (*prepared.samples, *prepared.checked_samples)}),
         "parts": {
             part: {

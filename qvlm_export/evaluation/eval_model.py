@@ -21,24 +21,20 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, complete_config, open
 from qvlm_export.checkpoints.files.hub import read_config
 from qvlm_export.checkpoints.generation import read_end_tokens
 from qvlm_export.checkpoints.model_config import model_config
-from qvlm_export.engines.config import Limits, ModelConfig
+from qvlm_export.engines.config import ModelConfig
 from qvlm_export.engines.manifest import Manifest, describe_file, read_manifest, verify_file
 from qvlm_export.engines.runtime.open import choose_runtime, open_session
 from qvlm_export.engines.runtime.session import Session
 from qvlm_export.inference.forms import ENGINE, FAKE_QUANT, FLOAT, GRAPH, MODEL_FORMS
 from qvlm_export.inference.model import LoadedModel
-from qvlm_export.inference.torch_runner import DTYPES, TorchRunner, check_device
+from qvlm_export.inference.torch_runner import TorchRunner, check_device
+from qvlm_export.inference.torch_session import open_float_session, torch_manifest
 from qvlm_export.inputs.samples import check_processor, load_processor
 from qvlm_export.pipeline.fetch import fetch_weights
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.validation.compare import open_calibrated
 from qvlm_export.validation.validate import open_reference
 
-TORCH_BATCH = 8
-# The context length of the torch forms, in tokens: at least this much in all, and this much text beside the largest image.
-# Caches grow as needed.
-MIN_CONTEXT_LENGTH, TEXT_LENGTH = 4096, 1024
-MAX_LOGITS_BYTES = 2**30  # of a torch batch, over all positions
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "tokenizer_config.json"
 PIECES, PIECE_BYTES = 64, 2**16  # parts of every weight file that are hashed to identify it
 
@@ -199,9 +195,7 @@ def _choose_session_runtime(manifest: Manifest, model_form: str, runtime: str) -
 
 def _open_float_model(checkpoint: Checkpoint, device: str, batch: int | None) -> LoadedModel:
     processor = _load_checked_processor(checkpoint.folder, checkpoint.config)
-    runner = TorchRunner(make_blocks(checkpoint.hf_config), checkpoint.source, checkpoint.config, {}, device)
-    manifest = _make_manifest(checkpoint.folder, checkpoint.config, batch, device, checkpoint.end_tokens)
-    return LoadedModel(Session(manifest, runner, "the checkpoint"), processor)
+    return LoadedModel(open_float_session(checkpoint, device, batch), processor)
 
 
 def _open_fake_quant_model(model: CalibratedModel, eval_model: EvalModel, device: str, batch: int | None) -> LoadedModel:
@@ -218,7 +212,7 @@ def _open_fake_quant_model(model: CalibratedModel, eval_model: EvalModel, device
         end_tokens = read_end_tokens(calibrated.folder, config.text.vocab_size)
     else:
         end_tokens = tuple(eval_model.manifest.generation.get("eos_token_ids", ()))
-    manifest = _make_manifest(calibrated.folder, config, batch, device, end_tokens)
+    manifest = torch_manifest(calibrated.folder, config, batch, device, end_tokens)
     prefix = calibrated.read_prefix((config.text.num_layers, config.text.num_kv_heads, config.text.head_dim))
     return LoadedModel(Session(manifest, runner, "the calibrated checkpoint", prefix), processor)
 
@@ -227,16 +221,3 @@ def _load_checked_processor(folder: Path, config: ModelConfig) -> Any:
     processor = load_processor(folder)
     check_processor(processor, config, folder)
     return processor
-
-
-def _make_manifest(
-    folder: Path, config: ModelConfig, batch: int | None, device: str = "cpu", end_tokens: tuple[int, ...] = ()
-) -> Manifest:
-    """Makes the manifest that a session needs, for a model that was not exported: configuration, limits and end tokens."""
-    length = min(config.text.max_position_embeddings, max(MIN_CONTEXT_LENGTH, config.most_image_tokens + TEXT_LENGTH))
-    prompt_logits_bytes = 4 * config.text.vocab_size * (config.most_image_tokens + TEXT_LENGTH // 8)
-    max_batch = batch or max(1, min(TORCH_BATCH, MAX_LOGITS_BYTES // prompt_logits_bytes))
-    limits, dtype = Limits(length, max_batch, 4 * max_batch), str(DTYPES[device]).removeprefix("torch.")
-    empty: dict[str, Any] = {}
-    generation = {"eos_token_ids": end_tokens}
-    return Manifest(folder, empty, config, limits, dtype, "", empty, empty, empty, (), empty, empty, empty, generation)

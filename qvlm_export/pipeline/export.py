@@ -51,11 +51,13 @@ from qvlm_export.pipeline.stages import (
     ACCURACY,
     build,
     calibrate,
+    copy_calibration_set,
     copy_prefix,
     measure_held_out,
     put_prefix,
     stage_key,
     warn_of,
+    write_calibration_set,
     write_graphs,
 )
 from qvlm_export.pipeline.work_folder import FINISHED, WorkFolder, explain_failure, read_finished_export, work_folder
@@ -98,6 +100,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
             prepared.device,
             prefix=prepared.prefix,
             strict=prepared.strict,
+            written=bool(prepared.calibration_set.drafts),
         )
         key = stage_key(prepared, fingerprint, PARTS[-1], "build")
         finished = read_finished_export(work, key) if options.resume else None
@@ -109,6 +112,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportResult:
             prepared = replace(prepared, checkpoint=fetch_weights(prepared.checkpoint, reporter))
             if total_sizes(prepared.sizes).float16_bytes > ESTIMATED_ABOVE_BYTES:
                 reporter.note(estimate_export(prepared).in_words())
+            prepared = write_calibration_set(prepared, work, reporter)
             return _warn(_run_stages(prepared, work, fingerprint, reporter), reporter)
         except (Exception, KeyboardInterrupt) as error:
             raise explain_failure(error, prepared.disk_bytes, work) from error
@@ -131,6 +135,7 @@ def _run_stages(
         key = digest([dict(fingerprint), prepared.options.dtype])
         accuracy = measure_held_out(prepared, calibrated, work, key, reporter=reporter, get_blocks=get_blocks)
         copy_prefix(prepared, calibrated, work)
+        copy_calibration_set(prepared, calibrated, work)
         prepared = replace(prepared, linears={**prepared.linears, **calibrated.schemes})  # some may have fallen back
     interfaces = write_graphs(prepared, calibrated, work, fingerprint, reporter)
     with describe_in_background(_list_files_before_build(prepared, work, calibrated)) as get_descriptions:

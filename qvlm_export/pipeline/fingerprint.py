@@ -36,11 +36,13 @@ def work_fingerprint(
     *,
     prefix: Sequence[int] = (),
     strict: bool = False,
+    written: bool = False,
 ) -> dict[str, str]:
     """Returns a digest, or plain text, of everything that the result of calibration depends on.
 
     Weights on the Hub need not be downloaded yet: they are told apart by the hashes that the Hub gives. The keys are the
-    words by which an error message names the part that changed.
+    words by which an error message names the part that changed. written: whether the model writes its calibration set; the
+    samples then stand in for it.
     """
     parts = {}
     blobs = {download.path: download.blob.name for download in find_downloads(checkpoint.source)}
@@ -52,6 +54,7 @@ def work_fingerprint(
     parts["the checkpoint's config.json"] = digest(checkpoint.config_json)
     parts["the scheme or recipe"] = digest({name: asdict(scheme) for name, scheme in linears.items()})
     if linears:
+        parts |= {"--calib-data": "self"} if written else {}
         parts["the set of samples"] = samples_digest(samples)
         parts["--effort"] = digest([effort, repr(EFFORTS[effort].config)])
         parts["--device"] = device

@@ -1,4 +1,4 @@
-"""The stages of an export: calibration, ONNX graphs, TensorRT engines.
+"""The stages of an export: writing a calibration set where there is none, calibration, ONNX graphs, TensorRT engines.
 
 Each stage reads files and writes files. What an interrupted export completed is not made again.
 """
@@ -35,10 +35,15 @@ from qvlm_export.engines.check.thresholds import MAX_KL, MIN_AGREEMENT
 from qvlm_export.engines.graph.float_graphs import FLOAT_TYPES, fill_weights, language_graph, vision_graph
 from qvlm_export.engines.graph.qdq import insert_qdq, transpose_float_weights
 from qvlm_export.engines.graph.write import interface, write_graph
+from qvlm_export.inference.model import LoadedModel
+from qvlm_export.inference.self_calibration import BATCH, join_parts, write_own_set
+from qvlm_export.inference.torch_session import choose_batch, open_float_session
 from qvlm_export.inputs.prefix import describe_prefix
 from qvlm_export.pipeline.fingerprint import digest
+from qvlm_export.pipeline.preparation.calibration_set import FOLDER, describe_faults
 from qvlm_export.pipeline.preparation.outputs import file_names
-from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part
+from qvlm_export.pipeline.preparation.prepare import PARTS, PreparedExport, select_part, use_entries
+from qvlm_export.pipeline.preparation.writing import WRITE
 from qvlm_export.pipeline.progress import Reporter
 from qvlm_export.pipeline.work_folder import WorkFolder
 
@@ -55,6 +60,43 @@ def stage_key(prepared: PreparedExport, fingerprint: Mapping[str, str], part: st
     """
     backend = asdict(prepared.backend) if stage == "build" else None
     return digest([dict(fingerprint), asdict(prepared.limits), prepared.options.dtype, part, backend])
+
+
+def write_calibration_set(prepared: PreparedExport, work: WorkFolder, reporter: Reporter) -> PreparedExport:
+    """Returns the export with the calibration set that its float model writes, or unchanged where it was given one.
+
+    The set is written into the work folder, in parts; those of an interrupted run are not written again. Raises UserError
+    when the model cannot write one.
+    """
+    chosen, checkpoint = prepared.calibration_set, prepared.checkpoint
+    if not chosen.drafts:
+        return prepared
+    if chosen.note:
+        reporter.note(chosen.note)
+
+    def open_model() -> LoadedModel:
+        batch = choose_batch(checkpoint.config, BATCH)
+        return LoadedModel(open_float_session(checkpoint, prepared.device, batch), prepared.processor)
+
+    folder, length = work.written, prepared.limits.max_length
+    with reporter.stage(WRITE) as stage, deterministic_threads(prepared.blocks):
+        try:
+            entries = write_own_set(
+                open_model, checkpoint.config, chosen.drafts, folder, length=length, progress=stage.fraction
+            )
+        except UserError as error:
+            raise UserError(
+                f"the float model cannot write its calibration set: {error}; or add --calib-data built-in"
+            ) from error
+    for fault in describe_faults(entries):
+        reporter.note(fault)
+    return use_entries(prepared, entries)
+
+
+def copy_calibration_set(prepared: PreparedExport, calibrated: CalibratedCheckpoint, work: WorkFolder) -> None:
+    """Puts the set that the model wrote, if it did, into the calibrated checkpoint, for `--calib-data` and for people."""
+    if prepared.calibration_set.drafts:
+        join_parts(work.written, calibrated.folder / FOLDER)
 
 
 def calibrate(
@@ -75,11 +117,8 @@ def calibrate(
     clear_leftovers(folder)
     if (folder / INDEX_FILE).exists():
         return CalibratedCheckpoint(folder)
-    if options.calib_data is None:
-        reporter.note(
-            f"calibrating with {len(prepared.samples)} of the package's own drawn scenes, as --calib-data was not given: "
-            "activation ranges of your pictures and prompts may be clipped, which costs accuracy; give 64 or more real ones"
-        )
+    if prepared.calibration_set.note and not prepared.calibration_set.drafts:
+        reporter.note(prepared.calibration_set.note)
     ranges = measure_activation_ranges(prepared, reporter)
     writer = CalibratedWriter(folder)
     with reporter.stage("calibrate") as stage:
@@ -98,7 +137,7 @@ def calibrate(
         if finished := work.count_finished_blocks():
             reporter.note(f"resuming after block {finished} of {prepared.blocks.num_blocks()}")
         summary = run_effort(options.effort, job, writer, lambda done, total, _: stage.fraction(done / total))
-        summary |= {"effort": options.effort, "data": "built-in" if options.calib_data is None else options.calib_data.name}
+        summary |= {"effort": options.effort, "data": prepared.calibration_set.name}
         summary |= {"largest_activations": ranges} if ranges else {}
         if prepared.prefix:
             summary["prefix"] = {**describe_prefix(prepared.processor, prepared.prefix), "massive_activations": massive}

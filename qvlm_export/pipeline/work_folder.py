@@ -33,6 +33,7 @@ from qvlm_export.pipeline.preparation.outputs import (
     LOCK,
     STAGES,
     STAGING,
+    WRITTEN,
     scratch_folder,
     state_folder,
 )
@@ -78,6 +79,11 @@ class WorkFolder:
         return state_folder(self.work_dir)
 
     @property
+    def written(self) -> Path:
+        """The folder of the calibration set that the model writes."""
+        return self.state / WRITTEN
+
+    @property
     def own(self) -> Path:
         """The folder in `work_dir` that nobody else writes into: `.export` in that of the user, all of `scratch`."""
         return self.scratch if self.work_dir == self.scratch else self.state
@@ -95,7 +101,8 @@ class WorkFolder:
         """Returns whether an interrupted export left results that a new one would have to compute again."""
         begun = (self.state / BEGUN).exists()
         return any(stage["files"] for stage in self.completed_stages().values()) or (
-            begun and (holds_work(self.state) or (self.calibrated / INDEX_FILE).exists())
+            begun
+            and (holds_work(self.state) or any(self.written.glob("*.jsonl")) or (self.calibrated / INDEX_FILE).exists())
         )
 
     def completed_stages(self) -> dict[str, Any]:
@@ -157,19 +164,20 @@ class WorkFolder:
         for path in self.staging.iterdir():
             if path.name not in complete and path.suffix != f".{CALIBRATED}":  # the moved checkpoint has its own index
                 remove(path)
-        for folder in {self.state, state_folder(self.scratch)}:
+        for folder in {self.state, self.written, state_folder(self.scratch)}:
             clear_leftovers(folder)
 
     def _clear(self) -> None:
         """Removes everything that an earlier export left, except the locks."""
-        for path in (self.staging, self.calibrated, self.state / BLOCKS, self.state / BEGUN, self.scratch / ASIDE):
+        for path in (self.staging, self.calibrated, self.state / BLOCKS, self.written, self.state / BEGUN):
             remove(path)
-        for path in (self.own / ASIDE, state_folder(self.scratch) / STAGES):
+        for path in (self.scratch / ASIDE, self.own / ASIDE, state_folder(self.scratch) / STAGES):
             remove(path)
 
     def close(self) -> None:
         """Ends the work before the results are moved into place: from now on, nothing would have to be computed again."""
         remove(self.state / BLOCKS)
+        remove(self.written)
 
     def remove(self) -> None:
         """Removes everything of the export, the locks last: what a kill leaves behind can then be told from other files."""

@@ -20,8 +20,8 @@ FOLDER_ROLES = ("processor", "calibrated")  # written as folders X.processor and
 # Entries of the work folder, and of the state in `--work-dir`, which nobody but an export writes into.
 STATE, STAGING, ASIDE, CALIBRATED = ".export", "out", "old", "calibrated"
 _SCRATCH_ENTRIES = {STATE, STAGING, ASIDE, CALIBRATED}
-LOCK, BEGUN, STAGES, BLOCKS = "lock", "begun.json", "stages.json", "blocks"
-_STATE_ENTRIES = {LOCK, BEGUN, STAGES, BLOCKS, ASIDE, CALIBRATED, *(f"{WRITING}{name}" for name in (BEGUN, STAGES))}
+LOCK, BEGUN, STAGES, BLOCKS, WRITTEN = "lock", "begun.json", "stages.json", "blocks", "written"
+_STATE_ENTRIES = {LOCK, BEGUN, STAGES, BLOCKS, WRITTEN, ASIDE, CALIBRATED, *(f"{WRITING}{name}" for name in (BEGUN, STAGES))}
 
 
 def file_names(out: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ from qvlm_export.calibrate.checkpoint.scheme import BFLOAT16, FLOAT16, LinearSch
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.activation_range import RANGE_SAMPLES
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.checkpoints.files.aliases import TINY
 from qvlm_export.checkpoints.files.download import remaining_bytes
 from qvlm_export.checkpoints.files.headers import find_downloads
 from qvlm_export.engines.backend import Backend, choose_backend
@@ -36,13 +37,14 @@ from qvlm_export.engines.graph.float_graphs import expected_shapes
 from qvlm_export.engines.graph.weight_sizes import Sizes, estimate_sizes
 from qvlm_export.inference.torch_runner import check_device
 from qvlm_export.inputs.prefix import AUTO, choose_prefix, parse_prefix
-from qvlm_export.inputs.samples import (
-    check_processor,
-    check_saved_processor,
-    default_calibration,
-    encode_entries,
-    load_processor,
-    read_entries,
+from qvlm_export.inputs.samples import Entry, check_processor, check_saved_processor, encode_entries, load_processor
+from qvlm_export.pipeline.preparation.calibration_set import (
+    EMPTY,
+    CalibrationSet,
+    choose_calibration_set,
+    hold_out,
+    read_calibration_file,
+    require_pictures,
 )
 from qvlm_export.pipeline.preparation.estimate import (
     Estimate,
@@ -65,14 +67,13 @@ from qvlm_export.pipeline.preparation.recipe import (
     choose_recipe,
     runs_weight_only_int8,
 )
+from qvlm_export.pipeline.preparation.writing import add_writing, count_writing, installed_memory, writing_memory
 
 PARTS = ("vision", "language")
 DEFAULT_MAX_LENGTH = 2048
 TEXT_LENGTH = 1024  # tokens that the default length leaves beside the largest image, where images are cut into tiles
 DTYPES = (FLOAT16, BFLOAT16)
 MAX_MEMORY_GIB, MAX_BATCH = 2**20, 2**16  # beyond any machine
-MAX_SAMPLES = 128  # used at most when --samples is not given
-HELD_OUT, LEAST_SAMPLES = 4, 32  # samples that accuracy is measured on, and from how many on these are held out
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class PreparedExport:
     activations_bytes: how many bytes of a block's inputs, and of its outputs, the activation cache may hold in memory.
     strict: whether all linears keep their schemes, because of `--strict` or of a target that has no W8A16. checked_samples:
     on which the calibrated model is compared with the float model; held out from `samples` where there are enough.
+    calibration_set: what the samples are made of; empty when no linear is quantized.
     """
 
     options: ExportOptions
@@ -141,6 +143,7 @@ class PreparedExport:
     checked_samples: tuple[Sample, ...] = ()
     prefix: tuple[int, ...] = ()
     range_samples: tuple[Sample, ...] = ()
+    calibration_set: CalibrationSet = EMPTY
 
 
 def prepare_export(options: ExportOptions) -> PreparedExport:
@@ -160,12 +163,12 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     check_engine_schemes(linears, backend, options.dtype)
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = _load_checked_processor(checkpoint)
-    whole_samples = _read_samples(options, checkpoint, processor, limits) if linears else ()
-    prefix = choose_prefix(options.prefix, processor, checkpoint.config, whole_samples) if linears else ()
-    samples, checked = _hold_out(cut_prefix(whole_samples, prefix))
     config, builds = EFFORTS[options.effort].config, backend.module is not None
-    _require_pictures(options, samples, find_linear_needing_images(blocks, linears, searched=config is not None))
-    cost = _estimate_cost(blocks, linears, samples, checked, config)
+    chosen = _choose_set(options, checkpoint, sizes, device) if linears else EMPTY
+    encoded = _encode_set(options, checkpoint, processor, limits, chosen)
+    samples = encoded.samples
+    require_pictures(options.calib_data, samples, find_linear_needing_images(blocks, linears, searched=config is not None))
+    cost = _estimate_cost(blocks, linears, samples, encoded.checked_samples, config)
     disk = disk_needed(
         total_sizes(sizes),
         calibrates=bool(linears),
@@ -194,14 +197,12 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
         sizes=sizes,
         disk_bytes=disk.bytes,
         download_bytes=download_bytes,
-        samples=samples,
         cost=cost,
         activations_bytes=activation_memory_bytes(options.memory, options.effort, on_host, largest),
         device=device,
         strict=options.strict or not all(map(runs_weight_only_int8, backend.targets)),
-        checked_samples=checked,
-        prefix=prefix,
-        range_samples=_select_range_samples(options, checkpoint, whole_samples, processor, limits),
+        calibration_set=chosen,
+        **vars(encoded),
     )
 
 
@@ -230,7 +231,14 @@ def estimate_export(prepared: PreparedExport) -> Estimate:
     machine = measure_machine(prepared.options.out.parent, files, prepared.device, download_bytes)
     machine = replace(machine, built_bytes=measure_build_rate(prepared.backend, prepared.sizes))
     builds, largest = prepared.backend.module is not None, largest_bytes(prepared.checkpoint.config)
-    return estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
+    found = estimate(prepared.cost, prepared.linears, prepared.sizes, largest, machine, builds=builds)
+    drafts, float16 = prepared.calibration_set.drafts, total_sizes(prepared.sizes).float16_bytes
+    if not drafts:
+        return found
+    config, entries = prepared.checkpoint.config, list(prepared.calibration_set.entries)
+    samples = encode_entries(entries, prepared.processor, config, prepared.limits.max_length)
+    writing = count_writing(prepared.blocks, config, drafts, samples, float16)
+    return add_writing(found, writing, machine, writing_memory(config, float16, prepared.device))
 
 
 def _assign_linears(options: ExportOptions, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, LinearScheme]:
@@ -251,20 +259,6 @@ def _estimate_cost(
     return estimate_calibration_cost(blocks, linears, samples, config) + estimate_accuracy_cost(blocks, checked)
 
 
-def _hold_out(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Returns the samples to calibrate on, and those to compare the result with the float model on.
-
-    The latter are HELD_OUT of them, evenly spaced. All calibrate where there are fewer than LEAST_SAMPLES, and where none
-    of the others has a picture.
-    """
-    count = min(HELD_OUT, len(samples))
-    numbers = [n * len(samples) // count for n in range(count)]
-    rest = tuple(sample for n, sample in enumerate(samples) if n not in numbers)
-    checked = tuple(samples[n] for n in numbers)
-    loses_pictures = any(len(s.pixel_values) for s in checked) and not any(len(s.pixel_values) for s in rest)
-    return (tuple(samples) if len(samples) < LEAST_SAMPLES or loses_pictures else rest), checked
-
-
 def _load_checked_processor(checkpoint: Checkpoint) -> Any:
     processor = load_processor(checkpoint.folder)
     check_processor(processor, checkpoint.config, checkpoint.folder)
@@ -272,10 +266,41 @@ def _load_checked_processor(checkpoint: Checkpoint) -> Any:
     return processor
 
 
-def _read_samples(options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits) -> tuple[Sample, ...]:
-    """Returns the encoded calibration set: of `--calib-data`, or the built-in one."""
-    entries = read_entries(options.calib_data or default_calibration(), options.samples, MAX_SAMPLES)
-    return tuple(encode_entries(entries, processor, checkpoint.config, limits.max_length))
+@dataclass(frozen=True)
+class _EncodedSet:
+    """What a calibration set becomes: these fields of `PreparedExport`."""
+
+    samples: tuple[Sample, ...]
+    checked_samples: tuple[Sample, ...]
+    prefix: tuple[int, ...]
+    range_samples: tuple[Sample, ...]
+
+
+def use_entries(prepared: PreparedExport, entries: Sequence[Entry]) -> PreparedExport:
+    """Returns the export with these entries as its calibration set, once they are written."""
+    chosen = replace(prepared.calibration_set, entries=tuple(entries))
+    encoded = _encode_set(prepared.options, prepared.checkpoint, prepared.processor, prepared.limits, chosen)
+    return replace(prepared, calibration_set=chosen, **vars(encoded))
+
+
+def _choose_set(options: ExportOptions, checkpoint: Checkpoint, sizes: Mapping[str, Sizes], device: str) -> CalibrationSet:
+    needed, memory = writing_memory(checkpoint.config, total_sizes(sizes).float16_bytes, device), installed_memory(device)
+    if options.memory is not None and device == "cpu":
+        memory = min(memory, int(options.memory * 2**30))
+    searched = EFFORTS[options.effort].config is not None and options.model != TINY  # which was trained on the scenes
+    return choose_calibration_set(
+        options.calib_data, options.samples, searched=searched, needed_bytes=needed, memory_bytes=memory
+    )
+
+
+def _encode_set(
+    options: ExportOptions, checkpoint: Checkpoint, processor: Any, limits: Limits, chosen: CalibrationSet
+) -> _EncodedSet:
+    """Encodes the entries, and divides them by what they are for."""
+    whole = tuple(encode_entries(list(chosen.entries), processor, checkpoint.config, limits.max_length))
+    prefix = choose_prefix(options.prefix, processor, checkpoint.config, whole) if whole else ()
+    samples, checked = hold_out(cut_prefix(whole, prefix))
+    return _EncodedSet(samples, checked, prefix, _select_range_samples(options, checkpoint, whole, processor, limits))
 
 
 def _select_range_samples(
@@ -283,25 +308,16 @@ def _select_range_samples(
 ) -> tuple[Sample, ...]:
     """Returns the samples to measure activation ranges on, those with images first; none where nothing can overflow.
 
-    A checkpoint in float16 was trained or tried in it, so that its activations are in range.
+    A checkpoint in float16 was trained or tried in it, so that its activations are in range. samples: empty when no linear
+    is quantized.
     """
     source = checkpoint.source
     in_float16 = all(source.dtype(name) == np.float16 for name in expected_shapes(checkpoint.config) if name in source)
     if in_float16 or (options.dtype != FLOAT16 and samples):  # calibration refuses what is not finite itself
         return ()
-    found = samples or _read_samples(replace(options, samples=None), checkpoint, processor, limits)
+    entries = [] if samples else read_calibration_file(options.calib_data)
+    found = samples or encode_entries(entries, processor, checkpoint.config, limits.max_length)
     return tuple(sorted(found, key=lambda sample: len(sample.pixel_values) == 0)[:RANGE_SAMPLES])
-
-
-def _require_pictures(options: ExportOptions, samples: Sequence[Sample], linear: str | None) -> None:
-    """Raises UserError when no sample has a picture, unless `linear`, the first whose calibration needs images, is None."""
-    if samples and any(len(sample.pixel_values) for sample in samples):
-        return
-    if linear is not None:
-        raise UserError(
-            f"--calib-data {options.calib_data}: no sample has a picture, and how {linear} is quantized depends on them; "
-            "add samples with pictures, or leave tower and projector float by --recipe"
-        )
 
 
 def _choose_limits(options: ExportOptions, checkpoint: Checkpoint) -> Limits:

@@ -18,10 +18,10 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.checkpoints.files.aliases import ALIASES
-from qvlm_export.evaluation import eval_model
 from qvlm_export.evaluation.eval_model import find_eval_model, folder_identity, open_eval_model
 from qvlm_export.inference import torch_runner
 from qvlm_export.inference.torch_runner import SLOT_STEP, SlotCache, check_device
+from qvlm_export.inference.torch_session import torch_manifest
 from qvlm_export.inputs.samples import load_processor
 
 NO_STOP = frozenset({-1})
@@ -209,9 +209,9 @@ def test_device_choice(monkeypatch):
 )
 def test_default_limits_in_torch(alias, batch, length):
     """The batch is smaller for long prompts, as logits of all positions are in memory; the context is the model's."""
-    limits = eval_model._make_manifest(Path(alias), ALIASES[alias].config, None).limits
+    limits = torch_manifest(Path(alias), ALIASES[alias].config, None).limits
     assert (limits.max_batch, limits.max_length) == (batch, length)
     longer = replace(ALIASES[alias].config, text=replace(ALIASES[alias].config.text, max_position_embeddings=32768))
-    assert eval_model._make_manifest(Path(alias), longer, 5).limits.max_batch == 5
+    assert torch_manifest(Path(alias), longer, 5).limits.max_batch == 5
     largest = longer.most_image_tokens
-    assert eval_model._make_manifest(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)
+    assert torch_manifest(Path(alias), longer, None).limits.max_length == max(4096, largest + 1024)
