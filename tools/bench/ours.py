@@ -32,7 +32,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, Ca
 from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme, fit_scheme
-from qvlm_export.calibrate.quantization.config import FAST, FULL, RTN_LINEAR, LinearConfig, SearchConfig
+from qvlm_export.calibrate.quantization.config import FAST, FULL, FULL_LARGE, RTN_LINEAR, LinearConfig, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.calibrate.qvlm.calibrator import calibrate_qvlm
 from qvlm_export.calibrate.qvlm.config import QVLM, QvlmConfig
@@ -80,6 +80,7 @@ def _change_linear(config: SearchConfig, **settings: Any) -> SearchConfig:
     return replace(config, linear=replace(config.linear, **settings))
 
 
+SMALL = replace(FULL, large=None)  # `full` of small decoders, of which the ablations change one part
 GPTQ = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ridge=None)
 ROWS = (
     OurRow("rtn", "round-to-nearest, absmax", calibrate_rtn),
@@ -122,31 +123,41 @@ ROWS = (
     *(
         OurRow(f"full: {name}", f"full, {name}", _make_calibrator(config), main=())
         for name, config in {
-            "rounded by GPTQ": _change_linear(FULL, rounding="gptq"),
-            "round-to-nearest": _change_linear(FULL, rounding="nearest"),
-            "no mixup prompts": replace(FULL, mixup_prompts=0),
-            "own questions only": replace(FULL, questions_per_image=1, mixup_prompts=0, random_word_prompts=0),
-            "no random words": replace(FULL, random_word_prompts=0),
-            "no leverage": replace(FULL, leverage=False),
-            "no gradients": replace(_change_linear(FULL, rounding="gptq"), token_weighting="plain"),
-            "tokens by kind": replace(FULL, token_weighting="modality"),
-            "tokens by logits": replace(FULL, token_weighting="logits"),
-            "tokens by KL": replace(FULL, token_weighting="kl"),
-            "factors and ranges without output Hessians": _change_linear(FULL, by_output=False),
-            "tower for its own output": replace(FULL, vision_target="own"),
-            "tower round-to-nearest": replace(FULL, vision_target="none"),
-            "no equalization": replace(FULL, equalization="none"),
-            "equalization by one exponent": replace(FULL, equalization="search"),
-            "absmax activation ranges": _change_linear(FULL, activation_ranges="absmax"),
-            "weight ranges by output error": _change_linear(FULL, weight_ranges="output"),
-            "absmax weight ranges": _change_linear(FULL, weight_ranges="absmax"),
-            "weight ranges by GPTQ error": _change_linear(FULL, weight_ranges="rounded"),
-            "no output matching": _change_linear(FULL, ridge=None),
-            "no learned rounding": replace(FULL, learn_steps=0),
-            "300 steps of learned rounding": replace(FULL, learn_steps=300),
+            "rounded by GPTQ": _change_linear(SMALL, rounding="gptq"),
+            "round-to-nearest": _change_linear(SMALL, rounding="nearest"),
+            "no mixup prompts": replace(SMALL, mixup_prompts=0),
+            "own questions only": replace(SMALL, questions_per_image=1, mixup_prompts=0, random_word_prompts=0),
+            "no random words": replace(SMALL, random_word_prompts=0),
+            "no leverage": replace(SMALL, leverage=False),
+            "no gradients": replace(_change_linear(SMALL, rounding="gptq"), token_weighting="plain"),
+            "tokens by kind": replace(SMALL, token_weighting="modality"),
+            "tokens by logits": replace(SMALL, token_weighting="logits"),
+            "tokens by KL": replace(SMALL, token_weighting="kl"),
+            "factors and ranges without output Hessians": _change_linear(SMALL, by_output=False),
+            "tower for its own output": replace(SMALL, vision_target="own"),
+            "tower round-to-nearest": replace(SMALL, vision_target="none"),
+            "no equalization": replace(SMALL, equalization="none"),
+            "equalization by one exponent": replace(SMALL, equalization="search"),
+            "absmax activation ranges": _change_linear(SMALL, activation_ranges="absmax"),
+            "weight ranges by output error": _change_linear(SMALL, weight_ranges="output"),
+            "absmax weight ranges": _change_linear(SMALL, weight_ranges="absmax"),
+            "weight ranges by GPTQ error": _change_linear(SMALL, weight_ranges="rounded"),
+            "no output matching": _change_linear(SMALL, ridge=None),
+            "24 steps of learned rounding": replace(SMALL, learn_steps=24),
+            "300 steps of learned rounding": replace(SMALL, learn_steps=300),
             "round-to-nearest, 300 steps of learned rounding": replace(
-                _change_linear(FULL, rounding="nearest"), learn_steps=300
+                _change_linear(SMALL, rounding="nearest"), learn_steps=300
             ),
+        }.items()
+    ),
+    *(
+        OurRow(f"full of trained decoders: {name}", f"full, {name}", _make_calibrator(config), main=())
+        for name, config in {
+            "covering weight ranges": _change_linear(FULL_LARGE, weight_ranges="covering"),
+            "rounded by GPTQ": _change_linear(FULL_LARGE, rounding="gptq"),
+            "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
+            "tokens by KL": replace(FULL_LARGE, token_weighting="kl"),
+            "24 steps of learned rounding": replace(FULL_LARGE, learn_steps=24),
         }.items()
     ),
 )
