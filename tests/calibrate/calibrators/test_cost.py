@@ -14,7 +14,14 @@ from qvlm_export.calibrate.calibrators.block_cost import Cost
 from qvlm_export.calibrate.calibrators.cost import estimate_calibration_cost, is_narrow
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedWriter
-from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RTN_LINEAR, LinearConfig, SearchConfig
+from qvlm_export.calibrate.quantization.config import (
+    FAST,
+    FULL_LARGE,
+    KRONECKER_LINEAR,
+    RTN_LINEAR,
+    LinearConfig,
+    SearchConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,7 @@ from qvlm_export.calibrate.quantization.config import FAST, KRONECKER_LINEAR, RT
         SearchConfig(
             "none", KRONECKER_LINEAR, "kl+logits", questions_per_image=2, mixup_prompts=2
         ),  # random models are always uncertain
+        FULL_LARGE,
     ],
 )
 def test_estimated_forwards_equal_those_of_the_search(llava, tmp_path, method):

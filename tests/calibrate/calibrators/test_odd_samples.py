@@ -22,7 +22,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
-from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+from qvlm_export.calibrate.quantization.config import FAST, FULL, FULL_LARGE, SearchConfig
 from qvlm_export.calibrate.quantization.hessian import factor_hessian
 from qvlm_export.calibrate.sensitivity import measure
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +30,8 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 METHODS = {
     "plain": SearchConfig(),
     "fast": FAST,
-    "full": replace(FULL, learn_steps=2),
+    "full": replace(FULL, learn_steps=2, questions_per_image=2, mixup_prompts=1, random_word_prompts=2),
+    "large": FULL_LARGE,
     "modality": SearchConfig(token_weighting="modality"),
 }
 

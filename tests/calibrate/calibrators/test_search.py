@@ -20,7 +20,7 @@ from qvlm_export.calibrate.calibrators.rtn import calibrate_rtn
 from qvlm_export.calibrate.calibrators.search import calibrate_search
 from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint, CalibratedWriter
 from qvlm_export.calibrate.numerics.cholesky import MIN_BLOCKED_ROWS
-from qvlm_export.calibrate.quantization.config import FAST, FULL, SearchConfig
+from qvlm_export.calibrate.quantization.config import FAST, FULL, FULL_LARGE, SearchConfig
 from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource, fake_quantized_step
 from qvlm_export.calibrate.rounding.output_hessian import SKETCH_ROWS
 from qvlm_export.checkpoints.checkpoint import open_checkpoint
@@ -119,8 +119,14 @@ def test_the_search_removes_all_hooks(llava, tmp_path, steps):
 
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Every stage of `full`, with fewer steps of learned rounding, and equalization by search."""
-    return calibrate_search(job, writer, progress, replace(FULL, equalization="search", learn_steps=20))
+    """Every stage of `full` of a small decoder with fewer prompts, learned rounding, and equalization by search."""
+    prompts = {"questions_per_image": 2, "mixup_prompts": 1, "random_word_prompts": 2}
+    return calibrate_search(job, writer, progress, replace(FULL, equalization="search", learn_steps=4, **prompts))
+
+
+def calibrate_large(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
+    """`full` of a large decoder."""
+    return calibrate_search(job, writer, progress, FULL_LARGE)
 
 
 def assert_same_bytes_on_any_threads(checkpoint, preset, folder, method, more=2) -> None:
@@ -136,7 +142,7 @@ def assert_same_bytes_on_any_threads(checkpoint, preset, folder, method, more=2)
         assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("method", [calibrate_fast, briefly_full], ids=["fast", "full"])
+@pytest.mark.parametrize("method", [calibrate_fast, briefly_full, calibrate_large], ids=["fast", "full", "large"])
 def test_same_bytes_on_one_thread_and_on_two(llava, tmp_path, method):
     checkpoint = open_checkpoint(str(llava(dtype="float16")))
     assert_same_bytes_on_any_threads(checkpoint, "int8", tmp_path, method)
@@ -174,7 +180,7 @@ def test_stored_codes_scales_and_gains_have_the_types_and_ranges_of_their_scheme
     assert str(quantized.floats.dtype("language_model.model.norm.weight")) == "bfloat16"
 
 
-@pytest.mark.parametrize("method", [calibrate_fast, briefly_full], ids=["fast", "full"])
+@pytest.mark.parametrize("method", [calibrate_fast, briefly_full, calibrate_large], ids=["fast", "full", "large"])
 def test_linears_that_share_an_input_share_its_scale(llava, tmp_path, method):
     quantized = calibrated(open_checkpoint(str(llava(dtype="float32"))), "int8", tmp_path, method)
     scales = {name: quantized.linear(name).input_scale for name in quantized.schemes}
