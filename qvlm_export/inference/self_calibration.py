@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.lines import Line
 from qvlm_export.inputs.samples import Entry, encode_answered, encode_prompt, read_entries
 
-BATCH = 32
+BATCH, TEMPERATURE = 32, 1.0  # a lower temperature gives better texts, and less variety: a worse quantized model
 COUNT = 64  # conversations of a whole set
 FILE = "self.jsonl"
 _MARKER = "\u2063"  # an invisible separator, which no template writes
@@ -94,26 +94,23 @@ ABOUT_ANYTHING = (
 )
 KINDS = (
     Kind(12, pictures=True, prompts=(), prompt_tokens=0, answer_tokens=64),
-    Kind(8, pictures=True, prompts=ABOUT_PICTURES, prompt_tokens=0, answer_tokens=96),
+    Kind(10, pictures=True, prompts=ABOUT_PICTURES, prompt_tokens=0, answer_tokens=96),
     Kind(12, pictures=True, prompts=None, prompt_tokens=48, answer_tokens=64),
-    Kind(8, pictures=False, prompts=None, prompt_tokens=64, answer_tokens=192),
-    Kind(18, pictures=False, prompts=None, prompt_tokens=256, answer_tokens=128, random_word=True),
-    Kind(6, pictures=False, prompts=ABOUT_ANYTHING, prompt_tokens=0, answer_tokens=384),
+    Kind(10, pictures=False, prompts=None, prompt_tokens=64, answer_tokens=160),
+    Kind(14, pictures=False, prompts=None, prompt_tokens=160, answer_tokens=96, random_word=True),
+    Kind(6, pictures=False, prompts=ABOUT_ANYTHING, prompt_tokens=0, answer_tokens=256),
 )
-SAMPLING = Sampling(temperature=1.0)
 
 
-def plan_drafts(count: int, pictures: Sequence[Entry], kinds: Sequence[Kind] = ()) -> list[Draft]:
+def plan_drafts(count: int, pictures: Sequence[Entry]) -> list[Draft]:
     """Returns `count` conversations to write, of all kinds in their shares. pictures: the built-in set, used in turn.
-
-    kinds: other ones than KINDS.
 
     A kind whose prompts are empty asks what the built-in set asks about the picture.
     """
-    kinds = [kind for kind in kinds or KINDS for _ in range(kind.share)]
+    kinds = [kind for kind in KINDS for _ in range(kind.share)]
     drafts: list[Draft] = []
     for number in range(count):
-        kind = kinds[number * len(kinds) // count % len(kinds)]
+        kind = kinds[number * len(kinds) // count]
         picture = pictures[sum(draft.picture is not None for draft in drafts) % len(pictures)] if kind.pictures else None
         asked = kind.prompts or (ABOUT_PICTURES if kind.pictures else ABOUT_ANYTHING)
         spare = asked[number % len(asked)]
@@ -122,20 +119,21 @@ def plan_drafts(count: int, pictures: Sequence[Entry], kinds: Sequence[Kind] = (
     return drafts
 
 
-def stand_ins(drafts: Sequence[Draft]) -> list[Entry]:
-    """Returns entries about as long as the longest that can be written for these drafts, to plan with."""
-    return [
-        Entry(
-            "self-calibration",
-            Line(
-                image=None if draft.picture is None else draft.picture.line.image,
-                prompt=draft.prompt or _filler(draft.kind.prompt_tokens),
-                answer=_filler(draft.kind.answer_tokens),
-            ),
-            None if draft.picture is None else draft.picture.image,
-        )
-        for draft in drafts
-    ]
+def stand_ins(drafts: Sequence[Draft], length: int, image_tokens: int) -> list[Entry]:
+    """Returns entries about as long as the longest that can be written for these drafts, to plan with.
+
+    length: of the longest sample in tokens. image_tokens: of a picture.
+    """
+    entries = []
+    for draft in drafts:
+        kind, picture = draft.kind, draft.picture
+        room = max(0, length - _TEMPLATE_TOKENS - kind.pictures * image_tokens)
+        prompt_tokens = min(kind.prompt_tokens, room // 2)
+        answer = _filler(min(kind.answer_tokens, room - prompt_tokens)) or None
+        prompt = draft.prompt or _filler(prompt_tokens)
+        line = Line(image=None if picture is None else picture.line.image, prompt=prompt, answer=answer)
+        entries.append(Entry("self-calibration", line, None if picture is None else picture.image))
+    return entries
 
 
 def most_tokens(image_tokens: int) -> tuple[int, int]:
@@ -161,7 +159,6 @@ def write_own_set(
     *,
     length: int,
     progress: Callable[[float], None],
-    sampling: Sampling = SAMPLING,
 ) -> list[Entry]:
     """Writes the conversations into `folder`, with their pictures, in parts that a killed run need not write again.
 
@@ -181,7 +178,7 @@ def write_own_set(
                 progress((before + done) / len(batches))
 
             if not path.exists():
-                writer = writer or _Writer(stack.enter_context(open_model()), length, sampling)
+                writer = writer or _Writer(stack.enter_context(open_model()), length)
                 lines = writer.write(batch, number, report)
                 _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             report(1.0)
@@ -217,8 +214,7 @@ def repeats_itself(text: str) -> bool:
 class _Writer:
     """Continues texts with the float model. length: of the longest sample in tokens."""
 
-    def __init__(self, model: LoadedModel, length: int, sampling: Sampling) -> None:
-        self._sampling = sampling
+    def __init__(self, model: LoadedModel, length: int) -> None:
         self._model, self._length = model, min(length, model.manifest.limits.max_length)
         self._before = [self._split_template(images) for images in (0, 1)]
         behind = self._before[0][1].strip().split("\n")[0]
@@ -249,7 +245,7 @@ class _Writer:
             (text + (word if text[-1:].isspace() else f" {word}".rstrip()), drafts[n])
             for text, word, n in zip(before, words, open_ones, strict=True)
         ]
-        limits = [drafts[n].kind.prompt_tokens for n in open_ones]
+        limits = [min(drafts[n].kind.prompt_tokens, self._length // 2) for n in open_ones]
         for n, word, text in zip(open_ones, words, self._continue(begun, limits, 2 * seed, step), strict=True):
             prompts[n] = (word + text).strip()
         asked = [text or draft.spare for text, draft in zip(prompts, drafts, strict=True)]
@@ -291,7 +287,7 @@ class _Writer:
         )
         starts = [len(tokens) for tokens in sequences.tokens]
         most = min(max(limits), self._length - max(starts) - _MARGIN)
-        for _ in model.session.generate(sequences, most, self._ends, replace(self._sampling, seed=seed)):
+        for _ in model.session.generate(sequences, most, self._ends, Sampling(temperature=TEMPERATURE, seed=seed)):
             step()
         spans = zip(sequences.tokens, starts, limits, strict=True)
         texts = [self._decode(tokens[start - 1 : start + limit]) for tokens, start, limit in spans]

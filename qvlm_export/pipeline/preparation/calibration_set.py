@@ -39,14 +39,22 @@ EMPTY = CalibrationSet()
 
 
 def choose_calibration_set(
-    calib_data: Path | None, samples: int | None, *, searched: bool, needed_bytes: int, memory_bytes: int
+    calib_data: Path | None,
+    samples: int | None,
+    *,
+    searched: bool,
+    needed_bytes: int,
+    memory_bytes: int,
+    length: int,
+    image_tokens: int,
 ) -> CalibrationSet:
     """Returns the set that `--calib-data` and `--samples` ask for.
 
     Without `--calib-data` the model writes its own where a search calibrates and memory suffices: round-to-nearest takes
     nothing but the largest values from the data, and is done sooner than texts are written. needed_bytes: memory that
-    writing takes. memory_bytes: what there is for it. Raises UserError, naming file and line, for data that are not valid,
-    and where `self` is asked for and memory does not suffice.
+    writing takes. memory_bytes: what there is for it. length: of the longest sample in tokens. image_tokens: of a picture.
+    Raises UserError, naming file and line, for data that are not valid, and where `self` is asked for and memory does not
+    suffice.
     """
     if calib_data is not None and str(calib_data) in (SELF, BUILT_IN):
         if calib_data.exists():
@@ -66,7 +74,7 @@ def choose_calibration_set(
             f"calibrating with {len(drafts)} conversations that the model writes first, as --calib-data was not given; 64 "
             "or more of your own pictures and prompts are better"
         )
-        return CalibrationSet(SELF, None if calib_data else note, tuple(stand_ins(drafts)), drafts)
+        return CalibrationSet(SELF, None if calib_data else note, tuple(stand_ins(drafts, length, image_tokens)), drafts)
     entries = tuple(read_entries(default_calibration(), samples, MAX_SAMPLES))
     why = f"writing its own takes the model {sizes}" if searched else "--calib-data was not given"
     note = (

@@ -164,7 +164,7 @@ def prepare_export(options: ExportOptions) -> PreparedExport:
     sizes = {part: estimate_sizes(select_part(shapes, part), linears) for part in PARTS}
     processor = _load_checked_processor(checkpoint)
     config, builds = EFFORTS[options.effort].config, backend.module is not None
-    chosen = _choose_set(options, checkpoint, sizes, device) if linears else EMPTY
+    chosen = _choose_set(options, checkpoint, sizes, limits, device) if linears else EMPTY
     encoded = _encode_set(options, checkpoint, processor, limits, chosen)
     samples = encoded.samples
     require_pictures(options.calib_data, samples, find_linear_needing_images(blocks, linears, searched=config is not None))
@@ -283,13 +283,21 @@ def use_entries(prepared: PreparedExport, entries: Sequence[Entry]) -> PreparedE
     return replace(prepared, calibration_set=chosen, **vars(encoded))
 
 
-def _choose_set(options: ExportOptions, checkpoint: Checkpoint, sizes: Mapping[str, Sizes], device: str) -> CalibrationSet:
+def _choose_set(
+    options: ExportOptions, checkpoint: Checkpoint, sizes: Mapping[str, Sizes], limits: Limits, device: str
+) -> CalibrationSet:
     needed, memory = writing_memory(checkpoint.config, total_sizes(sizes).float16_bytes, device), installed_memory(device)
     if options.memory is not None and device == "cpu":
         memory = min(memory, int(options.memory * 2**30))
     searched = EFFORTS[options.effort].config is not None and options.model != TINY  # which was trained on the scenes
     return choose_calibration_set(
-        options.calib_data, options.samples, searched=searched, needed_bytes=needed, memory_bytes=memory
+        options.calib_data,
+        options.samples,
+        searched=searched,
+        needed_bytes=needed,
+        memory_bytes=memory,
+        length=limits.max_length,
+        image_tokens=checkpoint.config.most_image_tokens,
     )
 
 

@@ -154,12 +154,19 @@ def test_a_word_of_the_vocabulary_begins_some_prompts(
 def test_stand_ins_are_as_long_as_what_is_written(
     checkpoint: Checkpoint, drafts: list[Draft], written: tuple[Path, list[Sample]]
 ) -> None:
-    planned = stand_ins(drafts)
+    planned = stand_ins(drafts, LENGTH, checkpoint.config.most_image_tokens)
     assert [entry.line.image for entry in planned] == [draft.picture and draft.picture.line.image for draft in drafts]
     lengths = [len(sample.input_ids) for sample in written[1]]
     processor = load_processor(checkpoint.folder)
     expected = [len(sample.input_ids) for sample in encode_entries(planned, processor, checkpoint.config, LENGTH)]
     assert 0.5 < sum(lengths) / sum(expected) < 2  # a random model's texts are encoded in more tokens than it wrote
+
+
+@pytest.mark.parametrize("length", [100, 256, 2048])
+def test_stand_ins_are_no_longer_than_the_engine_takes(checkpoint: Checkpoint, length: int) -> None:
+    planned = stand_ins(plan_drafts(64, PICTURES), length, checkpoint.config.most_image_tokens)
+    samples = encode_entries(planned, load_processor(checkpoint.folder), checkpoint.config, length)
+    assert max(len(sample.input_ids) for sample in samples) > min(length, 500) / 2
 
 
 class Script:
