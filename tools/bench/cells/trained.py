@@ -15,7 +15,8 @@ from tools.peers.rows import ALL, BY_HAND, COMPRESSOR, RELEASED, ROUND
 from tools.smol.scores import KINDS, Score
 
 PEERS = (RELEASED, BY_HAND, COMPRESSOR, ROUND)
-OURS = {"ours, fast": "fast", "ours, full": "full", "fast, strict": "fast: strict"}  # lines of the summary table that peers are compared with
+# Lines of the summary table that peers are compared with, and their rows.
+OURS = {"ours, fast": "fast", "ours, full": "full", "fast, strict": "fast: strict"}
 COUNTS = ("prefix", "fallbacks")  # in the settings of our rows
 METRICS = (
     "kl", "kl_error", "top1", "perplexity", "kl_answer", *(f"kl_{kind}" for kind in KINDS), *COUNTS, "seconds", "peak_bytes",
