@@ -31,7 +31,7 @@ from qvlm_export.inputs.images import open_image
 from qvlm_export.inputs.lines import Line
 from qvlm_export.inputs.samples import Entry, encode_answered, encode_prompt, read_entries
 
-BATCH, TEMPERATURE = 32, 1.0  # a lower temperature gives better texts, and less variety: a worse quantized model
+BATCH, TEMPERATURE = 32, 1.0  # 0.8 gave a worse quantized model, in one run (docs/self-calibration.md)
 COUNT = 64  # conversations of a whole set
 FILE = "self.jsonl"
 _MARKER = "\u2063"  # an invisible separator, which no template writes

@@ -64,10 +64,9 @@ photographs / English / long.
 | 34 pictures, 30 texts of up to 256 tokens, 14 of which begin with a word drawn from the vocabulary (as exports do) | 8,513 | 0.109 / 0.067 / 0.122 / 0.119 / 0.111 |
 | 32 pictures, 32 texts of up to 384 tokens, 18 of which begin with such a word | 11,241 | 0.110 / 0.089 / 0.133 / 0.118 / 0.107 |
 
-So variety counts: a lower temperature gives better texts and a worse model. What the drawn words do was not measured alone;
-for tales they seem to stand for some thousand tokens. More texts help texts, and cost scenes. Photographs stay behind, as no
-built-in picture is one, and so do tales, as the model writes none like those of the 19th century: data of the domain have
-both.
+The recipe of the exports was chosen by these figures, on the test set itself, so its factor at W4A16 is somewhat optimistic;
+0.109 and 0.110 cannot be told apart. W8A8 was measured for that recipe only. Only the rows of two temperatures differ in one
+thing, and that is one run each; what drawn words, pictures or the length of texts are worth was not measured alone.
 """  # noqa: E501  (a table)
 
 
@@ -144,6 +143,9 @@ def make_page(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     for column in COLUMNS:
         if any(key[1] == column for key in records):
             lines += ["", f"## {column}", "", *table_lines(records, column)]
+    origins = {key[0]: record["origin"] for key, record in records.items() if "origin" in record}
+    if origins:  # of records that were put beside those of the command above
+        lines += ["", *(f"The rows of {name} are {origin}." for name, origin in origins.items())]
     return "\n".join(lines) + "\n" + TRIED
 
 

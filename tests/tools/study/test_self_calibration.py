@@ -27,6 +27,14 @@ def test_page_gives_the_factor_to_data_of_the_domain() -> None:
     assert "## W4A16" in page
     assert "## W8A8" not in page
     assert "all 1,000 tokens" in page
+    assert "The rows of" not in page
+
+
+def test_page_says_which_records_another_run_made() -> None:
+    other = record(DOMAIN, "W4A16", 0.1) | {"origin": "of another page"}
+    page = make_page({(r["data"], r["column"]): r for r in (other, record(SELF, "W4A16", 0.125))})
+    assert f"The rows of {DOMAIN} are of another page." in page
+    assert f"The rows of {SELF}" not in page
 
 
 def test_half_a_line_of_results_is_skipped(tmp_path: Path) -> None:
