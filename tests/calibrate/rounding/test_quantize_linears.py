@@ -129,3 +129,18 @@ def test_the_input_range_depends_on_the_output_hessian() -> None:
     assert scales[0] is not None
     assert scales[1] is not None
     assert scales[0] > 1.2 * scales[1]
+
+
+def test_rows_of_weight_0_have_no_effect() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_q, x = torch.randn(2, 40, 8, generator=generator)
+    weights = torch.ones(40)
+    weights[25:] = 0
+    weighted, few = LayerInputs(x, x_q, weights), LayerInputs(x[:25], x_q[:25])
+    torch.testing.assert_close(weighted.scale_by_weights(x_q).T @ x_q, few.scale_by_weights(x_q[:25]).T @ x_q[:25])
+    for out in (3, 20):  # fewer and more outputs than inputs, for which the products are taken in different orders
+        weight = torch.randn(out, 8, generator=generator)
+        torch.testing.assert_close(
+            weighted.cross_term(weighted.scale_by_weights(x_q), weight), few.cross_term(x_q[:25], weight)
+        )
+        torch.testing.assert_close(few.cross_term(x_q[:25], weight), weight @ x[:25].T @ x_q[:25])

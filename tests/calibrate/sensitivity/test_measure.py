@@ -27,7 +27,6 @@ from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.quantization.config import KRONECKER_LINEAR, LinearConfig, SearchConfig, TokenWeighting
 from qvlm_export.calibrate.quantization.tokens import label_tokens
 from qvlm_export.calibrate.rounding import output_hessian
-from qvlm_export.calibrate.rounding.quantize_linears import LayerInputs
 from qvlm_export.calibrate.sensitivity import block_backward, measure, tape
 from qvlm_export.calibrate.sensitivity.block_backward import MIN_TOKEN_WEIGHT, Sensitivity, TokenWeights
 from qvlm_export.calibrate.sensitivity.measure import measure_sensitivity
@@ -200,21 +199,6 @@ def test_an_image_gets_the_gradients_of_all_questions_about_it(job: CalibrationJ
         if name.startswith("language_model"):
             for one, other in zip(weights, apart[name], strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
-
-
-def test_rows_of_weight_0_have_no_effect() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_q, x = torch.randn(2, 40, 8, generator=generator)
-    weights = torch.ones(40)
-    weights[25:] = 0
-    weighted, few = LayerInputs(x, x_q, weights), LayerInputs(x[:25], x_q[:25])
-    torch.testing.assert_close(weighted.scale_by_weights(x_q).T @ x_q, few.scale_by_weights(x_q[:25]).T @ x_q[:25])
-    for out in (3, 20):  # fewer and more outputs than inputs, for which the products are taken in different orders
-        weight = torch.randn(out, 8, generator=generator)
-        torch.testing.assert_close(
-            weighted.cross_term(weighted.scale_by_weights(x_q), weight), few.cross_term(x_q[:25], weight)
-        )
-        torch.testing.assert_close(few.cross_term(x_q[:25], weight), weight @ x[:25].T @ x_q[:25])
 
 
 class CountingSource:
