@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -35,7 +35,7 @@ def limit_prompts(config: SearchConfig, blocks: ModelBlocks, samples: Sequence[S
     weights = sum(parameter.numel() for block in blocks.text_layers for parameter in block.module.parameters())
     if weights * sum(len(sample.input_ids) for sample in samples) <= MAX_SAMPLE_PRODUCTS:
         return config
-    return config.large or replace(config, questions_per_image=1, mixup_prompts=0, random_word_prompts=0)
+    return config.large or config
 
 
 def flatten_prompts(prompts: Prompts) -> tuple[list[Sample], list[int]]:

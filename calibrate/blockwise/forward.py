@@ -216,9 +216,8 @@ def sliding_window_mask(
     """
     if not start and (window is None or length <= window):
         return None
-    positions = torch.arange(start + length, device=device)
-    age = positions[start:, None] - positions[None]
-    return ((age >= 0) & (age < (window or start + length)))[None, None]
+    mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
+    return (mask if window is None else mask.triu(start + 1 - window))[None, None]
 
 
 def embed_tokens(table: torch.Tensor, image_token_id: int, sample: Sample, image: torch.Tensor) -> torch.Tensor:

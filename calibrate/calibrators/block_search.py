@@ -64,6 +64,7 @@ VALUES = "self_attn.v_proj"  # whose outputs are in a key/value cache
 # What rounding a shared input to 8 bits may add to the block's output, as a share of its squared norm. Beyond it
 # the input stays float; the weight takes the same bytes, but its product is one of float16.
 MAX_ACTIVATION_ERROR = 1e-4
+FALLBACK_BITS = 8  # with fewer, most inputs would stay float
 PROBED_ROWS = 512  # input rows on which the rounding error of a shared input is measured
 SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
@@ -253,17 +254,17 @@ class BlockSearch:
     def _choose_schemes(
         self, weights: Mapping[str, torch.Tensor], rows: LayerInputs, output_hessians: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, LinearScheme], LayerInputs]:
-        """Returns the schemes of linears that share an input, W8A16 instead of W8A8 where 8 bits cannot hold the input.
+        """Returns the schemes of linears that share an input, with A16 instead of A8 where 8 bits cannot hold the input.
 
         Its rounding error counts in units of the block's output, so that it compares across all blocks, and is measured on
         some of the tokens. All linears that share the input fall back, as they are computed together. The second result
         holds the input's scale, which is not searched again.
         """
         schemes = {name: self.schemes[name] for name in weights}
-        quantizing = [name for name, scheme in schemes.items() if scheme.deployable and scheme.activation_bits is not None]
+        quantizing = [name for name, scheme in schemes.items() if scheme.activation_bits == FALLBACK_BITS]
         if self.strict or not quantizing:
             return schemes, rows
-        joined, bits = {name: weights[name] for name in quantizing}, schemes[quantizing[0]].activation_bits or 0
+        joined, bits = {name: weights[name] for name in quantizing}, FALLBACK_BITS
         scale = choose_input_scale(self.config.linear, joined, rows, output_hessians, bits)
         some = torch.linspace(0, len(rows.quantized_rows) - 1, min(PROBED_ROWS, len(rows.quantized_rows))).long()
         inputs = rows.quantized_rows[some.to(rows.quantized_rows.device)]

@@ -1,29 +1,35 @@
-"""Float32 matrix products by oneDNN, on processors where it is faster than torch's BLAS.
+"""Float32 matrix products whose bits do not depend on the number of threads, by the fastest library on the processor.
 
-torch computes float32 products with MKL, which uses no more than AVX2 on processors that are not Intel's. oneDNN, which is
-part of torch, too, uses AVX-512 on all of them: on an AMD EPYC with AVX-512 it does twice as many operations per second, in
-the same 32 bits. On an Intel processor both do the same, and without AVX-512 torch's BLAS computes everything.
+torch computes float32 products with MKL or with oneDNN, which is part of torch, too. MKL uses no more than AVX2 on
+processors that are not Intel's, where oneDNN does twice as many operations per second with AVX-512, in the same 32 bits. On
+an Intel processor MKL is up to twice as fast in products of many rows, most of all in Gram matrices.
 
-On several threads MKL splits products of few rows or few columns, above all long ones, in another way than on one thread
-(5, 7 or 9 rows; on an Intel processor 37 columns of 1088 summands), which changes the last bits. So one thread computes
-such products.
+But on several threads MKL splits many products in another way than on one thread: with AVX-512 those of most shapes, with
+AVX2 those of few rows or few columns, above all long ones (5, 7 or 9 rows). That changes the last bits. So with AVX-512
+oneDNN computes what is not large enough to be divided here into parts, each computed by MKL on one thread.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.numerics.threads import one_thread
+from qvlm_export.calibrate.numerics.threads import map_on_threads, one_thread
 
 MIN_ONEDNN_SIZE = 64  # with fewer rows, columns or summands the overhead of a call outweighs the gain
+PART_ROWS = 512  # rows of a product that one thread computes
+PART_COLUMNS = 192  # columns of a Gram matrix that are computed at a time: narrow enough to skip most of its lower half
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def prefers_onednn() -> bool:
-    """Whether oneDNN is faster on this processor.
+    """Whether oneDNN computes products here that are not divided into parts.
 
     Decided by the processor's capabilities and not by a measurement, so that every run decides alike.
     """
@@ -33,6 +39,15 @@ def prefers_onednn() -> bool:
 def has_onednn_linear() -> bool:
     """Whether this build of torch has oneDNN's linear layer for dense tensors, the one that torch's own compiler calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether Intel made this processor, as far as the operating system says."""
+    described = platform.processor()
+    if _CPU_INFO.exists():
+        described += _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    return "GenuineIntel" in described
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -49,6 +64,39 @@ def apply_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return _apply_onednn_linear(x, weight, bias)
     with deterministic_small_matmul(x, len(weight)):
         return nn.functional.linear(x, weight, bias)
+
+
+def transposed_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a.T @ b`, float32 [m, n], a sum over all tokens, for a [tokens, m] and b [tokens, n]."""
+    if a.device.type != "cpu" or _prefers_strided_onednn():
+        return matmul(a.T, b)
+    parts = map_on_threads(lambda part: part.T @ b, a.split(PART_COLUMNS, dim=1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def gram(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The Gram matrix X^T diag(w) X, float32 [in, in] and exactly symmetric, of rows X [tokens, in].
+
+    weights: w, float32 [tokens]; None for ones. Its upper half is computed and mirrored.
+    """
+    weighted = rows if weights is None else rows * weights[:, None]
+    if rows.device.type != "cpu":
+        return weighted.T @ rows
+    width, left, right = rows.shape[1], weighted.T, rows.T
+    by_onednn = _prefers_strided_onednn()
+    if by_onednn:  # it wants what is summed contiguous; on narrow strided views it takes a hundred times longer
+        left, right = left.contiguous(), right.contiguous()
+    result = torch.empty(width, width, dtype=rows.dtype)
+
+    def compute(start: int) -> None:
+        stop = min(start + PART_COLUMNS, width)
+        part = apply_linear(left[start:stop], right[start:]) if by_onednn else left[start:stop] @ right[start:].T
+        square = part[:, : stop - start]
+        part[:, : stop - start] = square.triu() + square.triu(1).T
+        result[start:stop, start:], result[start:, start:stop] = part, part.T
+
+    map_on_threads(compute, range(0, width, PART_COLUMNS))
+    return result
 
 
 def deterministic_small_matmul(x: torch.Tensor, columns: int = MIN_ONEDNN_SIZE) -> AbstractContextManager[None]:
@@ -96,10 +144,24 @@ def _apply_onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return output.reshape(*x.shape[:-1], len(weight))
 
 
+def _prefers_strided_onednn() -> bool:
+    """Whether oneDNN is faster in products that sum over the rows of both factors."""
+    return prefers_onednn() and not is_intel()
+
+
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias, [rows, out], by oneDNN. x: [rows, in]; weight: [out, in]; bias: [out]."""
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return output
+    """x weight^T + bias, [rows, out], without gradients. x: [rows, in]; weight: [out, in]; bias: [out]."""
+    if len(x) < 2 * PART_ROWS or not is_intel():
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return output
+    output = torch.empty(len(x), len(weight))
+
+    def compute(start: int) -> None:
+        rows = slice(start, start + PART_ROWS)
+        torch.mm(x[rows], weight.T, out=output[rows])
+
+    map_on_threads(compute, range(0, len(x), PART_ROWS))
+    return output if bias is None else output.add_(bias)
 
 
 class _OneDnnLinearFunction(torch.autograd.Function):

@@ -34,10 +34,19 @@ def one_thread() -> Iterator[None]:
 
 
 def map_on_threads(compute: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
-    """The results of `compute` for all parts, in order. As many threads as torch has share out whole parts."""
+    """The results of `compute` for all parts, in order. As many threads as torch has share out whole parts.
+
+    Gradients are recorded where the caller records them.
+    """
     threads = torch.get_num_threads()
     with one_thread():
         if threads == 1 or len(parts) <= 1:
             return [compute(part) for part in parts]
+        recording, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # both are set by thread
+
+        def compute_as_caller(part: _Part) -> _Result:
+            with torch.inference_mode(inference), torch.set_grad_enabled(recording):
+                return compute(part)
+
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(compute, parts))
+            return list(pool.map(compute_as_caller, parts))

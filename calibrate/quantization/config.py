@@ -71,7 +71,7 @@ class SearchConfig:
     random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
     for none.
     seed: of everything that is drawn at random.
-    large: what is done instead for decoders that are too large for more prompts; None for the same without them.
+    large: what is done instead for decoders that are too large for many more prompts; None for the same.
     """
 
     equalization: Equalization = "search"

@@ -62,7 +62,8 @@ def gather_inputs(tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Te
     tokens: float32 [n, in]; indices: int64, of the rows on which output errors are measured; weights: of the tokens, float32
     [n], None if all are equal.
     """
-    return EqualizationInputs(tokens, tokens.abs().amax(0), tokens.abs().mean(0), tokens[indices], weights)
+    magnitudes = tokens.abs()
+    return EqualizationInputs(tokens, magnitudes.amax(0), magnitudes.mean(0), tokens[indices], weights)
 
 
 def choose_factors(

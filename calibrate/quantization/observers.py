@@ -73,20 +73,21 @@ class InputObserver:
 
         Raises UserError naming layer and batch when a value is not finite; nothing of that batch is added.
         """
-        amax = max(abs(float(bound)) for bound in rows.aminmax()) if rows.numel() else 0.0  # NaN if any value is
+        magnitudes = rows.abs()
+        amax = float(magnitudes.max()) if rows.numel() else 0.0  # NaN if any value is
         if not math.isfinite(amax):
             raise UserError(f"{self._name}: activations of batch {self._batches} are not finite; check the samples")
         self._batches += 1
         if not rows.numel():
             return
         self._extend_range(amax)
-        for label, count in enumerate(torch.bincount(labels, minlength=len(TokenLabel)).tolist()):
-            if not count:
-                continue
-            part = rows if count == len(rows) else rows[labels == label]
-            self._tokens[label] += len(part)
-            self._amax[label] = torch.maximum(self._amax[label], part.abs().amax(0))
-            self._counts[label] += torch.bincount(self._bin_indices(part), minlength=2 * BINS)
+        counts = torch.bincount(labels, minlength=len(TokenLabel))
+        self._tokens += counts
+        for label in counts.nonzero().flatten().tolist():
+            part = magnitudes if counts[label] == len(rows) else magnitudes[labels == label]
+            self._amax[label] = torch.maximum(self._amax[label], part.amax(0))
+        bins = self._bin_indices(rows, magnitudes).add_((2 * BINS * labels.int())[:, None])
+        self._counts += torch.bincount(bins.flatten(), minlength=self._counts.numel()).view_as(self._counts)
 
     def _extend_range(self, amax: float) -> None:
         """Doubles the histogram's range until it covers `amax`, merging bins in pairs."""
@@ -97,10 +98,10 @@ class InputObserver:
             self._counts = torch.zeros_like(self._counts).index_add_(1, merged, self._counts)
             self._exponent = exponent
 
-    def _bin_indices(self, part: torch.Tensor) -> torch.Tensor:
-        """The bin of each value, int32 [values]; exact, because values are only multiplied by a power of two."""
-        steps = part.abs().mul_(BINS * 2.0**-self._exponent).int()
-        return steps.bitwise_xor_((part < 0).int().neg_()).add_(BINS).flatten()  # ~steps below zero: -1 - steps
+    def _bin_indices(self, rows: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+        """The bin of each value, int32 [tokens, channels]; exact, as values are only multiplied by a power of two."""
+        steps = (magnitudes * (BINS * 2.0**-self._exponent)).int()
+        return steps.bitwise_xor_((rows < 0).int().neg_()).add_(BINS)  # ~steps below zero: -1 - steps
 
     def tokens(self, labels: Iterable[TokenLabel] = ALL_LABELS) -> int:
         """The number of tokens observed."""

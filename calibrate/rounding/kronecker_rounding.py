@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.numerics.matmul import gram, matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.hessian import HessianFactor, factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import expand_scales
@@ -40,7 +40,7 @@ def factor_output_hessian(output_hessian: torch.Tensor, device: torch.device, da
     damping: relative to the mean of G's diagonal.
     """
     stored = output_hessian.to(device).float()
-    full = stored if len(stored) == stored.shape[1] else matmul(stored.T, stored)
+    full = stored if len(stored) == stored.shape[1] else gram(stored)
     mean_diagonal = full.diagonal().mean().clamp(min=1e-30)
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(0)).to(device)
     return factor_hessian(full / mean_diagonal, damping, order)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.numerics.matmul import gram, matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.hessian import factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import squared_sum
@@ -34,7 +34,7 @@ def add_gradients(output_hessian: torch.Tensor, gradients: torch.Tensor, generat
     gradients: float32 [tokens, out]. generator: draws the signs by which a sketch sums the gradients.
     """
     if len(output_hessian) == output_hessian.shape[1]:
-        return output_hessian + matmul(gradients.T, gradients).cpu()
+        return output_hessian + gram(gradients).cpu()
     signs = torch.randint(0, 2, (len(output_hessian), len(gradients)), generator=generator) * 2.0 - 1.0
     update = matmul(signs.to(gradients.device), gradients).cpu() / len(output_hessian) ** 0.5
     return (output_hessian.float() + update).bfloat16()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from qvlm_export.calibrate.numerics.cholesky import cholesky_
-from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.numerics.matmul import gram, matmul
 from qvlm_export.calibrate.numerics.threads import map_on_threads
 
 SOLVED_ROWS = 1024  # rows of the right-hand side that one thread solves for at a time
@@ -40,7 +40,7 @@ def match_outputs_by_tokens(
     X_q here. float_inputs: X, quantized_inputs: X_q, float32 [tokens, in], every row multiplied by the square root of its
     token's weight; hessian: X_q^T X_q [in, in].
     """
-    gap, system = (float_inputs - quantized_inputs).T, matmul(quantized_inputs, quantized_inputs.T)
+    gap, system = (float_inputs - quantized_inputs).T, gram(quantized_inputs.T)
     regularization = ridge * _mean_diagonal(hessian)
     if len(weight) > weight.shape[1]:  # the identity in place of W has fewer rows to solve for
         return weight + matmul(weight, matmul(_solve(system, regularization, gap), quantized_inputs))

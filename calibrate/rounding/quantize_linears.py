@@ -14,7 +14,7 @@ import torch
 
 from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
-from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.numerics.matmul import gram, matmul, transposed_matmul
 from qvlm_export.calibrate.quantization.config import LinearConfig
 from qvlm_export.calibrate.quantization.expected_error import choose_expected_scale, fit_tail
 from qvlm_export.calibrate.quantization.hessian import HessianFactor, factor_hessian
@@ -66,8 +66,8 @@ class LayerInputs:
         weighted_rows: w X_q, as `scale_by_weights` returns it; weight: W [out, in].
         """
         if len(weight) < weight.shape[1]:
-            return matmul(matmul(self.float_rows, weight.T).T, weighted_rows)
-        return matmul(weight, matmul(self.float_rows.T, weighted_rows))
+            return transposed_matmul(matmul(self.float_rows, weight.T), weighted_rows)
+        return matmul(weight, transposed_matmul(self.float_rows, weighted_rows))
 
     def match_outputs(
         self, weight: torch.Tensor, quantized_rows: torch.Tensor, hessian: torch.Tensor, ridge: float
@@ -88,7 +88,7 @@ class LayerInputs:
             )
         weighted_rows = self.scale_by_weights(quantized_rows)
         if WIDE_INPUT <= into < len(weight):
-            cross_term = matmul(self.float_rows.T, weighted_rows)
+            cross_term = transposed_matmul(self.float_rows, weighted_rows)
             return matmul(weight, match_outputs(torch.eye(into, device=weight.device), hessian, cross_term, ridge))
         return match_outputs(weight, hessian, self.cross_term(weighted_rows, weight), ridge)
 
@@ -137,7 +137,7 @@ def _quantize_same_bits(
         chosen = choose_input_scale(config, weights, inputs, output_hessians, num_bits) if known is None else known
         input_scale = stored_input_scale(chosen, schemes[next(iter(weights))])
         quantized_rows = fake_quantize(quantized_rows, input_scale, num_bits)
-    hessian = matmul(inputs.scale_by_weights(quantized_rows).T, quantized_rows)
+    hessian = gram(quantized_rows, inputs.weights)
     if config.ridge is not None:
         joined = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
         matched = inputs.match_outputs(joined, quantized_rows, hessian, config.ridge)

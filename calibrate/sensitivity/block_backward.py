@@ -18,7 +18,7 @@ from torch import nn
 from qvlm_export.calibrate.blockwise.block_loader import BlockLoader
 from qvlm_export.calibrate.blockwise.blocks import Block
 from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput, find_shared_inputs, list_linears
-from qvlm_export.calibrate.numerics.matmul import matmul
+from qvlm_export.calibrate.numerics.matmul import gram
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.rounding.output_hessian import (
     add_gradients,
@@ -116,8 +116,8 @@ def _invert_input_hessians(
             x = forward.linear_inputs[shared.linears[0]].flatten(0, -2)
             weight = _sum_squares(shared, linear_gradients).flatten()
             token_weights[shared].append(weight)
-            unweighted[shared] = unweighted.get(shared, 0.0) + matmul(x.T, x)
-            weighted[shared] = weighted.get(shared, 0.0) + matmul((x * weight[:, None]).T, x)
+            unweighted[shared] = unweighted.get(shared, 0.0) + gram(x)
+            weighted[shared] = weighted.get(shared, 0.0) + gram(x, weight)
     with one_thread():  # so that sums over many tokens are the same on any number of threads
         mean = {shared: float(torch.cat(parts).double().mean()) or 1.0 for shared, parts in token_weights.items()}
     return {

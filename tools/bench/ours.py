@@ -104,8 +104,8 @@ ROWS = (
     ),
     OurRow("qvlm: no entropy term", "Q-VLM, no entropy term", _make_qvlm(replace(QVLM, entropy_weight=0.0)), main=()),
     OurRow("fast: no prefix", "fast, no prefix", _make_calibrator(FAST), main=(), prefix=False),
-    # Only W8A8 has a scheme to fall back to.
-    OurRow("fast: strict", "fast, strict", _make_calibrator(FAST), columns=("W8A8",), main=(), strict=True),
+    # Only inputs in 8 bits may fall back to float.
+    OurRow("fast: strict", "fast, strict", _make_calibrator(FAST), columns=("W8A8", "W4A8"), main=(), strict=True),
     *(
         OurRow(f"fast: {name}", f"fast, {name}", _make_calibrator(config), main=())
         for name, config in {
@@ -118,6 +118,8 @@ ROWS = (
             "absmax activation ranges": _change_linear(FAST, activation_ranges="absmax"),
             "activation ranges by output error": _change_linear(FAST, activation_ranges="output"),
             "weight ranges by output error": _change_linear(FAST, weight_ranges="output"),
+            "two questions per image": replace(FAST, questions_per_image=2),
+            "random words": replace(FAST, random_word_prompts=1),
         }.items()
     ),
     *(
@@ -156,6 +158,7 @@ ROWS = (
             "covering weight ranges": _change_linear(FULL_LARGE, weight_ranges="covering"),
             "rounded by GPTQ": _change_linear(FULL_LARGE, rounding="gptq"),
             "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
+            "leverage": replace(FULL_LARGE, leverage=True),
             "tokens by KL": replace(FULL_LARGE, token_weighting="kl"),
             "24 steps of learned rounding": replace(FULL_LARGE, learn_steps=24),
         }.items()

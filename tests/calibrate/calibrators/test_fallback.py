@@ -1,4 +1,4 @@
-"""W8A8 linears fall back to W8A16 where 8 bits cannot hold their shared input."""
+"""W8A8 linears fall back to W8A16, and W4A8 ones to W4A16, where 8 bits cannot hold their shared input."""
 
 from __future__ import annotations
 
@@ -55,6 +55,14 @@ def search(outlier: float, schemes: Mapping[str, LinearScheme], *, strict: bool 
     return found, float(((rounded - exact).square().sum(-1) / exact.square().sum(-1)).mean())
 
 
+def test_an_input_beyond_8_bits_stays_float_with_4_bit_weights_too() -> None:
+    found, error = search(300.0, {"linear_1": LinearScheme(4, 8, 64)})
+    _, strict_error = search(300.0, {"linear_1": LinearScheme(4, 8, 64)}, strict=True)
+    assert found.quantized_linears()["linear_1"].scheme == LinearScheme(4, None, 64)
+    assert found.fallbacks() == ["linear_1"]
+    assert error < strict_error / 2
+
+
 def test_an_input_that_8_bits_cannot_hold_stays_float() -> None:
     found, error = search(300.0, {"linear_1": W8A8})
     kept, strict_error = search(300.0, {"linear_1": W8A8}, strict=True)
@@ -75,8 +83,8 @@ def test_an_ordinary_input_keeps_its_scheme() -> None:
     assert 0 < found.activation_errors["linear_1"] < MAX_ACTIVATION_ERROR
 
 
-@pytest.mark.parametrize("scheme", [LinearScheme(4, None, 64), LinearScheme(4, 8, 64), LinearScheme(6, 6, None)])
-def test_schemes_without_8_bit_products_have_no_fallback(scheme: LinearScheme) -> None:
+@pytest.mark.parametrize("scheme", [LinearScheme(4, None, 64), LinearScheme(4, 4, 64), LinearScheme(6, 6, None)])
+def test_schemes_without_8_bit_activations_have_no_fallback(scheme: LinearScheme) -> None:
     found, _ = search(300.0, {"linear_1": scheme})
     assert found.quantized_linears()["linear_1"].scheme == scheme
     assert found.activation_errors == {}

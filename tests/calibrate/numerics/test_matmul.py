@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from qvlm_export.calibrate.blockwise.blocks import make_blocks
 from qvlm_export.calibrate.numerics import matmul as matmul_module
 from qvlm_export.calibrate.numerics.matmul import (
     MIN_ONEDNN_SIZE,
+    PART_ROWS,
     OneDnnLinear,
     apply_linear,
     deterministic_small_matmul,
+    gram,
+    is_intel,
     matmul,
+    transposed_matmul,
     use_onednn_linears,
 )
 
@@ -208,3 +213,75 @@ def test_onednn_is_preferred_only_with_avx512(monkeypatch: pytest.MonkeyPatch) -
     for capability, expected in (("AVX512", matmul_module.has_onednn_linear()), ("AVX2", False), ("DEFAULT", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert matmul_module.prefers_onednn() == expected
+
+
+@pytest.fixture(params=["oneDNN", "parts", "BLAS"])
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as on an AMD and on an Intel processor with AVX-512, and as on one without."""
+    monkeypatch.setattr(matmul_module, "is_intel", lambda: request.param == "parts")
+    if request.param == "BLAS":
+        monkeypatch.setattr(matmul_module, "prefers_onednn", lambda: False)
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 3), (1, 1), (5, 700), (700, 5), (300, 192), (1500, 193), (90, 577)])
+def test_a_gram_matrix_is_exactly_symmetric_and_equals_the_exact_one(tokens: int, width: int, weighted: bool) -> None:
+    rows = random_tensor(tokens, 2 * width)[:, ::2]
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) if weighted else None
+    product, exact = gram(rows, weights), rows.double()
+    assert torch.equal(product, product.T)
+    expected = exact.T @ (exact if weights is None else exact * weights[:, None].double())
+    torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-4)
+    assert gram(exact).dtype == torch.float64
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("shape", [(1, 3, 5), (700, 193, 70), (65, 200, 600), (5000, 64, 300)])
+def test_a_sum_over_tokens_equals_the_exact_one(shape: tuple[int, int, int]) -> None:
+    tokens, columns, others = shape
+    a, b = random_tensor(tokens, columns), random_tensor(tokens, others)
+    assert_close(transposed_matmul(a, b), a.double().T @ b.double())
+
+
+@pytest.mark.usefixtures("_threads", "_library")
+@pytest.mark.parametrize("shape", [(5000, 300, 200), (300, 700, 64), (1030, 96, 2000)])
+def test_sums_over_tokens_have_the_same_bits_on_any_number_of_threads(shape: tuple[int, int, int]) -> None:
+    tokens, columns, others = shape
+    a, b, results = random_tensor(tokens, columns), random_tensor(tokens, others), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append((gram(a), gram(b, a[:, 0].abs()), transposed_matmul(a, b)))
+    assert all(torch.equal(one, other) for others in results[1:] for one, other in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [2 * PART_ROWS - 1, 2 * PART_ROWS, 3 * PART_ROWS + 7])
+def test_products_of_many_rows_are_divided_on_intel(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bias and gradients, with and without autograd, from views and on several threads."""
+    layer = OneDnnLinear(SIZE, MIN_ONEDNN_SIZE, bias=bias)
+    exact = nn.Linear(SIZE, MIN_ONEDNN_SIZE, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    for intel in (False, True):
+        monkeypatch.setattr(matmul_module, "is_intel", lambda intel=intel: intel)
+        x = random_tensor(rows, SIZE)
+        with torch.inference_mode():
+            assert_close(layer(x), exact(x.double()))
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)
+        exact_x = x.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(exact(exact_x).square().sum(), exact_x)
+        assert_close(gradient, expected)
+
+
+def test_who_made_the_processor_is_read_from_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = tmp_path / "cpuinfo"
+    monkeypatch.setattr(matmul_module, "_CPU_INFO", description)
+    monkeypatch.setattr(matmul_module.platform, "processor", lambda: "x86_64")
+    for maker, intel in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        description.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n", encoding="utf-8")
+        assert is_intel.__wrapped__() == intel
+    description.unlink()
+    assert not is_intel.__wrapped__()
+    monkeypatch.setattr(matmul_module.platform, "processor", lambda: "Intel64 Family 6 Model 85, GenuineIntel")
+    assert is_intel.__wrapped__()

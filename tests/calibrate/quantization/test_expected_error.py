@@ -130,19 +130,21 @@ def test_expected_clipping_is_at_least_the_observed_and_falls_with_the_limit(see
 @given(
     arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(0, 4, width=32)),
     st.integers(1, 40),
+    st.sampled_from([1, 45]),
 )
-def test_the_largest_values_are_those_of_topk(size: np.ndarray, count: int) -> None:
-    """That holds for equal values, too, and for more channels than are sorted at a time."""
-    repeated = torch.from_numpy(size).repeat(1, 1 + 600 // size.shape[1])
-    count = min(count, len(size))
+def test_the_largest_values_are_those_of_topk(size: np.ndarray, count: int, times: int) -> None:
+    """That holds for equal values, too, and for so many tokens that groups of them are passed over."""
+    repeated = torch.from_numpy(size).repeat(times, 1)
+    repeated += 0.1 * torch.arange(len(repeated))[:, None].remainder(7)
+    count = min(count, len(repeated))
     largest = _find_largest(repeated, count)
     assert largest.is_contiguous()  # sums over it depend on that in their last bits
     torch.testing.assert_close(largest, repeated.topk(count, dim=0).values, rtol=0, atol=0)
 
 
 def test_finding_the_largest_values_does_not_sort_the_argument() -> None:
-    """With one channel or one token the transposed tensor is contiguous, so that a copy has to be forced."""
-    for shape in ((50, 1), (1, 50), (50, 3)):
+    """With one channel or one token the transposed tensor is contiguous, so that nothing is copied unless it has to be."""
+    for shape in ((2000, 1), (1, 50), (2000, 3)):
         size = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         before = size.clone()
         _find_largest(size, 1)

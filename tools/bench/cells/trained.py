@@ -138,7 +138,7 @@ def _entry(cell: Median | None, seeds: int) -> str:
 
 
 def fallback_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says how many linears of which rows are W8A16 in place of W8A8, as their input does not fit into 8 bits."""
+    """Says how many linears of which rows have A16 in place of A8, as their input does not fit into 8 bits."""
     found: dict[str, dict[int, str]] = {}
     for record in records:
         if count := record["fallbacks"]:
@@ -149,7 +149,7 @@ def fallback_notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = "; ".join(f"{row}: {', '.join(by_seed[seed] for seed in sorted(by_seed))}" for row, by_seed in found.items())
     return [
         "",
-        "Inputs of linears that 8 bits cannot hold stay float (W8A16), as in exports without `--strict`; peers have none of",
+        "Inputs of linears that 8 bits cannot hold stay float (A16), as in exports without `--strict`; peers have none of",
         f"these, nor has `fast: strict`. {notes}.",
     ]
 
