@@ -2,7 +2,7 @@
 
 A layer is a set of linears that share an input, such as q, k and v. The computations between layers (norms, attention, the
 residual stream, the placement of the image features among the tokens) are replayed with transformers' own modules. The whole
-model must fit into memory, so this is for the tiny model.
+model must fit into memory, so this is for small models.
 """
 
 from __future__ import annotations
@@ -16,9 +16,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.blocks import Block, get_linear, load_block, load_finite, make_blocks
-from qvlm_export.calibrate.blockwise.forward import EMBEDDING, Run, embed_tokens, load_head
+from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, get_linear, load_block, load_finite, make_blocks
+from qvlm_export.calibrate.blockwise.forward import (
+    EMBEDDING,
+    Run,
+    compute_prefix,
+    embed_tokens,
+    float_step,
+    load_head,
+    make_decoder_run,
+    run_vision_blocks,
+)
 from qvlm_export.calibrate.blockwise.shared_inputs import find_shared_inputs
+from qvlm_export.calibrate.checkpoint.prefix import cut_prefix
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import fit_scheme, parse_scheme_bits
 from qvlm_export.calibrate.quantization.observers import observe_rows
@@ -91,51 +101,72 @@ class Chain:
 
 
 @contextmanager
-def open_chain(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, grid: Sequence[Clip]) -> Iterator[Chain]:
-    """The chain of a checkpoint over samples of one image each; samples of equal length form a batch.
+def open_chain(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    scheme: str,
+    grid: Sequence[Clip],
+    *,
+    vision: bool = True,
+    prefix: Sequence[int] = (),
+) -> Iterator[Chain]:
+    """The chain of a checkpoint over samples; those of equal length form a batch.
 
-    scheme: such as W4A4. grid: the clipping ranges of activations that the layers support.
+    scheme: such as W4A4. grid: the clipping ranges of activations that the layers support. vision: whether the layers of
+    tower and projector are part of the chain; samples then have one image each, in place of CLIP's patch tokens. prefix:
+    tokens that samples begin with, which are not quantized.
     """
+    replay_blocks, float_blocks = make_blocks(checkpoint.hf_config), make_blocks(checkpoint.hf_config)
+    cache = compute_prefix(replay_blocks, checkpoint.source, prefix) if prefix else None
+    replay_blocks, samples = replace(replay_blocks, prefix=cache), cut_prefix(samples, prefix) if prefix else samples
     lengths = sorted({len(s.input_ids) for s in samples})
     batches = [[s for s in samples if len(s.input_ids) == length] for length in lengths]
     ordered = [s for batch in batches for s in batch]
-    replay_blocks, float_blocks = make_blocks(checkpoint.hf_config), make_blocks(checkpoint.hf_config)
     table, head = (
         load_finite(checkpoint.source, EMBEDDING),
         load_head(checkpoint.source, checkpoint.config.text.rms_norm_eps),
     )
 
-    def embed(features: list[torch.Tensor]) -> list[torch.Tensor]:
-        images = iter(features[0])
+    def embed(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        images = iter(features)
         return [torch.cat([embed_tokens(table, replay_blocks.image_token_id, s, next(images)) for s in b]) for b in batches]
-
-    def decode(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(x.shape[1])[None]
-        rope = replay_blocks.rotary(x, position_ids=positions)
-        out: torch.Tensor = module(x, attention_mask=None, position_ids=positions, position_embeddings=rope)
-        return out
 
     def logits(hidden: list[torch.Tensor]) -> torch.Tensor:
         rows = [row[None] for part in hidden for row in part]
-        return torch.cat([head.logits(row[0])[s.answer_start - 1 : -1] for row, s in zip(rows, ordered, strict=True)])
+        return torch.cat(
+            [head.logits(row[0])[max(s.answer_start - 1, 0) : -1] for row, s in zip(rows, ordered, strict=True)]
+        )
 
     with ExitStack() as stack, torch.inference_mode():
-        hidden = [torch.from_numpy(np.concatenate([s.pixel_values for s in ordered]))]
-        for block in replay_blocks.entries:
-            hidden = [stack.enter_context(load_block(block, checkpoint.source))(hidden[0])]
         builder = _ChainBuilder(stack, checkpoint, scheme, grid)
-        for pair in zip(replay_blocks.vision_layers, float_blocks.vision_layers, strict=True):
-            hidden = builder.add(*pair, lambda module, x: module(x, attention_mask=None), lambda outputs: outputs, hidden)
-        hidden = builder.add(
-            replay_blocks.projector,
-            float_blocks.projector,
-            lambda module, x: module(x),
-            lambda out: [x[:, 1:] for x in out],
-            hidden,
-        )
+        if vision:
+            hidden = _add_vision_layers(builder, (replay_blocks, float_blocks), ordered)
+        else:
+            features = run_vision_blocks(replay_blocks, checkpoint.source, ordered, float_step(checkpoint.source))
+            hidden = embed(features)
         for number, pair in enumerate(zip(replay_blocks.text_layers, float_blocks.text_layers, strict=True)):
-            hidden = builder.add(*pair, decode, (lambda outputs: outputs) if number else embed, hidden)
+            bridge = (lambda outputs: embed(outputs[0])) if vision and not number else (lambda outputs: outputs)
+            hidden = builder.add(*pair, make_decoder_run(replay_blocks, number), bridge, hidden)
         yield builder.chain(logits)
+
+
+def _add_vision_layers(
+    builder: _ChainBuilder, blocks: tuple[ModelBlocks, ModelBlocks], samples: Sequence[Sample]
+) -> list[torch.Tensor]:
+    """Adds the layers of CLIP's tower and of the projector; returns the image features of all samples, in one batch."""
+    replay_blocks, float_blocks = blocks
+    hidden = [torch.from_numpy(np.concatenate([s.pixel_values for s in samples]))]
+    for block in replay_blocks.entries:
+        hidden = [builder.load(block)(hidden[0])]
+    for pair in zip(replay_blocks.vision_layers, float_blocks.vision_layers, strict=True):
+        hidden = builder.add(*pair, lambda module, x: module(x, attention_mask=None), lambda outputs: outputs, hidden)
+    return builder.add(
+        replay_blocks.projector,
+        float_blocks.projector,
+        lambda module, x: module(x),
+        lambda out: [x[:, 1:] for x in out],
+        hidden,
+    )
 
 
 class _ChainBuilder:
@@ -146,6 +177,10 @@ class _ChainBuilder:
         fields = ("replays", "bridges", "float_blocks", "places", "layers", "inputs", "float_outputs", "names")
         self._parts: dict[str, list[Any]] = {name: [] for name in fields}
 
+    def load(self, block: Block) -> nn.Module:
+        """The block with its weights, which stay in memory as long as the chain."""
+        return self._stack.enter_context(load_block(block, self._source))
+
     def add(
         self, replay_block: Block, float_block: Block, run: Run, bridge: Bridge, hidden: list[torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -153,7 +188,7 @@ class _ChainBuilder:
 
         Returns the outputs of the block.
         """
-        module = self._stack.enter_context(load_block(replay_block, self._source))
+        module = self.load(replay_block)
         batches, layers = bridge(hidden), [shared.linears for shared in find_shared_inputs(module)]
         rows: dict[str, list[torch.Tensor]] = {linears[0]: [] for linears in layers}
 
@@ -171,7 +206,7 @@ class _ChainBuilder:
             parts["float_outputs"].append({name: linear_outputs[name] for name in linears})
             parts["layers"].append(self._make_layer({n: get_linear(module, n) for n in linears}, parts["inputs"][-1]))
             parts["names"].append(f"{replay_block.prefix}.{linears[0]}")
-        parts["float_blocks"].append(self._stack.enter_context(load_block(float_block, self._source)))
+        parts["float_blocks"].append(self.load(float_block))
         parts["bridges"].append(bridge)
         parts["replays"].append(self._stack.enter_context(replay_module(module, layers, run, batches)))
         return outputs

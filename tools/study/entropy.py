@@ -1,13 +1,18 @@
 """Study of Q-VLM's entropy proxy (arXiv 2410.08119): does it predict which layers gain from a joint search?
 
     OMP_NUM_THREADS=1 python -m tools.study.entropy --out docs/entropy
+    OMP_NUM_THREADS=1 python -m tools.study.entropy --model build/smol --data build/smol-data/calibration-0.jsonl \\
+        --samples 16 --schemes W8A8 W4A4 --decoder-only --out docs/entropy-smol
     python -m tools.study.entropy --out docs/entropy --redraw
 
 The discretization-error difference (DED) of consecutive layers is E(one by one) / E(jointly) - 1, where E is the error of
 the last layer's output. One by one, each layer has the activation range that is best for its own output; jointly, the layers
-have the ranges that are best together. The DED of every pair and triple of the tiny LLaVA is measured by exhaustive search
-and correlated with proxies that are cheap to compute. Weights are not clipped. It writes <out>.json and <out>.png and prints
-the table that docs/entropy.md shows; --redraw makes figure and table from an existing <out>.json.
+have the ranges that are best together. The DED of every pair and triple is measured by exhaustive search and correlated with
+proxies that are cheap to compute. Weights are not clipped. It writes <out>.json and <out>.png and prints the table that
+docs/entropy.md shows; --redraw makes figure and table from an existing <out>.json.
+
+With --decoder-only, which a larger model needs, the chain is the decoder alone, behind the prefix of its chat template as in
+an export; its preceding layers are float only, and there are no triples.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +39,16 @@ from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.qvlm.clip_candidates import Clips
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Outputs, SearchLayer, relative_error, search_tree
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from qvlm_export.inputs.prefix import find_common_prefix
 from qvlm_export.inputs.samples import default_calibration, encode_entries, load_processor, read_entries
 from tools.study.chain import Chain, open_chain, quantize_preceding
 from tools.study.proxies import code_entropy, error_cosine, flatness, lookahead_regret, pair_errors, quantization_error
 
 GRID = (*PAPER_CLIPS, *(Clip(fraction=f) for f in (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)))  # activation ranges of each layer
 PAPER = len(PAPER_CLIPS)
-SCHEMES = ("W4A4", "W6A6")
+SCHEMES = ("W4A4", "W6A6")  # by default
 RESAMPLES = 1000
+MAX_ENTRIES = 10_000  # lines of the data that are read; samples are spread evenly among them
 PROXIES = (
     "entropy", "entropy, best range", "quantization error", "quantization error, best range",
     "look-ahead regret", "look-ahead regret, paper's ranges", "error cosine", "flatness",
@@ -139,38 +146,44 @@ def compute_proxies(chain: Chain, first: int, tables: Sequence[np.ndarray], num_
     return dict(zip(PROXIES, values, strict=True)) | {"left by look-ahead": left}
 
 
-def study(checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str) -> list[dict[str, Any]]:
-    """Records of all pairs, after float and after quantized preceding layers; every second sample is held out."""
-    records = []
+def study(
+    checkpoint: Checkpoint, samples: Sequence[Sample], scheme: str, *, decoder_only: bool = False
+) -> list[dict[str, Any]]:
+    """Records of all pairs; every second sample is held out. decoder_only: as --decoder-only."""
+    prefix = find_common_prefix(load_processor(checkpoint.folder), checkpoint.config) if decoder_only else ()
+    parts: dict[str, Any] = {"vision": not decoder_only, "prefix": prefix}
     with (
-        open_chain(checkpoint, samples[::2], scheme, GRID) as chain,
-        open_chain(checkpoint, samples[1::2], scheme, GRID) as held_out,
+        open_chain(checkpoint, samples[::2], scheme, GRID, **parts) as chain,
+        open_chain(checkpoint, samples[1::2], scheme, GRID, **parts) as held_out,
     ):
-        float_logits, quantized = chain.answer_logits(0, ()), quantize_preceding(chain, GRID)
-        for first in range(len(chain.layers) - 1):
-            record: dict[str, Any] = {
-                "scheme": scheme,
-                "pair": [first, first + 1],
-                "layers": list(chain.names[first : first + 2]),
-            }
-            record["inside_a_block"] = chain.places[first][0] == chain.places[first + 1][0]
-            for preceding, model in (("float", chain), ("quantized", quantized)):
-                tables = [error_table(model, first, depth, GRID) for depth in (1, 2)]
-                paper_tables = [table[(slice(PAPER),) * table.ndim] for table in tables]
-                targets = {
-                    "DED": discretization_error_difference(tables),
-                    "DED, paper's ranges": discretization_error_difference(paper_tables),
-                }
-                targets["absolute DED"] = float(tables[1][choose_one_by_one(tables)] - tables[1].min())
-                record[preceding] = targets | compute_proxies(model, first, tables, parse_scheme_bits(scheme)[0])
-                if preceding == "float":
-                    record["final"], record["unseen"] = compare_beyond_pair(chain, held_out, first, tables, float_logits)
-            if first + 2 < len(chain.layers):
-                record["DED of three, paper's ranges"] = discretization_error_difference(
-                    [*paper_tables, error_table(quantized, first, 3, PAPER_CLIPS)]
-                )
-            records.append(record)
-    return records
+        models = {"float": chain} if decoder_only else {"float": chain, "quantized": quantize_preceding(chain, GRID)}
+        float_logits = chain.answer_logits(0, ())
+        return [measure_pair(models, held_out, first, scheme, float_logits) for first in range(len(chain.layers) - 1)]
+
+
+def measure_pair(
+    models: Mapping[str, Chain], held_out: Chain, first: int, scheme: str, float_logits: torch.Tensor
+) -> dict[str, Any]:
+    """The record of layers first, first + 1. models: the chain by what its preceding layers are, "float" or "quantized"."""
+    chain = models["float"]
+    record: dict[str, Any] = {"scheme": scheme, "pair": [first, first + 1], "layers": list(chain.names[first : first + 2])}
+    record["inside_a_block"] = chain.places[first][0] == chain.places[first + 1][0]
+    for preceding, model in models.items():
+        tables = [error_table(model, first, depth, GRID) for depth in (1, 2)]
+        paper_tables = [table[(slice(PAPER),) * table.ndim] for table in tables]
+        targets = {
+            "DED": discretization_error_difference(tables),
+            "DED, paper's ranges": discretization_error_difference(paper_tables),
+        }
+        targets["absolute DED"] = float(tables[1][choose_one_by_one(tables)] - tables[1].min())
+        record[preceding] = targets | compute_proxies(model, first, tables, parse_scheme_bits(scheme)[0])
+        if preceding == "float":
+            record["final"], record["unseen"] = compare_beyond_pair(chain, held_out, first, tables, float_logits)
+        elif first + 2 < len(chain.layers):
+            record["DED of three, paper's ranges"] = discretization_error_difference(
+                [*paper_tables, error_table(model, first, 3, PAPER_CLIPS)]
+            )
+    return record
 
 
 def compare_beyond_pair(
@@ -218,18 +231,45 @@ def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     The DED of a triple is correlated with the sum of the proxies of its two pairs.
     """
     table: dict[str, Any] = {}
-    for scheme in SCHEMES:
+    for scheme in list_schemes(records):
         of_scheme = [r for r in records if r["scheme"] == scheme]
         for preceding in ("float", "quantized"):
-            pairs = [r[preceding] for r in of_scheme]
-            table.setdefault(scheme, {})[preceding] = {
-                target: {name: correlation([p[name] for p in pairs], [p[target] for p in pairs]) for name in PROXIES}
-                for target in TARGETS
+            if pairs := [r[preceding] for r in of_scheme if preceding in r]:
+                table.setdefault(scheme, {})[preceding] = {
+                    target: {name: correlation([p[name] for p in pairs], [p[target] for p in pairs]) for name in PROXIES}
+                    for target in TARGETS
+                }
+        if "quantized" in table[scheme]:
+            triples = [r["DED of three, paper's ranges"] for r in of_scheme[:-1]]
+            sums = {n: [a["quantized"][n] + b["quantized"][n] for a, b in itertools.pairwise(of_scheme)] for n in PROXIES}
+            table[scheme]["quantized"]["DED of three, paper's ranges"] = {
+                name: correlation(values, triples) for name, values in sums.items()
             }
-        triples = [r["DED of three, paper's ranges"] for r in of_scheme[:-1]]
-        sums = {n: [a["quantized"][n] + b["quantized"][n] for a, b in itertools.pairwise(of_scheme)] for n in PROXIES}
-        table[scheme]["quantized"]["DED of three, paper's ranges"] = {n: correlation(v, triples) for n, v in sums.items()}
     return table
+
+
+def list_schemes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The schemes of the records, in their order."""
+    return list(dict.fromkeys(record["scheme"] for record in records))
+
+
+def gain_lines(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown table of what joint search gains on the pairs of each scheme, and what is left of it elsewhere.
+
+    The last three columns are the median of E(jointly) / E(one by one) - 1: where ranges are chosen, on the samples held
+    out, and in the logits.
+    """
+    lines = [
+        "| scheme | pairs | with any gain | error of the pair | on samples held out | of the logits |",
+        "|---" * 6 + "|",
+    ]
+    for scheme in list_schemes(records):
+        of_scheme = [r for r in records if r["scheme"] == scheme]
+        gains = [1 / (1 + r["float"]["DED"]) - 1 for r in of_scheme]
+        beyond = [[r[key][1] / r[key][0] - 1 for r in of_scheme] for key in ("unseen", "final")]
+        medians = [f"{100 * float(np.median(values)):+.1f} %" for values in (gains, *beyond)]
+        lines.append(f"| {scheme} | {len(of_scheme)} | {sum(gain < 0 for gain in gains)} | {' | '.join(medians)} |")
+    return lines
 
 
 def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -> None:
@@ -238,7 +278,7 @@ def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -
              "look-ahead regret": "look-ahead regret of layer k"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
-        for scheme, marker in zip(SCHEMES, "os", strict=True):
+        for scheme, marker in zip(table, "os", strict=True):
             points = [(r[SHOWN_PREFIX][name], r[SHOWN_PREFIX]["DED"]) for r in records if r["scheme"] == scheme]
             r = table[scheme][SHOWN_PREFIX]["DED"][name]["pearson"][0]
             axis.plot(*zip(*points, strict=True), marker, ms=4, alpha=0.7, mew=0, label=f"{scheme}: r = {r:+.2f}")
@@ -252,9 +292,9 @@ def plot(records: Sequence[dict[str, Any]], table: dict[str, Any], path: Path) -
 
 def table_lines(table: dict[str, Any]) -> list[str]:
     """Markdown table of the proxies in SHOWN: their Pearson's r with the DED [interval] / Spearman's, as in `plot`."""
-    lines = [f"| proxy | {' | '.join(SCHEMES)} |", "|---" * (len(SCHEMES) + 1) + "|"]
+    lines = [f"| proxy | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
     for name in SHOWN:
-        coefficients = [table[scheme][SHOWN_PREFIX]["DED"][name] for scheme in SCHEMES]
+        coefficients = [of_scheme[SHOWN_PREFIX]["DED"][name] for of_scheme in table.values()]
         cells = ["{:.2f} [{:.2f}, {:.2f}] / {:.2f}".format(*c["pearson"], c["spearman"][0]) for c in coefficients]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -269,34 +309,39 @@ def round_floats(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def measure(model: Path, count: int) -> dict[str, Any]:
-    """Runs the study on `count` samples of the built-in calibration set; returns the content of <out>.json."""
-    checkpoint = open_checkpoint(str(model))
-    entries = read_entries(default_calibration(), None, count)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the study; returns the content of <out>.json."""
+    checkpoint = open_checkpoint(str(args.model))
+    data, count = (args.data, MAX_ENTRIES) if args.data else (default_calibration(), args.samples)
+    entries = read_entries(data, None, count)
+    entries = entries[:: max(1, len(entries) // args.samples)][: args.samples]
     samples = encode_entries(
         entries, load_processor(checkpoint.folder), checkpoint.config, checkpoint.config.text.max_position_embeddings
     )
-    records = [record for scheme in SCHEMES for record in study(checkpoint, samples, scheme)]
-    return {"samples": count, "bootstrap_seed": 0, "correlations": correlations(records), "pairs": records}
+    records = [
+        record for scheme in args.schemes for record in study(checkpoint, samples, scheme, decoder_only=args.decoder_only)
+    ]
+    return {"samples": args.samples, "bootstrap_seed": 0, "correlations": correlations(records), "pairs": records}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("qvlm_export/tiny"))
-    parser.add_argument(
-        "--samples", type=int, default=64, help="of the built-in calibration set; every second one is held out"
-    )
+    parser.add_argument("--data", type=Path, help="calibration data, JSON lines; the built-in set by default")
+    parser.add_argument("--samples", type=int, default=64, help="of the data; every second one is held out")
+    parser.add_argument("--schemes", nargs=2, default=SCHEMES, help="two, such as W4A4")
+    parser.add_argument("--decoder-only", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--redraw", action="store_true", help="do not measure; make figure and table from <out>.json")
     args = parser.parse_args()
     started = time.monotonic()
     json_file = args.out.with_suffix(".json")
     if not args.redraw:
-        json_file.write_text(json.dumps(round_floats(measure(args.model, args.samples)), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(round_floats(measure(args)), indent=1) + "\n", encoding="utf-8")
     # The file is read back after measuring, too, so that a redraw gives the same digits.
     content = json.loads(json_file.read_text(encoding="utf-8"))
     plot(content["pairs"], content["correlations"], args.out.with_suffix(".png"))
-    print("\n".join(table_lines(content["correlations"])))
+    print("\n".join([*table_lines(content["correlations"]), "", *gain_lines(content["pairs"])]))
     print(f"{time.monotonic() - started:.0f} s")
 
 
