@@ -26,11 +26,11 @@ from qvlm_export.calibrate.numerics.cholesky import MIN_BLOCKED_ROWS
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.equalize import EXPONENTS
 from qvlm_export.calibrate.quantization.expected_error import MAX_ROWS, STEPS
-from qvlm_export.calibrate.rounding.gptq import RANGE_FRACTIONS
 from qvlm_export.calibrate.rounding.kronecker_rounding import SLABS
 from qvlm_export.calibrate.rounding.learned_rounding import HELD_OUT_EVERY, NUM_CHECKS, STEP_TOKENS
 from qvlm_export.calibrate.rounding.output_hessian import SKETCH_ROWS
 from qvlm_export.calibrate.rounding.quantize_linears import MAX_SEARCH_ROWS, WIDE_INPUT
+from qvlm_export.calibrate.rounding.range_search import RESIDUAL_FRACTIONS
 from qvlm_export.calibrate.sensitivity.tape import MAX_GRAPH_BYTES
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
@@ -160,9 +160,11 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         candidates = _num_equalization_candidates(config.equalization) if shared.preceding is not None else 0
         flops += candidates * 2.0 * min(tokens, MAX_SEARCH_ROWS) * out * width
         flops += 2.0 * tokens * width**2 + 2.0 * out * width**2  # the input Hessian, GPTQ
-        if config.linear.weight_ranges == "rounded" and any(s.group_size for s in schemes.values()):
-            flops += (2.0 * len(RANGE_FRACTIONS) + 2.0 * (1 + len(RANGE_FRACTIONS))) * out * width**2
+        if config.linear.refit_scales:
+            flops += 4.0 * out * width**2
         factors += _factorization_cost(ROUNDER_FLOPS * width**3, width) + _output_matching_cost(tokens, width, out)
+        if config.linear.weight_ranges == "residual" and any(s.group_size for s in schemes.values()):
+            candidates += len(RESIDUAL_FRACTIONS)
         rounded += (candidates + 1) * out * width
         if config.needs_output_hessians():
             flops += sum(2.0 * shape[0] ** 2 * width for shape in shapes)

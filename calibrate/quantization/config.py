@@ -17,7 +17,7 @@ Equalization = Literal["none", "smoothquant", "awq", "search", "expected"]
 # absmax: the largest magnitude, on both sides of zero. covering: the smallest range that clips nothing. rounded: that range,
 # or a fraction of it if that leaves less output error after GPTQ. output: the fraction of absmax with the least output error
 # after round-to-nearest.
-WeightRange = Literal["absmax", "covering", "rounded", "output"]
+WeightRange = Literal["absmax", "covering", "residual", "output"]
 # The clipping range of a shared input: the largest magnitude, the fraction of it with the least output error, or the range
 # with the least expected error (`expected_error.py`).
 InputRange = Literal["absmax", "output", "expected"]
@@ -45,6 +45,7 @@ class LinearConfig:
     ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
     by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
     Hessian. It needs Kronecker-factored rounding ("kronecker"), without which there are no output Hessians.
+    refit_scales: whether scales are fitted to the codes that rounding has chosen (`scale_refit.py`).
     damping: of GPTQ, relative to the mean diagonal of the input Hessian. output_damping: the same of the output Hessian.
     """
 
@@ -53,6 +54,7 @@ class LinearConfig:
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
     by_output: bool = True
+    refit_scales: bool = False
     damping: float = 0.01
     output_damping: float = 0.1
 
@@ -119,12 +121,11 @@ RTN_LINEAR = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ro
 EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges="covering")
 # A Hessian of few calibration tokens is far from that of deployment, so more damping than in the paper is better. A token
 # counts by the size of the block's output there, so that no massive activation decides for all others.
-FAST = SearchConfig("expected", replace(EXPECTED_ERROR_LINEAR, damping=0.1), "output")
+FAST_LINEAR = replace(EXPECTED_ERROR_LINEAR, weight_ranges="residual", refit_scales=True, damping=0.1)
+FAST = SearchConfig("expected", FAST_LINEAR, "output")
 # `full` of all but the smallest decoders. It rounds by the effect on the predictions of all text, as gradients of the few
 # answer tokens of a calibration set say too little about so many directions.
-LARGE_KRONECKER_LINEAR = replace(
-    FAST.linear, weight_ranges="rounded", rounding="kronecker", by_output=False, output_damping=0.3
-)
+LARGE_KRONECKER_LINEAR = replace(FAST_LINEAR, rounding="kronecker", by_output=False, output_damping=0.3)
 FULL_LARGE = replace(FAST, linear=LARGE_KRONECKER_LINEAR, probed_tokens="text", leverage=False)
 # With many times the prompts, which only small decoders can afford (`augmentation/prompts.py`), a smaller ridge is enough.
 # "kl" weights the tokens that decide uncertain answers; as these are little data for so many directions, "logits" is added.

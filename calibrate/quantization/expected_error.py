@@ -27,7 +27,7 @@ import torch
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.numerics.matmul import gram
 from qvlm_export.calibrate.numerics.threads import one_thread
-from qvlm_export.calibrate.quantization.hessian import gptq_residual_energy
+from qvlm_export.calibrate.quantization.hessian import factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 
 CLIPPING_WEIGHT = 10.0
@@ -106,7 +106,7 @@ def compute_residual_energy(rows: torch.Tensor, weights: torch.Tensor | None) ->
     It scales with the square of the input. rows: float32 [tokens, in]; weights: of the tokens, float32 [tokens], None if all
     are equal.
     """
-    return gptq_residual_energy(gram(rows, weights)) / len(rows)
+    return factor_hessian(gram(rows, weights)).residual_energy() / len(rows)
 
 
 @dataclass(frozen=True)

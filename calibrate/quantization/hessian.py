@@ -24,11 +24,18 @@ class HessianFactor:
     """The Cholesky factor of a damped Hessian, H = L L^T, for all linears that share the input.
 
     order: int64 [in], columns by increasing input energy (act-order); they are rounded from the last to the first. lower: L,
-    float64 [in, in], in that order and column-major in memory.
+    float64 [in, in], in that order and column-major in memory. damping: what was added to the diagonal.
     """
 
     order: torch.Tensor
     lower: torch.Tensor
+    damping: float
+
+    def residual_energy(self) -> torch.Tensor:
+        """L_jj^2, float32 [in]: the output error of a unit error in each column after GPTQ's compensation."""
+        energy = torch.empty(len(self.order), device=self.order.device)
+        energy[self.order] = self.lower.diagonal().square().float()
+        return energy
 
 
 def factor_hessian(hessian: torch.Tensor, damping: float = DAMPING, order: torch.Tensor | None = None) -> HessianFactor:
@@ -53,18 +60,7 @@ def factor_hessian(hessian: torch.Tensor, damping: float = DAMPING, order: torch
     while not cholesky_(lower):
         damping *= 10
         _fill_(lower, hessian, order, damping)
-    return HessianFactor(order, lower)
-
-
-def gptq_residual_energy(hessian: torch.Tensor) -> torch.Tensor:
-    """L_jj^2, float32 [in]: the output error of a unit error in each column after GPTQ's compensation.
-
-    hessian: H, float32 [in, in].
-    """
-    factor = factor_hessian(hessian)
-    energy = torch.empty(len(hessian), device=hessian.device)
-    energy[factor.order] = factor.lower.diagonal().square().float()
-    return energy
+    return HessianFactor(order, lower, damping)
 
 
 def _fill_(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, damping: float) -> None:

@@ -18,12 +18,10 @@ import torch
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.quantization.hessian import HessianFactor
-from qvlm_export.calibrate.quantization.quantizer import expand_scales, stored_weight_scale
 
 BLOCK_COLUMNS = 128
 # Lazy batch update: errors are propagated beyond this many columns by one product, large enough for `matmul.py`.
 FAR_COLUMNS = 8 * BLOCK_COLUMNS
-RANGE_FRACTIONS = (0.93, 0.86, 0.8)  # of a group's whole range, as candidates for its clipping range
 
 
 def gptq_round(weight: torch.Tensor, factor: HessianFactor, scale: torch.Tensor, scheme: LinearScheme) -> torch.Tensor:
@@ -58,32 +56,3 @@ def gptq_round(weight: torch.Tensor, factor: HessianFactor, scale: torch.Tensor,
     restored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     restored[:, order] = codes.T.to(torch.int8)
     return restored
-
-
-def search_gptq_scale(
-    weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor, scale: torch.Tensor, scheme: LinearScheme
-) -> torch.Tensor:
-    """Scales as stored: for each output that of the whole range, or of one of RANGE_FRACTIONS, with the least error e H e^T.
-
-    weight: float32 [out, in]; hessian: H [in, in]; factor: of H; scale: of the whole range, as stored. What clipping costs
-    depends on what the other columns can compensate, so the weight is rounded by GPTQ at every candidate before they are
-    compared. Scales of whole rows (6 and 8 bits) are returned as they are.
-    """
-    if scheme.group_size is None:
-        return scale
-    whole = scale.float()
-    least = _measure_row_errors(weight, hessian, gptq_round(weight, factor, scale, scheme), scale)
-    for fraction in RANGE_FRACTIONS:
-        smaller = stored_weight_scale(whole * fraction, scheme)
-        errors = _measure_row_errors(weight, hessian, gptq_round(weight, factor, smaller, scheme), smaller)
-        scale = torch.where((errors < least)[:, None], smaller, scale)
-        least = torch.minimum(errors, least)
-    return scale
-
-
-def _measure_row_errors(
-    weight: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """e H e^T of each output, float32 [out]."""
-    error = weight - codes.float() * expand_scales(scale, weight.shape[1])
-    return (matmul(error, hessian) * error).sum(1)

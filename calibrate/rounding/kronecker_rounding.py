@@ -29,6 +29,7 @@ from qvlm_export.calibrate.quantization.hessian import HessianFactor, factor_hes
 from qvlm_export.calibrate.quantization.quantizer import expand_scales
 from qvlm_export.calibrate.rounding.gptq import gptq_round
 from qvlm_export.calibrate.rounding.output_hessian import DAMPING
+from qvlm_export.calibrate.rounding.scale_refit import refit_scales
 
 SLABS = 16  # into which the outputs of each linear are divided
 
@@ -52,12 +53,16 @@ def kronecker_round(
     output_factors: Sequence[HessianFactor],
     scale: torch.Tensor,
     scheme: LinearScheme,
-) -> torch.Tensor:
-    """Codes int8 [out, in] for fixed scales, of one linear or of several that share an input.
+    *,
+    hessian: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [out, in] and scales as stored, of one linear or of several that share an input.
 
     weight: float32 [out, in], the outputs of all linears; input_factor: of H; output_factors: of G of each linear, in the
-    order of their outputs; scale: as stored.
+    order of their outputs; scale: as stored; hessian: H, by which the scales of each slab are fitted to its codes before the
+    next one is moved, None for scales as they are.
     """
+    scale = scale.clone()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     errors = torch.zeros_like(weight)  # E, of the outputs rounded so far
     firsts = [0]
@@ -78,8 +83,11 @@ def kronecker_round(
             continue
         chosen, target = torch.cat(rows), torch.cat(targets)
         codes[chosen] = gptq_round(target, input_factor, scale[chosen], scheme)
+        if hessian is not None:
+            damping = input_factor.damping
+            scale[chosen] = refit_scales(target, hessian, codes[chosen], scale[chosen], scheme, damping=damping)
         errors[chosen] = weight[chosen] - codes[chosen].float() * expand_scales(scale[chosen], weight.shape[1])
-    return codes
+    return codes, scale
 
 
 def _feedback(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:

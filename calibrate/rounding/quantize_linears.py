@@ -28,11 +28,16 @@ from qvlm_export.calibrate.quantization.quantizer import (
     stored_input_scale,
     weight_scale,
 )
-from qvlm_export.calibrate.rounding.gptq import gptq_round, search_gptq_scale
+from qvlm_export.calibrate.rounding.gptq import gptq_round
 from qvlm_export.calibrate.rounding.kronecker_rounding import factor_output_hessian, kronecker_round
 from qvlm_export.calibrate.rounding.output_hessian import root_output_importance
 from qvlm_export.calibrate.rounding.output_matching import match_outputs, match_outputs_by_tokens
-from qvlm_export.calibrate.rounding.range_search import search_activation_scale, search_weight_scale
+from qvlm_export.calibrate.rounding.range_search import (
+    search_activation_scale,
+    search_residual_scale,
+    search_weight_scale,
+)
+from qvlm_export.calibrate.rounding.scale_refit import refit_scales
 
 # From this many inputs on, output matching for more outputs than inputs solves for the identity instead, and multiplies.
 WIDE_INPUT = 1024
@@ -178,23 +183,28 @@ def _round_weight(
     Kronecker-factored rounding.
     """
     config, scheme = settings
-    scale = choose_weight_scale(config, weight, hessian, scheme)
+    scale = choose_weight_scale(config, weight, hessian, factor, scheme)
     if factor is None:
         return round_to_codes(weight, scale, scheme), scale
-    if config.weight_ranges == "rounded":
-        scale = search_gptq_scale(weight, hessian, factor, scale, scheme)
-    if not output_factors:
-        return gptq_round(weight, factor, scale, scheme), scale
-    return kronecker_round(weight, factor, output_factors, scale, scheme), scale
+    if output_factors:
+        fitted = hessian if config.refit_scales else None
+        return kronecker_round(weight, factor, output_factors, scale, scheme, hessian=fitted)
+    codes = gptq_round(weight, factor, scale, scheme)
+    if config.refit_scales:
+        scale = refit_scales(weight, hessian, codes, scale, scheme, damping=factor.damping)
+    return codes, scale
 
 
 def choose_weight_scale(
-    config: LinearConfig, weight: torch.Tensor, hessian: torch.Tensor, scheme: LinearScheme
+    config: LinearConfig, weight: torch.Tensor, hessian: torch.Tensor, factor: HessianFactor | None, scheme: LinearScheme
 ) -> torch.Tensor:
     """The weight scales, as stored, of the range that `config.weight_ranges` chooses before rounding.
 
-    weight: float32 [out, in]; hessian: of its input [in, in].
+    weight: float32 [out, in]; hessian: of its input [in, in]; factor: of the Hessian, None for round-to-nearest, which
+    compensates nothing.
     """
+    if config.weight_ranges == "residual" and factor is not None:
+        return search_residual_scale(weight, factor, scheme)
     if config.weight_ranges == "output":
         return search_weight_scale(weight, hessian, scheme)
     if config.weight_ranges == "absmax":

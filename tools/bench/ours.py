@@ -118,6 +118,8 @@ ROWS = (
             "absmax activation ranges": _change_linear(FAST, activation_ranges="absmax"),
             "activation ranges by output error": _change_linear(FAST, activation_ranges="output"),
             "weight ranges by output error": _change_linear(FAST, weight_ranges="output"),
+            "covering weight ranges": _change_linear(FAST, weight_ranges="covering"),
+            "no refitted scales": _change_linear(FAST, refit_scales=False),
             "two questions per image": replace(FAST, questions_per_image=2),
             "random words": replace(FAST, random_word_prompts=1),
         }.items()
@@ -143,7 +145,8 @@ ROWS = (
             "absmax activation ranges": _change_linear(SMALL, activation_ranges="absmax"),
             "weight ranges by output error": _change_linear(SMALL, weight_ranges="output"),
             "absmax weight ranges": _change_linear(SMALL, weight_ranges="absmax"),
-            "weight ranges by GPTQ error": _change_linear(SMALL, weight_ranges="rounded"),
+            "weight ranges by residual error": _change_linear(SMALL, weight_ranges="residual"),
+            "refitted scales": _change_linear(SMALL, refit_scales=True),
             "no output matching": _change_linear(SMALL, ridge=None),
             "24 steps of learned rounding": replace(SMALL, learn_steps=24),
             "300 steps of learned rounding": replace(SMALL, learn_steps=300),
@@ -156,6 +159,7 @@ ROWS = (
         OurRow(f"full of trained decoders: {name}", f"full, {name}", _make_calibrator(config), main=())
         for name, config in {
             "covering weight ranges": _change_linear(FULL_LARGE, weight_ranges="covering"),
+            "no refitted scales": _change_linear(FULL_LARGE, refit_scales=False),
             "rounded by GPTQ": _change_linear(FULL_LARGE, rounding="gptq"),
             "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
             "leverage": replace(FULL_LARGE, leverage=True),

@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from qvlm_export.calibrate.checkpoint.scheme import W8A8, LinearScheme
-from qvlm_export.calibrate.quantization.hessian import DAMPING, factor_hessian, gptq_residual_energy
+from qvlm_export.calibrate.quantization.hessian import DAMPING, factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import (
-    covering_scale,
     expand_scales,
     group_amax,
     round_to_codes,
-    stored_weight_scale,
     weight_scale,
 )
 from qvlm_export.calibrate.rounding import gptq
-from qvlm_export.calibrate.rounding.gptq import RANGE_FRACTIONS, gptq_round, search_gptq_scale
+from qvlm_export.calibrate.rounding.gptq import gptq_round
 from qvlm_export.calibrate.rounding.output_matching import SOLVED_ROWS, match_outputs, match_outputs_by_tokens
 
 INT4 = LinearScheme(weight_bits=4, activation_bits=None, group_size=64)
@@ -136,7 +134,7 @@ def test_residual_energy_equals_that_of_the_papers_factor():
     """For the column rounded last, which nothing can compensate, it is the column's own energy."""
     _, inputs = problem(6)
     hessian = inputs.T @ inputs
-    energy = gptq_residual_energy(hessian)
+    energy = factor_hessian(hessian).residual_energy()
     damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(128, dtype=torch.float64)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)  # U of the paper
@@ -144,34 +142,6 @@ def test_residual_energy_equals_that_of_the_papers_factor():
     torch.testing.assert_close(energy[order], expected, rtol=1e-4, atol=0.0)
     last = int(order[-1])
     assert float(energy[last]) == pytest.approx(float(damped[last, last]), rel=1e-5)
-
-
-@pytest.mark.parametrize("bits", [3, 4])
-def test_the_range_of_each_output_is_the_one_with_the_least_error_after_gptq(bits):
-    weight, inputs = problem(7, rows=40)
-    scheme = LinearScheme(bits, None, 64)
-    hessian = inputs.T @ inputs
-    factor, full_scale = factor_hessian(hessian), covering_scale(weight, scheme)
-    scale = search_gptq_scale(weight, hessian, factor, full_scale, scheme)
-    codes = gptq_round(weight, factor, scale, scheme)
-
-    def errors(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (((codes.float() * expand_scales(scale, 128)) - weight) @ inputs.T).square().sum(1)
-
-    candidates = [stored_weight_scale(full_scale.float() * fraction, scheme) for fraction in (1.0, *RANGE_FRACTIONS)]
-    each = torch.stack([errors(gptq_round(weight, factor, s, scheme), s) for s in candidates])
-    torch.testing.assert_close(errors(codes, scale), each.amin(0), rtol=1e-3, atol=1e-6)
-    chosen = {int(n) for n in each.argmin(0)}
-    assert len(chosen) > 1  # not the same range for all outputs
-    for row in range(40):
-        assert torch.equal(scale[row], candidates[int(each[:, row].argmin())][row])
-
-
-def test_scales_of_whole_rows_are_not_searched():
-    weight, inputs = problem(8)
-    hessian = inputs.T @ inputs
-    scale = covering_scale(weight, W8A8)
-    assert torch.equal(search_gptq_scale(weight, hessian, factor_hessian(hessian), scale, W8A8), scale)
 
 
 def test_output_matching_gives_the_same_bits_on_any_number_of_threads():

@@ -81,7 +81,8 @@ def test_slabs_of_one_output_are_rounded_as_one_entry_at_a_time(
     factors = [factor_output_hessian(output_hessian_of(gradient), CPU) for gradient in gradients]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kronecker_rounding, "SLABS", 20)
-        codes = kronecker_round(weight, columns, factors, scale, scheme)
+        codes, kept = kronecker_round(weight, columns, factors, scale, scheme)
+    assert torch.equal(kept, scale)
     parts = zip(weight.split(sizes), factors, scale.split(sizes), strict=True)
     expected = torch.cat([round_one_at_a_time(part, columns, rows, step, scheme) for part, rows, step in parts])
     # float32 against float64: a value that lies on a rounding edge may fall the other way, and others follow it
@@ -97,7 +98,7 @@ def test_every_slab_is_moved_by_what_the_slabs_before_it_left(out: int, slabs: i
     scale, m = covering_scale(weight, INT4), rows.lower
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kronecker_rounding, "SLABS", slabs)
-        codes = kronecker_round(weight, columns, [rows], scale, INT4)[rows.order]
+        codes = kronecker_round(weight, columns, [rows], scale, INT4)[0][rows.order]
     exact, steps = weight[rows.order], scale[rows.order]
     errors = exact.double() - codes.double() * expand_scales(steps, 16)
     for slab in range(slabs):
@@ -118,7 +119,7 @@ def test_error_of_the_model_output_is_below_half_of_gptqs():
         error_matrix = weight - codes.float() * expand_scales(scale, 64)
         return float((gradients @ error_matrix @ inputs.T).square().sum())
 
-    kronecker = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
+    kronecker, _ = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
     assert error(kronecker) < 0.5 * error(gptq_round(weight, columns, scale, INT4))
     assert error(kronecker) < 0.25 * error(round_to_codes(weight, scale, INT4))
 
@@ -127,7 +128,7 @@ def test_an_output_hessian_of_identity_or_zero_rounds_as_gptq():
     weight, inputs, _ = problem(24, 64)
     columns, scale = factor_hessian(inputs.T @ inputs), covering_scale(weight, INT4)
     for fisher in (torch.eye(24), torch.zeros(24, 24)):
-        codes = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
+        codes, _ = kronecker_round(weight, columns, [factor_output_hessian(fisher, CPU)], scale, INT4)
         assert (codes != gptq_round(weight, columns, scale, INT4)).double().mean() < 0.01
 
 
@@ -145,7 +146,7 @@ def test_rounding_by_a_sketched_output_hessian_beats_gptq(monkeypatch: pytest.Mo
         error_matrix = weight - codes.float() * expand_scales(scale, 64)
         return float((gradients @ error_matrix @ inputs.T).square().sum())
 
-    codes = kronecker_round(weight, columns, [factor_output_hessian(sketch, CPU)], scale, INT4)
+    codes, _ = kronecker_round(weight, columns, [factor_output_hessian(sketch, CPU)], scale, INT4)
     assert error(codes) < 0.8 * error(gptq_round(weight, columns, scale, INT4))
 
 
@@ -199,3 +200,16 @@ def test_leverages_predict_the_rounding_error_at_a_token() -> None:
     )
     assert by_leverage > 0.8
     assert by_size < 0.5
+
+
+def test_scales_fitted_slab_by_slab_leave_less_error_of_the_model_output():
+    weight, inputs, gradients = problem(96, 64)
+    hessian = inputs.T @ inputs
+    factor, columns = factor_output_hessian(output_hessian_of(gradients), CPU), factor_hessian(hessian)
+    errors = []
+    for fitted in (None, hessian):
+        codes, scale = kronecker_round(weight, columns, [factor], covering_scale(weight, INT4), INT4, hessian=fitted)
+        error_matrix = weight - codes.float() * expand_scales(scale, 64)
+        errors.append(float((gradients @ error_matrix @ inputs.T).square().sum()))
+    assert scale.dtype == torch.float16
+    assert errors[1] < 0.97 * errors[0]

@@ -78,7 +78,7 @@ def test_output_matching_of_fewer_tokens_than_inputs_solves_by_tokens(
     [
         EXPECTED_ERROR_LINEAR,
         KRONECKER_LINEAR,
-        LinearConfig("absmax", "rounded"),
+        LinearConfig("absmax", "residual", refit_scales=True),
         LinearConfig("absmax", "absmax", "nearest"),
     ],
 )
