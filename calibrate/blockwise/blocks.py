@@ -25,7 +25,7 @@ from qvlm_export.calibrate.checkpoint.prefix import PrefixCache
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 from qvlm_export.calibrate.errors import UserError
 from qvlm_export.calibrate.numerics.activation_functions import use_deterministic_activations
-from qvlm_export.calibrate.numerics.matmul import use_onednn_linears
+from qvlm_export.calibrate.numerics.matmul import use_matmul_linears
 from qvlm_export.calibrate.numerics.threads import one_thread
 
 # Parameters of a block below which a second thread gains nothing, while how it divides small matrices changes last bits.
@@ -108,7 +108,7 @@ class ModelBlocks:
 def make_blocks(config: PreTrainedConfig) -> ModelBlocks:
     """Splits a model of this configuration into blocks without weights, leaving out vision layers after the last feature."""
     model = make_float_model(config)
-    use_onednn_linears(model)
+    use_matmul_linears(model)
     use_deterministic_activations(model)
     return split_model(model, config, attention_window(config.text_config))
 

@@ -52,16 +52,16 @@ def is_intel() -> bool:
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b`, [..., out], for a [..., in] and b [in, out]."""
-    if b.dim() == 2 and _uses_onednn(a, b.mT):
-        return _apply_onednn_linear(a, b.mT, None)
+    if b.dim() == 2 and _is_large(a, b.mT):
+        return _apply_large_linear(a, b.mT, None)
     with deterministic_small_matmul(a, b.shape[-1]):
         return a @ b
 
 
 def apply_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` of x [..., in], weight [out, in] and bias [out]: [..., out], differentiable."""
-    if _uses_onednn(x, weight):
-        return _apply_onednn_linear(x, weight, bias)
+    if _is_large(x, weight):
+        return _apply_large_linear(x, weight, bias)
     with deterministic_small_matmul(x, len(weight)):
         return nn.functional.linear(x, weight, bias)
 
@@ -108,7 +108,7 @@ def deterministic_small_matmul(x: torch.Tensor, columns: int = MIN_ONEDNN_SIZE) 
     return one_thread() if few and x.device.type == "cpu" else nullcontext()
 
 
-class OneDnnLinear(nn.Linear):
+class MatmulLinear(nn.Linear):
     """A linear layer that computes with `apply_linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,29 +116,29 @@ class OneDnnLinear(nn.Linear):
         return apply_linear(x, self.weight, self.bias)
 
 
-def use_onednn_linears(model: nn.Module) -> None:
-    """Replaces every `nn.Linear` of a model on the meta device, whose weights are not loaded yet, with an OneDnnLinear."""
+def use_matmul_linears(model: nn.Module) -> None:
+    """Replaces every `nn.Linear` of a model on the meta device, whose weights are not loaded yet, with a MatmulLinear."""
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            replacement = OneDnnLinear(
+            replacement = MatmulLinear(
                 layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
             replacement.train(layer.training).requires_grad_(layer.weight.requires_grad)
             model.set_submodule(name, replacement)
 
 
-def _uses_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes the product of x [..., in] and weight [out, in]."""
+def _is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `_multiply` computes the product of x [..., in] and weight [out, in], as BLAS would depend on threads."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return min(weight.shape) >= MIN_ONEDNN_SIZE and x.numel() >= MIN_ONEDNN_SIZE * weight.shape[1] and prefers_onednn()
 
 
-def _apply_onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`apply_linear` by oneDNN; goes through autograd only where a gradient is needed."""
+def _apply_large_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`apply_linear` by `_multiply`; goes through autograd only where a gradient is needed."""
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        output: torch.Tensor = _OneDnnLinearFunction.apply(rows, weight, bias)
+        output: torch.Tensor = _LargeLinearFunction.apply(rows, weight, bias)
     else:
         output = _multiply(rows, weight, bias)
     return output.reshape(*x.shape[:-1], len(weight))
@@ -150,7 +150,10 @@ def _prefers_strided_onednn() -> bool:
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias, [rows, out], without gradients. x: [rows, in]; weight: [out, in]; bias: [out]."""
+    """x weight^T + bias, [rows, out], without gradients: by oneDNN, or for many rows on Intel by MKL in parts.
+
+    x: [rows, in]; weight: [out, in]; bias: [out].
+    """
     if len(x) < 2 * PART_ROWS or not is_intel():
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return output
@@ -164,7 +167,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return output if bias is None else output.add_(bias)
 
 
-class _OneDnnLinearFunction(torch.autograd.Function):
+class _LargeLinearFunction(torch.autograd.Function):
     """`_multiply` with gradients; saves only the tensors that the requested gradients need."""
 
     @staticmethod

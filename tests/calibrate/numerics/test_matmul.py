@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN: equal to exact products, gradients included; the same bits on any number of threads."""
+"""Matrix products by oneDNN and in parts: equal to exact products, with gradients; the same bits on all threads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qvlm_export.calibrate.numerics import matmul as matmul_module
 from qvlm_export.calibrate.numerics.matmul import (
     MIN_ONEDNN_SIZE,
     PART_ROWS,
-    OneDnnLinear,
+    MatmulLinear,
     apply_linear,
     deterministic_small_matmul,
     gram,
     is_intel,
     matmul,
     transposed_matmul,
-    use_onednn_linears,
+    use_matmul_linears,
 )
 
 SIZE = MIN_ONEDNN_SIZE + 9
@@ -53,13 +53,13 @@ def _threads() -> Iterator[None]:
 def onednn_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the products that oneDNN has computed, (..., in, out)."""
     shapes: list[tuple[int, ...]] = []
-    apply = matmul_module._apply_onednn_linear
+    apply = matmul_module._apply_large_linear
 
     def apply_and_record(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         shapes.append((*x.shape, len(weight)))
         return apply(x, weight, bias)
 
-    monkeypatch.setattr(matmul_module, "_apply_onednn_linear", apply_and_record)
+    monkeypatch.setattr(matmul_module, "_apply_large_linear", apply_and_record)
     return shapes
 
 
@@ -76,7 +76,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_a_linear_layer_equals_a_float64_layer(
     shape: tuple[int, ...], bias: bool, onednn_shapes: list[tuple[int, ...]]
 ) -> None:
-    layer, x = OneDnnLinear(SIZE, MIN_ONEDNN_SIZE, bias=bias), random_tensor(*shape).requires_grad_()
+    layer, x = MatmulLinear(SIZE, MIN_ONEDNN_SIZE, bias=bias), random_tensor(*shape).requires_grad_()
     exact = nn.Linear(SIZE, MIN_ONEDNN_SIZE, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
     output_gradient = random_tensor(*shape[:-1], MIN_ONEDNN_SIZE)
@@ -175,7 +175,7 @@ def test_few_columns_have_the_same_bits_on_any_number_of_threads(shape: tuple[in
 
 
 def test_without_gradients_autograd_is_not_entered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul_module._OneDnnLinearFunction, "apply", lambda *_: pytest.fail("autograd was entered"))
+    monkeypatch.setattr(matmul_module._LargeLinearFunction, "apply", lambda *_: pytest.fail("autograd was entered"))
     weight = random_tensor(SIZE, SIZE).requires_grad_()
     with torch.no_grad():
         assert_close(apply_linear(random_tensor(SIZE, SIZE), weight), (random_tensor(SIZE, SIZE) @ weight.T).double())
@@ -186,15 +186,15 @@ def test_every_linear_of_every_block_is_a_onednn_linear(llava) -> None:
     blocks = make_blocks(open_small(llava()).hf_config)
     linears = [m for block in blocks.all() for m in block.module.modules() if isinstance(m, nn.Linear)]
     assert len(linears) == len(blocks.quantizable())
-    assert {type(layer) for layer in linears} == {OneDnnLinear}
+    assert {type(layer) for layer in linears} == {MatmulLinear}
     assert not any(p.requires_grad or not p.is_meta for layer in linears for p in layer.parameters())
 
 
 def test_only_plain_linears_are_replaced() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Bilinear(2, 2, 2), nn.Linear(5, 2))
-    use_onednn_linears(model)
-    assert [type(layer) for layer in model] == [OneDnnLinear, nn.Bilinear, OneDnnLinear]
+    use_matmul_linears(model)
+    assert [type(layer) for layer in model] == [MatmulLinear, nn.Bilinear, MatmulLinear]
     assert model[0].bias is None
     assert model[2].weight.shape == (2, 5)
 
@@ -259,7 +259,7 @@ def test_sums_over_tokens_have_the_same_bits_on_any_number_of_threads(shape: tup
 @pytest.mark.parametrize("rows", [2 * PART_ROWS - 1, 2 * PART_ROWS, 3 * PART_ROWS + 7])
 def test_products_of_many_rows_are_divided_on_intel(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bias and gradients, with and without autograd, from views and on several threads."""
-    layer = OneDnnLinear(SIZE, MIN_ONEDNN_SIZE, bias=bias)
+    layer = MatmulLinear(SIZE, MIN_ONEDNN_SIZE, bias=bias)
     exact = nn.Linear(SIZE, MIN_ONEDNN_SIZE, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
     for intel in (False, True):
