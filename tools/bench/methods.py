@@ -8,6 +8,7 @@
     python -m tools.bench.methods --questions 10000 --rows fast full "llmcompressor: awq + gptq" --columns W3A16
     python -m tools.bench.methods --samples 8 --rows rtn fast full --columns W8A8 W4A16
     python -m tools.bench.methods --model-dir build/smol --data build/smol-data --rows rtn fast "modelopt*" --seeds 0
+    python -m tools.bench.methods --model-dir build/smol --data build/smol-data --validation --extra --rows "fast: *"
 
 A cell is one row (a method), one column (a scheme) and one calibration seed. Each result is appended to
 build/bench/results.jsonl, so a run that was killed continues where it stopped; if a cell has several lines, the last one
@@ -15,6 +16,8 @@ counts. Each cell calibrates on one thread and reports processor seconds, which 
 
 Without --data, the model is a tiny one, which is scored on answers to questions about scenes. With --data, it is the trained
 one of `make smol`, and the folder that of `tools/smol/make_data.py`: it is scored on every token of text (trained.py).
+With --validation it is calibrated on the set of seed 0 and scored on that of seed 1: settings are chosen there, not on the
+test set.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ from tools.smol.scores import open_evaluation_set
 
 TOOLS = Path(__file__).resolve().parents[1]
 TINY = TOOLS.parent / "qvlm_export" / "tiny"
+VALIDATION_SEED = 1
 Metrics = dict[str, Any]
 
 
@@ -145,18 +149,19 @@ def open_tiny(model: Path, work: Path, envs: Path, questions: int, calibration_s
     return bench
 
 
-def open_trained(model: Path, data: Path, work: Path, envs: Path) -> Bench:
+def open_trained(model: Path, data: Path, work: Path, envs: Path, *, validation: bool = False) -> Bench:
     """The benchmark of the trained model. data: folder that tools/smol/make_data.py has written."""
-    test, results = open_evaluation_set(model, data), Results(work / "results.jsonl")
+    name = calibration_file(data, VALIDATION_SEED, CALIBRATION_SAMPLES).stem if validation else "test"
+    found, results = open_evaluation_set(model, data, name), Results(work / "results.jsonl")
 
     def score_hidden(hidden: np.ndarray) -> Metrics:
-        return trained.cell_metrics(test.score(hidden))
+        return trained.cell_metrics(found.score(hidden))
 
     model_hash, size = hash_weights(model), CALIBRATION_SAMPLES
     bench = Bench(
-        model, envs, model_hash, results, data, data / "test.npz", len(test.kinds), size, score_hidden, HIDDEN
+        model, envs, model_hash, results, data, data / f"{name}.npz", len(found.kinds), size, score_hidden, HIDDEN
     )  # fmt: skip
-    bench.add_float(lambda: score_hidden(test.reference))
+    bench.add_float(lambda: score_hidden(found.reference))
     return bench
 
 
@@ -223,7 +228,7 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"no row is called {' or '.join(args.rows)}")
     if args.data:
-        bench = open_trained(args.model_dir, args.data, args.work, args.envs)
+        bench = open_trained(args.model_dir, args.data, args.work, args.envs, validation=args.validation)
     else:
         bench = open_tiny(args.model_dir, args.work, args.envs, args.questions, args.samples)
     for row in rows:
@@ -241,6 +246,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", type=Path, default=TINY)
     parser.add_argument("--data", type=Path, help="folder of tools/smol/make_data.py, for the model of make smol")
+    parser.add_argument("--validation", action="store_true", help="with --data: score on the calibration set of seed 1")
     parser.add_argument("--rows", nargs="+", default=["*"], help="names, or patterns as in file names")
     parser.add_argument("--columns", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
@@ -261,6 +267,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data and (args.questions, args.samples) != (QUESTIONS, CALIBRATION_SAMPLES):
         parser.error("--data has sets of fixed sizes, so it goes without --questions and --samples")
+    if args.validation:
+        if not args.data:
+            parser.error("--validation needs --data")
+        args.seeds = [0]
     return args
 
 

@@ -207,15 +207,15 @@ class EvaluationSet:
         return score(self.head, self.reference, hidden, self.places, self.kinds)
 
 
-def open_evaluation_set(model: Path, data: Path) -> EvaluationSet:
-    """The test set in the folder that make_data has written; computes and stores float.npy if it is missing."""
-    samples, float_file = load_samples(data / "test.npz"), data / "float.npy"
+def open_evaluation_set(model: Path, data: Path, name: str = "test") -> EvaluationSet:
+    """A set in the folder that make_data has written; computes and stores the float model's states if they are missing."""
+    samples, float_file = load_samples(data / f"{name}.npz"), data / ("float.npy" if name == "test" else f"float-{name}.npy")
     if not float_file.exists():
         np.save(float_file, hidden_states(model, samples))
     processor = load_processor(model)
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     places = find_places(samples, image_token, user_text_start(processor, processor.tokenizer))
-    return EvaluationSet(load_head(model), np.load(float_file), places, load_kinds(data / "test.jsonl"))
+    return EvaluationSet(load_head(model), np.load(float_file), places, load_kinds(data / f"{name}.jsonl"))
 
 
 def main() -> None:

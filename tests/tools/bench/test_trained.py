@@ -30,9 +30,9 @@ def folders(llava, tmp_path_factory):
         encode_sample(processor, item.prompt, item.answer, None if kind == "english" else item.image)
         for kind, item in zip(KINDS, calibration_items(0, count=len(KINDS)), strict=True)
     ]
-    for name in ("calibration-0", "test"):
+    for name in ("calibration-0", "calibration-1", "test"):
         save_samples(data / f"{name}.npz", samples)
-    (data / "test.jsonl").write_text("".join(json.dumps({"kind": kind}) + "\n" for kind in KINDS))
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"kind": kind}) + "\n" for kind in KINDS))
     return model, data
 
 
@@ -113,6 +113,16 @@ def test_options_choose_what_is_stored_and_scored(monkeypatch, folders, tmp_path
     assert common.parse_job("").states == common.HIDDEN
     bench = methods.open_trained(model, data, tmp_path, tmp_path)
     assert (bench.states, bench.evaluation, bench.data) == (common.HIDDEN, data / "test.npz", data)
+    validation = methods.open_trained(model, data, tmp_path, tmp_path, validation=True)
+    assert validation.evaluation == data / "calibration-1.npz"
+    assert validation.questions == len(load_samples(validation.evaluation))
+    monkeypatch.setattr(sys, "argv", ["x", "--data", "d", "--validation"])
+    assert methods.parse_args().seeds == [0]
+    for command, message in ((["--validation"], "needs --data"), (["--data", "d", "--questions", "10"], "fixed sizes")):
+        monkeypatch.setattr(sys, "argv", ["x", *command])
+        with pytest.raises(SystemExit):
+            methods.parse_args()
+        assert message in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["x", "--data", "d", "--questions", "10"])
     with pytest.raises(SystemExit):
         methods.parse_args()
@@ -182,6 +192,21 @@ def test_the_trained_model_comes_first_on_the_page(tmp_path):
     content = json.loads((tmp_path / "bench_methods.json").read_text())
     assert content["settings"]["smol, fast, W8A8"]["fallbacks"] == 7
     assert {cell["model"] for cell in content["medians"]} == {"smol", "tiny"}
+
+
+def test_what_was_scored_on_the_validation_set_has_a_section_of_its_own():
+    lines, rows = {row.name: row.line for row in ours.ROWS}, {"fast": 0.3, "fast: strict": 0.2}
+    tested = [record("float32", "float32", 0, 0.0), record("fast", "W8A8", 0, 0.1, linears=70)]
+    chosen = [record("float32", "float32", 0, 0.0), *(record(row, "W8A8", 0, kl, linears=70) for row, kl in rows.items())]
+    section = trained.make_section([*({**r, "questions": 64} for r in chosen), *tested], lines)
+    text = "\n".join(section.text)
+    assert text.index("## smol\n") < text.index("## smol, validation")
+    assert "scored on the 64 of seed 1" in text
+    assert "| ours, fast | 0.1 / 90.0 / 9.0 |" in text
+    found = [line.split(" | ") for line in text[text.index("W8A8, validation") :].splitlines() if "fast" in line]
+    assert [line[2] for line in found] == ["0.2", "0.3"]
+    assert [(cell.row, cell.values["kl"]) for cell in section.cells] == [("fast", 0.1)]
+    assert len(section.records) == 5
 
 
 def test_more_seeds_give_medians():

@@ -39,6 +39,12 @@ and run behind the prefix of the chat template, as exports are by default; the p
 the scheme of the column, too; exports to `int4` have W8A8 there.
 """
 
+VALIDATION = """## {model}, validation
+
+Settings are chosen here, not on the test set: calibrated on the samples of seed 0, scored on the {samples} of seed 1
+(`--validation`; ablations with `--extra`).
+"""
+
 
 def cell_metrics(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
     """What is recorded of a cell: the means over all tokens of text, and under "kinds" those by kind of sample and tokens.
@@ -66,13 +72,18 @@ def make_section(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str])
     """The text and the medians of all trained models. lines: row -> its line of the summary table."""
     records = [record for record in records if is_trained(record)]
     quantized = [_flatten(record) for record in records if record["row"] in lines]
-    cells = medians(quantized, lines, METRICS)
+    exact = [record for record in records if record["row"] == "float32"]
     text: list[str] = []
-    for record in records:
-        if record["row"] == "float32":
-            of_model = [r for r in quantized if r["model"] == record["model"]]
-            text += _model_lines(record, of_model, [c for c in cells if c.model == record["model"]], lines)
-    return Section(text, records, cells)
+    of_tests: list[Median] = []
+    for record in sorted(exact, key=lambda record: (record["model"], -record["questions"])):
+        of_set = [r for r in quantized if (r["model"], r["questions"]) == (record["model"], record["questions"])]
+        cells = medians(of_set, lines, METRICS)
+        if any((other["model"], other["questions"] > record["questions"]) == (record["model"], True) for other in exact):
+            text += _validation_lines(record, cells)
+        else:
+            of_tests += cells
+            text += _model_lines(record, of_set, cells, lines)
+    return Section(text, records, of_tests)
 
 
 def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +111,15 @@ def _model_lines(
     for column in ALL:
         if of_column := [cell for cell in cells if cell.column == column]:
             text += ["", f"### {exact['model']}, {column}", "", *detail_table(of_column)]
+    return [*text, ""]
+
+
+def _validation_lines(exact: Mapping[str, Any], cells: Sequence[Median]) -> list[str]:
+    """The section of what was chosen on the smaller set, in Markdown. exact: the record of the float model on it."""
+    text = VALIDATION.format(samples=exact["questions"], model=exact["model"]).splitlines()
+    for column in ALL:
+        if of_column := [cell for cell in cells if cell.column == column]:
+            text += ["", f"### {exact['model']}, {column}, validation", "", *detail_table(of_column)]
     return [*text, ""]
 
 
