@@ -76,4 +76,4 @@ def test_gains_are_medians_over_pairs() -> None:
         return {"scheme": "W8A8", "float": {"DED": ded}, "unseen": unseen, "final": final}
 
     records = [pair(1.0, [2.0, 1.0], [1.0, 2.0]), pair(0.0, [1.0, 1.0], [1.0, 1.0]), pair(3.0, [1.0, 1.5], [1.0, 1.1])]
-    assert study_entropy.gain_lines(records)[-1] == "| W8A8 | 3 | 2 | -50.0 % | +0.0 % | +10.0 % |"
+    assert study_entropy.gain_lines(records)[-1] == "| W8A8 | 3 | 2 | -62.5 % | +0.0 % | +55.0 %, 0 of 2 gain |"
