@@ -208,7 +208,8 @@ def without_prefix(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str
         "**Earlier version.** Our rows are calibrated and run behind the prefix of the chat template, as exports are by",
         "default, and leave inputs float that 8 bits cannot hold. Those in `bench_results.jsonl` that have no `prefix`",
         f"among their settings were measured before that, without both. They are of {' and '.join(models)}.",
-        "Those of `qvlm` are without the visual-encoder optimization, too.",
+        "Those of `qvlm` are without the visual-encoder optimization, too. Tables of one part changed compare such ablations",
+        "with `fast` and `full` as they were measured last, so there a row also holds what changed in between.",
     ]
 
 
@@ -241,7 +242,8 @@ def write_tables(
         if tables := samples_tables([r for r in usual_questions if r["model"] == model], lines):
             text += ["", f"### {model}, calibrated on fewer samples", *tables]
         for questions in sorted({r.get("questions", QUESTIONS) for r in usual_samples if r["model"] == model}):
-            of_questions = [r for r in usual_samples if r.get("questions", QUESTIONS) == questions]
+            known = [r for r in usual_samples if r["row"] in lines]  # not of settings that are gone
+            of_questions = [r for r in known if r.get("questions", QUESTIONS) == questions]
             for whole in WHOLES:
                 if ablation := ablation_table(of_questions, model, whole):
                     head = f"### {model}, one part of `{whole}` changed, judged on {questions:,} questions"
