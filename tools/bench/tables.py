@@ -208,8 +208,8 @@ def without_prefix(records: Sequence[Mapping[str, Any]], lines: Mapping[str, str
         "**Earlier version.** Our rows are calibrated and run behind the prefix of the chat template, as exports are by",
         "default, and leave inputs float that 8 bits cannot hold. Those in `bench_results.jsonl` that have no `prefix`",
         f"among their settings were measured before that, without both. They are of {' and '.join(models)}.",
-        "Those of `qvlm` are without the visual-encoder optimization, too. Tables of one part changed compare such ablations",
-        "with `fast` and `full` as they were measured last, so there a row also holds what changed in between.",
+        "Those of `qvlm` are without the visual-encoder optimization, too. Tables of one part changed compare such",
+        "ablations with `fast` and `full` as they were measured last: a row there also holds what changed in between.",
     ]
 
 

@@ -172,7 +172,9 @@ def test_tables_show_medians_and_the_best_row_of_each_line(tmp_path):
     more = {"model": "m", "row": "c", "column": "W4A4", "seed": 0, "questions": 5000, "kl": 0.7, **values}
     fewer = [records[0] | {"seed": seed, "samples": 8, "kl": 8.0 + seed} for seed in range(3)]
     ablations = [records[0] | {"row": row, "questions": 5000, "kl": 4.0} for row in ("full", "full: no output matching")]
-    records += [more, *fewer, *ablations]
+    lines |= {record["row"]: record["row"] for record in ablations}
+    gone = records[0] | {"row": "full: a setting that is gone", "questions": 5000}
+    records += [more, *fewer, *ablations, gone]
     write_tables([*records, {"model": "m", "row": "float32", "column": "float32", "exact_match": 0.9}], lines, tmp_path)
     text = (tmp_path / "methods.md").read_text()
     assert "| peer, best | 1.5 / 1 | – |" in text
@@ -182,6 +184,7 @@ def test_tables_show_medians_and_the_best_row_of_each_line(tmp_path):
     assert "### m, calibrated on fewer samples" in text
     assert "| W8A8 | 8 samples | 64 samples |\n|---|---|---|\n| a | 9 / 1.0 | 2 / 1.0 |\n\n" in text
     assert "### m, one part of `full` changed, judged on 5,000 questions" in text
+    assert "a setting that is gone" not in text
     assert "| no output matching | 4 / 1.0 |" in text
     assert len(json.loads((tmp_path / "bench_methods.json").read_text())["medians"]) == 3
 
