@@ -149,7 +149,7 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         return Cost(2 * forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
     runs = 1 + _num_quantized_runs(block, shared_inputs, learns=config.learn_steps > 0)
     flops = runs * linear_flops(block, lengths) + 2 * attention_flops(block, lengths)  # as if o_proj were quantized
-    factors, rounded, memory = Cost(), 0.0, 0
+    factors, rounded, memory, held = Cost(), 0.0, 0, 0
     tokens = sum(lengths)
     for shared in shared_inputs:
         shapes = [
@@ -162,7 +162,8 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         flops += 2.0 * tokens * width**2 + 2.0 * out * width**2  # the input Hessian, GPTQ
         if config.linear.refit_scales:
             flops += 4.0 * out * width**2
-        factors += _factorization_cost(ROUNDER_FLOPS * width**3, width) + _output_matching_cost(tokens, width, out)
+        gap = shared.residual is not None and config.linear.match_residual
+        factors += _factorization_cost(ROUNDER_FLOPS * width**3, width) + _output_matching_cost(tokens, width, out, gap=gap)
         if config.linear.weight_ranges == "residual" and any(s.group_size for s in schemes.values()):
             candidates += len(RESIDUAL_FRACTIONS)
         rounded += (candidates + 1) * out * width
@@ -181,11 +182,14 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
             largest = max(shape[0] for shape in shapes)
             squares += (square_bytes + FLOAT32_BYTES) * largest**2 + 5 * FLOAT32_BYTES * largest * width
         copies = 4 if len(shared.linears) > 1 else 3  # weights of linears that share an input are rounded as one
-        memory = max(memory, squares + FLOAT32_BYTES * (copies * out + 3 * tokens) * width)
+        stream = tokens * out if gap else 0  # of the residual
+        held += stream
+        memory = max(memory, squares + FLOAT32_BYTES * ((copies * out + 3 * tokens) * width + stream))
     input_widths = sum(get_linear(block.module, shared.linears[0]).in_features for shared in shared_inputs)
-    # The block, a second copy where learned rounding starts from the float weights; every shared input in the float model.
+    # The block, a second copy where learned rounding starts from the float weights; every shared input in the float model,
+    # and every residual stream that is matched.
     copies = 1 + int(config.learn_steps > 0)
-    memory += FLOAT32_BYTES * (copies * num_weights(block) + tokens * input_widths)
+    memory += FLOAT32_BYTES * (copies * num_weights(block) + tokens * input_widths + held)
     learning = _learning_cost(block, lengths, config)
     search = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * count_elements(block, lengths))
     return replace(search + factors + learning, memory_bytes=memory + learning.memory_bytes)
@@ -208,19 +212,20 @@ def _learning_cost(block: Block, lengths: Sequence[int], config: SearchConfig) -
     return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
 
 
-def _output_matching_cost(tokens: int, width: int, out: int) -> Cost:
+def _output_matching_cost(tokens: int, width: int, out: int, *, gap: bool) -> Cost:
     """Returns the cost of `LayerInputs.match_outputs`: products, a factorization, and solving by it.
 
-    width: input features; out: output features of all linears that share the input.
+    width: input features; out: output features of all linears that share the input. gap: whether the gap of the residual
+    stream is matched, too, which takes the float outputs.
     """
     if tokens < width:
-        solved = min(out, width)  # for many outputs the identity is solved for, and multiplied by the weight
-        products = 2.0 * tokens * width * (tokens + solved) + 2.0 * out * width * (width if out > width else tokens)
+        solved = out if gap else min(out, width)  # for many outputs the identity is solved for, and multiplied by the weight
+        products = 2.0 * tokens * width * (tokens + solved) + 2.0 * out * width * (width if solved < out else tokens)
         rows = tokens
-    elif WIDE_INPUT <= width < out:
+    elif WIDE_INPUT <= width < out and not gap:
         products, rows, solved = 2.0 * (tokens + out) * width**2, width, width
     else:
-        products = 4.0 * tokens * width * out if out < width else 2.0 * (tokens + out) * width**2
+        products = 4.0 * tokens * width * out if gap or out < width else 2.0 * (tokens + out) * width**2
         rows, solved = width, out
     return Cost(products, shared_flops=2.0 * solved * rows**2) + _factorization_cost(SOLVE_FLOPS * rows**3, rows)
 

@@ -180,7 +180,7 @@ class BlockSearch:
         inputs: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
-        float_rows, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
+        float_rows, streams, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
         for shared in shared_inputs:
             self._check_rows(shared, float_rows[shared], float_inputs)
         weights = weigh_by_output(float_outputs)
@@ -193,11 +193,15 @@ class BlockSearch:
         if self.config.learn_steps:  # learning starts from the float weights, so they are kept
             block.rounded = copy.deepcopy(block.module)
         for shared in shared_inputs:
-            quantized_rows = self._run_to_input(block, shared, inputs)
+            quantized_rows, stream = self._run_to_input(block, shared, inputs)
             self._check_rows(shared, quantized_rows, inputs)
             if quantized_rows.shape[1] >= WIDE_INPUT:  # its matrices take more memory than everything before
                 trim_heap()
-            self._quantize_shared_input(block, shared, float_rows.pop(shared), quantized_rows, inputs)
+            gap = None if stream is None else streams.pop(shared).sub_(stream)
+            del stream
+            rows = LayerInputs(float_rows.pop(shared), quantized_rows, self._row_weights(shared), gap)
+            self._quantize_shared_input(block, shared, rows, inputs)
+            del quantized_rows, gap, rows
         return float_outputs
 
     def _equalize(self, block: QuantizedBlock, shared: SharedInput, rows: torch.Tensor) -> torch.Tensor:
@@ -228,23 +232,19 @@ class BlockSearch:
         self,
         block: QuantizedBlock,
         shared: SharedInput,
-        float_rows: torch.Tensor,
-        quantized_rows: torch.Tensor,
+        rows: LayerInputs,
         inputs: list[torch.Tensor],
     ) -> None:
-        """Quantizes the linears of a shared input and computes their outputs.
-
-        float_rows, quantized_rows: the shared input X and X_q, float32 [tokens, in].
-        """
+        """Quantizes the linears of a shared input and computes their outputs."""
+        quantized_rows = rows.quantized_rows
         weights = {name: get_linear(block.module, name).weight for name in shared.linears if name in self.schemes}
         count = len(quantized_rows)
         chosen = torch.linspace(0, count - 1, min(SQNR_ROWS, count)).long().to(quantized_rows.device)
         roots = self.output_weights[chosen].sqrt()[:, None]
         block.probes |= {
-            name: Probe(quantized_rows[chosen], matmul(float_rows[chosen], weight.T), roots)
+            name: Probe(quantized_rows[chosen], matmul(rows.float_rows[chosen], weight.T), roots)
             for name, weight in weights.items()
         }
-        rows = LayerInputs(float_rows, quantized_rows, self._row_weights(shared))
         schemes, rows = self._choose_schemes(weights, rows, block.output_hessians)
         block.set_(quantize_linears(weights, schemes, self.config.linear, rows, block.output_hessians))
         self._compute_outputs(block, shared, quantized_rows, inputs)
@@ -318,21 +318,38 @@ class BlockSearch:
 
     def _record_float_run(
         self, module: nn.Module, shared_inputs: Sequence[SharedInput], inputs: list[torch.Tensor]
-    ) -> tuple[dict[SharedInput, torch.Tensor], list[torch.Tensor]]:
-        """Runs `module` on all inputs; returns the rows [tokens, in] of each shared input, and the outputs."""
+    ) -> tuple[dict[SharedInput, torch.Tensor], dict[SharedInput, torch.Tensor], list[torch.Tensor]]:
+        """Runs `module` on all inputs; returns the rows [tokens, in] of each shared input, the residual streams [tokens,
+        width] that are to be matched, by the shared input of what is added to them, and the outputs."""
         rows: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in shared_inputs}
-        with record_inputs({shared: module.get_submodule(shared.linears[0]) for shared in shared_inputs}, rows):
+        norms = {s: norm for s in shared_inputs if (norm := self._find_residual_norm(module, s)) is not None}
+        streams: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in norms}
+        linears = {shared: module.get_submodule(shared.linears[0]) for shared in shared_inputs}
+        with record_inputs(linears, rows), record_inputs(norms, streams):
             outputs = self._run_batches(module, inputs)
-        return {shared: torch.cat(parts) for shared, parts in rows.items()}, outputs
+        joined_rows, joined_streams = ({s: torch.cat(parts) for s, parts in named.items()} for named in (rows, streams))
+        return joined_rows, joined_streams, outputs
 
-    def _run_to_input(self, block: QuantizedBlock, shared: SharedInput, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Returns the rows [tokens, in] of the shared input in the quantized block, without running what comes after it."""
+    def _find_residual_norm(self, module: nn.Module, shared: SharedInput) -> nn.Module | None:
+        """Returns the norm whose input is the residual stream that is matched where the shared input's linear adds to it."""
+        linear = self.config.linear
+        if shared.residual is None or not linear.match_residual or linear.ridge is None:
+            return None
+        return module.get_submodule(shared.residual)
+
+    def _run_to_input(
+        self, block: QuantizedBlock, shared: SharedInput, inputs: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the rows [tokens, in] of the shared input in the quantized block, without running what comes after it, and
+        the residual stream [tokens, width] that its linear adds to; None where that is not matched."""
         module, cached = block.rounded, block.outputs
-        rows = run_until(module, shared, self.run, inputs, cached)
+        norm, streams = self._find_residual_norm(module, shared), {shared: list[torch.Tensor]()}
+        with record_inputs({} if norm is None else {shared: norm}, streams):
+            rows = run_until(module, shared, self.run, inputs, cached)
         computed = [name for name in list_linears_before(module, shared) if not is_cached(name, cached)]
         self.forwards += share_of_weights(module, computed) * sum(len(x) for x in inputs)
         block.outputs = drop_inside(cached, shared.enclosing_module)
-        return rows
+        return rows, None if norm is None else torch.cat(streams[shared])
 
     def _compute_outputs(
         self, block: QuantizedBlock, shared: SharedInput, quantized_rows: torch.Tensor, inputs: list[torch.Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput
 RETURNS_PAIR = ("self_attn",)  # attention returns its weights, too
 # By the name of a linear, or of a module that returns the output of its last linear: its output for every batch.
 CachedOutputs = dict[str, Sequence[torch.Tensor]]
+K = TypeVar("K")
 
 
 @contextmanager
@@ -93,24 +94,22 @@ class StopForward(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def record_inputs(
-    layers: Mapping[SharedInput, nn.Module], rows: dict[SharedInput, list[torch.Tensor]], stop: bool = False
-) -> Iterator[None]:
+def record_inputs(layers: Mapping[K, nn.Module], rows: dict[K, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
     """Appends each layer's input, [tokens, in] and not yet fake-quantized, to `rows` at every call inside the context.
 
     stop: whether to end the forward pass there, by raising `StopForward`.
     """
 
-    def make_hook(shared: SharedInput) -> Callable[..., None]:
+    def make_hook(key: K) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows[shared].append(args[0].flatten(0, -2))
+            rows[key].append(args[0].flatten(0, -2))
             if stop:
                 raise StopForward
 
         return hook
 
     # Prepended, so that it comes before the hook that fake-quantizes the layer's input.
-    handles = [layer.register_forward_pre_hook(make_hook(shared), prepend=True) for shared, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(make_hook(key), prepend=True) for key, layer in layers.items()]
     try:
         yield
     finally:

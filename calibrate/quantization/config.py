@@ -43,6 +43,8 @@ class LinearConfig:
     """How the linears that share an input are quantized.
 
     ridge: of output matching, relative to the mean diagonal of the input Hessian; None for no output matching.
+    match_residual: whether output matching also makes up for the error that the residual stream has where a linear's output
+    is added to it.
     by_output: whether equalization and activation ranges weight the error of each output by the diagonal of the output
     Hessian. It needs Kronecker-factored rounding ("kronecker"), without which there are no output Hessians.
     refit_scales: whether scales are fitted to the codes that rounding has chosen (`scale_refit.py`).
@@ -53,6 +55,7 @@ class LinearConfig:
     weight_ranges: WeightRange = "output"
     rounding: Rounding = "gptq"
     ridge: float | None = 1.0
+    match_residual: bool = False
     by_output: bool = True
     refit_scales: bool = False
     damping: float = 0.01
@@ -121,7 +124,7 @@ RTN_LINEAR = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", ro
 EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges="covering")
 # A Hessian of few calibration tokens is far from that of deployment, so more damping than in the paper is better. A token
 # counts by the size of the block's output there, so that no massive activation decides for all others.
-FAST_LINEAR = replace(EXPECTED_ERROR_LINEAR, weight_ranges="residual", refit_scales=True, damping=0.1)
+FAST_LINEAR = replace(EXPECTED_ERROR_LINEAR, weight_ranges="residual", match_residual=True, refit_scales=True, damping=0.1)
 FAST = SearchConfig("expected", FAST_LINEAR, "output")
 # `full` of all but the smallest decoders. It rounds by the effect on the predictions of all text, as gradients of the few
 # answer tokens of a calibration set say too little about so many directions.

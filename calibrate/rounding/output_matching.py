@@ -3,6 +3,9 @@
 What goes in is the float weight W and the layer's inputs: X in the float model, and X_q in the quantized one, with the
 errors of the already quantized preceding blocks. What comes out is the weight V that is rounded instead of W. The ridge
 draws V towards W, so that V does not fit the calibration set too closely.
+
+Where the output is added to the residual stream, the quantized stream already differs from the float one. That gap can be
+matched, too: V X_q then aims at W X plus the gap, so that errors of preceding blocks do not add up.
 """
 
 from __future__ import annotations
@@ -33,18 +36,24 @@ def match_outputs_by_tokens(
     quantized_inputs: torch.Tensor,
     hessian: torch.Tensor,
     ridge: float,
+    *,
+    residual_gap: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The result of `match_outputs`, from a [tokens, tokens] system, which is smaller where tokens are fewer than inputs.
 
     V = W + W (X - X_q)^T (X_q X_q^T + regularization I)^-1 X_q by the push-through identity, tokens being the rows of X and
     X_q here. float_inputs: X, quantized_inputs: X_q, float32 [tokens, in], every row multiplied by the square root of its
-    token's weight; hessian: X_q^T X_q [in, in].
+    token's weight; hessian: X_q^T X_q [in, in]. residual_gap: what is matched besides, float32 [tokens, out], its rows
+    multiplied alike; None for nothing.
     """
     gap, system = (float_inputs - quantized_inputs).T, gram(quantized_inputs.T)
     regularization = ridge * _mean_diagonal(hessian)
-    if len(weight) > weight.shape[1]:  # the identity in place of W has fewer rows to solve for
+    if residual_gap is None and len(weight) > weight.shape[1]:  # the identity in place of W has fewer rows to solve for
         return weight + matmul(weight, matmul(_solve(system, regularization, gap), quantized_inputs))
-    return weight + matmul(_solve(system, regularization, matmul(weight, gap)), quantized_inputs)
+    output_gap = matmul(weight, gap)
+    if residual_gap is not None:
+        output_gap += residual_gap.T
+    return weight + matmul(_solve(system, regularization, output_gap), quantized_inputs)
 
 
 def _mean_diagonal(hessian: torch.Tensor) -> float:

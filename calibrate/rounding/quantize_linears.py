@@ -49,12 +49,15 @@ class LayerInputs:
     """The shared input of linears: X in the float model, X_q after the already quantized preceding blocks.
 
     float_rows: X, quantized_rows: X_q, float32 [tokens, in]. weights: of the tokens, float32 [tokens]; None if all equal.
+    residual_gap: what the output should make up for where it is added to the residual stream, the float stream minus the
+    quantized one, float32 [tokens, out]; None for nothing.
     scales: of the quantized input by number of bits, where they are known already.
     """
 
     float_rows: torch.Tensor
     quantized_rows: torch.Tensor
     weights: torch.Tensor | None = None
+    residual_gap: torch.Tensor | None = None
     scales: Mapping[int, float] = field(default_factory=dict)
 
     def scale_by_root_weights(self, rows: torch.Tensor) -> torch.Tensor:
@@ -68,8 +71,11 @@ class LayerInputs:
     def cross_term(self, weighted_rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """W X^T (w X_q), float32 [out, in], with the smaller of W X^T and X^T (w X_q) in between.
 
-        weighted_rows: w X_q, as `scale_by_weights` returns it; weight: W [out, in].
+        With a residual gap it is (X W^T + gap)^T (w X_q). weighted_rows: w X_q, as `scale_by_weights` returns it; weight:
+        W [out, in].
         """
+        if self.residual_gap is not None:
+            return transposed_matmul(matmul(self.float_rows, weight.T).add_(self.residual_gap), weighted_rows)
         if len(weight) < weight.shape[1]:
             return transposed_matmul(matmul(self.float_rows, weight.T), weighted_rows)
         return matmul(weight, transposed_matmul(self.float_rows, weighted_rows))
@@ -80,7 +86,7 @@ class LayerInputs:
         """The weight V [out, in] that output matching gives for W, see `output_matching.py`.
 
         weight: W [out, in]; quantized_rows: X_q after the input quantizer; hessian: H of those [in, in]. Output matching is
-        linear in W, so for many outputs the identity is matched and multiplied by W.
+        linear in W, so for many outputs without a residual gap the identity is matched and multiplied by W.
         """
         into = weight.shape[1]
         if len(quantized_rows) < into:
@@ -90,9 +96,10 @@ class LayerInputs:
                 self.scale_by_root_weights(quantized_rows),
                 hessian,
                 ridge,
+                residual_gap=None if self.residual_gap is None else self.scale_by_root_weights(self.residual_gap),
             )
         weighted_rows = self.scale_by_weights(quantized_rows)
-        if WIDE_INPUT <= into < len(weight):
+        if self.residual_gap is None and WIDE_INPUT <= into < len(weight):
             cross_term = transposed_matmul(self.float_rows, weighted_rows)
             return matmul(weight, match_outputs(torch.eye(into, device=weight.device), hessian, cross_term, ridge))
         return match_outputs(weight, hessian, self.cross_term(weighted_rows, weight), ridge)

@@ -114,6 +114,7 @@ ROWS = (
             "tokens by logits": replace(FAST, token_weighting="logits"),
             "tokens by kind": replace(FAST, token_weighting="modality"),
             "no output matching": _change_linear(FAST, ridge=None),
+            "residual stream not matched": _change_linear(FAST, match_residual=False),
             "round-to-nearest": _change_linear(FAST, rounding="nearest"),
             "absmax activation ranges": _change_linear(FAST, activation_ranges="absmax"),
             "activation ranges by output error": _change_linear(FAST, activation_ranges="output"),
@@ -160,6 +161,7 @@ ROWS = (
         for name, config in {
             "covering weight ranges": _change_linear(FULL_LARGE, weight_ranges="covering"),
             "no refitted scales": _change_linear(FULL_LARGE, refit_scales=False),
+            "residual stream not matched": _change_linear(FULL_LARGE, match_residual=False),
             "rounded by GPTQ": _change_linear(FULL_LARGE, rounding="gptq"),
             "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
             "leverage": replace(FULL_LARGE, leverage=True),

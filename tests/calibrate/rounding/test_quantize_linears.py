@@ -61,12 +61,28 @@ def test_linears_that_read_the_input_in_other_bits_have_their_own_range(
     assert together["v"].input_scale is None
 
 
+@pytest.mark.parametrize("wide_input", [16, 1024])
+def test_output_matching_makes_up_for_the_residual_gap(
+    rows: LayerInputs, monkeypatch: pytest.MonkeyPatch, wide_input: int
+) -> None:
+    """A gap that the quantized input explains is matched exactly, by a weight that is moved by as much."""
+    monkeypatch.setattr(quantize_linears_module, "WIDE_INPUT", wide_input)
+    weight, moved = torch.randn(100, 64), torch.randn(100, 64)
+    same = replace(rows, float_rows=rows.quantized_rows, residual_gap=rows.quantized_rows @ moved.T)
+    hessian = same.scale_by_weights(same.quantized_rows).T @ same.quantized_rows
+    matched = same.match_outputs(weight, same.quantized_rows, hessian, 1e-9)
+    missed = same.quantized_rows @ (matched - weight - moved).T
+    assert torch.norm(missed) < 1e-3 * torch.norm(same.residual_gap)
+
+
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("out", [30, 200])
 def test_output_matching_of_fewer_tokens_than_inputs_solves_by_tokens(
-    rows: LayerInputs, monkeypatch: pytest.MonkeyPatch, out: int
+    rows: LayerInputs, monkeypatch: pytest.MonkeyPatch, out: int, residual: bool
 ) -> None:
     assert rows.weights is not None
-    few, weight = LayerInputs(rows.float_rows[:40], rows.quantized_rows[:40], rows.weights[:40]), torch.randn(out, 64)
+    gap, weight = torch.randn(40, out) if residual else None, torch.randn(out, 64)
+    few = LayerInputs(rows.float_rows[:40], rows.quantized_rows[:40], rows.weights[:40], gap)
     hessian = few.scale_by_weights(few.quantized_rows).T @ few.quantized_rows
     expected = match_outputs(weight, hessian, few.cross_term(few.scale_by_weights(few.quantized_rows), weight), 0.5)
     monkeypatch.setattr(quantize_linears_module, "match_outputs", None)
