@@ -13,6 +13,9 @@ docs/entropy.md shows; --redraw makes figure and table from an existing <out>.js
 
 With --decoder-only, which a larger model needs, the chain is the decoder alone, behind the prefix of its chat template as in
 an export; its preceding layers are float only, and there are no triples.
+
+With --calibrated, the folder X.calibrated of an export, its weights are taken for those of the float model. Such weights are
+equalized, so this is what joint search gains after equalization.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +37,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from qvlm_export.calibrate.checkpoint.calibrated import CalibratedCheckpoint
 from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.checkpoint.scheme import parse_scheme_bits
+from qvlm_export.calibrate.quantization.fake_quantized import DequantizedSource
 from qvlm_export.calibrate.quantization.quantizer import activation_scale
 from qvlm_export.calibrate.qvlm.clip_candidates import Clips
 from qvlm_export.calibrate.qvlm.joint_search import PAPER_CLIPS, Clip, Outputs, SearchLayer, relative_error, search_tree
@@ -314,6 +320,8 @@ def round_floats(value: Any) -> Any:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the study; returns the content of <out>.json."""
     checkpoint = open_checkpoint(str(args.model))
+    if args.calibrated:
+        checkpoint = replace(checkpoint, source=DequantizedSource(CalibratedCheckpoint(args.calibrated)))
     data, count = (args.data, MAX_ENTRIES) if args.data else (default_calibration(), args.samples)
     entries = read_entries(data, None, count)
     entries = entries[:: max(1, len(entries) // args.samples)][: args.samples]
@@ -333,6 +341,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="of the data; every second one is held out")
     parser.add_argument("--schemes", nargs=2, default=SCHEMES, help="two, such as W4A4")
     parser.add_argument("--decoder-only", action="store_true", help="see above")
+    parser.add_argument("--calibrated", type=Path, help="see above")
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--redraw", action="store_true", help="do not measure; make figure and table from <out>.json")
     args = parser.parse_args()
