@@ -27,7 +27,6 @@ from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.equalize import EXPONENTS
 from qvlm_export.calibrate.quantization.expected_error import MAX_ROWS, STEPS
 from qvlm_export.calibrate.rounding.kronecker_rounding import SLABS
-from qvlm_export.calibrate.rounding.learned_rounding import HELD_OUT_EVERY, NUM_CHECKS, STEP_TOKENS
 from qvlm_export.calibrate.rounding.output_hessian import SKETCH_ROWS
 from qvlm_export.calibrate.rounding.quantize_linears import MAX_SEARCH_ROWS, WIDE_INPUT
 from qvlm_export.calibrate.rounding.range_search import RESIDUAL_FRACTIONS
@@ -36,9 +35,6 @@ from qvlm_export.calibrate.sensitivity.tape import MAX_GRAPH_BYTES
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 # [in, in] matrices in memory together when the widest input is quantized (`factor_hessian`); output matching takes fewer.
 SQUARES_FLOAT32, SQUARES_FLOAT64 = 1, 1
-# Copies of a block's weights in memory during learned rounding: codes, offsets, gradients, Adam's two moments, what rounding
-# keeps for the gradients, and the copy that is evaluated.
-LEARNING_COPIES = 12
 SLAB_COLUMN = 12_000  # weights that are rounded to nearest in the time of one column of a slab (`kronecker_rounding.py`)
 # Factorizations, by rows^3: Cholesky for output matching; Cholesky in float64, at half the speed, for rounding and for the
 # residual energies of the expected error.
@@ -129,10 +125,9 @@ def count_backward(block: Block, lengths: Sequence[int], config: SearchConfig, *
     return Cost(flops, forwards=forwards * len(lengths), memory_bytes=memory, elements=elements) + factors
 
 
-def output_hessian_bytes(block: Block, config: SearchConfig) -> int:
+def output_hessian_bytes(block: Block) -> int:
     """Returns the bytes of the output Hessians of a block: float32, or of wide outputs a sketch in bfloat16."""
-    outputs = [*(out for out, _ in _shapes(block)), *([input_width(block)] if config.learn_steps else [])]
-    return sum(out * (FLOAT32_BYTES * out if out <= SKETCH_ROWS else 2 * SKETCH_ROWS) for out in outputs)
+    return sum(out * (FLOAT32_BYTES * out if out <= SKETCH_ROWS else 2 * SKETCH_ROWS) for out, _ in _shapes(block))
 
 
 def _shapes(block: Block) -> list[tuple[int, int]]:
@@ -147,7 +142,7 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
     if not shared_inputs:
         memory, elements = FLOAT32_BYTES * num_weights(block), 2 * count_elements(block, lengths)
         return Cost(2 * forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
-    runs = 1 + _num_quantized_runs(block, shared_inputs, learns=config.learn_steps > 0)
+    runs = 1 + _num_quantized_runs(block, shared_inputs)
     flops = runs * linear_flops(block, lengths) + 2 * attention_flops(block, lengths)  # as if o_proj were quantized
     factors, rounded, memory, held = Cost(), 0.0, 0, 0
     tokens = sum(lengths)
@@ -186,30 +181,10 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         held += stream
         memory = max(memory, squares + FLOAT32_BYTES * ((copies * out + 3 * tokens) * width + stream))
     input_widths = sum(get_linear(block.module, shared.linears[0]).in_features for shared in shared_inputs)
-    # The block, a second copy where learned rounding starts from the float weights; every shared input in the float model,
-    # and every residual stream that is matched.
-    copies = 1 + int(config.learn_steps > 0)
-    memory += FLOAT32_BYTES * (copies * num_weights(block) + tokens * input_widths + held)
-    learning = _learning_cost(block, lengths, config)
+    # The block, every shared input in the float model, and every residual stream that is matched.
+    memory += FLOAT32_BYTES * (num_weights(block) + tokens * input_widths + held)
     search = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * count_elements(block, lengths))
-    return replace(search + factors + learning, memory_bytes=memory + learning.memory_bytes)
-
-
-def _learning_cost(block: Block, lengths: Sequence[int], config: SearchConfig) -> Cost:
-    """Returns the cost of learned rounding.
-
-    It is the steps, each a forward on some prompts and a backward that costs two; evaluations on the held-out prompts; and
-    one forward on all prompts in the end.
-    """
-    if not config.learn_steps:
-        return Cost()
-    evaluations, tokens = 1 + (1 + NUM_CHECKS) / HELD_OUT_EVERY, sum(lengths)
-    step_tokens = config.learn_steps * STEP_TOKENS
-    flops = 2.0 * num_weights(block) * (3 * step_tokens + evaluations * tokens)
-    forwards = step_tokens * len(lengths) / max(tokens, 1) + evaluations * len(lengths)
-    memory = LEARNING_COPIES * FLOAT32_BYTES * num_weights(block)
-    rounded = 3.0 * config.learn_steps * num_weights(block)
-    return Cost(flops, rounded=rounded, forwards=forwards, memory_bytes=memory)
+    return replace(search + factors, memory_bytes=memory)
 
 
 def _output_matching_cost(tokens: int, width: int, out: int, *, gap: bool) -> Cost:
@@ -235,11 +210,10 @@ def _factorization_cost(flops: float, rows: int) -> Cost:
     return Cost(shared_flops=flops) if rows >= MIN_BLOCKED_ROWS else Cost(single_flops=flops)
 
 
-def _num_quantized_runs(block: Block, shared_inputs: Sequence[SharedInput], *, learns: bool) -> float:
+def _num_quantized_runs(block: Block, shared_inputs: Sequence[SharedInput]) -> float:
     """Returns how many forward passes the quantized run takes, by the share of the weights that compute.
 
-    It runs up to each shared input, computes its linears and, unless the block learns first, the rest; what is cached is not
-    computed again.
+    It runs up to each shared input, computes its linears and then the rest; what is cached is not computed again.
     """
     module, runs, cached = block.module, 0.0, list[str]()
     for shared in shared_inputs:
@@ -247,7 +221,7 @@ def _num_quantized_runs(block: Block, shared_inputs: Sequence[SharedInput], *, l
         runs += share_of_weights(module, computed)
         runs += share_of_weights(module, shared.linears)
         cached += [shared.enclosing_module] if shared.enclosing_module else shared.linears
-    return runs if learns else runs + 1 - _cached_share(module, cached)
+    return runs + 1 - _cached_share(module, cached)
 
 
 def _cached_share(module: nn.Module, cached: Collection[str]) -> float:

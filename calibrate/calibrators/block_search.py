@@ -5,13 +5,12 @@ the float model computes from its own inputs X. Linears that share an input are 
 block computes them, so that each reads what the quantized linears before it really produce.
 
 Cost in block forwards, a forward being one prompt or image through the block: 1 float run that records every shared input,
-and 1 quantized run from shared input to shared input, in which every linear computes once (`partial_forward.py`). Learned
-rounding adds its own. All are counted at run time.
+and 1 quantized run from shared input to shared input, in which every linear computes once (`partial_forward.py`). Both are
+counted at run time.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -50,8 +49,7 @@ from qvlm_export.calibrate.quantization.equalize import apply_equalization_, cho
 from qvlm_export.calibrate.quantization.observers import observe_rows
 from qvlm_export.calibrate.quantization.quantizer import fake_quantize, squared_sum
 from qvlm_export.calibrate.quantization.tokens import weigh_by_output
-from qvlm_export.calibrate.rounding.learned_rounding import Learned, learn_block, make_learning_batches
-from qvlm_export.calibrate.rounding.output_hessian import error_directions, root_output_importance, scale_output_hessian
+from qvlm_export.calibrate.rounding.output_hessian import root_output_importance, scale_output_hessian
 from qvlm_export.calibrate.rounding.quantize_linears import (
     WIDE_INPUT,
     LayerInputs,
@@ -71,7 +69,7 @@ SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
 @dataclass
 class BlockSearch:
-    """The search of one block; afterwards it holds the quantized block and how many forwards and backwards it took.
+    """The search of one block; afterwards it holds the quantized block and how many forwards it took.
 
     schemes: by name inside the block, of the linears to quantize; the others stay float.
     token_weights: weight of the errors at each token, float32 [B, tokens] of every batch, by the first linear of each shared
@@ -87,7 +85,7 @@ class BlockSearch:
     float block's output with these weights; the unit of `activation_errors`.
     activation_errors: by linear, what rounding its shared input to 8 bits adds to the block's output, as a share of its
     squared norm.
-    quantized, learned: what `search` found; None before, where nothing is quantized, or where no rounding is learned.
+    quantized: what `search` found; None before, and where nothing is quantized.
     """
 
     module: nn.Module
@@ -101,13 +99,11 @@ class BlockSearch:
     prefix: str = ""
     strict: bool = False
     forwards: float = 0
-    backwards: int = 0
     largest_activations: Mapping[str, float] = field(default_factory=dict)
     output_weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     output_energy: float = 0.0
     activation_errors: dict[str, float] = field(default_factory=dict)
     quantized: QuantizedBlock | None = None
-    learned: Learned | None = None
 
     def search(
         self, float_inputs: list[torch.Tensor], inputs: list[torch.Tensor]
@@ -142,16 +138,12 @@ class BlockSearch:
         hooks: ExitStack,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Does what `search` says; `hooks` takes the hooks that fake-quantize inputs of linears."""
-        self.quantized = QuantizedBlock(self.module, self.module, hooks, dict(self.output_hessians))
+        self.quantized = QuantizedBlock(self.module, hooks, dict(self.output_hessians))
         # Equalization leaves the function of the float module as it is, so its outputs are the float model's.
         float_outputs = self._quantize_module(self.quantized, shared_inputs, float_inputs, inputs)
-        if not self.config.learn_steps:
-            outputs = self._run_from_cached(self.quantized, inputs)
-            self.quantized.outputs.clear()
-            return float_outputs, outputs
+        outputs = self._run_from_cached(self.quantized, inputs)
         self.quantized.outputs.clear()
-        self._learn_rounding(self.quantized, inputs, float_outputs)
-        return float_outputs, self._run_batches(self.quantized.rounded, inputs)
+        return float_outputs, outputs
 
     def fallbacks(self) -> list[str]:
         """Returns the linears whose input stays float although their scheme has 8 bits for it, by names inside the block."""
@@ -166,11 +158,9 @@ class BlockSearch:
         return self.run.values if isinstance(self.run, DecoderRun) else None
 
     def float_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors that stay float, by name inside the block, as equalized or, where rounding is learned, as
-        learned."""
-        module, linears = self.module if self.quantized is None else self.quantized.module, self.quantized_linears()
-        equalized = {n: p.detach() for n, p in module.named_parameters() if n.removesuffix(".weight") not in linears}
-        return equalized if self.learned is None else {**equalized, **self.learned.floats}
+        """Returns the tensors that stay float, by name inside the block, as equalized."""
+        linears = self.quantized_linears()
+        return {n: p.detach() for n, p in self.module.named_parameters() if n.removesuffix(".weight") not in linears}
 
     def _quantize_module(
         self,
@@ -190,8 +180,6 @@ class BlockSearch:
             self.token_weights = dict.fromkeys(("", *(shared.linears[0] for shared in shared_inputs)), weights)
         for shared in shared_inputs:
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
-        if self.config.learn_steps:  # learning starts from the float weights, so they are kept
-            block.rounded = copy.deepcopy(block.module)
         for shared in shared_inputs:
             quantized_rows, stream = self._run_to_input(block, shared, inputs)
             self._check_rows(shared, quantized_rows, inputs)
@@ -294,24 +282,6 @@ class BlockSearch:
         batches = self.token_weights.get(shared.linears[0])
         return None if batches is None else torch.cat([batch.flatten() for batch in batches])
 
-    def _learn_rounding(self, block: QuantizedBlock, inputs: list[torch.Tensor], float_outputs: list[torch.Tensor]) -> None:
-        """Learns the rounding of the whole block and writes it into the block."""
-        config, run = self.config, self.run
-        if "" in self.output_hessians:
-            directions = error_directions(self.output_hessians[""], inputs[0].device)
-            float_outputs = [matmul(y, directions) for y in float_outputs]
-
-            def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-                return matmul(self.run(module, x), directions)
-
-        batches = make_learning_batches(inputs, float_outputs, self.token_weights.get(""), self.sample_numbers)
-        self.learned = learn_block(block.module, block.linears, run, batches, steps=config.learn_steps, seed=config.seed)
-        block.set_(self.learned.linears)
-        for name, tensor in self.learned.floats.items():
-            block.rounded.get_parameter(name).copy_(tensor)
-        self.forwards += self.learned.forwards
-        self.backwards += self.learned.backwards
-
     def _run_batches(self, module: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         self.forwards += sum(len(x) for x in inputs)
         return [self.run(module, x) for x in inputs]
@@ -342,7 +312,7 @@ class BlockSearch:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the rows [tokens, in] of the shared input in the quantized block, without running what comes after it, and
         the residual stream [tokens, width] that its linear adds to; None where that is not matched."""
-        module, cached = block.rounded, block.outputs
+        module, cached = block.module, block.outputs
         norm, streams = self._find_residual_norm(module, shared), {shared: list[torch.Tensor]()}
         with record_inputs({} if norm is None else {shared: norm}, streams):
             rows = run_until(module, shared, self.run, inputs, cached)
@@ -358,18 +328,18 @@ class BlockSearch:
         # By quantizer, so that an input is fake-quantized once for all linears that read it with the same one.
         fake_quantized: dict[tuple[float, int] | None, torch.Tensor] = {None: quantized_rows}
         for name in shared.linears:
-            layer, quantizer = get_linear(block.rounded, name), block.input_quantizer(name)
+            layer, quantizer = get_linear(block.module, name), block.input_quantizer(name)
             if quantizer is not None and quantizer not in fake_quantized:
                 fake_quantized[quantizer] = fake_quantize(quantized_rows, *quantizer)
             rows = apply_linear(fake_quantized[quantizer], layer.weight, layer.bias)
             block.outputs[shared.enclosing_module or name] = split_rows(rows, inputs)
-        self.forwards += share_of_weights(block.rounded, shared.linears) * sum(len(x) for x in inputs)
+        self.forwards += share_of_weights(block.module, shared.linears) * sum(len(x) for x in inputs)
 
     def _run_from_cached(self, block: QuantizedBlock, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Returns the block's outputs, computing only what is not cached."""
-        outputs = run_from_cached(block.rounded, self.run, inputs, block.outputs)
-        computed = [name for name in list_linears(block.rounded) if not is_cached(name, block.outputs)]
-        self.forwards += share_of_weights(block.rounded, computed) * sum(len(x) for x in inputs)
+        outputs = run_from_cached(block.module, self.run, inputs, block.outputs)
+        computed = [name for name in list_linears(block.module) if not is_cached(name, block.outputs)]
+        self.forwards += share_of_weights(block.module, computed) * sum(len(x) for x in inputs)
         return outputs
 
 

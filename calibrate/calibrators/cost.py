@@ -70,7 +70,7 @@ def sensitivity_bytes(blocks: ModelBlocks, samples: Sequence[Sample], config: Ef
         return 0
     values = blocks.text_width() * blocks.num_blocks() * sum(_measured_lengths(blocks, samples, config))
     all_blocks = blocks.all()
-    hessians = sum(output_hessian_bytes(block, config) for block in all_blocks) if config.needs_output_hessians() else 0
+    hessians = sum(output_hessian_bytes(block) for block in all_blocks) if config.needs_output_hessians() else 0
     return FLOAT32_BYTES * min(MAX_TAPE_VALUES, values) + 2 * hessians
 
 
@@ -146,7 +146,7 @@ def estimate_calibration_cost(
         methods = [config if block in blocks.text_layers else config.for_vision() for block, _ in parts]
         searches = (count_search(b, select_inside(schemes, b), x, m) for (b, x), m in zip(parts, methods, strict=True))
         cost = sum(searches, measured)
-        hessians = sum(output_hessian_bytes(b, config) for b, _ in parts) if config.needs_output_hessians() else 0
+        hessians = sum(output_hessian_bytes(b) for b, _ in parts) if config.needs_output_hessians() else 0
         return replace(cost, memory_bytes=cost.memory_bytes + hessians)
     observed = [any(s.activation_bits is not None for s in select_inside(schemes, block).values()) for block, _ in parts]
     num_run = max((number + 1 for number, needed in enumerate(observed) if needed), default=0)

@@ -36,9 +36,8 @@ class Probe:
 class QuantizedBlock:
     """A block while the search quantizes it.
 
-    module: the block with its equalized float weights; rounded: what the exported graph will compute. Both are one module
-    where no float weight is needed once it is quantized, as a copy takes as much memory as the block.
-    hooks: takes the hooks of `rounded`, to be removed in the end.
+    module: the block with its equalized float weights, each replaced by its codes times their scales once it is quantized.
+    hooks: takes the hooks of `module`, to be removed in the end.
     output_hessians: by linear, of its output, scaled as equalization scaled that output.
     linears: the quantized linears by name.
     inputs: by the first linear of each shared input, the observer of its values from the already quantized preceding blocks.
@@ -47,7 +46,6 @@ class QuantizedBlock:
     """
 
     module: nn.Module
-    rounded: nn.Module
     hooks: ExitStack
     output_hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -57,23 +55,19 @@ class QuantizedBlock:
     sqnr: dict[str, LinearSqnr] = field(default_factory=dict)
 
     def set_(self, linears: Mapping[str, QuantizedLinear]) -> None:
-        """Makes `rounded` compute with these linears, and measures their SQNR.
-
-        The hooks on their inputs look up `linears`, so a linear that is set again keeps its hook.
-        """
+        """Makes `module` compute with these linears, and measures their SQNR."""
         for name, linear in linears.items():
-            layer, weight = get_linear(self.rounded, name), torch.from_numpy(linear.dequantized())
-            weight_db = sqnr_db(get_linear(self.module, name).weight.detach().cpu(), weight)
+            layer, weight = get_linear(self.module, name), torch.from_numpy(linear.dequantized())
+            weight_db = sqnr_db(layer.weight.detach().cpu(), weight)
             layer.weight.copy_(weight)
-            if name not in self.linears:
-                self.hooks.callback(layer.register_forward_pre_hook(self._make_input_hook(name)).remove)
+            self.hooks.callback(layer.register_forward_pre_hook(self._make_input_hook(name)).remove)
             self.linears[name] = linear
             self.sqnr[name] = LinearSqnr(weight_db, self._measure_output_db(name))
 
     def _measure_output_db(self, name: str) -> float | None:
         probe, quantizer = self.probes[name], self.input_quantizer(name)
         rounded = probe.inputs if quantizer is None else fake_quantize(probe.inputs, *quantizer)
-        outputs = matmul(rounded, get_linear(self.rounded, name).weight.T)
+        outputs = matmul(rounded, get_linear(self.module, name).weight.T)
         return sqnr_db(probe.float_outputs * probe.roots, outputs * probe.roots)
 
     def _make_input_hook(self, name: str) -> Callable[..., tuple[Any, ...]]:

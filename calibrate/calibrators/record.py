@@ -42,10 +42,7 @@ def make_block_record(
     activation_errors: by linear, what an input in 8 bits adds to the block's error. FALLBACKS: linears whose input stays
     float for that reason.
     compared: errors by label on the baseline's inputs, of round-to-nearest and of the search.
-    held_out_errors: before and after learned rounding, on the samples held out from it, with its token weights; None where
-    nothing was learned.
     """
-    learned = search.learned
     float_outputs, outputs, labels = results
     compared_floats, compared_outputs, compared_labels = ([part[n] for n in baseline.numbers] for part in results)
     compared = {
@@ -57,7 +54,6 @@ def make_block_record(
         "name": block.prefix,
         "searched": search.quantized is not None,
         "compared": compared,
-        "held_out_errors": None if learned is None else [learned.error_before, learned.error_after],
         "error": mean_token_error(outputs, float_outputs),
         "errors": compute_errors_by_label(outputs, float_outputs, labels),
         "layers": make_layer_records(block, search),
@@ -66,7 +62,6 @@ def make_block_record(
         FALLBACKS: search.fallbacks(),
         "massive_activation": describe_massive(float_outputs, texts),
         "forwards": round(search.forwards, 1),
-        "backwards": search.backwards,
     }
 
 

@@ -178,7 +178,7 @@ def _summarize_blocks(
     forwards, backwards = count_passes(job, prompts, config)
     return {
         "block_forwards": round(sum(b["forwards"] for b in records)) + mixup_forwards + forwards,
-        "block_backwards": sum(b["backwards"] for b in records) + backwards,
+        "block_backwards": backwards,
         "entropy_thresholds": thresholds,
         "blocks": marked,
     }

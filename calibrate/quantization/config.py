@@ -68,7 +68,6 @@ class SearchConfig:
 
     equalization: how outlier channels are moved into weights. linear: how the linears of every shared input are quantized.
     token_weighting: how the errors of tokens are weighted. probed_tokens: whose logits gradients are taken of.
-    learn_steps: steps of learned rounding for the whole block after that; 0 for none.
     vision_target: the objective for vision tower and projector.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
     questions_per_image: how many prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
@@ -83,7 +82,6 @@ class SearchConfig:
     linear: LinearConfig = LinearConfig()
     token_weighting: TokenWeighting = "plain"
     probed_tokens: ProbedTokens = "answers"
-    learn_steps: int = 0
     vision_target: VisionTarget = "language"
     leverage: bool = True
     questions_per_image: int = 1
@@ -115,7 +113,7 @@ class SearchConfig:
         if self.vision_target == "own":
             own = replace(self.linear, rounding="gptq") if self.needs_output_hessians() else self.linear
             return replace(self, token_weighting="plain", linear=own)
-        return replace(self, equalization="none", linear=RTN_LINEAR, token_weighting="plain", learn_steps=0)
+        return replace(self, equalization="none", linear=RTN_LINEAR, token_weighting="plain")
 
 
 RTN_LINEAR = LinearConfig(activation_ranges="absmax", weight_ranges="absmax", rounding="nearest", ridge=None)

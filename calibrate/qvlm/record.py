@@ -46,7 +46,6 @@ def make_block_record(
         "name": block.prefix,
         "searched": found.search is not None,
         "compared": compared,
-        "held_out_errors": None,
         "error": mean_token_error(found.outputs, found.float_outputs),
         "errors": compute_errors_by_label(*results),
         "layers": [] if found.search is None else _make_layer_records(block, layers, found.search),

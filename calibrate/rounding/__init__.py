@@ -1,1 +1,1 @@
-"""Rounding the linears that share an input: output matching, GPTQ, Kronecker-factored rounding, learned rounding."""
+"""Rounding the linears that share an input: output matching, GPTQ, Kronecker-factored rounding."""

@@ -14,7 +14,6 @@ import torch
 from qvlm_export.calibrate.numerics.matmul import gram, matmul
 from qvlm_export.calibrate.numerics.threads import one_thread
 from qvlm_export.calibrate.quantization.hessian import factor_hessian
-from qvlm_export.calibrate.quantization.quantizer import squared_sum
 
 DAMPING = 0.1  # of the mean of G's diagonal: ten times that of H, as the gradients come from few samples
 
@@ -83,17 +82,3 @@ def root_output_importance(output_hessians: Sequence[torch.Tensor], device: torc
     with one_thread():
         mean = damped.mean()
     return (damped / mean if mean > 0 else torch.ones_like(damped)).sqrt().to(device)
-
-
-def error_directions(output_hessian: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """D, float32 [out, k], with |e D|^2 = e (G / mean(diag G) + DAMPING I) e^T for an error e of the output.
-
-    k is out, or SKETCH_ROWS + out for a sketch.
-    """
-    stored = output_hessian.to(device).float()
-    if len(stored) == stored.shape[1]:
-        mean_diagonal = stored.diagonal().mean().clamp(min=1e-30)
-        with one_thread():
-            return torch.linalg.cholesky(stored / mean_diagonal + DAMPING * torch.eye(len(stored), device=device))
-    root_mean = max(squared_sum(stored) / stored.shape[1], 1e-30) ** 0.5
-    return torch.cat([stored.T / root_mean, DAMPING**0.5 * torch.eye(stored.shape[1], device=device)], 1)

@@ -55,13 +55,11 @@ class Sensitivity:
 class BackwardRequest:
     """What a block's backward pass has to compute besides token weights.
 
-    output_hessians: sums so far, to which this pass adds, by linear and by block; None where none are needed.
-    with_block_output: whether the block's own output gets an output Hessian, too, as learned rounding needs. leverage:
-    whether a token's gradient is weighted by the leverage of its input. generator: for the random signs of sketches.
+    output_hessians: sums so far, to which this pass adds, by linear; None where none are needed. leverage: whether a token's
+    gradient is weighted by the leverage of its input. generator: for the random signs of sketches.
     """
 
     output_hessians: Mapping[str, torch.Tensor] | None
-    with_block_output: bool
     leverage: bool
     generator: torch.Generator
 
@@ -85,8 +83,6 @@ def backward_block(entry: TapeEntry, load: BlockLoader, device: torch.device, re
             weights[prefix].append(output_gradient.square().sum(-1))
             for shared in shared_inputs:
                 weights[f"{prefix}.{shared.linears[0]}"].append(_sum_squares(shared, linear_gradients).cpu())
-            if request.output_hessians is not None and request.with_block_output:
-                _accumulate(hessians, prefix, output_gradient.to(device).flatten(0, -2), generator)
             for shared in shared_inputs if request.output_hessians is not None else ():
                 rows = {name: linear_gradients[name].flatten(0, -2) for name in shared.linears}
                 if shared in inverses:

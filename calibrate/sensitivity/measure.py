@@ -89,9 +89,7 @@ class _Part:
 
     def make_request(self, block: int) -> BackwardRequest:
         """The request for the backward pass of a block. block: how many blocks up to this one are on the tape."""
-        return BackwardRequest(
-            self.output_hessians, self.config.learn_steps > 0, self.config.leverage, self.make_generator(block)
-        )
+        return BackwardRequest(self.output_hessians, self.config.leverage, self.make_generator(block))
 
 
 def measure_sensitivity(

@@ -110,8 +110,7 @@ def block_rows(calibration: Mapping[str, Any]) -> list[BlockRow]:
             error=block["error"],
             rtn_errors=block["compared"]["rtn"],
             errors=block["compared"]["searched"],
-            held_out_errors=block["held_out_errors"],
-            cost=(block["forwards"], block["backwards"]),
+            cost=(block["forwards"], block.get("backwards", 0)),  # only Q-VLM has backwards in a block
         )
         for block in calibration.get("blocks", ())
         if "rtn" in block.get("compared", ())  # records before 0.9 have other keys

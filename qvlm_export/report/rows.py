@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,13 @@ class BlockRow:
     """A block whose quantization was searched. Errors are relative squared errors of the block's output.
 
     error: over all tokens of all inputs. rtn_errors, errors: by modality of the tokens, over some of the inputs, with
-    round-to-nearest and as searched. held_out_errors: before and after learned rounding, on samples it was not trained on,
-    with token weights; None where nothing was learned. cost: number of block forwards and backwards.
+    round-to-nearest and as searched. cost: number of block forwards and backwards.
     """
 
     place: Place
     error: float
     rtn_errors: Mapping[str, float]
     errors: Mapping[str, float]
-    held_out_errors: Sequence[float] | None
     cost: tuple[int, int]
 
 

@@ -31,7 +31,7 @@ def test_calibration_on_a_gpu_agrees_with_the_cpu(llava: Callable[..., Path], tm
 
 
 def test_errors_of_full_effort_on_a_gpu_are_those_on_the_cpu(llava: Callable[..., Path], tmp_path: Path) -> None:
-    """Every block's error with Kronecker-factored and learned rounding is within a quarter of that on the CPU."""
+    """Every block's error with Kronecker-factored rounding is within a quarter of that on the CPU."""
     errors = {}
     for device in ("cpu", "cuda"):
         out, data = tmp_path / device / "x.plan", write_calibration(tmp_path)

@@ -149,11 +149,6 @@ ROWS = (
             "weight ranges by residual error": _change_linear(SMALL, weight_ranges="residual"),
             "refitted scales": _change_linear(SMALL, refit_scales=True),
             "no output matching": _change_linear(SMALL, ridge=None),
-            "24 steps of learned rounding": replace(SMALL, learn_steps=24),
-            "300 steps of learned rounding": replace(SMALL, learn_steps=300),
-            "round-to-nearest, 300 steps of learned rounding": replace(
-                _change_linear(SMALL, rounding="nearest"), learn_steps=300
-            ),
         }.items()
     ),
     *(
@@ -166,7 +161,6 @@ ROWS = (
             "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
             "leverage": replace(FULL_LARGE, leverage=True),
             "tokens by KL": replace(FULL_LARGE, token_weighting="kl"),
-            "24 steps of learned rounding": replace(FULL_LARGE, learn_steps=24),
         }.items()
     ),
 )

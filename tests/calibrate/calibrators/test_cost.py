@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from small_export import mixed_samples, open_small, schemes_of
 
@@ -18,7 +16,6 @@ from qvlm_export.calibrate.quantization.config import (
     FAST,
     FULL_LARGE,
     KRONECKER_LINEAR,
-    RTN_LINEAR,
     LinearConfig,
     SearchConfig,
 )
@@ -48,24 +45,6 @@ def test_estimated_forwards_equal_those_of_the_search(llava, tmp_path, method):
     summary = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
     estimate = estimate_calibration_cost(blocks, schemes, samples, method)
     assert estimate.forwards == pytest.approx(summary["block_forwards"], abs=1)
-
-
-def test_estimated_forwards_of_learned_rounding_equal_those_of_the_search(llava, tmp_path):
-    """A step takes as many prompts as STEP_TOKENS hold."""
-    checkpoint = open_small(llava())
-    blocks, schemes, samples = (
-        make_blocks(checkpoint.hf_config),
-        schemes_of(checkpoint, "int8"),
-        mixed_samples(checkpoint)[:1] * 64,
-    )
-    job = CalibrationJob(blocks, checkpoint.source, schemes, samples)
-    method = SearchConfig("none", RTN_LINEAR, learn_steps=8)
-    summary = calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, method)
-    estimate = estimate_calibration_cost(blocks, schemes, samples, method)
-    assert estimate.forwards == pytest.approx(summary["block_forwards"], rel=0.05)
-    without = estimate_calibration_cost(blocks, schemes, samples, replace(method, learn_steps=0))
-    assert estimate.flops > without.flops
-    assert estimate.memory_bytes > without.memory_bytes
 
 
 def test_cost_of_round_to_nearest_equals_the_sum_worked_out_by_hand(llava):

@@ -30,7 +30,7 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 METHODS = {
     "plain": SearchConfig(),
     "fast": FAST,
-    "full": replace(FULL, learn_steps=2, questions_per_image=2, mixup_prompts=1, random_word_prompts=2),
+    "full": replace(FULL, questions_per_image=2, mixup_prompts=1, random_word_prompts=2),
     "large": FULL_LARGE,
     "modality": SearchConfig(token_weighting="modality"),
 }
@@ -116,7 +116,7 @@ def test_an_image_that_is_not_finite_is_refused_by_sample(checkpoint, tmp_path, 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_values_that_overflow_inside_a_block_are_refused_by_sample(checkpoint, tmp_path, method):
-    """They are refused before anything is factored or learned, as a matrix with NaN cannot be factored."""
+    """They are refused before anything is factored, as a matrix with NaN cannot be factored."""
     job = job_of(checkpoint, mixed_samples(checkpoint))
     job = replace(job, source=OverflowingSource(job.source, "language_model.model.layers.1.post_attention_layernorm.weight"))
     message = r"activations of sample 1 (are not finite|reach \de\+30, which is too large)"

@@ -103,25 +103,24 @@ def test_the_same_search_twice_writes_the_same_bytes_and_counts_its_passes(llava
 
 
 def test_fast_takes_no_gradients():
-    assert (FAST.token_weighting, FAST.learn_steps) == ("output", 0)
+    assert FAST.token_weighting == "output"
     assert not FAST.needs_gradients()
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_the_search_removes_all_hooks(llava, tmp_path, steps):
+def test_the_search_removes_all_hooks(llava, tmp_path):
     """A hook would hold the codes of its block in memory for as long as the model lives."""
     checkpoint = open_checkpoint(str(llava()))
     blocks, samples = make_blocks(checkpoint.hf_config), mixed_samples(checkpoint)
     job = CalibrationJob(blocks, checkpoint.source, schemes_of(checkpoint, "int8"), samples)
-    calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, SearchConfig(learn_steps=steps))
+    calibrate_search(job, CalibratedWriter(tmp_path), lambda *_: None, SearchConfig())
     for block in blocks.all():
         assert not any(layer._forward_pre_hooks for layer in block.module.modules())
 
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
-    """Every stage of `full` of a small decoder with fewer prompts, learned rounding, and equalization by search."""
+    """Every stage of `full` of a small decoder with fewer prompts, and equalization by search."""
     prompts = {"questions_per_image": 2, "mixup_prompts": 1, "random_word_prompts": 2}
-    return calibrate_search(job, writer, progress, replace(FULL, equalization="search", learn_steps=4, **prompts))
+    return calibrate_search(job, writer, progress, replace(FULL, equalization="search", **prompts))
 
 
 def calibrate_large(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def test_same_bytes_on_any_threads_where_threads_share_large_blocks(llava, tmp_p
 
 
 def test_same_bytes_on_any_threads_with_kronecker_rounding(llava, tmp_path, monkeypatch):
-    """Covers gradients, their sketches, and learned rounding, on blocks a little smaller, as these take long."""
+    """Covers gradients and their sketches, on blocks a little smaller, as these take long."""
     monkeypatch.setattr(blocks, "SMALL_BLOCK", 2**20)
     text = {"hidden_size": 384, "intermediate_size": SKETCH_ROWS + 64, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(llava(dtype="float16", text=text, vision={"num_hidden_layers": 3})))

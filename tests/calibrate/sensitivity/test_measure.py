@@ -242,7 +242,7 @@ def test_an_interrupted_measurement_resumes_after_its_last_block(
     if parts > 1:
         monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
     job = replace(job, samples=[s for s in job.samples if len(s.pixel_values)][:parts])
-    method = SearchConfig(linear=KRONECKER_LINEAR, token_weighting="modality", learn_steps=1)
+    method = SearchConfig(linear=KRONECKER_LINEAR, token_weighting="modality")
     shares: list[float] = []
     whole = measure_sensitivity(job, own_prompts(job), method, shares.append)
     assert shares == sorted(shares)
