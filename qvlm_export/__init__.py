@@ -36,6 +36,9 @@ def export(model: str | Path, out: str | Path, **options: Any) -> ExportResult:
     """
     from dataclasses import fields
 
+    from qvlm_export.calibrate.numerics.memory import request_huge_pages
+
+    request_huge_pages()
     from qvlm_export.pipeline import export as pipeline
     from qvlm_export.pipeline.preparation.prepare import ExportOptions
     from qvlm_export.pipeline.progress import Reporter

@@ -1,9 +1,24 @@
-"""Returns freed heap memory to the operating system (glibc's malloc_trim), which lowers peak memory between phases."""
+"""Memory of the process: large pages for large tensors, and freed heap memory back to the operating system."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+
+# Of torch: it asks Linux for transparent huge pages for tensors of 2 MiB and more.
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def request_huge_pages() -> None:
+    """Has torch put large tensors on huge pages, unless the environment says otherwise.
+
+    Calibration makes many tensors of some 100 MiB. Each time Linux clears them page by page, which takes longer than what is
+    computed with them; with pages of 2 MiB that is several times faster. torch reads the setting when it makes its first
+    tensor, so this comes before torch is imported, and does nothing later.
+    """
+    for name, value in HUGE_PAGES.items():
+        os.environ.setdefault(name, value)
 
 
 def trim_heap() -> None:

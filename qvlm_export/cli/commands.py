@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from types import FrameType
 
+from qvlm_export.calibrate.numerics.memory import request_huge_pages
+
 BAD_INPUT = 2
 # What the dynamic linker says when there is no memory for a library; the table of refusals is not loaded yet.
 NO_MEMORY = ("failed to map segment", "Cannot allocate memory")
@@ -49,6 +51,7 @@ def _run_app(module: str) -> None:
     if handles_interrupts:
         signal.signal(signal.SIGINT, _exit_at_once)
     try:
+        request_huge_pages()
         app = import_module(f"qvlm_export.cli.{module}").app
         if handles_interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 
 from qvlm_export.calibrate.checkpoint.samples import Sample
+from qvlm_export.calibrate.numerics.memory import HUGE_PAGES
 from qvlm_export.engines.check.metrics import measure
 from tools.bench import ours
 from tools.bench.cells import trained
@@ -202,7 +203,8 @@ def run_ours(bench: Bench, row: ours.OurRow, cells: Sequence[Cell]) -> None:
             "--samples", str(cells[0].samples), "--states", bench.states,
             "--cells", *(f"{c.column}/{c.seed}" for c in cells),
         ]  # fmt: skip
-        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        variables = {**HUGE_PAGES, **environment()}  # as the commands set them
+        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for cell, line in zip(cells, process.stdout, strict=False):
                 bench.add_cell(cell, Path(line.split(" ", 1)[1].strip()))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_blocks import KINDS, make_block
 from torch import nn
 
 from qvlm_export.calibrate.calibrators import block_search
@@ -15,7 +16,6 @@ from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.quantization.config import FAST, FAST_LINEAR
 from qvlm_export.calibrate.quantization.tokens import mean_token_error
 from qvlm_export.calibrate.rounding.quantize_linears import LayerInputs, quantize_linears
-from tests.calibrate.calibrators.test_partial_forward import KINDS, make_block
 
 INT4, INT8 = LinearScheme(4, None, 32), LinearScheme(8, None, None)
 OWN_OUTPUTS = replace(FAST, linear=replace(FAST_LINEAR, match_residual=False))

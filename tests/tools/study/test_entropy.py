@@ -7,9 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import ROOT
+from small_export import calibrate
 
+from qvlm_export.calibrate.blockwise.blocks import make_blocks
+from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
+from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tools.study import entropy as study_entropy
 
 DOCS = ROOT / "docs"
@@ -47,3 +52,18 @@ def test_figure_and_table_show_the_same_preceding_layers(tmp_path: Path, monkeyp
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["W4A4: r = -0.18", "W6A6: r = -0.20"]
     assert axis.lines[0].get_ydata().tolist() == [r["float"]["DED"] for r in content["pairs"] if r["scheme"] == "W4A4"]
     study_entropy.plt.close(figures[0])
+
+
+def test_after_equalization_the_float_model_is_the_calibrated_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(str(ROOT / "qvlm_export" / "tiny"))
+    scheme = LinearScheme(8, None, None)
+    calibrated = calibrate(checkpoint, dict.fromkeys(make_blocks(checkpoint.hf_config).quantizable(), scheme), tmp_path)
+    studied: list[Checkpoint] = []
+    monkeypatch.setattr(study_entropy, "study", lambda checkpoint, *_, **__: studied.append(checkpoint) or [])
+    monkeypatch.setattr(study_entropy, "correlations", lambda _: {})
+    args = ["entropy.py", "--out", str(tmp_path / "entropy"), "--calibrated", str(tmp_path), "--samples", "2"]
+    monkeypatch.setattr(sys, "argv", args)
+    monkeypatch.setattr(study_entropy, "plot", lambda *_: None)
+    study_entropy.main()
+    name = next(iter(calibrated.schemes))
+    assert np.array_equal(studied[0].source.load(f"{name}.weight"), calibrated.linear(name).dequantized())
