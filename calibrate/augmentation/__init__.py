@@ -1,1 +1,1 @@
-"""Calibration-set augmentation: cross-paired questions, mixup of image features, random word replacement."""
+"""Calibration-set augmentation: cross-paired questions and random word replacement."""

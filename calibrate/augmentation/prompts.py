@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -17,17 +16,6 @@ from qvlm_export.calibrate.quantization.tokens import TokenLabel, label_tokens
 MAX_SAMPLE_PRODUCTS = 3e10
 # prompts[i] holds the prompts about the images of sample i; the first of them is sample i itself.
 Prompts = Sequence[Sequence[Sample]]
-
-
-@dataclass(frozen=True)
-class MixupSample(Sample):
-    """A prompt about images whose features are mixed with those of another sample.
-
-    other: index of the other sample, which has the same number of image tokens. share: weight of its features, 0 to 1.
-    """
-
-    other: int = 0
-    share: float = 0.0
 
 
 def limit_prompts(config: SearchConfig, blocks: ModelBlocks, samples: Sequence[Sample]) -> SearchConfig:
@@ -52,24 +40,6 @@ def label_block_inputs(block: Block, blocks: ModelBlocks, prompts: Prompts) -> l
     if block in blocks.text_layers:
         return [label_tokens(prompt, blocks.image_token_id) for prompt in flatten_prompts(prompts)[0]]
     return [torch.tensor([int(TokenLabel.IMAGE)]) for sample, *_ in prompts if len(sample.pixel_values)]
-
-
-def image_features_of_prompts(
-    texts: Sequence[Sample],
-    sample_indices: Sequence[int],
-    features: Sequence[torch.Tensor],
-    others: Mapping[int, torch.Tensor] | Sequence[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
-    """The image features [image tokens, hidden] that each text is run with.
-
-    sample_indices: for each text the index into `features` of the sample whose images it is about. others: features that
-    mixup samples are mixed with, by their field `other`; None where these are `features`, too.
-    """
-    mixed = features if others is None else others
-    return [
-        torch.lerp(features[own], mixed[text.other], text.share) if isinstance(text, MixupSample) else features[own]
-        for text, own in zip(texts, sample_indices, strict=True)
-    ]
 
 
 def group_by_image_tokens(samples: Sequence[Sample], image_token_id: int) -> list[list[int]]:

@@ -9,9 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from qvlm_export.calibrate.blockwise.batching import batch_by_length
 from qvlm_export.calibrate.blockwise.blocks import Block, ModelBlocks, fill_block, load_block, load_finite
-from qvlm_export.calibrate.blockwise.forward import Run, Step
 from qvlm_export.calibrate.checkpoint.tensor_source import TensorSource
 
 CPU = torch.device("cpu")
@@ -39,17 +37,6 @@ def open_block_loader(
     with ThreadPoolExecutor(1) as uploader:
         order = blocks.all()
         yield _Prefetcher(order[::-1] if backwards else order, source, device, uploader).load
-
-
-def batched_step(load: BlockLoader, device: torch.device) -> Step:
-    """A step that runs the float block on batches of inputs of equal length; outputs are on the CPU."""
-
-    def step(block: Block, inputs: Sequence[torch.Tensor], run: Run) -> Sequence[torch.Tensor]:
-        batches = batch_by_length(inputs)
-        with load(block) as module:
-            return batches.split([run(module, x).cpu() for x in move_tensors(device, batches.merge(inputs))])
-
-    return step
 
 
 class _Prefetcher:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
-from qvlm_export.calibrate.augmentation.mixup import MIXING_SHARES, MixupPair, make_mixup_pairs
 from qvlm_export.calibrate.augmentation.prompts import flatten_prompts, limit_prompts
 from qvlm_export.calibrate.augmentation.random_words import replace_words
 from qvlm_export.calibrate.blockwise.blocks import ModelBlocks
@@ -101,14 +100,7 @@ def _measured_lengths(blocks: ModelBlocks, samples: Sequence[Sample], config: Ef
     if not isinstance(config, SearchConfig):
         return [len(sample.input_ids) for sample in samples]
     prompts = cross_pair_prompts(samples, config.questions_per_image, blocks.image_token_id, config.seed)
-    return [len(prompt.input_ids) for prompt in flatten_prompts(prompts)[0]] + [
-        len(pair.text.input_ids) for pair in _mixup_pairs(blocks, samples, config)
-    ]
-
-
-def _mixup_pairs(blocks: ModelBlocks, samples: Sequence[Sample], config: SearchConfig) -> list[MixupPair]:
-    """Returns all candidate mixup prompts: which ones the model is uncertain about is not known yet, so all are counted."""
-    return make_mixup_pairs(samples, config.mixup_prompts, blocks.image_token_id, config.seed)
+    return [len(prompt.input_ids) for prompt in flatten_prompts(prompts)[0]]
 
 
 def estimate_calibration_cost(
@@ -137,12 +129,6 @@ def estimate_calibration_cost(
             # A block's inputs and outputs, as the tape holds them, and the gradients of both.
             values = min(MAX_TAPE_VALUES // blocks.num_blocks(), blocks.text_width() * sum(lengths))
             measured = replace(measured, memory_bytes=measured.memory_bytes + 4 * FLOAT32_BYTES * values)
-        if mixup_pairs := _mixup_pairs(blocks, samples, config):
-            candidates = [len(pair.text.input_ids) for pair in mixup_pairs] * len(MIXING_SHARES)
-            measured += count_forward(vision, images) + count_forward(blocks.text_layers, candidates)
-            if config.needs_gradients():
-                others = sum(len(samples[n].pixel_values) for n in {pair.other for pair in mixup_pairs})
-                measured += count_forward(vision, [patches] * others)
         methods = [config if block in blocks.text_layers else config.for_vision() for block, _ in parts]
         searches = (count_search(b, select_inside(schemes, b), x, m) for (b, x), m in zip(parts, methods, strict=True))
         cost = sum(searches, measured)

@@ -2,24 +2,21 @@
 
 The calibration set runs through the blocks twice, side by side: the first half of a block's inputs are X, from the float
 model, the second half X_q, from the already quantized preceding blocks. What a block's search does is in `block_search.py`.
-Before the first block, mixup prompts are chosen and token sensitivities and output Hessians are measured on the float model.
+Before the first block, token sensitivities and output Hessians are measured on the float model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
 
 from qvlm_export.calibrate.augmentation.cross_questions import cross_pair_prompts
-from qvlm_export.calibrate.augmentation.mixup import add_mixup_prompts, count_mixup_forwards
 from qvlm_export.calibrate.augmentation.prompts import (
-    MixupSample,
     Prompts,
     flatten_prompts,
-    image_features_of_prompts,
     label_block_inputs,
     limit_prompts,
 )
@@ -43,7 +40,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.record import run_rtn_baseline
 from qvlm_export.calibrate.quantization.tokens import label_tokens
-from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
+from qvlm_export.calibrate.sensitivity.block_backward import TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
 # Units of progress for each block: every measurement on the float model, and the search, cost about in this proportion.
@@ -60,10 +57,14 @@ def calibrate_search(
     """
     check_images(job)
     config = limit_prompts(config, job.blocks, job.samples)
-    before = sum(_count_measure_units(config, job).values())  # units of progress before the first block
+    before = MEASURE_UNITS * job.blocks.num_blocks() if config.needs_gradients() else 0  # units before the first block
     total = before + SEARCH_UNITS * job.blocks.num_blocks()
     shards = BlockWriter(job, writer, lambda done, _, name: progress(before + SEARCH_UNITS * done, total, name))
-    prompts, sensitivity = _measure(job, config, lambda done, name: progress(done, total, name))
+    prompts = cross_pair_prompts(job.samples, config.questions_per_image, job.blocks.image_token_id, config.seed)
+    with deterministic_threads(job.blocks):
+        sensitivity = measure_sensitivity(
+            job, prompts, config, lambda share: progress(int(share * before), total, "sensitivity")
+        )
     random_texts = _make_random_word_prompts(job, config)
     texts, samples_of_texts = _append_texts(prompts, random_texts)
 
@@ -98,14 +99,13 @@ def calibrate_search(
     with deterministic_threads(job.blocks), open_block_loader(job.blocks, job.source, job.device) as resident:
         features = run_vision_blocks(job.blocks, job.source, [*job.samples, *job.samples], shards.skip_finished(step))
         halves = (features[: len(job.samples)], features[len(job.samples) :])
-        text_features = [image for half in halves for image in image_features_of_prompts(texts, samples_of_texts, half)]
+        text_features = [half[number] for half in halves for number in samples_of_texts]
         run_decoder_blocks(job.blocks, job.source, [*texts, *texts], text_features, shards.skip_finished(step))
     shards.write_rest()
     return {
         "method": asdict(config),
         "samples": len(job.samples),
         "prompts": len(texts),
-        "mixup": sum(isinstance(text, MixupSample) for text in texts),
         "random_words": len(random_texts),
         "tokens": sum(len(s.input_ids) for s in texts),
         **_summarize_blocks(job, config, prompts, shards.records),
@@ -131,34 +131,6 @@ def _merge_numbers_and_labels(
     return batches.merge(expanded_numbers), batches.merge(expanded_labels)
 
 
-def _count_measure_units(config: SearchConfig, job: CalibrationJob) -> dict[str, int]:
-    """Returns the units of progress of each measurement that comes before the first block."""
-    count = job.blocks.num_blocks()
-    return {
-        "mixup": MEASURE_UNITS * count if config.mixup_prompts else 0,
-        "sensitivity": MEASURE_UNITS * count if config.needs_gradients() else 0,
-    }
-
-
-def _measure(job: CalibrationJob, config: SearchConfig, progress: Callable[[int, str], None]) -> tuple[Prompts, Sensitivity]:
-    """Returns the prompts to search on, and the token sensitivities and output Hessians there.
-
-    progress: called with (units done, name of the measurement).
-    """
-    units = _count_measure_units(config, job)
-
-    def report_mixup(share: float) -> None:
-        progress(int(share * units["mixup"]), "mixup")
-
-    def report_sensitivity(share: float) -> None:
-        progress(units["mixup"] + int(share * units["sensitivity"]), "sensitivity")
-
-    pairs = cross_pair_prompts(job.samples, config.questions_per_image, job.blocks.image_token_id, config.seed)
-    with deterministic_threads(job.blocks):
-        prompts = add_mixup_prompts(job, pairs, config.mixup_prompts, config.seed, report_mixup)
-        return prompts, measure_sensitivity(job, prompts, config, report_sensitivity)
-
-
 def _make_random_word_prompts(job: CalibrationJob, config: SearchConfig) -> list[tuple[Sample, int]]:
     """Returns texts with randomly replaced words, each with the number of the sample whose images it is about."""
     if not config.random_word_prompts:
@@ -174,10 +146,9 @@ def _summarize_blocks(
 ) -> dict[str, Any]:
     """Returns the part of the summary that is about all blocks together, and their records."""
     marked, thresholds = mark_partition(records)
-    mixup_forwards = count_mixup_forwards(job, config.mixup_prompts, config.seed)
     forwards, backwards = count_passes(job, prompts, config)
     return {
-        "block_forwards": round(sum(b["forwards"] for b in records)) + mixup_forwards + forwards,
+        "block_forwards": round(sum(b["forwards"] for b in records)) + forwards,
         "block_backwards": backwards,
         "entropy_thresholds": thresholds,
         "blocks": marked,

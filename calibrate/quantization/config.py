@@ -71,7 +71,6 @@ class SearchConfig:
     vision_target: the objective for vision tower and projector.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
     questions_per_image: how many prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
-    mixup_prompts: how many are also paired with mixtures of its images and others (`mixup.py`); 0 for none.
     random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
     for none.
     seed: of everything that is drawn at random.
@@ -85,7 +84,6 @@ class SearchConfig:
     vision_target: VisionTarget = "language"
     leverage: bool = True
     questions_per_image: int = 1
-    mixup_prompts: int = 0
     random_word_prompts: int = 0
     seed: int = 0
     large: SearchConfig | None = None
@@ -136,7 +134,6 @@ FULL = SearchConfig(
     KRONECKER_LINEAR,
     "kl+logits",
     questions_per_image=8,
-    mixup_prompts=4,
     random_word_prompts=16,
     large=FULL_LARGE,
 )

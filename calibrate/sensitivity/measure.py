@@ -19,17 +19,14 @@ a tape (`tape.py`), so many samples go through in parts. For a small model the a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from qvlm_export.calibrate.augmentation.mixup import compute_image_features
 from qvlm_export.calibrate.augmentation.prompts import (
-    MixupSample,
     Prompts,
     flatten_prompts,
-    image_features_of_prompts,
     label_block_inputs,
 )
 from qvlm_export.calibrate.blockwise.batching import batch_by_length, split_by_size
@@ -69,9 +66,8 @@ class _Part:
     """How one part of the samples goes through the model.
 
     number: of the part. first_sample: number of its first sample. report_block: called twice for every block.
-    output_hessians: sums over all parts so far, by linear and by block; None where none are needed. partner_features: image
-    features [image tokens, hidden] that mixup prompts mix in, by the number of their sample. record_graphs: whether the
-    forward pass keeps its autograd graphs for the backward pass.
+    output_hessians: sums over all parts so far, by linear; None where none are needed. record_graphs: whether the forward
+    pass keeps its autograd graphs for the backward pass.
     """
 
     number: int
@@ -79,7 +75,6 @@ class _Part:
     config: SearchConfig
     report_block: Callable[[], None]
     output_hessians: dict[str, torch.Tensor] | None
-    partner_features: Mapping[int, torch.Tensor]
     record_graphs: bool
 
     def make_generator(self, block: int | None = None) -> torch.Generator:
@@ -109,7 +104,6 @@ def measure_sensitivity(
         delete_tape(job.work, _part_name(first - 1))
         progress(first / len(parts))
     hessians = total.output_hessians if config.needs_output_hessians() else None
-    partner_features = _compute_partner_features(job, prompts) if first < len(parts) else {}
     record_graphs = _graphs_fit_in_memory(job, prompts)
     for number in range(first, len(parts)):
         counter = itertools.count(1)
@@ -119,7 +113,7 @@ def measure_sensitivity(
 
         trim_heap()
         first_sample = sum(map(len, parts[:number]))
-        part = _Part(number, first_sample, config, report_block, hessians, partner_features, record_graphs)
+        part = _Part(number, first_sample, config, report_block, hessians, record_graphs)
         for name, weights in _measure_part(job, parts[number], part).items():
             total.token_weights.setdefault(name, []).extend(weights)
         _save_total(job.work, number, total)
@@ -172,13 +166,10 @@ def count_passes(job: CalibrationJob, prompts: Prompts, config: SearchConfig) ->
     block each."""
     if not config.needs_gradients():
         return 0, 0
-    images, partners = (
-        (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in samples)
-        for samples in (job.samples, [job.samples[n] for n in _list_partners(prompts)])
-    )
+    images = (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in job.samples)
     once = images + len(job.blocks.text_layers) * sum(map(len, prompts))
     backwards = config.num_backward_passes()
-    return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * once + partners, backwards * once
+    return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * once, backwards * once
 
 
 def _graphs_fit_in_memory(job: CalibrationJob, prompts: Prompts) -> bool:
@@ -226,7 +217,7 @@ def _measure_part(job: CalibrationJob, prompts: Prompts, part: _Part) -> TokenWe
 
     with torch.enable_grad(), open_block_loader(blocks, source, job.device) as load:
         features = run_vision_blocks(blocks, source, samples, step)
-        text_features = image_features_of_prompts(texts, sample_of_text, features, part.partner_features)
+        text_features = [features[number] for number in sample_of_text]
         hidden = run_decoder_blocks(blocks, source, texts, text_features, step)
         if not tape.backward_started():
             _backpropagate_probes(job, texts, hidden, part)
@@ -244,17 +235,6 @@ def _measure_part(job: CalibrationJob, prompts: Prompts, part: _Part) -> TokenWe
                 part.output_hessians.update(result.output_hessians)
             part.report_block()
     return weights
-
-
-def _list_partners(prompts: Prompts) -> list[int]:
-    """Numbers of the samples whose image features mixup prompts mix in, in ascending order."""
-    return sorted({text.other for about in prompts for text in about if isinstance(text, MixupSample)})
-
-
-def _compute_partner_features(job: CalibrationJob, prompts: Prompts) -> dict[int, torch.Tensor]:
-    """Image features [image tokens, hidden] of the mixup partners, by number of the sample."""
-    numbers = _list_partners(prompts)
-    return dict(zip(numbers, compute_image_features(job, [job.samples[n] for n in numbers]), strict=True)) if numbers else {}
 
 
 def _backpropagate_probes(job: CalibrationJob, texts: Sequence[Sample], hidden: Sequence[torch.Tensor], part: _Part) -> None:

@@ -60,7 +60,7 @@ def schemes_of(checkpoint: Checkpoint, preset: str) -> dict[str, LinearScheme]:
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Calibrates with every step of `--effort full`, but with fewer prompts and iterations."""
-    brief = replace(FULL, questions_per_image=2, mixup_prompts=1, random_word_prompts=1)
+    brief = replace(FULL, questions_per_image=2, random_word_prompts=1)
     return calibrate_search(job, writer, progress, brief)
 
 

@@ -130,8 +130,7 @@ ROWS = (
         for name, config in {
             "rounded by GPTQ": _change_linear(SMALL, rounding="gptq"),
             "round-to-nearest": _change_linear(SMALL, rounding="nearest"),
-            "no mixup prompts": replace(SMALL, mixup_prompts=0),
-            "own questions only": replace(SMALL, questions_per_image=1, mixup_prompts=0, random_word_prompts=0),
+            "own questions only": replace(SMALL, questions_per_image=1, random_word_prompts=0),
             "no random words": replace(SMALL, random_word_prompts=0),
             "no leverage": replace(SMALL, leverage=False),
             "no gradients": replace(_change_linear(SMALL, rounding="gptq"), token_weighting="plain"),

@@ -41,7 +41,7 @@ HEAD = """# How far activations exceed their calibrated range
 `python -m tools.study.reach --out docs/reach.md` runs the float tiny model. For every channel of the inputs of
 `down_proj` in the decoder layers it divides the largest magnitude on 1,000 unseen questions by the largest on the
 calibration prompts. Entries: how many of the {channels} channels of all layers have a ratio above {far:g}, and the
-largest ratio. "Own questions" are the prompts of `fast`. The last column has those of `full`, without its mixup prompts.
+largest ratio. "Own questions" are the prompts of `fast`. The last column has those of `full`.
 """
 MANY = 10_000  # questions, of which few have a new word
 NEW_WORDS = """

@@ -23,7 +23,7 @@ def test_a_decoder_beyond_the_limit_is_calibrated_on_the_samples_alone(llava, mo
     assert limit_prompts(FULL, blocks, samples) == FULL
     beyond = [*samples, samples[0]]
     assert limit_prompts(FULL, blocks, beyond) == FULL_LARGE
-    assert (FULL_LARGE.questions_per_image, FULL_LARGE.mixup_prompts, FULL_LARGE.random_word_prompts) == (1, 0, 0)
+    assert (FULL_LARGE.questions_per_image, FULL_LARGE.random_word_prompts) == (1, 0)
     same = replace(FULL, large=None)
     assert limit_prompts(same, blocks, beyond) == same
     assert limit_prompts(FAST, blocks, samples * 9) == FAST

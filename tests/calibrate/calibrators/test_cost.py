@@ -32,9 +32,7 @@ from qvlm_export.calibrate.quantization.config import (
         SearchConfig(equalization="none", linear=LinearConfig(rounding="nearest", ridge=None)),
         SearchConfig("none", KRONECKER_LINEAR, "kl+logits", leverage=False),
         SearchConfig("none", token_weighting="logits", random_word_prompts=3),
-        SearchConfig(
-            "none", KRONECKER_LINEAR, "kl+logits", questions_per_image=2, mixup_prompts=2
-        ),  # random models are always uncertain
+        SearchConfig("none", KRONECKER_LINEAR, "kl+logits", questions_per_image=2),
         FULL_LARGE,
     ],
 )

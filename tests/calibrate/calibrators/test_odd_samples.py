@@ -30,7 +30,7 @@ from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 METHODS = {
     "plain": SearchConfig(),
     "fast": FAST,
-    "full": replace(FULL, questions_per_image=2, mixup_prompts=1, random_word_prompts=2),
+    "full": replace(FULL, questions_per_image=2, random_word_prompts=2),
     "large": FULL_LARGE,
     "modality": SearchConfig(token_weighting="modality"),
 }

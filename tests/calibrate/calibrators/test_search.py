@@ -119,7 +119,7 @@ def test_the_search_removes_all_hooks(llava, tmp_path):
 
 def briefly_full(job: CalibrationJob, writer: CalibratedWriter, progress: Progress) -> dict[str, Any]:
     """Every stage of `full` of a small decoder with fewer prompts, and equalization by search."""
-    prompts = {"questions_per_image": 2, "mixup_prompts": 1, "random_word_prompts": 2}
+    prompts = {"questions_per_image": 2, "random_word_prompts": 2}
     return calibrate_search(job, writer, progress, replace(FULL, equalization="search", **prompts))
 
 

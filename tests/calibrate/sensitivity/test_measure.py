@@ -362,7 +362,7 @@ def test_a_truncated_file_raises_an_error(job: CalibrationJob, tmp_path: Path) -
 @pytest.mark.usefixtures("recompute_blocks")
 @pytest.mark.parametrize("parts", [1, 3])
 def test_weights_are_read_twice_for_every_part(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """Forwards and backwards; image features of mixup partners are not computed where there are none."""
+    """Forwards and backwards."""
     source = CountingSource(job)
     if parts > 1:
         monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
