@@ -128,7 +128,7 @@ LARGE_KRONECKER_LINEAR = replace(FAST_LINEAR, rounding="kronecker", by_output=Fa
 FULL_LARGE = replace(FAST, linear=LARGE_KRONECKER_LINEAR, probed_tokens="text", leverage=False)
 # With many times the prompts, which only small decoders can afford (`augmentation/prompts.py`), a smaller ridge is enough.
 # "kl" weights the tokens that decide uncertain answers; as these are little data for so many directions, "logits" is added.
-KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, rounding="kronecker", ridge=0.3)
+KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, match_residual=True, rounding="kronecker", ridge=0.3)
 FULL = SearchConfig(
     "expected",
     KRONECKER_LINEAR,
