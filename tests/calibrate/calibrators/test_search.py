@@ -64,8 +64,8 @@ def test_logits_are_closer_to_the_float_model_than_with_absmax(llava, tmp_path, 
     assert all_errors[1] < 0.8 * all_errors[0]
     assert answer_errors[1] < 0.8 * answer_errors[0]
     assert answer_errors[2] < 0.8 * answer_errors[0]
-    # From four samples and a random model, `full` learns little about other prompts, and about which outputs matter; `fast` fits
-    # these samples closely.
+    # From four samples and a random model, `full` learns little about other prompts, and about which outputs matter; `fast`
+    # fits these samples closely.
     assert answer_errors[2] < 3 * answer_errors[1]
 
 
