@@ -73,11 +73,11 @@ class BlockSearch:
 
     schemes: by name inside the block, of the linears to quantize; the others stay float.
     token_weights: weight of the errors at each token, float32 [B, tokens] of every batch, by the first linear of each shared
-    input and under "" for the block's output; empty where all tokens weigh the same.
+    input; empty where all tokens weigh the same.
     sample_numbers: int64 [B] of every batch, the number of the sample whose images an input is about; None where every input
     has its own.
     labels: int64 [B, tokens] of every batch, TokenLabel values, for the record; None where all tokens are of one kind.
-    output_hessians: by linear, and under "" for the block's output; needed for Kronecker-factored rounding.
+    output_hessians: by linear; needed for Kronecker-factored rounding.
     prefix: canonical name of the block in the model, for error messages.
     strict: whether linears keep their schemes even where 8 bits cannot hold their input.
     largest_activations: as from `observe_magnitudes`, in the float block and in the quantized one.
@@ -177,7 +177,7 @@ class BlockSearch:
         self.output_weights = torch.cat([w.flatten() for w in weights])
         self.output_energy = sum(squared_sum(y * w.sqrt()[..., None]) for y, w in zip(float_outputs, weights, strict=True))
         if self.config.token_weighting == "output":
-            self.token_weights = dict.fromkeys(("", *(shared.linears[0] for shared in shared_inputs)), weights)
+            self.token_weights = dict.fromkeys((shared.linears[0] for shared in shared_inputs), weights)
         for shared in shared_inputs:
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
         for shared in shared_inputs:
