@@ -41,8 +41,9 @@ class Sensitivity:
 
     token_weights: one tensor float32 [n, tokens] for each input of a block; by canonical name of the first linear of
     each shared input, and by block for the block's output. `measure_sensitivity` scales them to mean 1 over all tokens.
-    output_hessians: as `output_hessian.py` stores them, by linear; empty unless they were requested. mean_squares: by the names of `token_weights`, the mean over all tokens before that scaling,
-    which is the mean square of the gradient at a token.
+    output_hessians: as `output_hessian.py` stores them, by linear; empty unless they were requested.
+    mean_squares: by the names of `token_weights`, the mean over all tokens before that scaling, which is the mean square of
+    the gradient at a token.
     """
 
     token_weights: TokenWeights = field(default_factory=dict)
