@@ -12,7 +12,7 @@
 
 A cell is one row (a method), one column (a scheme) and one calibration seed. Each result is appended to
 build/bench/results.jsonl, so a run that was killed continues where it stopped; if a cell has several lines, the last one
-counts. Each cell calibrates on one thread and reports processor seconds, which other load on the machine does not lengthen.
+counts. Each cell calibrates on one thread and reports processor seconds; other work on the same core lengthens them.
 
 Without --data, the model is a tiny one, which is scored on answers to questions about scenes. With --data, it is the trained
 one of `make smol`, and the folder that of `tools/smol/make_data.py`: it is scored on every token of text (trained.py).

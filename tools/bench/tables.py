@@ -35,9 +35,10 @@ on more questions (`--questions 10000`), with the same calibration.
 torch in float32.
 
 **Cost.** One thread. Seconds are CPU seconds without loading; memory is the peak of the process during calibration, torch
-and the model included. Seconds measured on one day are comparable with each other; another day's may be those of another
-processor. The last bits of results differ between processors and change the KL of one seed by up to a factor of two, as a
-value that lies between two codes is rounded the other way.
+and the model included. Seconds are comparable only if they were measured together: another day's may be those of another
+processor, and where two threads share a core, other work on it makes them up to twice as many. The last bits of results
+differ between processors and change the KL of one seed by up to a factor of two, as a value that lies between two codes is
+rounded the other way.
 
 **Peers** run as released, each in its own environment with the same torch. A line shows the recipe that did best in that
 column. modelopt multiplies the inputs of *every* linear by smoothing factors at run time, also where they cannot be

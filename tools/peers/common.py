@@ -73,7 +73,7 @@ class Job:
 class Measured:
     """Cost of the code in a `with measured()` block, set when it ends.
 
-    seconds: processor seconds, which other load on the machine does not lengthen. settings: of the method, for the record.
+    seconds: processor seconds; other work on the same core lengthens them. settings: of the method, for the record.
     """
 
     seconds: float = 0.0
