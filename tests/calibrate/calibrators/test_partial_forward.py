@@ -34,10 +34,10 @@ def test_a_block_run_from_cached_outputs_equals_the_whole_run(kind, scheme, left
     search = BlockSearch(module, schemes, run, SearchConfig("expected"))
     shared_inputs = [s for s in find_shared_inputs(module) if any(name in schemes for name in s.linears)]
     with ExitStack() as hooks:
-        block = QuantizedBlock(module, module, hooks)
+        block = QuantizedBlock(module, hooks)
         search._quantize_module(block, shared_inputs, inputs, inputs)  # hooks are gone when `search` returns
         from_cached = search._run_from_cached(block, inputs)
-        whole = [run(block.rounded, x) for x in inputs]
+        whole = [run(block.module, x) for x in inputs]
     assert mean_token_error(from_cached, whole) < 1e-6  # a value between two codes may fall to either
 
 

@@ -37,6 +37,7 @@ from qvlm_export.calibrate.quantization.record import (
 )
 from qvlm_export.calibrate.quantization.tokens import TokenLabel, mean_token_error, token_errors, weigh_by_output
 from qvlm_export.calibrate.qvlm.entropy import entropy_nats, soft_code_distribution
+from qvlm_export.calibrate.rounding.quantize_linears import LayerInputs
 from qvlm_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 SIMPLE = SearchConfig(equalization="none", linear=LinearConfig())
@@ -229,10 +230,9 @@ def test_coverage_and_entropy_are_those_of_the_inputs(checkpoint: Checkpoint, mo
     recorded: list[dict[str, torch.Tensor]] = []
     quantize_shared_input = BlockSearch._quantize_shared_input
 
-    def record_rows(self: BlockSearch, block: Any, shared: Any, *arguments: Any) -> None:
-        _, quantized_rows, _ = arguments
-        recorded.append({shared.linears[0]: quantized_rows.clone()})
-        quantize_shared_input(self, block, shared, *arguments)
+    def record_rows(self: BlockSearch, block: Any, shared: Any, rows: LayerInputs, inputs: Any) -> None:
+        recorded.append({shared.linears[0]: rows.quantized_rows.clone()})
+        quantize_shared_input(self, block, shared, rows, inputs)
 
     monkeypatch.setattr(BlockSearch, "_quantize_shared_input", record_rows)
     job = job_of(checkpoint, "int8", samples_with_answers(checkpoint))

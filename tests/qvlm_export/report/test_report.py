@@ -314,8 +314,6 @@ def test_zero_and_missing_errors_do_not_break_the_report(fast: Manifest) -> None
     without_layers = {**block, "layers": []}
     page = Page(report_html(replace(fast, calibration={**fast.calibration, "blocks": [block, without_layers]})))
     assert [row[0] for row in page.tables["blocks"][1:]] == ["vision_tower 0", "vision_tower 0"]
-    head, row = page.tables["blocks"][0], page.tables["blocks"][1]
-    assert [row[head.index(name)] for name in ("held out, before", "after")] == ["5.00e-01", "2.50e-01"]
     assert PLOTS[0] not in page.headings
 
 
