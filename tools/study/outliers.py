@@ -154,8 +154,8 @@ that script names. Few tokens carry activations far beyond all others (Sun et al
 
 Each square is a token in a layer: the largest magnitude at the input of `down_proj`, and of the layer's output, in the
 float model on the first calibration sample; the first {tokens} tokens. The first {prefix} tokens are those that every prompt
-of the chat template begins with. `--prefix` (by default all of them) computes their keys and values once, in float, and
-calibration and sessions start behind them.
+of the chat template begins with, but for white space at their end, which may join what follows. `--prefix` (by default all
+of them) computes their keys and values once, in float, and calibration and sessions start behind them.
 
 The largest value of a layer's output, where it is massive (above 100, and 300 times the median), over {samples} samples:
 
