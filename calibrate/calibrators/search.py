@@ -60,11 +60,7 @@ def calibrate_search(
     before = MEASURE_UNITS * job.blocks.num_blocks() if config.needs_gradients() else 0  # units before the first block
     total = before + SEARCH_UNITS * job.blocks.num_blocks()
     shards = BlockWriter(job, writer, lambda done, _, name: progress(before + SEARCH_UNITS * done, total, name))
-    prompts = cross_pair_prompts(job.samples, config.questions_per_image, job.blocks.image_token_id, config.seed)
-    with deterministic_threads(job.blocks):
-        sensitivity = measure_sensitivity(
-            job, prompts, config, lambda share: progress(int(share * before), total, "sensitivity")
-        )
+    prompts, sensitivity = _measure(job, config, lambda share: progress(int(share * before), total, "sensitivity"))
     random_texts = _make_random_word_prompts(job, config)
     texts, samples_of_texts = _append_texts(prompts, random_texts)
 
@@ -129,6 +125,16 @@ def _merge_numbers_and_labels(
     expanded_numbers = [torch.full((len(x),), number) for x, number in zip(inputs, numbers, strict=True)]
     expanded_labels = [label.expand(x.shape[:2]) for label, x in zip(labels, inputs, strict=True)]
     return batches.merge(expanded_numbers), batches.merge(expanded_labels)
+
+
+def _measure(job: CalibrationJob, config: SearchConfig, progress: Callable[[float], None]) -> tuple[Prompts, Sensitivity]:
+    """Returns the prompts to search on, and the token sensitivities and output Hessians there.
+
+    progress: called with the share that is done, 0 to 1.
+    """
+    prompts = cross_pair_prompts(job.samples, config.questions_per_image, job.blocks.image_token_id, config.seed)
+    with deterministic_threads(job.blocks):
+        return prompts, measure_sensitivity(job, prompts, config, progress)
 
 
 def _make_random_word_prompts(job: CalibrationJob, config: SearchConfig) -> list[tuple[Sample, int]]:
