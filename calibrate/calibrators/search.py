@@ -7,7 +7,7 @@ Before the first block, token sensitivities and output Hessians are measured on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from qvlm_export.calibrate.checkpoint.samples import Sample
 from qvlm_export.calibrate.quantization.config import SearchConfig
 from qvlm_export.calibrate.quantization.record import run_rtn_baseline
 from qvlm_export.calibrate.quantization.tokens import label_tokens
-from qvlm_export.calibrate.sensitivity.block_backward import TokenWeights, select_block
+from qvlm_export.calibrate.sensitivity.block_backward import Sensitivity, TokenWeights, select_block
 from qvlm_export.calibrate.sensitivity.measure import count_passes, measure_sensitivity
 
 # Units of progress for each block: every measurement on the float model, and the search, cost about in this proportion.
