@@ -23,10 +23,11 @@ DOCS = ROOT / "docs"
 def test_page_shows_the_tables_of_its_data() -> None:
     page = (DOCS / "entropy.md").read_text(encoding="utf-8")
     tables = [part for part in page.split("\n\n") if part.startswith("| proxy")]
-    names = ("entropy", "entropy-hard", "entropy-smol")
+    names = ("entropy", "entropy-hard", "entropy-smol", "entropy-smol-equalized")
     contents = [json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     assert tables == ["\n".join(study_entropy.table_lines(content["correlations"])) for content in contents]
-    assert "\n".join(study_entropy.gain_lines(contents[-1]["pairs"])) in page
+    for content in contents[-2:]:
+        assert "\n".join(study_entropy.gain_lines(content["pairs"])) in page
 
 
 def test_redraw_does_not_measure_and_prints_the_table_of_the_page(
