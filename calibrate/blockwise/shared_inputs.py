@@ -22,7 +22,7 @@ class SharedInput:
     preceding: the norm or linear that produces the input, or None. per_head: whether that is v_proj, each of whose heads
     several query heads may share (grouped-query attention). enclosing_module: for a single linear, the module that returns
     this linear's output and whose other linears lead to this one only; else None. residual: for a linear whose output is
-    added to the residual stream, the module whose input is that stream.
+    added to the residual stream, the norm that reads that stream.
     """
 
     linears: tuple[str, ...]
@@ -36,8 +36,20 @@ class SharedInput:
 SHARED_INPUTS = (
     SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     SharedInput(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1"),
-    SharedInput(("self_attn.o_proj",), "self_attn.v_proj", True, "self_attn", "input_layernorm"),
-    SharedInput(("self_attn.out_proj",), "self_attn.v_proj", True, "self_attn", "layer_norm1"),
+    SharedInput(
+        ("self_attn.o_proj",),
+        "self_attn.v_proj",
+        per_head=True,
+        enclosing_module="self_attn",
+        residual="input_layernorm",
+    ),
+    SharedInput(
+        ("self_attn.out_proj",),
+        "self_attn.v_proj",
+        per_head=True,
+        enclosing_module="self_attn",
+        residual="layer_norm1",
+    ),
     SharedInput(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     SharedInput(("mlp.fc1",), "layer_norm2"),
     SharedInput(("mlp.down_proj",), "mlp.up_proj", enclosing_module="mlp", residual="post_attention_layernorm"),

@@ -144,7 +144,7 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
         return Cost(2 * forward_flops(block, lengths), forwards=2 * len(lengths), memory_bytes=memory, elements=elements)
     runs = 1 + _num_quantized_runs(block, shared_inputs)
     flops = runs * linear_flops(block, lengths) + 2 * attention_flops(block, lengths)  # as if o_proj were quantized
-    factors, rounded, memory, held = Cost(), 0.0, 0, 0
+    factors, rounded, memory = Cost(), 0.0, 0
     tokens = sum(lengths)
     for shared in shared_inputs:
         shapes = [
@@ -177,12 +177,11 @@ def count_search(block: Block, schemes: Mapping[str, LinearScheme], lengths: Seq
             largest = max(shape[0] for shape in shapes)
             squares += (square_bytes + FLOAT32_BYTES) * largest**2 + 5 * FLOAT32_BYTES * largest * width
         copies = 4 if len(shared.linears) > 1 else 3  # weights of linears that share an input are rounded as one
-        stream = tokens * out if gap else 0  # of the residual
-        held += stream
-        memory = max(memory, squares + FLOAT32_BYTES * ((copies * out + 3 * tokens) * width + stream))
+        streams = 2 * tokens * out if gap else 0  # the float residual stream, and the gap
+        memory = max(memory, squares + FLOAT32_BYTES * ((copies * out + 3 * tokens) * width + streams))
     input_widths = sum(get_linear(block.module, shared.linears[0]).in_features for shared in shared_inputs)
-    # The block, every shared input in the float model, and every residual stream that is matched.
-    memory += FLOAT32_BYTES * (num_weights(block) + tokens * input_widths + held)
+    # The block, and every shared input in the float model.
+    memory += FLOAT32_BYTES * (num_weights(block) + tokens * input_widths)
     search = Cost(flops, rounded=rounded, forwards=runs * len(lengths), elements=runs * count_elements(block, lengths))
     return replace(search + factors, memory_bytes=memory)
 

@@ -185,7 +185,7 @@ class BlockSearch:
             self._check_rows(shared, quantized_rows, inputs)
             if quantized_rows.shape[1] >= WIDE_INPUT:  # its matrices take more memory than everything before
                 trim_heap()
-            gap = None if stream is None else streams.pop(shared).sub_(stream)
+            gap = _subtract(streams.pop(shared), stream) if shared in streams else None
             del stream
             rows = LayerInputs(float_rows.pop(shared), quantized_rows, self._row_weights(shared), gap)
             self._quantize_shared_input(block, shared, rows, inputs)
@@ -288,17 +288,16 @@ class BlockSearch:
 
     def _record_float_run(
         self, module: nn.Module, shared_inputs: Sequence[SharedInput], inputs: list[torch.Tensor]
-    ) -> tuple[dict[SharedInput, torch.Tensor], dict[SharedInput, torch.Tensor], list[torch.Tensor]]:
-        """Runs `module` on all inputs; returns the rows [tokens, in] of each shared input, the residual streams [tokens,
-        width] that are to be matched, by the shared input of what is added to them, and the outputs."""
+    ) -> tuple[dict[SharedInput, torch.Tensor], dict[SharedInput, list[torch.Tensor]], list[torch.Tensor]]:
+        """Runs `module` on all inputs; returns the rows [tokens, in] of each shared input, the residual streams that are to
+        be matched, [tokens, width] of every batch, by the shared input of what is added to them, and the outputs."""
         rows: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in shared_inputs}
         norms = {s: norm for s in shared_inputs if (norm := self._find_residual_norm(module, s)) is not None}
         streams: dict[SharedInput, list[torch.Tensor]] = {shared: [] for shared in norms}
         linears = {shared: module.get_submodule(shared.linears[0]) for shared in shared_inputs}
         with record_inputs(linears, rows), record_inputs(norms, streams):
             outputs = self._run_batches(module, inputs)
-        joined_rows, joined_streams = ({s: torch.cat(parts) for s, parts in named.items()} for named in (rows, streams))
-        return joined_rows, joined_streams, outputs
+        return {shared: torch.cat(parts) for shared, parts in rows.items()}, streams, outputs
 
     def _find_residual_norm(self, module: nn.Module, shared: SharedInput) -> nn.Module | None:
         """Returns the norm whose input is the residual stream that is matched where the shared input's linear adds to it."""
@@ -309,9 +308,9 @@ class BlockSearch:
 
     def _run_to_input(
         self, block: QuantizedBlock, shared: SharedInput, inputs: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the rows [tokens, in] of the shared input in the quantized block, without running what comes after it, and
-        the residual stream [tokens, width] that its linear adds to; None where that is not matched."""
+        the residual stream that its linear adds to, [tokens, width] of every batch; empty where that is not matched."""
         module, cached = block.module, block.outputs
         norm, streams = self._find_residual_norm(module, shared), {shared: list[torch.Tensor]()}
         with record_inputs({} if norm is None else {shared: norm}, streams):
@@ -319,7 +318,7 @@ class BlockSearch:
         computed = [name for name in list_linears_before(module, shared) if not is_cached(name, cached)]
         self.forwards += share_of_weights(module, computed) * sum(len(x) for x in inputs)
         block.outputs = drop_inside(cached, shared.enclosing_module)
-        return rows, None if norm is None else torch.cat(streams[shared])
+        return rows, streams[shared]
 
     def _compute_outputs(
         self, block: QuantizedBlock, shared: SharedInput, quantized_rows: torch.Tensor, inputs: list[torch.Tensor]
@@ -341,6 +340,11 @@ class BlockSearch:
         computed = [name for name in list_linears(block.module) if not is_cached(name, block.outputs)]
         self.forwards += share_of_weights(block.module, computed) * sum(len(x) for x in inputs)
         return outputs
+
+
+def _subtract(stream: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+    """The difference of two residual streams, [tokens, width] of every batch, as one [tokens, width]."""
+    return torch.cat([a - b for a, b in zip(stream, other, strict=True)])
 
 
 def _find_deciding_scheme(shared: SharedInput, schemes: Mapping[str, LinearScheme]) -> tuple[LinearScheme, list[str]]:

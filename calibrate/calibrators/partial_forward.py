@@ -15,7 +15,7 @@ from qvlm_export.calibrate.blockwise.shared_inputs import SharedInput
 RETURNS_PAIR = ("self_attn",)  # attention returns its weights, too
 # By the name of a linear, or of a module that returns the output of its last linear: its output for every batch.
 CachedOutputs = dict[str, Sequence[torch.Tensor]]
-K = TypeVar("K")
+_K = TypeVar("_K")
 
 
 @contextmanager
@@ -94,13 +94,13 @@ class StopForward(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def record_inputs(layers: Mapping[K, nn.Module], rows: dict[K, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
+def record_inputs(layers: Mapping[_K, nn.Module], rows: dict[_K, list[torch.Tensor]], stop: bool = False) -> Iterator[None]:
     """Appends each layer's input, [tokens, in] and not yet fake-quantized, to `rows` at every call inside the context.
 
     stop: whether to end the forward pass there, by raising `StopForward`.
     """
 
-    def make_hook(key: K) -> Callable[..., None]:
+    def make_hook(key: _K) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             rows[key].append(args[0].flatten(0, -2))
             if stop:

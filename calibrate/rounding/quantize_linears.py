@@ -74,11 +74,12 @@ class LayerInputs:
         With a residual gap it is (X W^T + gap)^T (w X_q). weighted_rows: w X_q, as `scale_by_weights` returns it; weight:
         W [out, in].
         """
+        if self.residual_gap is None and len(weight) >= weight.shape[1]:
+            return matmul(weight, transposed_matmul(self.float_rows, weighted_rows))
+        target = matmul(self.float_rows, weight.T)
         if self.residual_gap is not None:
-            return transposed_matmul(matmul(self.float_rows, weight.T).add_(self.residual_gap), weighted_rows)
-        if len(weight) < weight.shape[1]:
-            return transposed_matmul(matmul(self.float_rows, weight.T), weighted_rows)
-        return matmul(weight, transposed_matmul(self.float_rows, weighted_rows))
+            target += self.residual_gap
+        return transposed_matmul(target, weighted_rows)
 
     def match_outputs(
         self, weight: torch.Tensor, quantized_rows: torch.Tensor, hessian: torch.Tensor, ridge: float
