@@ -15,8 +15,8 @@ from typing import Literal
 Equalization = Literal["none", "smoothquant", "awq", "search", "expected"]
 # The clipping range of each group or output channel of a weight.
 # absmax: the largest magnitude, on both sides of zero. covering: the smallest range that clips nothing. residual: of 3- and
-# 4-bit groups, the fraction of that with the least error that GPTQ cannot compensate. output: the fraction of absmax with the
-# least output error after round-to-nearest.
+# 4-bit groups, the fraction of that with the least error that GPTQ cannot compensate. output: the fraction of absmax with
+# the least output error after round-to-nearest.
 WeightRange = Literal["absmax", "covering", "residual", "output"]
 # The clipping range of a shared input: the largest magnitude, the fraction of it with the least output error, or the range
 # with the least expected error (`expected_error.py`).
