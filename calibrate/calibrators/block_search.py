@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,25 +46,33 @@ from qvlm_export.calibrate.numerics.matmul import apply_linear, matmul
 from qvlm_export.calibrate.numerics.memory import trim_heap
 from qvlm_export.calibrate.quantization.activation_range import check_range, observe_magnitudes
 from qvlm_export.calibrate.quantization.config import SearchConfig
-from qvlm_export.calibrate.quantization.equalize import apply_equalization_, choose_factors, gather_inputs
+from qvlm_export.calibrate.quantization.equalize import (
+    EqualizationInputs,
+    apply_equalization_,
+    choose_factors,
+    gather_inputs,
+)
 from qvlm_export.calibrate.quantization.observers import observe_rows
-from qvlm_export.calibrate.quantization.quantizer import fake_quantize, squared_sum
-from qvlm_export.calibrate.quantization.tokens import weigh_by_output
+from qvlm_export.calibrate.quantization.quantizer import fake_quantize
+from qvlm_export.calibrate.rounding.activation_error import (
+    FALLBACK_BITS,
+    MAX_ACTIVATION_ERROR,
+    BlockOutput,
+    measure_activation_error,
+    measure_output,
+    probed_rows,
+)
 from qvlm_export.calibrate.rounding.output_hessian import root_output_importance, scale_output_hessian
 from qvlm_export.calibrate.rounding.quantize_linears import (
     WIDE_INPUT,
     LayerInputs,
     choose_input_scale,
+    predict_input_scale,
     quantize_linears,
     select_rows,
 )
 
 VALUES = "self_attn.v_proj"  # whose outputs are in a key/value cache
-# What rounding a shared input to 8 bits may add to the block's output, as a share of its squared norm. Beyond it
-# the input stays float; the weight takes the same bytes, but its product is one of float16.
-MAX_ACTIVATION_ERROR = 1e-4
-FALLBACK_BITS = 8  # with fewer, most inputs would stay float
-PROBED_ROWS = 512  # input rows on which the rounding error of a shared input is measured
 SQNR_ROWS = 128  # input rows on which the SQNR of a linear's output is measured
 
 
@@ -81,8 +90,7 @@ class BlockSearch:
     prefix: canonical name of the block in the model, for error messages.
     strict: whether linears keep their schemes even where 8 bits cannot hold their input.
     largest_activations: as from `observe_magnitudes`, in the float block and in the quantized one.
-    output_weights: of all tokens, as `weigh_by_output` gives them, float32 [tokens]. output_energy: squared norm of the
-    float block's output with these weights; the unit of `activation_errors`.
+    output: of the float block, the unit of `activation_errors`.
     activation_errors: by linear, what rounding its shared input to 8 bits adds to the block's output, as a share of its
     squared norm.
     quantized: what `search` found; None before, and where nothing is quantized.
@@ -100,8 +108,7 @@ class BlockSearch:
     strict: bool = False
     forwards: float = 0
     largest_activations: Mapping[str, float] = field(default_factory=dict)
-    output_weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    output_energy: float = 0.0
+    output: BlockOutput = field(default_factory=lambda: BlockOutput(torch.zeros(0), 0.0))
     activation_errors: dict[str, float] = field(default_factory=dict)
     quantized: QuantizedBlock | None = None
 
@@ -173,9 +180,7 @@ class BlockSearch:
         float_rows, streams, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
         for shared in shared_inputs:
             self._check_rows(shared, float_rows[shared], float_inputs)
-        weights = weigh_by_output(float_outputs)
-        self.output_weights = torch.cat([w.flatten() for w in weights])
-        self.output_energy = sum(squared_sum(y * w.sqrt()[..., None]) for y, w in zip(float_outputs, weights, strict=True))
+        self.output, weights = measure_output(float_outputs)
         if self.config.token_weighting == "output":
             self.token_weights = dict.fromkeys((shared.linears[0] for shared in shared_inputs), weights)
         for shared in shared_inputs:
@@ -207,7 +212,10 @@ class BlockSearch:
             weight.mul_(root_output_importance(hessians, weight.device)[:, None])
         statistics = gather_inputs(rows, select_rows(rows), self._row_weights(shared))
         sharing = find_channel_sharing(module, shared)
-        factors = choose_factors(self.config.equalization, shared.preceding, statistics, weight, scheme, sharing=sharing)
+        choose = partial(choose_factors, self.config.equalization, shared.preceding, statistics, weight, sharing=sharing)
+        factors = choose(scheme)
+        if factors is not None and self._will_fall_back(statistics, weight, sharing.expand(factors), scheme):
+            factors = choose(replace(scheme, activation_bits=None))  # nothing is left to trade the weights' error against
         if factors is None:
             return torch.ones(rows.shape[1], device=rows.device)
         if shared.preceding in block.output_hessians:
@@ -215,6 +223,18 @@ class BlockSearch:
         if shared.preceding == VALUES and isinstance(self.run, DecoderRun):
             self.run = self.run.divide_values(factors)
         return apply_equalization_(module, shared, factors, scheme.float_type)
+
+    def _will_fall_back(
+        self, statistics: EqualizationInputs, weight: torch.Tensor, columns: torch.Tensor, scheme: LinearScheme
+    ) -> bool:
+        """Whether `_choose_schemes` will leave the shared input float even if it is divided by `columns`, float32 [in]."""
+        if self.strict or scheme.activation_bits != FALLBACK_BITS:
+            return False
+        equalized, bits = weight * columns, FALLBACK_BITS
+        scale = predict_input_scale(self.config.linear, statistics, equalized, columns, bits)
+        rows = statistics.tokens
+        rows = rows[probed_rows(len(rows)).to(rows.device)] / columns
+        return measure_activation_error(rows, [equalized], scale, bits, self.output) > MAX_ACTIVATION_ERROR
 
     def _quantize_shared_input(
         self,
@@ -228,7 +248,7 @@ class BlockSearch:
         weights = {name: get_linear(block.module, name).weight for name in shared.linears if name in self.schemes}
         count = len(quantized_rows)
         chosen = torch.linspace(0, count - 1, min(SQNR_ROWS, count)).long().to(quantized_rows.device)
-        roots = self.output_weights[chosen].sqrt()[:, None]
+        roots = self.output.weights[chosen].sqrt()[:, None]
         block.probes |= {
             name: Probe(quantized_rows[chosen], matmul(rows.float_rows[chosen], weight.T), roots)
             for name, weight in weights.items()
@@ -254,12 +274,8 @@ class BlockSearch:
             return schemes, rows
         joined, bits = {name: weights[name] for name in quantizing}, FALLBACK_BITS
         scale = choose_input_scale(self.config.linear, joined, rows, output_hessians, bits)
-        some = torch.linspace(0, len(rows.quantized_rows) - 1, min(PROBED_ROWS, len(rows.quantized_rows))).long()
-        inputs = rows.quantized_rows[some.to(rows.quantized_rows.device)]
-        rounding = fake_quantize(inputs, scale, bits) - inputs
-        rounding *= self.output_weights[some.to(self.output_weights.device)].sqrt()[:, None].to(rounding.device)
-        share = len(rows.quantized_rows) / max(len(some), 1) / max(self.output_energy, 1e-30)
-        error = share * sum(squared_sum(matmul(rounding, weight.T)) for weight in joined.values())
+        inputs = rows.quantized_rows[probed_rows(len(rows.quantized_rows)).to(rows.quantized_rows.device)]
+        error = measure_activation_error(inputs, joined.values(), scale, bits, self.output)
         self.activation_errors |= dict.fromkeys(quantizing, error)
         if error > MAX_ACTIVATION_ERROR:
             schemes |= {name: replace(schemes[name], activation_bits=None) for name in quantizing}

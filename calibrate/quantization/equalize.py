@@ -9,6 +9,7 @@ the real quantizers in the loop; "expected" factors come from `expected_error.py
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from qvlm_export.calibrate.numerics.matmul import matmul
 from qvlm_export.calibrate.quantization.config import Equalization
 from qvlm_export.calibrate.quantization.expected_error import (
     ErrorModel,
+    OutlierTail,
     compute_residual_energy,
     fit_tail,
     optimize_factors,
@@ -55,6 +57,16 @@ class EqualizationInputs:
     rows: torch.Tensor
     weights: torch.Tensor | None = None
 
+    @cached_property
+    def tail(self) -> OutlierTail:
+        """The distribution of each channel's large magnitudes."""
+        return fit_tail(self.tokens)
+
+    @cached_property
+    def residual_energy(self) -> torch.Tensor:
+        """The part of each channel's mean square that GPTQ cannot compensate, float32 [in]."""
+        return compute_residual_energy(self.tokens, self.weights)
+
 
 def gather_inputs(tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor | None = None) -> EqualizationInputs:
     """The statistics of a shared input.
@@ -88,8 +100,7 @@ def choose_factors(
     if equalization == "expected":
         channels = torch.arange(len(peak), device=peak.device)
         starts = [_smoothquant_factors(peak, weight_peak, exponent) for exponent in STARTS]
-        energy = compute_residual_energy(inputs.tokens, inputs.weights)
-        model = ErrorModel(fit_tail(inputs.tokens), energy, subsample_rows(weight), scheme)
+        model = ErrorModel(inputs.tail, inputs.residual_energy, subsample_rows(weight), scheme)
         return _normalize(optimize_factors(model, starts, sharing.expand(channels)))
     if equalization == "awq":
         mean = sharing.reduce(inputs.mean).clamp(min=1e-6)

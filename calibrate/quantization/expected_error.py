@@ -70,6 +70,10 @@ class OutlierTail:
         excess = inside.square().add_(2 * self.length * beyond).sum(0)
         return excess / self.tokens, 2 * beyond.sum(0) / self.tokens
 
+    def divide(self, factors: torch.Tensor) -> OutlierTail:
+        """The tail of activations divided by `factors`, float32 [channels]."""
+        return OutlierTail(self.top / factors, self.length / factors, self.tokens)
+
 
 def fit_tail(rows: torch.Tensor) -> OutlierTail:
     """The tail of observed activations. rows: float32 [tokens, channels], the samples in order."""

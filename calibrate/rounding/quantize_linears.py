@@ -16,6 +16,7 @@ from qvlm_export.calibrate.checkpoint.calibrated import QuantizedLinear
 from qvlm_export.calibrate.checkpoint.scheme import LinearScheme
 from qvlm_export.calibrate.numerics.matmul import gram, matmul, transposed_matmul
 from qvlm_export.calibrate.quantization.config import LinearConfig
+from qvlm_export.calibrate.quantization.equalize import EqualizationInputs
 from qvlm_export.calibrate.quantization.expected_error import choose_expected_scale, fit_tail
 from qvlm_export.calibrate.quantization.hessian import HessianFactor, factor_hessian
 from qvlm_export.calibrate.quantization.quantizer import (
@@ -235,6 +236,20 @@ def choose_input_scale(
     if config.rounding == "kronecker" and config.by_output and output_hessians is not None:
         joined.mul_(root_output_importance([output_hessians[name] for name in weights], joined.device)[:, None])
     return _search_input_scale(config, inputs.quantized_rows, inputs.float_rows, joined, num_bits)
+
+
+def predict_input_scale(
+    config: LinearConfig, statistics: EqualizationInputs, weight: torch.Tensor, columns: torch.Tensor, num_bits: int
+) -> float:
+    """About the scale that `choose_input_scale` will choose for the shared input once it is divided by `columns`.
+
+    statistics: of the input in the float model; weight: float32 [out, in] of all linears, already multiplied by `columns`,
+    float32 [in].
+    """
+    if config.activation_ranges == "expected":
+        return choose_expected_scale(statistics.tail.divide(columns), weight, num_bits)
+    rows = statistics.rows / columns
+    return _search_input_scale(config, rows, rows, weight, num_bits)
 
 
 def _search_input_scale(

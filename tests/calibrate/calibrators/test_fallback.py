@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import export_to, write_calibration
@@ -88,6 +89,26 @@ def test_schemes_without_8_bit_activations_have_no_fallback(scheme: LinearScheme
     found, _ = search(300.0, {"linear_1": scheme})
     assert found.quantized_linears()["linear_1"].scheme == scheme
     assert found.activation_errors == {}
+
+
+def test_linears_that_fall_back_are_equalized_and_rounded_as_if_they_had_never_been_to_read_8_bits(
+    llava: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_search, "MAX_ACTIVATION_ERROR", 0.0)
+    checkpoint = open_small(llava())
+    samples = [make_sample(checkpoint, words=9, images=1, seed=seed) for seed in range(2)]
+    found = []
+    for bits in (8, None):
+        schemes = {name: LinearScheme(4, bits, 64) for name in schemes_of(checkpoint, "int4")}
+        job = CalibrationJob(make_blocks(checkpoint.hf_config), checkpoint.source, schemes, samples)
+        writer = CalibratedWriter(tmp_path / f"{bits}")
+        writer.finish(checkpoint.config_json, calibrate_search(job, writer, lambda *_: None, FAST))
+        calibrated = CalibratedCheckpoint(tmp_path / f"{bits}")
+        found.append({name: calibrated.linear(name) for name in schemes})
+    for fallen, never in zip(*(linears.values() for linears in found), strict=True):
+        assert fallen.scheme == never.scheme == LinearScheme(4, None, 64)
+        np.testing.assert_array_equal(fallen.codes, never.codes)
+        np.testing.assert_array_equal(fallen.scale, never.scale)
 
 
 def test_a_resumed_calibration_keeps_what_fell_back(
