@@ -70,6 +70,7 @@ class SearchConfig:
     token_weighting: how the errors of tokens are weighted. probed_tokens: whose logits gradients are taken of.
     vision_target: the objective for vision tower and projector.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
+    temper_gradients: whether tokens count in the output Hessian by the norms of their gradients, not by the squared norms.
     questions_per_image: how many prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
     random_word_prompts: how many prompts with randomly replaced words run with each sample's images (`random_words.py`); 0
     for none.
@@ -83,6 +84,7 @@ class SearchConfig:
     probed_tokens: ProbedTokens = "answers"
     vision_target: VisionTarget = "language"
     leverage: bool = True
+    temper_gradients: bool = False
     questions_per_image: int = 1
     random_word_prompts: int = 0
     seed: int = 0
@@ -123,9 +125,9 @@ EXPECTED_ERROR_LINEAR = LinearConfig(activation_ranges="expected", weight_ranges
 FAST_LINEAR = replace(EXPECTED_ERROR_LINEAR, weight_ranges="residual", match_residual=True, refit_scales=True, damping=0.1)
 FAST = SearchConfig("expected", FAST_LINEAR, "output")
 # `full` of all but the smallest decoders. It rounds by the effect on the predictions of all text, as gradients of the few
-# answer tokens of a calibration set say too little about so many directions.
+# answer tokens of a calibration set say too little about so many directions, and so do the few tokens with large gradients.
 LARGE_KRONECKER_LINEAR = replace(FAST_LINEAR, rounding="kronecker", by_output=False, output_damping=0.3)
-FULL_LARGE = replace(FAST, linear=LARGE_KRONECKER_LINEAR, probed_tokens="text", leverage=False)
+FULL_LARGE = replace(FAST, linear=LARGE_KRONECKER_LINEAR, probed_tokens="text", leverage=False, temper_gradients=True)
 # With many times the prompts, which only small decoders can afford (`augmentation/prompts.py`), a smaller ridge is enough.
 # "kl" weights the tokens that decide uncertain answers; as these are little data for so many directions, "logits" is added.
 KRONECKER_LINEAR = replace(EXPECTED_ERROR_LINEAR, match_residual=True, rounding="kronecker", ridge=0.3)

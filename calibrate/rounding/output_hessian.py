@@ -39,6 +39,15 @@ def add_gradients(output_hessian: torch.Tensor, gradients: torch.Tensor, generat
     return (output_hessian.float() + update).bfloat16()
 
 
+def temper_gradients(gradients: torch.Tensor) -> torch.Tensor:
+    """Each token's gradient, float32 [tokens, out], divided by the square root of its norm.
+
+    In the plain sum G a token counts by its squared norm, so a few tokens with large gradients decide the directions of all.
+    Tempered, it counts by its norm.
+    """
+    return gradients / gradients.norm(dim=1, keepdim=True).clamp(min=1e-30).sqrt()
+
+
 def invert_cholesky(hessian: torch.Tensor) -> torch.Tensor:
     """R, float32 [in, in], with R R^T the inverse of the damped input Hessian, for `leverage_scores`.
 

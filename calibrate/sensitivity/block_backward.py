@@ -25,6 +25,7 @@ from qvlm_export.calibrate.rounding.output_hessian import (
     empty_output_hessian,
     invert_cholesky,
     leverage_scores,
+    temper_gradients,
 )
 from qvlm_export.calibrate.sensitivity.tape import RecordedForward, TapeEntry, record_forward
 
@@ -56,11 +57,13 @@ class BackwardRequest:
     """What a block's backward pass has to compute besides token weights.
 
     output_hessians: sums so far, to which this pass adds, by linear; None where none are needed. leverage: whether a token's
-    gradient is weighted by the leverage of its input. generator: for the random signs of sketches.
+    gradient is weighted by the leverage of its input. temper: whether a token counts by the norm of its gradient and not by
+    the square. generator: for the random signs of sketches.
     """
 
     output_hessians: Mapping[str, torch.Tensor] | None
     leverage: bool
+    temper: bool
     generator: torch.Generator
 
 
@@ -89,6 +92,8 @@ def backward_block(entry: TapeEntry, load: BlockLoader, device: torch.device, re
                     x = forward.linear_inputs[shared.linears[0]].flatten(0, -2)
                     roots = leverage_scores(x, inverses[shared]).sqrt()[:, None]
                     rows = {name: gradient * roots for name, gradient in rows.items()}
+                if request.temper:
+                    rows = {name: temper_gradients(gradient) for name, gradient in rows.items()}
                 for name, gradient in rows.items():
                     _accumulate(hessians, f"{prefix}.{name}", gradient, generator)
             leaf.grad = None

@@ -84,7 +84,8 @@ class _Part:
 
     def make_request(self, block: int) -> BackwardRequest:
         """The request for the backward pass of a block. block: how many blocks up to this one are on the tape."""
-        return BackwardRequest(self.output_hessians, self.config.leverage, self.make_generator(block))
+        config, generator = self.config, self.make_generator(block)
+        return BackwardRequest(self.output_hessians, config.leverage, config.temper_gradients, generator)
 
 
 def measure_sensitivity(

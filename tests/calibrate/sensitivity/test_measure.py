@@ -326,6 +326,21 @@ def test_output_hessians_weight_gradients_by_the_leverage_of_inputs(
             )
 
 
+def test_tempered_gradients_count_by_their_norm(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G = sum of g g^T / |g|, against float64, a token at a time; a token without gradient adds nothing."""
+    config = SearchConfig(token_weighting="output", leverage=False, linear=KRONECKER_LINEAR)
+    measured = measure_sensitivity(job, own_prompts(job), replace(config, temper_gradients=True)).output_hessians
+    gradients: dict[str, list[torch.Tensor]] = {}
+    monkeypatch.setattr(block_backward, "_accumulate", lambda _m, name, g, _: gradients.setdefault(name, []).append(g))
+    measure_sensitivity(job, own_prompts(job), config)
+    assert measured.keys() == gradients.keys()
+    for name, parts in gradients.items():
+        rows = [g for g in torch.cat(parts).double() if g.norm() > 0]
+        expected = torch.stack([torch.outer(g, g) / g.norm() for g in rows]).sum(0)
+        torch.testing.assert_close(measured[name].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    assert any(bool((torch.cat(parts).norm(dim=1) == 0).any()) for parts in gradients.values())
+
+
 def test_a_small_model_runs_the_forward_pass_once(
     job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
