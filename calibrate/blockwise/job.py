@@ -93,6 +93,25 @@ def check_output(block: Block, sample: int, output: torch.Tensor) -> None:
         raise non_finite_error(block.prefix, sample)
 
 
+def check_rows(
+    linear: str, rows: torch.Tensor, inputs: Sequence[torch.Tensor], sample_numbers: Sequence[torch.Tensor] | None
+) -> None:
+    """Raises UserError naming the linear and the sample where a value of `rows`, or the sum of its squares, is not finite.
+
+    rows: the linear's input, float32 [tokens of all inputs, in]. inputs: of the block, batches [B, tokens, width].
+    sample_numbers: int64 [B] of every batch, the number of the sample that each input belongs to; None where every input is
+    a sample of its own.
+    """
+    if not rows.numel() or all(abs(float(bound)) <= MAX_INPUT for bound in rows.aminmax()):
+        return
+    counts = torch.tensor([x.shape[1] for x in inputs for _ in x])  # rows of every input
+    row = int((~(rows.abs() <= MAX_INPUT)).any(1).nonzero()[0])
+    number = int(torch.searchsorted(counts.cumsum(0), row, right=True))
+    sample = number if sample_numbers is None else int(torch.cat(list(sample_numbers))[number])
+    largest = float(rows[row].abs().max())
+    raise non_finite_error(linear, sample, largest if math.isfinite(largest) else None)
+
+
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     return not values.numel() or all(math.isfinite(bound) for bound in values.aminmax())  # both NaN if any value is

@@ -11,7 +11,6 @@ counted at run time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from torch import nn
 
 from qvlm_export.calibrate.blockwise.blocks import get_linear
 from qvlm_export.calibrate.blockwise.forward import DecoderRun, Run
-from qvlm_export.calibrate.blockwise.job import MAX_INPUT, non_finite_error
+from qvlm_export.calibrate.blockwise.job import check_rows
 from qvlm_export.calibrate.blockwise.shared_inputs import (
     SharedInput,
     find_channel_sharing,
@@ -179,7 +178,7 @@ class BlockSearch:
         """Equalizes the block and quantizes its linears, in place; returns the float outputs."""
         float_rows, streams, float_outputs = self._record_float_run(block.module, shared_inputs, float_inputs)
         for shared in shared_inputs:
-            self._check_rows(shared, float_rows[shared], float_inputs)
+            check_rows(f"{self.prefix}.{shared.linears[0]}", float_rows[shared], float_inputs, self.sample_numbers)
         self.output, weights = measure_output(float_outputs)
         if self.config.token_weighting == "output":
             self.token_weights = dict.fromkeys((shared.linears[0] for shared in shared_inputs), weights)
@@ -187,7 +186,7 @@ class BlockSearch:
             float_rows[shared] /= self._equalize(block, shared, float_rows[shared])
         for shared in shared_inputs:
             quantized_rows, stream = self._run_to_input(block, shared, inputs)
-            self._check_rows(shared, quantized_rows, inputs)
+            check_rows(f"{self.prefix}.{shared.linears[0]}", quantized_rows, inputs, self.sample_numbers)
             if quantized_rows.shape[1] >= WIDE_INPUT:  # its matrices take more memory than everything before
                 trim_heap()
             gap = _subtract(streams.pop(shared), stream) if shared in streams else None
@@ -280,18 +279,6 @@ class BlockSearch:
         if error > MAX_ACTIVATION_ERROR:
             schemes |= {name: replace(schemes[name], activation_bits=None) for name in quantizing}
         return schemes, replace(rows, scales={bits: scale})
-
-    def _check_rows(self, shared: SharedInput, rows: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-        """Raises UserError naming the first linear of the shared input and the sample where a value of `rows`, or the sum of
-        its squares, is not finite."""
-        if not rows.numel() or all(abs(float(bound)) <= MAX_INPUT for bound in rows.aminmax()):
-            return
-        counts = torch.tensor([x.shape[1] for x in inputs for _ in x])  # rows of every input
-        row = int((~(rows.abs() <= MAX_INPUT)).any(1).nonzero()[0])
-        number = int(torch.searchsorted(counts.cumsum(0), row, right=True))
-        sample = number if self.sample_numbers is None else int(torch.cat(list(self.sample_numbers))[number])
-        largest = float(rows[row].abs().max())
-        raise non_finite_error(f"{self.prefix}.{shared.linears[0]}", sample, largest if math.isfinite(largest) else None)
 
     def _row_weights(self, shared: SharedInput) -> torch.Tensor | None:
         """Returns the token weight of each row of the shared input, float32 [tokens]; None where all weigh the same."""
