@@ -85,12 +85,23 @@ TIED_HEAD, TIED_TABLE = "language_model.lm_head.weight", "language_model.model.e
 def fill_weights(model: ir.Model, source: TensorSource) -> None:
     """Gives every initializer without data, in place, a lazy tensor that is read from `source` when the graph is written.
 
-    An output head that is tied to the embeddings reads the embedding table.
+    An output head that is tied to the embeddings multiplies by the embedding table, which is then stored once.
     """
+    if TIED_HEAD in model.graph.initializers and TIED_HEAD not in source:
+        _tie_head(model)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            source_name = TIED_TABLE if name == TIED_HEAD and name not in source else str(name)
-            value.const_value = _make_lazy_tensor(source, source_name, value)
+            value.const_value = _make_lazy_tensor(source, str(name), value)
+
+
+def _tie_head(model: ir.Model) -> None:
+    """Lets the head's Transpose read the embedding table, in place. TensorRT stores one table for both then, too."""
+    head, table = model.graph.initializers[TIED_HEAD], model.graph.initializers[TIED_TABLE]
+    ((transpose, _),) = head.uses()
+    ((matmul, _),) = transpose.outputs[0].uses()
+    transpose.replace_input_with(0, table)
+    matmul.name = TIED_HEAD.removesuffix(".weight")
+    model.graph.initializers.pop(TIED_HEAD)
 
 
 def _make_lazy_tensor(source: TensorSource, source_name: str, value: ir.Value) -> ir.LazyTensor:

@@ -82,11 +82,14 @@ def insert_qdq(model: ir.Model, quantized: Collection[str], weights: CalibratedC
 def transpose_float_weights(model: ir.Model) -> list[str]:
     """Pass: stores the weights of all float linears as [in, out], so that no Transpose is executed; returns their names.
 
-    Raises ValueError when the weights have not been filled in.
+    A weight with another reader, the embedding table of a tied head, stays as it is, or it would be stored twice. Raises
+    ValueError when the weights have not been filled in.
     """
     names = []
     for name, linear in find_linears(model).items():
         weight, tensor = linear.weight, linear.weight.const_value
+        if len(weight.uses()) > 1:
+            continue
         if tensor is None or weight.dtype is None:
             raise ValueError(f"{name}: fill in the weights first")
         out_features, in_features = tensor.shape.numpy()

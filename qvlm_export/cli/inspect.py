@@ -59,7 +59,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     """Prints the content of an export for people. content: the summary that `--json` prints."""
     console.print(size_table(content))
     if content["tied_head"]:
-        console.print("lm_head is tied to the embeddings: the graph stores it a second time, transposed\n")
+        console.print("lm_head is tied to the embeddings\n")
     console.print(linear_table(content))
     console.print(check_line(content), soft_wrap=True)
     console.print(interface_table(content))

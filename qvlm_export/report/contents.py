@@ -35,8 +35,7 @@ class Component:
     """Sizes of one component's weights.
 
     parameters: how many numbers there are. float16_bytes: their size in float16. stored_bytes: their size in the .data
-    files, scales included. A head that is tied to the embeddings has no parameters of its own, but the graph stores it a
-    second time, transposed.
+    files, scales included. A head that is tied to the embeddings has no parameters and no bytes of its own.
     """
 
     name: str
@@ -145,9 +144,8 @@ def component_sizes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -
     for component in COMPONENTS:
         tensors = {name: shape for name, shape in shapes.items() if component_of(name) == component}
         sizes = estimate_sizes(tensors, schemes)
-        copied = component_of(TIED_HEAD) == component and TIED_HEAD not in shapes
-        stored = sizes.quantized_bytes + (2 * math.prod(shapes[TIED_TABLE]) if copied else 0)
-        components.append(Component(component, sum(map(math.prod, tensors.values())), sizes.float16_bytes, stored))
+        parameters = sum(map(math.prod, tensors.values()))
+        components.append(Component(component, parameters, sizes.float16_bytes, sizes.quantized_bytes))
     return tuple(components)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -136,3 +138,20 @@ def test_a_truncated_plan_does_not_pass(built, tmp_path):
     (tmp_path / "cut.plan").write_bytes(content[: content.index(b"fully_connected=")])
     with pytest.raises(UserError, match=r"cut\.plan"):
         require_integer_products(tmp_path / "cut.plan", check_engine_precision(tmp_path / "cut.plan", schemes))
+
+
+def test_a_tied_head_is_stored_once_with_the_embeddings(llava: Callable[..., Path], tmp_path: Path) -> None:
+    sizes = {}
+    for tie in (False, True):
+        checkpoint = open_small(llava(tie=tie, text={"vocab_size": 16384}))
+        calibrated = calibrate(checkpoint, schemes_of(checkpoint, "int4"), tmp_path / f"{tie}.calibrated")
+        onnx_file = write_quantized(checkpoint, calibrated, "language", ir.DataType.FLOAT16, tmp_path / f"{tie}")
+        job = BuildJob(str(onnx_file), str(tmp_path / f"{tie}.plan"), language_profile(checkpoint.config, LIMITS))
+        build_engines(choose_backend("tensorrt-rtx", ("sm89",)), [job], lambda *_: None)
+        plan = tmp_path / f"{tie}.plan"
+        sizes[tie] = plan.stat().st_size, onnx_file.with_suffix(".onnx.data").stat().st_size
+        heads = [gemm for gemm in read_gemms(plan) if "language_model.lm_head" in gemm.linears]
+        assert [gemm.operands[:2] for gemm in heads] == [("half", "half")]
+    table = 2 * 16384 * checkpoint.config.text.hidden_size
+    for apart, together in zip(sizes[False], sizes[True], strict=True):
+        assert apart - together == pytest.approx(table, rel=0.01)
