@@ -205,15 +205,15 @@ class BlockSearch:
         if shared.preceding is None:
             return torch.ones(rows.shape[1], device=rows.device)
         scheme, names = _find_deciding_scheme(shared, self.schemes)
-        weight = torch.cat([get_linear(module, name).weight for name in names])
+        weight = important = torch.cat([get_linear(module, name).weight for name in names])
         if self.config.by_output():  # a factor should suit the outputs whose errors matter to the model's output
             hessians = [block.output_hessians[name] for name in names]
-            weight.mul_(root_output_importance(hessians, weight.device)[:, None])
+            important = weight * root_output_importance(hessians, weight.device)[:, None]
         statistics = gather_inputs(rows, select_rows(rows), self._row_weights(shared))
         sharing = find_channel_sharing(module, shared)
-        choose = partial(choose_factors, self.config.equalization, shared.preceding, statistics, weight, sharing=sharing)
+        choose = partial(choose_factors, self.config.equalization, shared.preceding, statistics, important, sharing=sharing)
         factors = choose(scheme)
-        if factors is not None and self._will_fall_back(statistics, weight, sharing.expand(factors), scheme):
+        if factors is not None and self._will_fall_back(statistics, (weight, important), sharing.expand(factors), scheme):
             factors = choose(replace(scheme, activation_bits=None))  # nothing is left to trade the weights' error against
         if factors is None:
             return torch.ones(rows.shape[1], device=rows.device)
@@ -224,16 +224,23 @@ class BlockSearch:
         return apply_equalization_(module, shared, factors, scheme.float_type)
 
     def _will_fall_back(
-        self, statistics: EqualizationInputs, weight: torch.Tensor, columns: torch.Tensor, scheme: LinearScheme
+        self,
+        statistics: EqualizationInputs,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        columns: torch.Tensor,
+        scheme: LinearScheme,
     ) -> bool:
-        """Whether `_choose_schemes` will leave the shared input float even if it is divided by `columns`, float32 [in]."""
+        """Whether `_choose_schemes` will leave the shared input float even if it is divided by `columns`, float32 [in].
+
+        weights: float32 [out, in] of all linears together, as it is and with outputs multiplied by their importance.
+        """
         if self.strict or scheme.activation_bits != FALLBACK_BITS:
             return False
-        equalized, bits = weight * columns, FALLBACK_BITS
-        scale = predict_input_scale(self.config.linear, statistics, equalized, columns, bits)
+        weight, important = (part * columns for part in weights)
+        scale = predict_input_scale(self.config.linear, statistics, important, columns, FALLBACK_BITS)
         rows = statistics.tokens
         rows = rows[probed_rows(len(rows)).to(rows.device)] / columns
-        return measure_activation_error(rows, [equalized], scale, bits, self.output) > MAX_ACTIVATION_ERROR
+        return measure_activation_error(rows, [weight], scale, FALLBACK_BITS, self.output) > MAX_ACTIVATION_ERROR
 
     def _quantize_shared_input(
         self,

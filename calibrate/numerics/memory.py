@@ -13,9 +13,9 @@ HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 def request_huge_pages() -> None:
     """Has torch put large tensors on huge pages, unless the environment says otherwise.
 
-    Calibration makes many tensors of some 100 MiB. Each time Linux clears them page by page, which takes longer than what is
-    computed with them; with pages of 2 MiB that is several times faster. torch reads the setting when it makes its first
-    tensor, so this comes before torch is imported, and does nothing later.
+    Calibration makes many tensors of some 100 MiB, which Linux clears page by page each time: with pages of 2 MiB instead of
+    4 KiB there are 512 times fewer page faults. torch reads the setting when it makes its first tensor, so this comes before
+    torch is imported, and does nothing later.
     """
     for name, value in HUGE_PAGES.items():
         os.environ.setdefault(name, value)

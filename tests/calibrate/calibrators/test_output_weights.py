@@ -41,7 +41,8 @@ def search_block(scheme: LinearScheme, output: int, linear: LinearConfig) -> tup
     hessian = torch.zeros(2, 2)
     hessian[output, output] = 1.0
     method = SearchConfig("expected", linear)
-    search = BlockSearch(module, {"mlp.fc1": scheme}, nn.Module.__call__, method, output_hessians={"mlp.fc1": hessian})
+    hessians = {"mlp.fc1": hessian}
+    search = BlockSearch(module, {"mlp.fc1": scheme}, nn.Module.__call__, method, output_hessians=hessians, strict=True)
     float_outputs, outputs = search.search(inputs, inputs)
     errors = (outputs[0] - float_outputs[0]).square().mean((0, 1))
     return search.float_tensors()["layer_norm2.weight"], errors, search.quantized_linears()["mlp.fc1"].input_scale
