@@ -213,8 +213,11 @@ class BlockSearch:
         sharing = find_channel_sharing(module, shared)
         choose = partial(choose_factors, self.config.equalization, shared.preceding, statistics, important, sharing=sharing)
         factors = choose(scheme)
-        if factors is not None and self._will_fall_back(statistics, (weight, important), sharing.expand(factors), scheme):
-            factors = choose(replace(scheme, activation_bits=None))  # nothing is left to trade the weights' error against
+        if factors is not None and scheme.activation_bits == FALLBACK_BITS and not self.strict:
+            error = self._predict_activation_error(statistics, (weight, important), sharing.expand(factors))
+            if error > MAX_ACTIVATION_ERROR:  # nothing is left to trade the weights' error against
+                self.activation_errors |= dict.fromkeys(names, error)
+                factors = choose(replace(scheme, activation_bits=None))
         if factors is None:
             return torch.ones(rows.shape[1], device=rows.device)
         if shared.preceding in block.output_hessians:
@@ -223,24 +226,19 @@ class BlockSearch:
             self.run = self.run.divide_values(factors)
         return apply_equalization_(module, shared, factors, scheme.float_type)
 
-    def _will_fall_back(
-        self,
-        statistics: EqualizationInputs,
-        weights: tuple[torch.Tensor, torch.Tensor],
-        columns: torch.Tensor,
-        scheme: LinearScheme,
-    ) -> bool:
-        """Whether `_choose_schemes` will leave the shared input float even if it is divided by `columns`, float32 [in].
+    def _predict_activation_error(
+        self, statistics: EqualizationInputs, weights: tuple[torch.Tensor, torch.Tensor], columns: torch.Tensor
+    ) -> float:
+        """About what `measure_activation_error` will find once the shared input is divided by `columns`, float32 [in].
 
         weights: float32 [out, in] of all linears together, as it is and with outputs multiplied by their importance.
         """
-        if self.strict or scheme.activation_bits != FALLBACK_BITS:
-            return False
-        weight, important = (part * columns for part in weights)
+        weight, important = weights
         scale = predict_input_scale(self.config.linear, statistics, important, columns, FALLBACK_BITS)
         rows = statistics.tokens
         rows = rows[probed_rows(len(rows)).to(rows.device)] / columns
-        return measure_activation_error(rows, [weight], scale, FALLBACK_BITS, self.output) > MAX_ACTIVATION_ERROR
+        rounding = (fake_quantize(rows, scale, FALLBACK_BITS) - rows) * columns
+        return measure_activation_error(rounding, [weight], self.output)
 
     def _quantize_shared_input(
         self,
@@ -270,22 +268,25 @@ class BlockSearch:
     ) -> tuple[dict[str, LinearScheme], LayerInputs]:
         """Returns the schemes of linears that share an input, with A16 instead of A8 where 8 bits cannot hold the input.
 
-        Its rounding error counts in units of the block's output, so that it compares across all blocks, and is measured on
-        some of the tokens. All linears that share the input fall back, as they are computed together. The second result
-        holds the input's scale, which is not searched again.
+        That is known already where the input was equalized; else its rounding error is measured. All linears that share the
+        input fall back, as they are computed together. The second result holds the input's scale, which is not searched
+        again.
         """
         schemes = {name: self.schemes[name] for name in weights}
         quantizing = [name for name, scheme in schemes.items() if scheme.activation_bits == FALLBACK_BITS]
         if self.strict or not quantizing:
             return schemes, rows
         joined, bits = {name: weights[name] for name in quantizing}, FALLBACK_BITS
-        scale = choose_input_scale(self.config.linear, joined, rows, output_hessians, bits)
-        inputs = rows.quantized_rows[probed_rows(len(rows.quantized_rows)).to(rows.quantized_rows.device)]
-        error = measure_activation_error(inputs, joined.values(), scale, bits, self.output)
+        error = max((self.activation_errors[name] for name in quantizing if name in self.activation_errors), default=None)
+        if error is None:
+            scale = choose_input_scale(self.config.linear, joined, rows, output_hessians, bits)
+            inputs = rows.quantized_rows[probed_rows(len(rows.quantized_rows)).to(rows.quantized_rows.device)]
+            error = measure_activation_error(fake_quantize(inputs, scale, bits) - inputs, joined.values(), self.output)
+            rows = replace(rows, scales={bits: scale})
         self.activation_errors |= dict.fromkeys(quantizing, error)
         if error > MAX_ACTIVATION_ERROR:
             schemes |= {name: replace(schemes[name], activation_bits=None) for name in quantizing}
-        return schemes, replace(rows, scales={bits: scale})
+        return schemes, rows
 
     def _row_weights(self, shared: SharedInput) -> torch.Tensor | None:
         """Returns the token weight of each row of the shared input, float32 [tokens]; None where all weigh the same."""

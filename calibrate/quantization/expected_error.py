@@ -216,12 +216,13 @@ def optimize_factors(model: ErrorModel, starts: list[torch.Tensor], expand: torc
         return best.exp()
 
 
-def choose_expected_scale(tail: OutlierTail, weight: torch.Tensor, num_bits: int) -> float:
+def choose_expected_scale(tail: OutlierTail, energy: torch.Tensor, num_bits: int) -> float:
     """The static per-tensor input scale with the least expected error of rounding and clipping.
 
-    tail: of the shared input; weight: float32 [out, in] of all linears that read it; num_bits: of the codes.
+    tail: of the shared input; energy: |W_j|^2 of the columns of all linears that read it, float32 [in]; num_bits: of the
+    codes.
     """
-    energy, qmax = weight.square().sum(0), 2 ** (num_bits - 1) - 1
+    qmax = 2 ** (num_bits - 1) - 1
     peak = float(tail.top[0].max())
 
     def error(limit: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qvlm_export.calibrate.numerics.matmul import matmul
-from qvlm_export.calibrate.quantization.quantizer import fake_quantize, squared_sum
+from qvlm_export.calibrate.quantization.quantizer import squared_sum
 from qvlm_export.calibrate.quantization.tokens import weigh_by_output
 
 # What rounding a shared input to 8 bits may add to the block's output, as a share of its squared norm. Beyond it
@@ -47,16 +47,13 @@ def probed_rows(count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(PROBED_ROWS, count)).long()
 
 
-def measure_activation_error(
-    rows: torch.Tensor, weights: Iterable[torch.Tensor], scale: float, num_bits: int, output: BlockOutput
-) -> float:
-    """What rounding the input adds to the block's output, as a share of its squared norm.
+def measure_activation_error(rounding: torch.Tensor, weights: Iterable[torch.Tensor], output: BlockOutput) -> float:
+    """What an error of the input adds to the block's output, as a share of its squared norm.
 
-    rows: the input at `probed_rows` of all tokens, float32 [rows, in]; weights: of the linears that read it, float32
-    [out, in] each; scale: of the input in `num_bits` bits.
+    rounding: the error at `probed_rows` of all tokens, float32 [rows, in]; weights: of the linears that read the input,
+    float32 [out, in] each.
     """
     count = len(output.weights)
-    roots = output.weights[probed_rows(count).to(output.weights.device)].sqrt()[:, None].to(rows.device)
-    rounding = (fake_quantize(rows, scale, num_bits) - rows) * roots
-    share = count / max(len(rows), 1) / max(output.energy, 1e-30)
-    return share * sum(squared_sum(matmul(rounding, weight.T)) for weight in weights)
+    roots = output.weights[probed_rows(count).to(output.weights.device)].sqrt()[:, None].to(rounding.device)
+    weighted, share = rounding * roots, count / max(len(rounding), 1) / max(output.energy, 1e-30)
+    return share * sum(squared_sum(matmul(weighted, weight.T)) for weight in weights)

@@ -243,13 +243,14 @@ def predict_input_scale(
 ) -> float:
     """About the scale that `choose_input_scale` will choose for the shared input once it is divided by `columns`.
 
-    statistics: of the input in the float model; weight: float32 [out, in] of all linears, already multiplied by `columns`,
+    statistics: of the input in the float model; weight: float32 [out, in] of all linears, not yet multiplied by `columns`,
     float32 [in].
     """
     if config.activation_ranges == "expected":
-        return choose_expected_scale(statistics.tail.divide(columns), weight, num_bits)
+        energy = weight.square().sum(0) * columns.square()
+        return choose_expected_scale(statistics.tail.divide(columns), energy, num_bits)
     rows = statistics.rows / columns
-    return _search_input_scale(config, rows, rows, weight, num_bits)
+    return _search_input_scale(config, rows, rows, weight * columns, num_bits)
 
 
 def _search_input_scale(
@@ -258,7 +259,7 @@ def _search_input_scale(
     if config.activation_ranges == "absmax":
         return activation_scale(float(quantized_rows.abs().max()), num_bits)
     if config.activation_ranges == "expected":
-        return choose_expected_scale(fit_tail(quantized_rows), weight, num_bits)
+        return choose_expected_scale(fit_tail(quantized_rows), weight.square().sum(0), num_bits)
     rows = select_rows(quantized_rows)
     return activation_scale_nearest(search_activation_scale(quantized_rows[rows], float_rows[rows], weight, num_bits))
 
