@@ -98,7 +98,7 @@ def count_rtn(block: Block, schemes: Mapping[str, LinearScheme], lengths: Sequen
 
 
 def count_backward(block: Block, lengths: Sequence[int], config: SearchConfig, *, in_memory: bool) -> Cost:
-    """Returns the cost of measuring token sensitivities and output Hessians in one block, with one probe.
+    """Returns the cost of measuring token sensitivities and output Hessians in one block.
 
     It is one forward pass and, for every backward pass, the gradients by the inputs, which cost as much as a forward for
     linears and twice as much for attention, and another forward unless the graph of the first one is still in memory. Output

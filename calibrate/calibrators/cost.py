@@ -124,8 +124,8 @@ def estimate_calibration_cost(
         if config.needs_gradients():
             lengths = _measured_lengths(blocks, samples, config)
             in_memory = fits_in_memory(blocks, len(images), sum(lengths))
-            passed = [*((b, images) for b in vision), *((b, lengths) for b in blocks.text_layers)] * config.num_probes
-            measured = sum((count_backward(b, x, config, in_memory=in_memory) for b, x in passed), Cost())
+            measured = sum((count_backward(b, images, config, in_memory=in_memory) for b in vision), Cost())
+            measured += sum((count_backward(b, lengths, config, in_memory=in_memory) for b in blocks.text_layers), Cost())
             # A block's inputs and outputs, as the tape holds them, and the gradients of both.
             values = min(MAX_TAPE_VALUES // blocks.num_blocks(), blocks.text_width() * sum(lengths))
             measured = replace(measured, memory_bytes=measured.memory_bytes + 4 * FLOAT32_BYTES * values)

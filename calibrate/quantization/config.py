@@ -69,7 +69,6 @@ class SearchConfig:
     equalization: how outlier channels are moved into weights. linear: how the linears of every shared input are quantized.
     token_weighting: how the errors of tokens are weighted. probed_tokens: whose logits gradients are taken of.
     vision_target: the objective for vision tower and projector.
-    num_probes: how many random probes measure gradients; each takes a backward pass of its own.
     leverage: whether the output Hessian weights a token's gradient by the leverage of its input.
     temper_gradients: whether tokens count in the output Hessian by the norms of their gradients, not by the squared norms.
     questions_per_image: how many prompts are paired with each sample's images (`cross_questions.py`); 1 for its own.
@@ -84,7 +83,6 @@ class SearchConfig:
     token_weighting: TokenWeighting = "plain"
     probed_tokens: ProbedTokens = "answers"
     vision_target: VisionTarget = "language"
-    num_probes: int = 1
     leverage: bool = True
     temper_gradients: bool = False
     questions_per_image: int = 1
@@ -105,7 +103,7 @@ class SearchConfig:
         return self.needs_output_hessians() and self.linear.by_output
 
     def num_backward_passes(self) -> int:
-        """The number of backward passes through the float model for each probe."""
+        """The number of backward passes through the float model."""
         return 2 if self.needs_output_hessians() and self.leverage else 1
 
     def for_vision(self) -> SearchConfig:

@@ -65,9 +65,9 @@ _SEEDS_PER_PART = 2**20  # more than a model has blocks, each of which takes one
 class _Part:
     """How one part of the samples goes through the model.
 
-    number: of the part and the probe; every part has a number for each probe. first_sample: number of its first sample.
-    report_block: called twice for every block. output_hessians: sums over all parts and probes so far, by linear; None where
-    none are needed. record_graphs: whether the forward pass keeps its autograd graphs for the backward pass.
+    number: of the part. first_sample: number of its first sample. report_block: called twice for every block.
+    output_hessians: sums over all parts so far, by linear; None where none are needed. record_graphs: whether the forward
+    pass keeps its autograd graphs for the backward pass.
     """
 
     number: int
@@ -84,8 +84,12 @@ class _Part:
 
     def make_request(self, block: int) -> BackwardRequest:
         """The request for the backward pass of a block. block: how many blocks up to this one are on the tape."""
-        config, generator = self.config, self.make_generator(block)
-        return BackwardRequest(self.output_hessians, config.leverage, config.temper_gradients, generator)
+        return BackwardRequest(
+            self.output_hessians,
+            leverage=self.config.leverage,
+            temper=self.config.temper_gradients,
+            generator=self.make_generator(block),
+        )
 
 
 def measure_sensitivity(
@@ -99,7 +103,7 @@ def measure_sensitivity(
     """
     if not config.needs_gradients():
         return Sensitivity()
-    probes, parts = config.num_probes, [p for p in _split_into_parts(prompts, job.blocks) for _ in range(config.num_probes)]
+    parts = list(_split_into_parts(prompts, job.blocks))
     first, total = _load_total(job.work, len(parts))
     if first:
         delete_tape(job.work, _part_name(first - 1))
@@ -113,25 +117,17 @@ def measure_sensitivity(
             progress((number + next(counter) / (2 * job.blocks.num_blocks())) / len(parts))
 
         trim_heap()
-        first_sample = sum(map(len, parts[: number - number % probes : probes]))
+        first_sample = sum(map(len, parts[:number]))
         part = _Part(number, first_sample, config, report_block, hessians, record_graphs)
         for name, weights in _measure_part(job, parts[number], part).items():
-            _add_token_weights(total.token_weights.setdefault(name, []), weights, first_probe=number % probes == 0)
+            total.token_weights.setdefault(name, []).extend(weights)
         _save_total(job.work, number, total)
         progress((number + 1) / len(parts))
     tokens = total.token_weights
     if config.token_weighting == "modality":
         tokens = {name: _average_by_label(weights, _label_tokens(name, job, prompts)) for name, weights in tokens.items()}
-    mean_squares = {name: _mean(weights) / probes for name, weights in total.token_weights.items()}
+    mean_squares = {name: _mean(weights) for name, weights in total.token_weights.items()}
     return Sensitivity({name: _normalize(weights) for name, weights in tokens.items()}, total.output_hessians, mean_squares)
-
-
-def _add_token_weights(total: list[torch.Tensor], weights: Sequence[torch.Tensor], *, first_probe: bool) -> None:
-    """Appends the squared gradients of a part, or adds them to those of its probes before."""
-    if first_probe:
-        total.extend(weights)
-    elif weights:
-        total[-len(weights) :] = [before + w for before, w in zip(total[-len(weights) :], weights, strict=True)]
 
 
 def _load_total(work: CalibrationWork | None, parts: int) -> tuple[int, Sensitivity]:
@@ -177,8 +173,8 @@ def count_passes(job: CalibrationJob, prompts: Prompts, config: SearchConfig) ->
         return 0, 0
     images = (len(job.blocks.vision_layers) + 1) * sum(len(sample.pixel_values) for sample in job.samples)
     once = images + len(job.blocks.text_layers) * sum(map(len, prompts))
-    backwards, probes = config.num_backward_passes(), config.num_probes
-    return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * probes * once, backwards * probes * once
+    backwards = config.num_backward_passes()
+    return (1 if _graphs_fit_in_memory(job, prompts) else 1 + backwards) * once, backwards * once
 
 
 def _graphs_fit_in_memory(job: CalibrationJob, prompts: Prompts) -> bool:

@@ -159,7 +159,6 @@ ROWS = (
             "rounded by GPTQ": _change_linear(FULL_LARGE, rounding="gptq"),
             "gradients of answers": replace(FULL_LARGE, probed_tokens="answers"),
             "leverage": replace(FULL_LARGE, leverage=True),
-            "two probes": replace(FULL_LARGE, num_probes=2),
             "gradients not tempered": replace(FULL_LARGE, temper_gradients=False),
             "tokens by KL": replace(FULL_LARGE, token_weighting="kl"),
         }.items()

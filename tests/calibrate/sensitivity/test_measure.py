@@ -326,28 +326,6 @@ def test_output_hessians_weight_gradients_by_the_leverage_of_inputs(
             )
 
 
-@pytest.mark.parametrize("one_sample", [False, True])
-def test_more_probes_estimate_the_same_with_less_noise(
-    job: CalibrationJob, monkeypatch: pytest.MonkeyPatch, *, one_sample: bool
-) -> None:
-    """Also where samples go through in parts of one, each with all its probes."""
-    if one_sample:
-        monkeypatch.setattr(measure, "MAX_TAPE_VALUES", 1)
-    exact = {name: torch.cat([w.flatten() for w in weights]) for name, weights in sum_squared_gradients(job).items()}
-    errors = {}
-    for probes in (1, 16):
-        config = SearchConfig(token_weighting="logits", num_probes=probes, linear=KRONECKER_LINEAR, leverage=False)
-        found = measure_sensitivity(job, own_prompts(job), config)
-        relative = []
-        for name, squares in exact.items():
-            weights = torch.cat([w.flatten() for w in found.token_weights[name]])
-            assert weights.shape == squares.shape
-            assert float(weights.mean()) == pytest.approx(1, abs=1e-4)
-            relative.append(abs(found.mean_squares[name] / float(squares.mean()) - 1))
-        errors[probes] = sum(relative) / len(relative)
-    assert errors[16] < 0.6 * errors[1]
-
-
 def test_tempered_gradients_count_by_their_norm(job: CalibrationJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """G = sum of g g^T / |g|, against float64, a token at a time; a token without gradient adds nothing."""
     config = SearchConfig(token_weighting="output", leverage=False, linear=KRONECKER_LINEAR)
