@@ -119,3 +119,8 @@ def write_quantized(
 def open_small(folder: Path) -> Checkpoint:
     """Opens a checkpoint in a folder, such as one of the `llava` fixture."""
     return open_checkpoint(str(folder))
+
+
+def own_prompts(job: CalibrationJob) -> list[list[Sample]]:
+    """Prompts in which every sample has its own question only."""
+    return [[sample] for sample in job.samples]
